@@ -1,0 +1,70 @@
+"""Strictly read configuration: unknown keys are errors that name the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, what was found and what is allowed."""
+
+
+class Strict(BaseModel):
+    """Base of every configuration class: unknown fields are refused, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """A half sentence that names the nearest valid name (when one is near) and all that is allowed.
+
+    Args:
+        found: the name somebody wrote.
+        allowed: every valid name.
+    """
+    names = sorted(allowed)
+    near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}allowed: {', '.join(names)}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields that may stand where `path` (without its last part) points, as far as types tell."""
+    current: Any = model
+    for part in path:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            break
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if nested:
+            current = nested[0]
+    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """Turn a pydantic error into one line a mistake: dotted field, what was found, what is allowed.
+
+    Args:
+        error: what pydantic raised.
+        model: the class that was being filled, for its valid names.
+        where: the file or object that was read.
+    """
+    lines = []
+    for item in error.errors():
+        path = item["loc"]
+        dotted = ".".join(str(part) for part in path)
+        if item["type"] == "extra_forbidden":
+            hint = did_you_mean(str(path[-1]), _fields_at(model, path[:-1]))
+            lines.append(f"{where}: unknown key '{dotted}'; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: '{dotted}' is missing; add it")
+        else:
+            lines.append(f"{where}: '{dotted}' = {item['input']!r}: {item['msg']}")
+    return "\n".join(lines)
