@@ -1,0 +1,191 @@
+"""The shared backbone: a plain ViT of `transformers`, with an optional convolutional stem."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig
+from transformers.modeling_outputs import BackboneOutput
+
+from allinone_ds.models.pyramid import group_norm
+from allinone_ds.strict import ConfigError, Strict, did_you_mean
+
+# Where each model keeps the convolution that turns pixels into tokens.
+_PATCH_PROJECTION = {
+    "dinov2": "embeddings.patch_embeddings.projection",
+    "dinov2_with_registers": "embeddings.patch_embeddings.projection",
+    "dinov3_vit": "embeddings.patch_embeddings",
+    "vitdet": "embeddings.projection",
+}
+
+
+class BackboneConfig(Strict):
+    """Which ViT, its size, where its weights come from and which layers the heads see."""
+
+    model_type: Literal["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"] = "dinov2"
+    """Architecture, a `model_type` of `transformers`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of that model's configuration class (hidden_size, num_hidden_layers, patch_size, drop_path_rate, ...)."""
+    checkpoint: str | None = None
+    """Folder (or hub name) of pretrained weights; None starts from scratch."""
+    out_indices: list[int] | None = None
+    """Layers whose outputs the heads see, 1 = first layer; None: four spread evenly, the last included."""
+    stem: Literal["patch", "conv"] = "patch"
+    """How pixels become tokens: one strided convolution, or a stack of 3x3 convolutions of the same total stride."""
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions of total stride `stride` in place of one patch projection (https://arxiv.org/abs/2106.14881).
+
+    Tiny ViTs learn from scratch with it in minutes where a patch projection needs hours.
+
+    Args:
+        in_channels: channels of the image.
+        hidden_size: channels of a token.
+        stride: patch size in pixels.
+    """
+
+    def __init__(self, in_channels: int, hidden_size: int, stride: int) -> None:
+        super().__init__()
+        strides = _factors(stride)
+        layers: list[nn.Module] = []
+        width = in_channels
+        for i, step in enumerate(strides):
+            out = max(hidden_size // 2 ** (len(strides) - 1 - i), 16)
+            kernel, padding = (3, 1) if step <= 2 else (step, 0)
+            layers.append(nn.Conv2d(width, out, kernel, stride=step, padding=padding, bias=False))
+            layers += [group_norm(out), nn.GELU()]
+            width = out
+        self.layers = nn.Sequential(*layers)
+        self.projection = nn.Conv2d(width, hidden_size, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out" if module is not self.projection else "fan_in")
+        nn.init.zeros_(self.projection.bias)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """`transformers` reads `projection.weight.dtype` to cast the pixels."""
+        return self.projection.weight
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.projection(self.layers(pixel_values))  # (B, C, H / stride, W / stride)
+
+
+class Backbone(nn.Module):
+    """A ViT of `transformers` that gives feature maps, with what heads need to know about them.
+
+    Attributes:
+        channels: channels of every feature map.
+        stride: pixels per feature map cell.
+        num_levels: how many feature maps there are (all of the same resolution).
+        config: configuration of the ViT.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.config: Any = net.config
+        self.channels: int = self.config.hidden_size
+        self.stride: int = _patch_size(self.config)
+        self.num_levels: int = len(self.config.out_indices)
+
+    def forward(self, pixel_values: Tensor) -> BackboneOutput:
+        """Feature maps of normalised images.
+
+        Args:
+            pixel_values: (B, 3, H, W), any floating dtype; H and W multiples of the stride.
+
+        Returns:
+            `.feature_maps`: tuple of `num_levels` x (B, C, H / stride, W / stride).
+        """
+        H, W = pixel_values.shape[-2:]
+        if H % self.stride or W % self.stride:
+            raise ValueError(f"images of {H} x {W} pixels: both sides must be multiples of {self.stride}, the patch size")
+        dtype = next(self.net.parameters()).dtype
+        return BackboneOutput(feature_maps=self.net(pixel_values.to(dtype)).feature_maps)
+
+
+def build_backbone(cfg: BackboneConfig) -> Backbone:
+    """Build the backbone that `cfg` describes; under ZeRO-3 (`HfDeepSpeedConfig` alive) it is born partitioned.
+
+    Raises:
+        ConfigError: for a field that the model's configuration does not have, or settings that contradict each other.
+    """
+    try:
+        net = _from_checkpoint(cfg) if cfg.checkpoint else _from_config(cfg)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"model.backbone ({cfg.model_type}): {error}") from error
+    if cfg.stem == "conv":
+        path = _PATCH_PROJECTION[cfg.model_type]
+        stem = ConvStem(net.config.num_channels, net.config.hidden_size, _patch_size(net.config))
+        net.set_submodule(path, stem)
+    for name, parameter in net.named_parameters():
+        if name.endswith("mask_token"):  # only masked pretraining uses it: it would never get a gradient
+            parameter.requires_grad_(False)
+    return Backbone(net)
+
+
+def _from_config(cfg: BackboneConfig) -> Any:
+    default = AutoConfig.for_model(cfg.model_type)
+    _check_fields(cfg, default)
+    depth = cfg.config.get("num_hidden_layers", default.num_hidden_layers)
+    indices = cfg.out_indices or _spread(depth)
+    config = AutoConfig.for_model(cfg.model_type, **cfg.config, out_indices=_checked(indices, depth))
+    return AutoBackbone.from_config(config)
+
+
+def _from_checkpoint(cfg: BackboneConfig) -> Any:
+    if cfg.stem == "conv":
+        raise ConfigError("model.backbone.stem: 'conv' starts from scratch and would discard the patch projection of "
+                          f"the checkpoint {cfg.checkpoint}; use 'patch'")  # fmt: skip
+    found = AutoConfig.from_pretrained(cfg.checkpoint)
+    if found.model_type != cfg.model_type:
+        raise ConfigError(f"model.backbone.checkpoint: {cfg.checkpoint} is a '{found.model_type}', "
+                          f"model_type says '{cfg.model_type}'")  # fmt: skip
+    _check_fields(cfg, found)
+    indices = cfg.out_indices or _spread(found.num_hidden_layers)
+    indices = _checked(indices, found.num_hidden_layers)
+    return AutoBackbone.from_pretrained(cfg.checkpoint, out_indices=indices, dtype=torch.float32, **cfg.config)
+
+
+def _check_fields(cfg: BackboneConfig, config: Any) -> None:
+    allowed = {field.name for field in dataclasses.fields(config) if not field.name.startswith("_")}
+    for key in cfg.config:
+        if key not in allowed:
+            raise ConfigError(f"model.backbone.config: unknown key '{key}' for {cfg.model_type}; "
+                              f"{did_you_mean(key, allowed)}")  # fmt: skip
+
+
+def _spread(depth: int) -> list[int]:
+    return sorted({round(depth * k / 4) for k in (1, 2, 3, 4)} - {0})
+
+
+def _checked(indices: list[int], depth: int) -> list[int]:
+    if sorted(set(indices)) != list(indices) or not all(0 <= i <= depth for i in indices):
+        raise ConfigError(f"model.backbone.out_indices = {indices}: give rising layer numbers from 1 to {depth}")
+    return indices
+
+
+def _patch_size(config: Any) -> int:
+    size = config.patch_size
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise ConfigError(f"model.backbone.config.patch_size = {size}: only square patches are supported")
+    return size[0]
+
+
+def _factors(stride: int) -> list[int]:
+    """`stride` as factors of two, and what is left of it: 16 -> [2, 2, 2, 2], 14 -> [2, 7]."""
+    factors = []
+    while stride % 2 == 0:
+        factors.append(2)
+        stride //= 2
+    return factors + [stride] if stride > 1 or not factors else factors

@@ -1,0 +1,157 @@
+"""FCOS detection head: torchvision's head, loss and post-processing on the feature maps of a plain ViT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOS, FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+from transformers.utils import ModelOutput
+
+from allinone_ds.models.pyramid import Fuse, SimpleFeaturePyramid, group_norm
+from allinone_ds.strict import Strict
+
+# softplus(_UNIT) = 1: every distance starts at one anchor side.
+_UNIT = 0.5413
+
+
+class FCOSOptions(Strict):
+    """Options of detection's head `fcos`."""
+
+    width: int = Field(256, ge=1)
+    """Channels of the neck and of the two towers."""
+    num_convs: int = Field(4, ge=0)
+    """3x3 convolutions in each tower."""
+    scales: list[float] = [1.0]
+    """Resolution of the levels relative to the backbone's maps, finest first; [1.0]: one level, no pyramid."""
+    anchor_scale: float = Field(2.0, gt=0)
+    """Side of an anchor in strides of its level: the unit of box distances and of `center_radius`."""
+    center_radius: float = Field(1.5, gt=0)
+    """A location is positive when it is nearer to a box centre than this, in anchor sides."""
+    prior: float = Field(0.01, gt=0, lt=1)
+    """Score of every class at every location at the start."""
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    """Predictions below it are dropped."""
+    nms_threshold: float = Field(0.6, gt=0, le=1)
+    """IoU above which the weaker one of two boxes of a class is dropped."""
+    max_detections: int = Field(100, ge=1)
+    """Boxes kept for an image."""
+
+
+@dataclass
+class FCOSOutput(ModelOutput):
+    """Raw predictions; A locations over all levels.
+
+    Attributes:
+        loss: classification + box + centerness, float32.
+        cls_logits: (B, A, K) float32.
+        bbox_regression: (B, A, 4) float32, distances to left, top, right, bottom in anchor sides.
+        bbox_ctrness: (B, A, 1) float32.
+        anchors: for each level (A_level, 4) float32, XYXY in pixels of the network's input.
+        loss_parts: the three losses by name, detached.
+    """
+
+    loss: Tensor | None = None
+    cls_logits: Tensor | None = None
+    bbox_regression: Tensor | None = None
+    bbox_ctrness: Tensor | None = None
+    anchors: tuple[Tensor, ...] | None = None
+    loss_parts: dict[str, Tensor] | None = None
+
+
+class FCOSDetector(nn.Module):
+    """FCOS (https://arxiv.org/abs/1904.01355) of torchvision, without its transform and backbone.
+
+    Two things differ from torchvision's defaults, both because a head that starts on an untrained backbone died with
+    them: distances go through a softplus (torchvision's ReLU alone has no gradient once all its inputs are negative,
+    and the box loss then stays at 1), and they start at one anchor side instead of zero. Locations sit at the centre of
+    their cell.
+
+    Args:
+        num_classes: K.
+        channels: channels of the backbone's maps.
+        stride: pixels per cell of the backbone's maps.
+        num_levels: number of the backbone's maps, all fused by a 1x1 convolution.
+    """
+
+    def __init__(self, num_classes: int, channels: int, stride: int, num_levels: int, options: FCOSOptions) -> None:
+        super().__init__()
+        width = options.width
+        self.strides = [stride / scale for scale in options.scales]
+        self.fuse = Fuse(channels, num_levels, width)
+        single = list(options.scales) == [1.0]
+        self.pyramid = None if single else SimpleFeaturePyramid(width, width, options.scales)
+
+        head = FCOSHead(width, 1, num_classes, num_convs=0)  # its towers are built below, with a norm of any width
+        head.classification_head = FCOSClassificationHead(
+            width, 1, num_classes, options.num_convs, prior_probability=options.prior, norm_layer=group_norm
+        )
+        head.regression_head = FCOSRegressionHead(width, 1, options.num_convs, norm_layer=group_norm)
+        nn.init.constant_(head.regression_head.bbox_reg.bias, _UNIT)  # type: ignore[arg-type]
+        head.regression_head.bbox_reg = nn.Sequential(head.regression_head.bbox_reg, nn.Softplus())
+
+        sides = [round(options.anchor_scale * step) for step in self.strides]
+        self.fcos = FCOS(
+            _NoBackbone(width),
+            num_classes,
+            anchor_generator=AnchorGenerator(tuple((side,) for side in sides), ((1.0,),) * len(sides)),
+            head=head,
+            center_sampling_radius=options.center_radius,
+            score_thresh=options.score_threshold,
+            nms_thresh=options.nms_threshold,
+            detections_per_img=options.max_detections,
+        )
+
+    def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> FCOSOutput:
+        """Raw predictions, and the loss when `labels` (a list of {"boxes", "labels"} in input pixels) are given."""
+        fused = self.fuse(features)
+        maps = [fused] if self.pyramid is None else self.pyramid(fused)
+        raw = {key: value.float() for key, value in self.fcos.head(maps).items()}
+        anchors = self._anchors(maps)
+        out = FCOSOutput(**raw, anchors=tuple(anchors))
+        if labels is not None:
+            counts = [len(level) for level in anchors]
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                parts = self.fcos.compute_loss(labels, raw, [torch.cat(anchors)] * len(labels), counts)
+                out.loss = torch.stack(list(parts.values())).sum()
+            out.loss_parts = {key: value.detach() for key, value in parts.items()}
+        return out
+
+    def postprocess(self, outputs: FCOSOutput, input_size: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first, after NMS."""
+        assert outputs.cls_logits is not None and outputs.bbox_regression is not None
+        assert outputs.bbox_ctrness is not None and outputs.anchors is not None
+        counts = [len(level) for level in outputs.anchors]
+        raw = {
+            "cls_logits": list(outputs.cls_logits.split(counts, dim=1)),
+            "bbox_regression": list(outputs.bbox_regression.split(counts, dim=1)),
+            "bbox_ctrness": list(outputs.bbox_ctrness.split(counts, dim=1)),
+        }
+        batch = len(outputs.cls_logits)
+        return self.fcos.postprocess_detections(raw, [list(outputs.anchors)] * batch, [input_size] * batch)
+
+    def _anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """One square anchor around the centre of every cell, for each level (h * w, 4) in input pixels."""
+        generator = self.fcos.anchor_generator
+        device = maps[0].device
+        generator.set_cell_anchors(torch.float32, device)
+        anchors = []
+        for i, (level, stride) in enumerate(zip(maps, self.strides, strict=True)):
+            H, W = level.shape[-2:]
+            y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
+            centers = torch.stack((x, y, x, y), dim=-1).reshape(-1, 4) + 0.5
+            anchors.append(centers * stride + generator.cell_anchors[i])
+        return anchors
+
+
+class _NoBackbone(nn.Module):
+    """FCOS asks its backbone for `out_channels`; ours runs outside of it."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+

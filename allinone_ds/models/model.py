@@ -1,0 +1,69 @@
+"""One backbone, many tasks: the module that is handed to DeepSpeed and to the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from allinone_ds.models.backbone import Backbone
+from allinone_ds.strict import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from allinone_ds.tasks.base import Task
+
+
+class AllInOneModel(nn.Module):
+    """A shared backbone and one head (a `Task`) a task; a forward runs the backbone and ONE head.
+
+    Args:
+        backbone: what `build_backbone` returned.
+        tasks: tasks by name; the names are those of the balancer and of the logs.
+
+    Attributes:
+        config: configuration of the backbone's ViT, where DeepSpeed integrations look up `hidden_size`.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = backbone.config
+        if not tasks:
+            raise ConfigError("tasks: none given; name at least one")
+        self.tasks = nn.ModuleDict()
+        for name, task in tasks.items():
+            try:
+                self.tasks[name] = task
+            except KeyError as error:
+                raise ConfigError(f"tasks: '{name}' cannot name a task: {error.args[0]}") from error
+
+    def forward(self, task: str, pixel_values: Tensor, labels: Any = None, **_: Any) -> ModelOutput:
+        """Run the backbone and the head of one task.
+
+        Args:
+            task: name of the task.
+            pixel_values: (B, 3, H, W) normalised images, any floating dtype.
+            labels: targets as the task's `collate` makes them; without them there is no loss.
+
+        Returns:
+            The task's `ModelOutput`, `loss` in it (a scalar in float32) when labels were given.
+        """
+        if task not in self.tasks:
+            raise KeyError(f"unknown task '{task}'; {did_you_mean(str(task), self.tasks.keys())}")
+        features = self.backbone(pixel_values).feature_maps
+        return self.tasks[task](features, pixel_values, labels)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self.backbone.net.is_gradient_checkpointing)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the backbone's layers in backward; non-reentrant unless told otherwise."""
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.backbone.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the backbone's activations again."""
+        self.backbone.net.gradient_checkpointing_disable()

@@ -1,0 +1,151 @@
+"""Object detection: boxes with classes; heads FCOS and RF-DETR; mAP as COCO counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.utils import draw_bounding_boxes
+from transformers.utils import ModelOutput
+
+from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
+from allinone_ds.tasks.base import Prediction, Sample, Task, stack_images
+from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, caption, enlarge, palette
+
+_HEADS = {"fcos": (FCOSDetector, FCOSOptions)}
+
+
+class DetectionTask(Task):
+    """Finds boxes of `classes`.
+
+    Labels: a list with {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long} for each
+    image. Crowd boxes are no targets; the metric ignores what falls into them.
+    """
+
+    kind = "detection"
+    main_metric = "map50"
+    unit = "objects"
+    HEADS = {name: options for name, (_, options) in _HEADS.items()}
+    shown_score = 0.3
+    """Predictions below this score are neither drawn nor written to json."""
+
+    def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, classes, *args, **kwargs)
+        detector = _HEADS[str(self.head_name)][0]
+        self.detector = detector(len(self.classes), self.channels, self.stride, self.num_levels, self.options)
+
+    def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        if labels is not None:
+            for target in labels:
+                if target["boxes"].dtype != torch.float32:
+                    raise TypeError(f"tasks.{self.name}: target boxes came as {target['boxes'].dtype}, which rounds them "
+                                    "to whole pixels and worse; cast pixel_values only")  # fmt: skip
+        return self.detector(features, pixel_values, labels)
+
+    @staticmethod
+    def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+        labels = []
+        for sample in samples:
+            boxes = sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4)
+            crowd = sample.get("iscrowd")
+            keep = torch.ones(len(boxes), dtype=torch.bool) if crowd is None else ~crowd.bool()
+            labels.append({"boxes": boxes[keep], "labels": sample["labels"].long()[keep]})
+        return {"pixel_values": stack_images(samples), "labels": labels}
+
+    @torch.no_grad()
+    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """For each image boxes (n, 4) XYXY, scores (n,) and labels (n,), best first."""
+        predictions = self.detector.postprocess(outputs, self.image_size)
+        for prediction, (H, W) in zip(predictions, sizes, strict=True):
+            scale = prediction["boxes"].new_tensor([W / self.image_size[1], H / self.image_size[0]]).repeat(2)
+            prediction["boxes"] = prediction["boxes"] * scale
+        return predictions
+
+    def metric(self) -> DetectionMetric:
+        return DetectionMetric()
+
+    @torch.no_grad()
+    def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
+        keep = prediction["scores"] >= self.shown_score
+        names = [f"{self.classes[k]} {score:.2f}" for k, score in zip(
+            prediction["labels"][keep].tolist(), prediction["scores"][keep].tolist(), strict=True)]  # fmt: skip
+        drawn = self._boxes(image, prediction["boxes"][keep], prediction["labels"][keep], names)
+        if sample is None:
+            return drawn
+        truth = self._boxes(image, sample["boxes"], sample["labels"], [self.classes[k] for k in sample["labels"]])
+        return beside(caption(drawn, ["predicted"]), caption(truth, ["true"]))
+
+    def to_json(self, prediction: Prediction) -> dict[str, Any]:
+        """Objects, best first: class, score and box (XYXY in pixels of the image)."""
+        keep = prediction["scores"] >= self.shown_score
+        rows = zip(*(prediction[key][keep].tolist() for key in ("labels", "scores", "boxes")), strict=True)
+        return {
+            "objects": [
+                {"class": self.classes[k], "score": round(score, 4), "box": [round(side, 2) for side in box]}
+                for k, score, box in rows
+            ]
+        }
+
+    def _boxes(self, image: Tensor, boxes: Tensor, labels: Tensor, names: list[str]) -> Tensor:
+        large, factor = enlarge(image.cpu())
+        if len(boxes) == 0:
+            return large
+        colors = palette(len(self.classes))
+        return draw_bounding_boxes(
+            large,
+            boxes.as_subclass(Tensor).detach().cpu() * factor,
+            labels=names,
+            colors=[colors[k] for k in labels.tolist()],
+            width=2,
+            font=FONT,
+            font_size=FONT_SIZE,
+            label_colors="black",
+            fill_labels=True,
+        )
+
+
+class DetectionMetric:
+    """COCO's mAP ("map", mean over IoU .50 to .95) and mAP50 ("map50") over all ranks.
+
+    torchmetrics gathers one tensor an image and needs equally many images on every rank; ranks here may hold different
+    numbers, so the lists are gathered as objects and rank by rank the same result is computed.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def to(self, device: Any) -> DetectionMetric:
+        """Boxes are kept on the CPU whatever the device."""
+        return self
+
+    def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:
+        """Add images: predictions of `predict` and the original samples."""
+        for prediction, sample in zip(predictions, samples, strict=True):
+            found = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            truth = {"boxes": sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4), "labels": sample["labels"]}
+            if "iscrowd" in sample:
+                truth["iscrowd"] = sample["iscrowd"].long()
+            self.images.append((found, truth))
+
+    def compute(self) -> dict[str, float]:
+        """{"map50", "map"} over the images of all ranks; every rank must call it, all get the same."""
+        images = self.images
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, self.images)
+            images = [image for rank in gathered for image in rank]
+        if not images:
+            return {"map50": 0.0, "map": 0.0}
+        metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", sync_on_compute=False)
+        metric.warn_on_many_detections = False
+        metric.update([found for found, _ in images], [truth for _, truth in images])
+        result = metric.compute()
+        # -1 stands for "no object of any class": nothing was found of nothing
+        return {"map50": max(float(result["map_50"]), 0.0), "map": max(float(result["map"]), 0.0)}

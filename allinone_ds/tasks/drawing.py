@@ -1,0 +1,87 @@
+"""Shared pieces of the tasks' drawings: upscaling, colours, captions, legends."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+FONT_SIZE = 13
+_SMALLEST = 320  # shorter side of a drawing in pixels: text is readable from here on
+_LINE = FONT_SIZE + 6  # height of a line of text in pixels
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """`count` RGB colours, the same in every run; neighbours differ strongly in hue."""
+    golden = 0.61803398875
+    colors = []
+    for i in range(count):
+        red, green, blue = colorsys.hsv_to_rgb((0.02 + i * golden) % 1.0, (0.85, 0.6, 0.95)[i % 3], (1.0, 0.85)[i % 2])
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colors
+
+
+def enlarge(image: Tensor, smallest: int = _SMALLEST) -> tuple[Tensor, int]:
+    """The image (3, H, W) blown up by a whole factor so that text on it is readable, and the factor.
+
+    Pixels stay sharp squares: what is seen is what the network saw.
+    """
+    image = image.as_subclass(Tensor)
+    factor = max(1, -(-smallest // min(image.shape[-2:])))
+    return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1), factor
+
+
+def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
+    """The label map (H, W) blown up by the factor that `enlarge` gave."""
+    return mask.as_subclass(Tensor).repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def caption(image: Tensor, lines: list[str]) -> Tensor:
+    """The image with lines of text in a strip above it."""
+    return _with_strip(image, [(line, None) for line in lines], above=True)
+
+
+def legend(image: Tensor, entries: list[tuple[str, tuple[int, int, int]]]) -> Tensor:
+    """The image with coloured squares and their names in a strip below it, as many to a row as fit."""
+    return _with_strip(image, [(name, color) for name, color in entries], above=False)
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """Two drawings next to each other; the lower one is padded with white."""
+    height = max(left.shape[-2], right.shape[-2])
+    left, right = (F.pad(x, (0, 0, 0, height - x.shape[-2]), value=255) for x in (left, right))
+    gap = torch.full((3, height, 6), 255, dtype=torch.uint8)
+    return torch.cat([left, gap, right], dim=-1)
+
+
+def _with_strip(image: Tensor, entries: list[tuple[str, tuple[int, int, int] | None]], above: bool) -> Tensor:
+    width = image.shape[-1]
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    places, x, row = [], 4, 0
+    for text, color in entries:
+        box = 0 if color is None else FONT_SIZE + 4
+        needed = box + int(font.getlength(text)) + 10
+        if places and (color is None or x + needed > width):
+            x, row = 4, row + 1
+        places.append((x, row * _LINE + 2, box))
+        x += needed
+    strip = Image.new("RGB", (width, (row + 1) * _LINE + 2 if entries else 0), "white")
+    draw = ImageDraw.Draw(strip)
+    for (text, color), (left, top, box) in zip(entries, places, strict=True):
+        if color is not None:
+            draw.rectangle([left, top + 2, left + FONT_SIZE - 2, top + FONT_SIZE], fill=color)
+        draw.text((left + box, top), text, fill="black", font=font)
+    drawn = pil_to_tensor(strip)
+    return torch.cat([drawn, image] if above else [image, drawn], dim=-2)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A drawing as a PIL image, to save it."""
+    return to_pil_image(image)

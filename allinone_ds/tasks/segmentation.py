@@ -1,0 +1,126 @@
+"""Semantic segmentation: a class for every pixel; heads light and UPerNet; mIoU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.utils import draw_segmentation_masks
+from transformers.utils import ModelOutput
+
+from allinone_ds.models.segmenters import (
+    LightOptions,
+    LightSegmenter,
+    UPerNetOptions,
+    UPerNetSegmenter,
+    segmentation_loss,
+)
+from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision, stack_images
+from allinone_ds.tasks.drawing import beside, caption, enlarge, enlarge_mask, legend, palette
+
+IGNORE = 255
+_HEADS: dict[str, Any] = {"light": (LightSegmenter, LightOptions), "upernet": (UPerNetSegmenter, UPerNetOptions)}
+
+
+@dataclass
+class SegmentationOutput(ModelOutput):
+    """Raw predictions.
+
+    Attributes:
+        loss: mean cross-entropy over valid pixels, float32.
+        logits: (B, K, h, w) at the head's resolution.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class SegmentationTask(Task):
+    """Gives every pixel one of `classes`. Labels: (B, H, W) uint8 or long; 255 is ignored."""
+
+    kind = "segmentation"
+    main_metric = "miou"
+    unit = "valid pixels"
+    HEADS = {name: options for name, (_, options) in _HEADS.items()}
+
+    def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, classes, *args, **kwargs)
+        self.segmenter = _HEADS[str(self.head_name)][0](len(self.classes), self.channels, self.num_levels, self.options)
+
+    def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        out = SegmentationOutput(logits=self.segmenter(features))
+        if labels is not None:
+            with full_precision(pixel_values.device):
+                out.loss = segmentation_loss(out.logits, labels, IGNORE)
+        return out
+
+    @staticmethod
+    def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+        labels = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples])
+        return {"pixel_values": stack_images(samples), "labels": labels}
+
+    @torch.no_grad()
+    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """For each image a "mask" (H, W) uint8 of class ids."""
+        return [
+            {"mask": F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+             .argmax(0).to(torch.uint8)}
+            for logits, size in zip(outputs.logits, sizes, strict=True)
+        ]  # fmt: skip
+
+    def metric(self) -> SegmentationMetric:
+        return SegmentationMetric(len(self.classes))
+
+    @torch.no_grad()
+    def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
+        drawn = self._masks(image, prediction["mask"])
+        if sample is None:
+            return drawn
+        return beside(caption(drawn, ["predicted"]), caption(self._masks(image, sample["mask"]), ["true"]))
+
+    def _masks(self, image: Tensor, mask: Tensor) -> Tensor:
+        large, factor = enlarge(image.cpu())
+        mask = mask.as_subclass(Tensor).cpu()
+        present = [k for k in mask.unique().tolist() if k < len(self.classes)]
+        colors = [palette(len(self.classes))[k] for k in present]
+        if present:
+            large = draw_segmentation_masks(
+                large,
+                torch.stack([enlarge_mask(mask == k, factor) for k in present]),
+                alpha=0.55,
+                colors=colors,
+            )
+        return legend(large, [(self.classes[k], color) for k, color in zip(present, colors, strict=True)])
+
+    def to_json(self, prediction: Prediction) -> dict[str, Any]:
+        """Share of the image for each class found; the mask itself is a picture."""
+        mask = prediction["mask"]
+        counts = torch.bincount(mask.flatten().long().cpu(), minlength=len(self.classes)) / mask.numel()
+        return {"share": {self.classes[k]: round(float(s), 4) for k, s in enumerate(counts.tolist()) if s > 0}}
+
+
+class SegmentationMetric(MulticlassConfusionMatrix):
+    """mIoU: intersection over union of each class over all images of all ranks, mean over the classes that appear in
+    the truth or in the predictions; pixels of value 255 in the truth do not count."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, ignore_index=IGNORE, validate_args=False)
+
+    def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:  # type: ignore[override]
+        """Add images: predictions of `predict` and the original samples."""
+        for prediction, sample in zip(predictions, samples, strict=True):
+            truth = sample["mask"].as_subclass(Tensor).to(self.device).long()
+            super().update(prediction["mask"].to(self.device).long(), truth)
+
+    def compute(self) -> dict[str, float]:  # type: ignore[override]
+        """{"miou"}."""
+        counts = super().compute().double()  # (K, K), rows: truth
+        both = counts.diag()
+        either = counts.sum(0) + counts.sum(1) - both
+        seen = either > 0
+        return {"miou": float((both[seen] / either[seen]).mean()) if seen.any() else 0.0}
