@@ -1,0 +1,168 @@
+"""Segmentation from png label maps: one map beside every image."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torchvision import tv_tensors
+
+from allinone_ds.data.base import (
+    BrokenSample,
+    ClassNames,
+    DataError,
+    Problem,
+    Sample,
+    SampleDataset,
+    match_classes,
+    need_folder,
+    read_classes,
+)
+from allinone_ds.data.images import read_image, read_label_map, walk_images
+from allinone_ds.strict import Strict
+
+IGNORE = 255
+"""Value of pixels without a class in every sample's mask."""
+
+
+class LabelMapsSource(Strict):
+    """Images and label maps of the same names (`a/1.jpg` belongs to `a/1.png`)."""
+
+    format: Literal["label_maps"]
+    images: str
+    """Folder of the images."""
+    label_maps: str
+    """Folder of the label maps: one channel, the pixel's value is its class id."""
+    classes: ClassNames
+    """Class names by id, or a text file with one name a line; at most 255."""
+    ignore_index: int = Field(255, ge=0)
+    """Value of pixels without a class."""
+
+
+class LabelMapsDataset(SampleDataset):
+    """Every image below a folder with the label map of the same relative path and stem.
+
+    In the sample's mask, ignored pixels are 255 whatever the files use.
+
+    Args:
+        source: folders, class names, ignored value.
+        root: what relative paths start at.
+        classes: names of the train set, to give this set's classes the same places.
+        strict: raise a `DataError` for structural faults instead of only keeping them in `structural`.
+
+    Raises:
+        DataError: always for a missing folder or more than 255 classes; in strict mode also for images
+            without map, maps without image, two files of one stem, or no image at all.
+    """
+
+    kind = "segmentation"
+
+    def __init__(
+        self, source: LabelMapsSource, root: Path, classes: list[str] | None = None, strict: bool = True
+    ):
+        self.images = root / source.images
+        self.maps = root / source.label_maps
+        self.name = str(self.maps)
+        self.ignore_index = source.ignore_index
+        need_folder(self.images, "images")
+        need_folder(self.maps, "label_maps")
+        names = read_classes(source.classes, root) or []
+        if not 1 <= len(names) <= IGNORE or source.ignore_index < len(names):
+            raise DataError(
+                f"{self.name}: {len(names)} classes with ignore_index {source.ignore_index}; "
+                "give 1 to 255 classes, and an ignore_index that is not the id of one"
+            )
+        self._stored = len(names)
+        places = match_classes(self.name, names, classes)
+        self.classes = names if classes is None else list(classes)
+        self._lookup = np.array([places[i] for i in range(len(names))], dtype=np.uint8)
+        self.structural: list[Problem] = []
+        self._pair()
+        self.settle(strict)
+
+    def _pair(self) -> None:
+        """Sets `pairs`: (image, label map) relative to their folders, for every image."""
+        images, maps = self._by_stem(self.images), self._by_stem(self.maps)
+        self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
+        for stem in images.keys() - maps.keys():
+            reason = f"has no label map {self.maps / stem}.png; add the map or remove the image"
+            self.structural.append(Problem(str(self.images / images[stem]), reason))
+        for stem in maps.keys() - images.keys():
+            reason = f"has no image {self.images / stem}.*; add the image or remove the map"
+            self.structural.append(Problem(str(self.maps / maps[stem]), reason))
+        self.structural.sort()
+
+    def _by_stem(self, folder: Path) -> dict[str, str]:
+        """{path without suffix: path} of the pictures below a folder; two of one stem are a fault."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for file in walk_images(folder):
+            groups[os.path.splitext(file)[0]].append(file)
+        for files in groups.values():
+            if len(files) > 1:
+                reason = f"there is also {', '.join(files[1:])}; keep one file of a name"
+                self.structural.append(Problem(str(folder / files[0]), reason))
+        return {stem: files[0] for stem, files in groups.items()}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.images, self.pairs[index][0])
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.path(index)
+        image = read_image(path)
+        map_path = os.path.join(self.maps, self.pairs[index][1])
+        mask = class_ids(read_label_map(map_path), map_path, self._lookup, self.ignore_index)
+        check_size(mask, image, map_path)
+        return {
+            "image": image,
+            "mask": tv_tensors.Mask(torch.from_numpy(mask)),
+            "path": path,
+            "index": index,
+        }
+
+
+def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Turns stored numbers into labels.
+
+    Args:
+        stored: integers (H, W).
+        path: the file that errors name.
+        lookup: uint8 (K,), label of each stored class id.
+        ignore_index: stored number of pixels without a class.
+
+    Returns:
+        uint8 (H, W), 0..K-1 or 255
+
+    Raises:
+        BrokenSample: a number is neither a class id nor `ignore_index`.
+    """
+    count = len(lookup)
+    ignored = stored == ignore_index
+    wrong = ((stored < 0) | (stored >= count)) & ~ignored
+    if wrong.any():
+        found = ", ".join(str(v) for v in np.unique(stored[wrong])[:5])
+        raise BrokenSample(
+            path,
+            f"holds {found} in {int(wrong.sum())} pixels; "
+            f"allowed are 0..{count - 1} and {ignore_index} (ignore); correct the map, 'classes' or 'ignore_index'",
+        )
+    mask = lookup[np.where(ignored, 0, stored)]
+    mask[ignored] = IGNORE
+    return mask
+
+
+def check_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:
+    """Raises `BrokenSample` when a mask (H, W) is not as large as its image (3, H, W)."""
+    if mask.shape != image.shape[1:]:
+        raise BrokenSample(
+            path,
+            f"is {mask.shape[1]} x {mask.shape[0]} (width x height), "
+            f"its image {image.shape[2]} x {image.shape[1]} (upright); write the map in the image's size",
+        )
