@@ -1,0 +1,18 @@
+"""The only room that knows DeepSpeed's private fields: gradient shards in and out of every engine kind."""
+
+from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
+from .guard import EngineGuard
+from .shards import GradientShards, Piece, Span, cut
+
+__all__ = [
+    "CHECKED_RELEASES",
+    "EngineGuard",
+    "GradientShards",
+    "Piece",
+    "Span",
+    "UnsupportedEngine",
+    "checked_release",
+    "cut",
+    "open_shards",
+    "refuse_unsupported",
+]

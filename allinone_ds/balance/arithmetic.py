@@ -1,0 +1,63 @@
+"""Norms, inner products and scaled sums of gradient shards; one pass over the data each, no wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20
+"""Elements summed in float32 before float64 takes over: keeps a norm of any length within 1e-6."""
+
+
+def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of all elements, float64, 0-dim, on `device`.
+
+    Args:
+        tensors: 1-D tensors of any floating type.
+        device: where the result goes when there is nothing to sum.
+    """
+    chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK) if chunk.numel()]
+    if not chunks:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(chunks, 2, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()
+
+
+def inner_products(shards: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """Inner products of T gradients' parts on this rank, float64, (T, T).
+
+    Args:
+        shards: T lists of equally long 1-D tensors.
+        device: where the result goes.
+    """
+    count = len(shards)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=device)
+    for i in range(count):
+        for j in range(i, count):
+            for a, b in zip(shards[i], shards[j], strict=True):
+                for part_a, part_b in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
+                    gram[i, j] += torch.dot(part_a, part_b).double()
+            gram[j, i] = gram[i, j]
+    return gram
+
+
+def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor, finite: Tensor) -> None:
+    """sums += factor * gradients where `finite`, else nothing; without a wait for an accelerator.
+
+    Args:
+        sums: 1-D tensors, changed in place.
+        gradients: as `sums`, of any floating type; their content may be changed.
+        factor: 0-dim.
+        finite: 0-dim bool: False when the gradient holds inf or nan.
+    """
+    if factor.is_cpu:
+        if finite:
+            alpha = float(factor)
+            for total, gradient in zip(sums, gradients, strict=True):
+                total.add_(gradient, alpha=alpha)
+        return
+    factor = torch.where(finite, factor, torch.zeros_like(factor)).float()
+    for total, gradient in zip(sums, gradients, strict=True):
+        total.addcmul_(gradient.nan_to_num_(0.0, 0.0, 0.0), factor)  # inf x 0 is nan

@@ -1,0 +1,228 @@
+"""The sum of the tasks' scaled gradient shards: streamed into one shard, or from T shards kept until the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..zero import GradientShards, cut
+from .arithmetic import add_scaled, inner_products, square_norm
+from .weighting import StepRecord, Weighting
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The step's summed gradient and what became of each task; fields as in `StepReport`, `flats` for the engine."""
+
+    flats: list[Tensor]
+    tasks: tuple[str, ...]
+    norms: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    whole_norms: dict[str, Tensor]
+    skipped: tuple[str, ...]
+    overflow: bool
+
+
+class Combiner(ABC):
+    """Takes one task's shard after another and gives their weighted sum.
+
+    Args:
+        shards: the engine's gradient shards.
+        weighting: what turns the record of the step into factors.
+    """
+
+    def __init__(self, shards: GradientShards, weighting: Weighting):
+        self.shards = shards
+        self.weighting = weighting
+        self.is_shared = [piece.shared for piece in shards.pieces]
+        self.world = dist.get_world_size()
+        self.records: dict[str, StepRecord] = {}
+        self.finite: dict[str, Tensor] = {}
+        self._kept: list[list[Tensor]] = []
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks added since the last `clear`."""
+        return tuple(self.records)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the flat tensors kept on this rank."""
+        return sum(flat.numel() * flat.element_size() for flats in self._kept for flat in flats)
+
+    @abstractmethod
+    def add(self, task: str, loss: Tensor) -> None:
+        """Take a task's averaged gradient from the engine. `loss`: its mean over micro-steps on this rank, 0-dim."""
+
+    @abstractmethod
+    def finish(self) -> Combined:
+        """The weighted sum of all tasks added; waits for the device once, to learn which tasks were not finite."""
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self.records.clear()
+        self.finite.clear()
+
+    def _new_flats(self) -> list[Tensor]:
+        flats = [torch.zeros(n, device=self.shards.device, dtype=self.shards.dtype) for n in self.shards.sizes]
+        self._kept.append(flats)
+        return flats
+
+    def _split(self, pieces: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Pieces of the shared backbone, and all others."""
+        marked = list(zip(pieces, self.is_shared, strict=True))
+        return [p for p, is_shared in marked if is_shared], [p for p, is_shared in marked if not is_shared]
+
+    def _measure(self, pieces: list[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
+        """One task's record, from one all-reduce of three scalars, and whether its gradient is to be used."""
+        shared, other = self._split(pieces)
+        square = square_norm(shared, self.shards.device)
+        whole = square + square_norm(other, self.shards.device)
+        sums = torch.stack([square.to(loss.device), whole.to(loss.device), loss.double()])
+        if self.shards.replicated:
+            sums[:2] /= self.world
+        if self.world > 1:
+            dist.all_reduce(sums)
+        mean_loss = sums[2] / self.world
+        scaled = sums[:2].sqrt() / self.shards.loss_scale
+        norm, whole_norm = scaled.float()
+        finite = torch.isfinite(mean_loss)
+        if not self._fp16:  # in fp16 a gradient overflows now and then: that is the loss scaler's business
+            finite = finite & torch.isfinite(sums[1])
+        return StepRecord((), norm.square().view(1, 1), whole_norm.view(1), mean_loss.float().view(1)), finite
+
+    @property
+    def _fp16(self) -> bool:
+        return bool(self.shards.engine.fp16_enabled())
+
+    def _verdicts(self) -> tuple[tuple[str, ...], bool]:
+        """Tasks to leave out, and whether an fp16 gradient overflowed; the step's one wait for the device."""
+        rows = torch.stack(
+            [torch.stack([self.finite[t], torch.isfinite(r.whole_norms[0])]) for t, r in self.records.items()]
+        ).tolist()
+        skipped = tuple(task for task, (finite, _) in zip(self.tasks, rows, strict=True) if not finite)
+        return skipped, self._fp16 and any(finite and not small for finite, small in rows)
+
+    def _combined(self, flats: list[Tensor], scales: dict[str, Tensor], skipped: tuple[str, ...], overflow: bool) -> Combined:
+        factor = None if overflow else self.weighting.sum_factor(self._norm(flats))
+        if factor is not None:
+            for flat in flats:
+                flat.mul_(factor)
+            scales = {task: scale * factor.to(scale.device) for task, scale in scales.items()}
+        return Combined(
+            flats=flats,
+            tasks=self.tasks,
+            norms={task: record.norms[0] for task, record in self.records.items()},
+            scales={t: torch.zeros_like(s) if t in skipped else s for t, s in scales.items()},
+            losses={task: record.losses[0] for task, record in self.records.items()},
+            whole_norms={task: record.whole_norms[0] for task, record in self.records.items()},
+            skipped=skipped,
+            overflow=overflow,
+        )
+
+    def _norm(self, flats: list[Tensor]) -> Tensor:
+        square = square_norm(flats, self.shards.device)
+        if not self.shards.replicated and self.world > 1:
+            square = square.to(self.shards.engine.device)
+            dist.all_reduce(square)
+        return (square.sqrt() / self.shards.loss_scale).float()
+
+
+class StreamingCombiner(Combiner):
+    """One extra shard whatever T is: each task is scaled and added as soon as it is done."""
+
+    def __init__(self, shards: GradientShards, weighting: Weighting):
+        super().__init__(shards, weighting)
+        self.flats: list[Tensor] = []
+        self.scales: dict[str, Tensor] = {}
+
+    def add(self, task: str, loss: Tensor) -> None:
+        self.flats = self.flats or self._new_flats()
+        pieces = self.shards.take()
+        record, finite = self._measure(pieces, loss)
+        factor = self.weighting.factors(record)[0]
+        on_shard = self.shards.device
+        same_heads = self.weighting.heads == "same"
+        shared, other = self._split(pieces)
+        shared_sum, other_sum = self._split(cut(self.flats, self.shards.pieces))
+        usable = finite.to(on_shard)
+        add_scaled(shared_sum, shared, factor.to(on_shard), usable)
+        add_scaled(other_sum, other, factor.to(on_shard) if same_heads else torch.ones((), device=on_shard), usable)
+        self.shards.release()
+        self.records[task], self.finite[task], self.scales[task] = record, finite, factor
+
+    def finish(self) -> Combined:
+        skipped, overflow = self._verdicts()
+        return self._combined(self.flats, dict(self.scales), skipped, overflow)
+
+    def clear(self) -> None:
+        super().clear()
+        self.scales = {}
+        for flat in self.flats:
+            flat.zero_()
+
+
+class KeepingCombiner(Combiner):
+    """T extra shards: for weightings that must see every task before they scale one."""
+
+    def __init__(self, shards: GradientShards, weighting: Weighting):
+        super().__init__(shards, weighting)
+        self.flats: dict[str, list[Tensor]] = {}
+        self._spare: list[list[Tensor]] = []
+
+    def add(self, task: str, loss: Tensor) -> None:
+        flats = self._spare.pop() if self._spare else self._new_flats()
+        pieces = self.shards.take()
+        self.records[task], self.finite[task] = self._measure(pieces, loss)
+        for target, piece in zip(cut(flats, self.shards.pieces), pieces, strict=True):
+            target.copy_(piece)
+        self.flats[task] = flats
+        self.shards.release()
+
+    def finish(self) -> Combined:
+        skipped, overflow = self._verdicts()
+        used = [task for task in self.tasks if task not in skipped]
+        first = self.flats[used[0]] if used else self.flats[self.tasks[0]]
+        scales = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
+        if not used or overflow:
+            return self._combined(first, scales, skipped, overflow)
+        factors = self.weighting.factors(self._record(used))
+        scales.update(zip(used, factors.float(), strict=True))
+        same_heads = self.weighting.heads == "same"
+        for task in used:
+            shared, other = self._split(cut(self.flats[task], self.shards.pieces))
+            factor = scales[task].to(self.shards.device)
+            for piece in [*shared, *(other if same_heads else [])]:
+                piece.mul_(factor)
+            if task != used[0]:
+                for total, flat in zip(first, self.flats[task], strict=True):
+                    total.add_(flat)
+        return self._combined(first, scales, skipped, overflow)
+
+    def _record(self, used: list[str]) -> StepRecord:
+        """The record of the tasks in use, with the Gram matrix summed over ranks."""
+        shared = [self._split(cut(self.flats[task], self.shards.pieces))[0] for task in used]
+        gram = inner_products(shared, self.shards.device).to(self.shards.engine.device)
+        if not self.shards.replicated and self.world > 1:
+            dist.all_reduce(gram)
+        return StepRecord(
+            tasks=tuple(used),
+            gram=(gram / self.shards.loss_scale**2).float(),
+            whole_norms=torch.cat([self.records[task].whole_norms for task in used]),
+            losses=torch.cat([self.records[task].losses for task in used]),
+        )
+
+    def clear(self) -> None:
+        super().clear()
+        self._spare += self.flats.values()
+        self.flats = {}
+
+
+def combiner(shards: GradientShards, weighting: Weighting) -> Combiner:
+    """The cheaper combiner that serves `weighting`."""
+    return (StreamingCombiner if weighting.streams else KeepingCombiner)(shards, weighting)

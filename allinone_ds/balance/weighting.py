@@ -1,0 +1,248 @@
+"""Weightings: from a small record of the step to one factor a task.
+
+T tasks. A weighting never sees a gradient, only inner products of gradients, so it costs nothing and runs the same
+on every rank. One that needs no task but the one it scales (`streams`) is applied as soon as that task is done, and
+one extra gradient shard is enough whatever T is; the others need the T shards kept until the last task is done.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..strict import ConfigError, did_you_mean
+
+EPS = 1e-6
+"""Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a weighting may look at.
+
+    Args:
+        tasks: names of the T tasks, in the order they ran.
+        gram: inner products of the tasks' gradients restricted to the shared backbone, (T, T); for a weighting that
+            streams T is 1.
+        whole_norms: norms of the tasks' whole gradients, heads included, (T,).
+        losses: the tasks' losses, mean over micro-steps and ranks, (T,).
+    """
+
+    tasks: tuple[str, ...]
+    gram: Tensor
+    whole_norms: Tensor
+    losses: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms of the tasks' backbone gradients, (T,)."""
+        return self.gram.diagonal().clamp(min=0).sqrt()
+
+
+class Weighting(ABC):
+    """Turns a `StepRecord` of T tasks into T factors for the tasks' gradients."""
+
+    streams: bool = True
+    """True when a task's factor depends on that task alone."""
+
+    heads: str = "same"
+    """"same": a head's gradient gets its task's factor. "none": heads keep their raw gradient."""
+
+    @abstractmethod
+    def factors(self, record: StepRecord) -> Tensor:
+        """Factors of the tasks' gradients, (T,)."""
+
+    def sum_factor(self, whole_norm: Tensor) -> Tensor | None:
+        """A last factor for the sum of all tasks' gradients, from its norm (heads included); None: leave the sum."""
+        return None
+
+
+class Sum(Weighting):
+    """Plain sum of the tasks' gradients: every factor is 1. First rung of the ladder in arXiv 2307.03465."""
+
+    def factors(self, record: StepRecord) -> Tensor:
+        return torch.ones_like(record.whole_norms)
+
+    def __repr__(self) -> str:
+        return "Sum()"
+
+
+class GlobalClip(Sum):
+    """One clip after the sum: g = min(1, max_norm / ||sum_t g_t||) * sum_t g_t, the norm taken over all parameters.
+
+    The challenge's baseline (`ClipGradByGlobalNorm`).
+
+    Args:
+        max_norm: largest norm of the summed gradient.
+    """
+
+    def __init__(self, max_norm: float = 0.1):
+        self.max_norm = _positive("GlobalClip", max_norm)
+
+    def sum_factor(self, whole_norm: Tensor) -> Tensor:
+        return _clip(self.max_norm, whole_norm)
+
+    def __repr__(self) -> str:
+        return f"GlobalClip(max_norm={self.max_norm})"
+
+
+class TaskClip(Weighting):
+    """Clip each task by its whole norm, head included: c_t = min(1, max_norm / N_t).
+
+    Args:
+        max_norm: largest norm of a task's gradient.
+    """
+
+    def __init__(self, max_norm: float = 0.1):
+        self.max_norm = _positive("TaskClip", max_norm)
+
+    def factors(self, record: StepRecord) -> Tensor:
+        return _clip(self.max_norm, record.whole_norms)
+
+    def __repr__(self) -> str:
+        return f"TaskClip(max_norm={self.max_norm})"
+
+
+class TBGC(Weighting):
+    """Task-level backbone-oriented gradient clip (arXiv 2307.03465): c_t = min(1, target / (n_t + 1e-6)).
+
+    n_t is the norm of task t's gradient restricted to the shared backbone; c_t multiplies all of task t's gradient.
+
+    Args:
+        max_norm: the target norm where `target` is "constant" (0.1 in the paper's winning entry).
+        target: "constant", or "max", "mean", "median", "min" of the step's n_t (as in DB-MTL, arXiv 2308.12029).
+            All but "constant" keep the gradient shards of all tasks until the step.
+        rescale: "clip" never enlarges a gradient; "always" rescales to the target in both directions.
+        heads: "same": heads get their task's factor too. "none": heads keep their raw gradient.
+
+    Raises:
+        ValueError: an option that is not one of the above.
+    """
+
+    TARGETS: Mapping[str, Callable[[Tensor], Tensor]] = {
+        "max": torch.max, "mean": torch.mean, "median": torch.median, "min": torch.min,
+    }  # fmt: skip
+
+    def __init__(
+        self, max_norm: float = 0.1, target: str = "constant", rescale: str = "clip", heads: str = "same"
+    ):
+        self.max_norm = _positive("TBGC", max_norm)
+        self.target = _one_of("TBGC", "target", target, ("constant", *self.TARGETS))
+        self.rescale = _one_of("TBGC", "rescale", rescale, ("clip", "always"))
+        self.heads = _one_of("TBGC", "heads", heads, ("same", "none"))
+        self.streams = target == "constant"
+        if math.isinf(self.max_norm) and self.streams and rescale == "always":
+            raise ValueError("TBGC: max_norm is infinite; rescale='always' needs a finite target norm")
+        if target == "max" and rescale == "clip":
+            warnings.warn(
+                "TBGC(target='max', rescale='clip') never scales a gradient, since no norm is above the largest; "
+                "use rescale='always'",
+                stacklevel=2,
+            )
+
+    def factors(self, record: StepRecord) -> Tensor:
+        norms = record.norms
+        target = norms.new_tensor(self.max_norm) if self.streams else self.TARGETS[self.target](norms)
+        factors = target / (norms + EPS)
+        return factors.clamp(max=1.0) if self.rescale == "clip" else factors
+
+    def __repr__(self) -> str:
+        return (
+            f"TBGC(max_norm={self.max_norm}, target={self.target!r}, rescale={self.rescale!r}, heads={self.heads!r})"
+        )
+
+
+class GramWeighting(Weighting):
+    """Any function from the Gram matrix of the tasks' backbone gradients to weights, such as a `torchjd` Weighting.
+
+    Heads keep their raw gradient, since such methods are defined on the shared parameters.
+
+    Args:
+        function: from a (T, T) positive semi-definite matrix to (T,) weights.
+    """
+
+    streams = False
+    heads = "none"
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+
+    def factors(self, record: StepRecord) -> Tensor:
+        weights = self.function(record.gram)
+        if not isinstance(weights, Tensor) or weights.shape != record.losses.shape:
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"{self!r} returned {found} for a {tuple(record.gram.shape)} Gram matrix; "
+                f"a weighting returns a tensor of shape ({len(record.tasks)},)"
+            )
+        return weights.detach().to(record.gram)
+
+    def __repr__(self) -> str:
+        return f"GramWeighting({self.function!r})"
+
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC,
+}  # fmt: skip
+
+
+def as_weighting(weighting: Any) -> Weighting:
+    """`weighting` itself, or a callable on a Gram matrix as a `GramWeighting`.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(weighting, Weighting):
+        return weighting
+    if isinstance(weighting, type) and issubclass(weighting, Weighting):
+        raise TypeError(f"weighting is the class {weighting.__name__}; pass an instance: {weighting.__name__}()")
+    if callable(weighting) and not isinstance(weighting, type):
+        return GramWeighting(weighting)
+    raise TypeError(
+        f"weighting is {type(weighting).__name__}; allowed: {', '.join(c.__name__ for c in WEIGHTINGS.values())}, "
+        "or a callable from a (T, T) Gram matrix to (T,) weights, such as a torchjd Weighting"
+    )
+
+
+def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
+    """The weighting a run's `balancer:` block names, such as {"name": "tbgc", "max_norm": 0.1}.
+
+    Raises:
+        ConfigError: an unknown name or option, or an option out of range.
+    """
+    options = dict(config)
+    name = str(options.pop("name", "tbgc"))
+    if name not in WEIGHTINGS:
+        raise ConfigError(f"balancer.name: unknown weighting '{name}'; {did_you_mean(name, WEIGHTINGS)}")
+    allowed = [p for p in inspect.signature(WEIGHTINGS[name].__init__).parameters if p not in ("self", "args", "kwargs")]
+    for key in options:
+        if key not in allowed:
+            raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, allowed)}")
+    try:
+        return WEIGHTINGS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"balancer: {error}") from error
+
+
+def _clip(max_norm: float, norms: Tensor) -> Tensor:
+    return (max_norm / (norms + EPS)).clamp(max=1.0)
+
+
+def _positive(owner: str, max_norm: float) -> float:
+    if not float(max_norm) > 0:
+        raise ValueError(f"{owner}: max_norm = {max_norm!r}; allowed: a number above 0 (math.inf: never clip)")
+    return float(max_norm)
+
+
+def _one_of(owner: str, field: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{owner}: {field} = {value!r}; {did_you_mean(str(value), allowed)}")
+    return value

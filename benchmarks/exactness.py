@@ -1,0 +1,212 @@
+"""Print the exactness table: balanced training on every kind of engine against a float64 single-process reference.
+
+    python benchmarks/exactness.py                 # every case, 1, 2 and 4 ranks, writes docs/exactness.md's table
+    python benchmarks/exactness.py --world 2 --only zero2
+
+Each case takes 5 SGD steps on 3 tasks whose losses differ by 3,000x and compares all weights and norms.
+The figure for fp32 is the largest difference of a weight from float64. 16-bit rows are compared with the same steps done by
+hand in that type (forward and backward in 16 bit, sums in float64), and relative to the largest change of a weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+STEPS = 5
+WEIGHTINGS = {
+    "sum": {"name": "sum"},
+    "global_clip": {"name": "global_clip", "max_norm": 0.1},
+    "task_clip": {"name": "task_clip", "max_norm": 0.1},
+    "tbgc": {"name": "tbgc", "max_norm": 0.1},
+    "tbgc always": {"name": "tbgc", "max_norm": 0.1, "rescale": "always"},
+    "tbgc heads none": {"name": "tbgc", "max_norm": 0.1, "heads": "none"},
+    "tbgc max": {"name": "tbgc", "target": "max", "rescale": "always"},
+    "tbgc mean": {"name": "tbgc", "target": "mean"},
+    "tbgc median": {"name": "tbgc", "target": "median"},
+    "tbgc min": {"name": "tbgc", "target": "min"},
+}
+MICRO_STEPS = {"1/1/1": (1, 1, 1), "1/2/4": (1, 2, 4)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: ZeRO stage, precision, offload, and what else differs from DeepSpeed's defaults."""
+
+    name: str
+    stage: int
+    dtype: str = "fp32"
+    accumulate: str | None = None
+    offload: bool = False
+    one_group: bool = False
+    checkpointing: bool = False
+    zero: dict = field(default_factory=dict)
+
+    def config(self) -> dict:
+        """The DeepSpeed config."""
+        zero = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400, **self.zero}
+        if self.stage == 3:
+            zero |= {"stage3_param_persistence_threshold": 20, "stage3_prefetch_bucket_size": 100}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9, "zero_optimization": zero,
+        }  # fmt: skip
+        if self.dtype == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.dtype == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 6}
+        if self.accumulate:
+            config["data_types"] = {"grad_accum_dtype": self.accumulate}
+        return config
+
+
+def all_cases() -> list[Case]:
+    """Every engine kind that is served."""
+    cases = []
+    for stage in (0, 1, 2, 3):
+        cases += [Case(f"zero{stage} fp32", stage), Case(f"zero{stage} bf16", stage, "bf16")]
+        if stage:
+            cases.append(Case(f"zero{stage} bf16 fp32-accumulation", stage, "bf16", "fp32"))
+        cases.append(Case(f"zero{stage} fp16", stage, "fp16"))
+        cases.append(Case(f"zero{stage} fp32 one param group", stage, one_group=True))
+        cases.append(Case(f"zero{stage} fp32 checkpointing", stage, checkpointing=True))
+    for stage in (1, 2, 3):
+        for overlap in (True, False):
+            for contiguous in (True, False):
+                zero = {"overlap_comm": overlap, "contiguous_gradients": contiguous}
+                cases.append(Case(f"zero{stage} fp32 overlap={overlap:d} contiguous={contiguous:d}", stage, zero=zero))
+    for stage in (2, 3):
+        cases += [
+            Case(f"zero{stage} fp32 offload", stage, offload=True),
+            Case(f"zero{stage} bf16 offload", stage, "bf16", offload=True),
+            Case(f"zero{stage} bf16 fp32-accumulation offload", stage, "bf16", "fp32", offload=True),
+            Case(f"zero{stage} fp32 offload one param group", stage, offload=True, one_group=True),
+        ]
+    cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
+    cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
+    return cases
+
+
+def run_case(case: Case, weighting: dict, micro_steps: tuple[int, ...]) -> dict:
+    """Train on this rank's engine and compare with the reference; collective. Returns the differences."""
+    import deepspeed
+    import toy
+    import torch
+    import torch.distributed as dist
+
+    from allinone_ds import TaskBalancer, weighting_from_config
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    counts = dict(zip(toy.TASKS, micro_steps, strict=True))
+    model = toy.make_model(checkpointing=case.checkpointing).float()
+    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.RATE)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
+    balancer = TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting))
+    reports = []
+    for step in range(STEPS):
+        for task in balancer.tasks:
+            with balancer.task(task, micro_steps=counts[task]):
+                for k in range(counts[task]):
+                    x = toy.inputs(task, step, k, rank).to(engine.device, dtype)
+                    balancer.backward(engine(task, x, k == counts[task] - 1))
+        reports.append(balancer.step())
+    wanted = toy.reference_run(weighting, STEPS, counts, world, torch.float64 if case.dtype == "fp32" else dtype)
+    start = dict(toy.make_model().named_parameters())
+    largest = max(float((wanted.params[n] - p.detach()).abs().max()) for n, p in start.items())
+    worst = 0.0
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            got = param.detach().double().cpu()
+        worst = max(worst, float((got - wanted.params[name]).abs().max()))
+    norms = max(
+        abs(float(report.norms[t]) / want[t] - 1) for report, want in zip(reports, wanted.norms, strict=True) for t in want
+    )
+    scales = max(
+        abs(float(report.scales[t]) / want[t] - 1) for report, want in zip(reports, wanted.scales, strict=True) for t in want
+    )
+    overflows = sum(report.overflow for report in reports)
+    balancer.detach()
+    engine.destroy()
+    return {"weights": worst, "weights_relative": worst / largest, "norms": norms, "scales": scales, "overflows": overflows}
+
+
+def _worker(args: argparse.Namespace) -> None:
+    import deepspeed
+    import torch.distributed as dist
+
+    deepspeed.init_distributed()
+    rows = []
+    for case in all_cases():
+        if args.only and not any(word in case.name for word in args.only):
+            continue
+        for weighting in WEIGHTINGS if not args.weighting else args.weighting:
+            for label, micro_steps in MICRO_STEPS.items():
+                result = run_case(case, WEIGHTINGS[weighting], micro_steps)
+                rows.append({"case": asdict(case), "weighting": weighting, "micro_steps": label,
+                             "world": dist.get_world_size(), **result})  # fmt: skip
+                if dist.get_rank() == 0:
+                    print(f"{case.name:42s} {weighting:16s} {label} R={rows[-1]['world']} "
+                          f"weights {result['weights']:.1e} (of update {result['weights_relative']:.1e}) "
+                          f"norms {result['norms']:.1e}", flush=True)  # fmt: skip
+    if dist.get_rank() == 0:
+        Path(args.out).write_text(json.dumps(rows))
+    dist.barrier()
+
+
+def launch(world: int, only: list[str], weighting: list[str], out: Path) -> list[dict]:
+    """Run the cases on `world` ranks through torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__,
+               "--worker", "--out", str(out), "--only", *only, "--weighting", *weighting]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    return json.loads(out.read_text())
+
+
+def table(rows: list[dict]) -> str:
+    """A markdown table: an engine a row, the largest difference over weightings and micro-steps for each world size."""
+    worlds = sorted({row["world"] for row in rows})
+    heading = ["engine", *(f"R = {w}" for w in worlds), "norms", "cases"]
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    for name in dict.fromkeys(row["case"]["name"] for row in rows):
+        mine = [row for row in rows if row["case"]["name"] == name]
+        key = "weights" if mine[0]["case"]["dtype"] == "fp32" else "weights_relative"
+        cells = [f"{max(r[key] for r in mine if r['world'] == w):.1e}" if any(r["world"] == w for r in mine) else "" for w in worlds]
+        lines.append("| " + " | ".join([name, *cells, f"{max(r['norms'] for r in mine):.1e}", str(len(mine))]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, nargs="*", default=[1, 2, 4], help="numbers of ranks")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--weighting", nargs="*", default=[], choices=list(WEIGHTINGS), help="these weightings only")
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        _worker(args)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in args.world:
+            rows += launch(world, args.only, args.weighting, Path(folder) / f"{world}.json")
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
