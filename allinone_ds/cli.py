@@ -1,0 +1,271 @@
+"""The command `allinone-ds`: train, demo, eval, predict, check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from allinone_ds.strict import ConfigError
+
+DEMO = "configs/runs/demo.yaml"
+DEMO_FULL = "configs/runs/demo_full.yaml"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 130 when
+        interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ConfigError as error:
+        _say_error(error)
+        return 2
+    except KeyboardInterrupt:
+        _say_error("interrupted")
+        return 130
+    except Exception as error:
+        # heavy modules are loaded by now or never: compare by name rather than import them for this
+        if type(error).__name__ not in ("RunFailed", "DataError"):
+            raise
+        _say_error(error)
+        return getattr(error, "status", 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allinone-ds",
+        description="Train one shared vision backbone on many tasks under DeepSpeed ZeRO, every task's pull balanced.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a run (starts the DeepSpeed launcher)")
+    train.add_argument("config", help="the run's YAML file")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, e.g. trainer.max_steps=50")
+    train.add_argument("--nproc", type=_positive, help="ranks on this machine (default: the GPUs, or 2 without any)")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser("demo", help="make demo data, train on it, evaluate, draw")
+    demo.add_argument("--full", action="store_true", help="the longer demo (about 25 minutes on 2 cores)")
+    demo.add_argument("--seed", type=int, default=0, help="of data order, augmentation and weights (default 0)")
+    demo.add_argument("--output", type=Path, help="folder of the run (default runs/demo or runs/demo_full)")
+    demo.add_argument("--data", type=Path, help="folder of the demo data (default: the config's data_root)")
+    demo.add_argument("--steps", type=_positive, help="optimizer steps instead of the config's")
+    demo.add_argument("--nproc", type=_positive, help="ranks (default: the GPUs, or 2 without any)")
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser("eval", help="evaluate a trained run on its test data")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    evaluate.set_defaults(run=_eval)
+
+    predict = commands.add_parser("predict", help="run a trained model on images: pictures and json")
+    predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
+    predict.set_defaults(run=_predict)
+
+    check = commands.add_parser("check", help="read every file of a run's data and report faults")
+    check.add_argument("config", help="the run's YAML file")
+    check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _say_error(error: object) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+
+
+# ---- train and demo ----
+
+
+def _train(args: argparse.Namespace) -> int:
+    from allinone_ds.training.launch import default_ranks
+
+    folder = _run_folder(args.config, args.overrides)
+    flags = [*args.overrides, *(["--resume"] if args.resume else [])]
+    ranks = args.nproc or default_ranks()
+    seconds = _run(args.config, flags, folder, ranks)
+    _summary(folder, seconds)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from allinone_ds.data.demo import make_demo_data
+    from allinone_ds.training.files import read_yaml
+    from allinone_ds.training.folder import clear_run
+    from allinone_ds.training.launch import default_ranks
+
+    start = time.perf_counter()
+    config = DEMO_FULL if args.full else DEMO
+    overrides = [f"trainer.seed={args.seed}"]
+    if args.output:
+        overrides.append(f"output_dir={args.output}")
+    if args.data:
+        overrides.append(f"data_root={args.data}")
+    if args.steps:
+        overrides.append(f"trainer.max_steps={args.steps}")
+    content = read_yaml(config, overrides)
+    folder, data = _folder_of(content), Path(content["data_root"])
+    made = make_demo_data(data)
+    console.print(f"demo data in {made.root}")
+    clear_run(folder)
+    ranks = args.nproc or default_ranks()
+    _run(config, overrides, folder, ranks)
+    _summary(folder, time.perf_counter() - start)
+    return 0
+
+
+def _run_folder(config: str, overrides: Sequence[str]) -> Path:
+    from allinone_ds.training.files import read_yaml
+
+    return _folder_of(read_yaml(config, overrides))
+
+
+def _folder_of(content: dict[str, Any]) -> Path:
+    # the ranks read the file strictly; here only the place of the log is needed
+    return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
+
+
+def _run(config: str, flags: Sequence[str], folder: Path, ranks: int) -> float:
+    """Start the launcher and show its progress until it ends; returns seconds."""
+    from allinone_ds.training.launch import follow_run, launch_command
+    from allinone_ds.training.text import clock, metrics_line, task_losses
+
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        job = bar.add_task(f"training on {ranks} ranks", total=None, state="starting")
+        begun: dict[str, float] = {}
+
+        def show(event: dict[str, Any]) -> None:
+            step = event["step"]
+            if event["event"] == "begin":
+                begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
+                bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
+            elif event["event"] == "end":
+                bar.update(job, state="evaluating and drawing")
+            elif "eval_score" in event:
+                console.print(f"step {step}  {metrics_line(event)}")
+            elif task_losses(event):
+                pace = (event["time"] - begun["time"]) / max(step - begun["step"], 1)
+                losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
+                total = int(begun["max_steps"])
+                line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
+                bar.update(job, completed=step, state=line)
+                if not console.is_terminal:
+                    console.print(line)
+
+        follow_run(launch_command(config, flags, ranks), folder, ranks, show)
+    return time.perf_counter() - start
+
+
+def _summary(folder: Path, seconds: float) -> None:
+    from allinone_ds.training.folder import METRICS_FILE, PAGE_FILE, PLOTS, WEIGHTS_FILE
+    from allinone_ds.training.text import clock
+
+    metrics = json.loads((folder / METRICS_FILE).read_text())
+    console.print(_metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
+    named = {"weights": WEIGHTS_FILE, "metrics": METRICS_FILE, "plots": PLOTS, "predictions": PAGE_FILE}
+    for what, name in named.items():
+        if (folder / name).exists():
+            console.print(f"{what:12} {folder / name}")
+
+
+def _metrics_table(metrics: dict[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("samples", justify="right")
+    for name in [k.removeprefix("eval_").removesuffix("_samples") for k in metrics if k.endswith("_samples")]:
+        start = f"eval_{name}_"
+        for key, value in metrics.items():
+            if key.startswith(start) and not key.endswith(("_samples", "_broken")):
+                table.add_row(name, key.removeprefix(start), f"{value:.3f}", str(metrics[f"{start}samples"]))
+    if "eval_score" in metrics:
+        table.add_row("score", "mean of main metrics", f"{metrics['eval_score']:.3f}", "", style="bold")
+    return table
+
+
+# ---- eval, predict, check ----
+
+
+def _eval(args: argparse.Namespace) -> int:
+    with console.status("evaluating"):
+        _quiet()
+        from allinone_ds.training.predict import evaluate_run
+
+        metrics = evaluate_run(args.folder)
+    console.print(_metrics_table(metrics, str(args.folder)))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    with console.status("predicting"):
+        _quiet()
+        from allinone_ds.training.predict import predict_images
+
+        written = predict_images(args.folder, args.images, args.output)
+    for file in written:
+        console.print(str(file))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    _quiet()
+    from allinone_ds.data.check import check_sources
+    from allinone_ds.data.sources import open_source
+    from allinone_ds.training.arguments import arguments_from_config
+    from allinone_ds.training.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    arguments_from_config(config)
+    sources = {}
+    for name, task in config.tasks.items():
+        for split, source in (("train", task.train), ("test", task.test)):
+            if source is not None:
+                sources[f"{name} {split}"] = open_source(source, config.data_root, strict=False)
+    problems = check_sources(sources)
+    for problem in problems:
+        console.print(f"{problem.level}: {problem}", markup=False)
+    errors = sum(problem.level == "error" for problem in problems)
+    console.print(f"{len(sources)} datasets, {sum(map(len, sources.values()))} samples, {errors} errors")
+    return 1 if errors else 0
+
+
+def _quiet() -> None:
+    import logging
+    import os
+    import warnings
+
+    from allinone_ds.training.launch import QUIET
+
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Train one run; started once a rank by a launcher.
+
+deepspeed --module allinone_ds.train configs/runs/demo.yaml trainer.max_steps=50
+torchrun --nproc_per_node 2 -m allinone_ds.train configs/runs/demo.yaml
+allinone-ds train configs/runs/demo.yaml --nproc 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the run's file, train, evaluate and write its folder.
+
+    Returns:
+        Exit status: 0, or 2 for a configuration or data that cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="allinone_ds.train", description="Train one run, on this rank.")
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. trainer.max_steps=50")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the DeepSpeed launcher")
+    args = parser.parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
+
+    from allinone_ds.data.base import DataError
+    from allinone_ds.strict import ConfigError
+    from allinone_ds.training.config import load_config
+
+    try:
+        config = load_config(args.config, overrides)
+        from allinone_ds.training.run import train_run
+
+        train_run(config)
+    except (ConfigError, DataError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Training arguments: those of transformers, with the defaults and checks that balanced training needs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import deepspeed.ops
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from allinone_ds.strict import ConfigError, did_you_mean
+from allinone_ds.training.config import RunConfig
+from allinone_ds.training.files import read_deepspeed
+
+# Keys of TrainingArguments that other parts of a run's file decide, and where.
+ELSEWHERE = {
+    "output_dir": "output_dir",
+    "run_name": "name",
+    "deepspeed": "deepspeed",
+    "per_device_train_batch_size": "tasks.NAME.batch_size",
+    "per_device_eval_batch_size": "tasks.NAME.eval_batch_size",
+    "gradient_accumulation_steps": "tasks.NAME.micro_steps",
+    "max_broken_images": "max_broken_images",
+}
+
+
+@dataclass
+class AllInOneArguments(TrainingArguments):
+    """`transformers.TrainingArguments` for balanced multi-task training.
+
+    One Trainer step is one optimizer step. Its length is `max_steps`: tasks have datasets of different lengths, so
+    there is no epoch that all of them share.
+    """
+
+    backbone_lr_factor: float = field(
+        default=0.1, metadata={"help": "Learning rate of the backbone as a part of `learning_rate`."}
+    )
+    max_broken_images: int = field(
+        default=100, metadata={"help": "Images of a run, over all ranks, that may be unreadable before it stops."}
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={"help": "0: the balancer alone decides the gradient's size, nothing clips it again."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: it would wait for the device in every step."}
+    )
+    ignore_data_skip: bool = field(
+        default=True, metadata={"help": "On: the data loader itself starts at the step that is resumed."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Off: batches are not tables."})
+    metric_for_best_model: str | None = field(
+        default="score", metadata={"help": "`score` is the mean of the tasks' main metrics."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "On: higher scores are better."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers to report to, for example `wandb` or `tensorboard`."}
+    )
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "On: progress is one line of text at every log."})
+    optim: str = field(default="adamw_torch", metadata={"help": "torch's own optimizer, nothing to compile."})
+
+    def __post_init__(self) -> None:
+        if self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps = {self.gradient_accumulation_steps}: must stay 1, one Trainer step is "
+                "one optimizer step; accumulate with the task's micro_steps"
+            )
+        if self.max_grad_norm != 0:
+            raise ConfigError(
+                f"max_grad_norm = {self.max_grad_norm}: must stay 0, it would clip the balanced gradient a second "
+                "time; limits belong to the balancer (max_norm)"
+            )
+        if self.max_steps <= 0:
+            raise ConfigError(f"max_steps = {self.max_steps}: give the length of the run in optimizer steps, e.g. 1000")
+        if self.auto_find_batch_size:
+            raise ConfigError("auto_find_batch_size: not possible here, batch sizes belong to the tasks")
+        if self.deepspeed is None:
+            raise ConfigError("deepspeed is missing: give a DeepSpeed config, e.g. configs/deepspeed/zero2.json")
+        self.deepspeed = _own_deepspeed(self.deepspeed)
+        if not torch.cuda.is_available() and not torch.xpu.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            # Without this DeepSpeed compiles, at every first start, a kernel that only its CPU inference calls.
+            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        super().__post_init__()
+
+
+def _own_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
+    """A copy of the DeepSpeed config in which nothing clips the balanced gradient again."""
+    content = copy.deepcopy(given) if isinstance(given, dict) else read_deepspeed(given)
+    clip = content.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default is 1.0
+    if clip == "auto":
+        content["gradient_clipping"] = clip = 0.0
+    if clip != 0:
+        raise ConfigError(
+            f"deepspeed.gradient_clipping = {clip}: must be 0.0, it would clip the balanced gradient a second time; "
+            "limits belong to the balancer (max_norm)"
+        )
+    return content
+
+
+def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict[str, Any]:
+    """Check names and types of the `trainer` part of a run's file.
+
+    Args:
+        given: what the file says.
+        where: how the part is called in messages.
+
+    Returns:
+        The same keys, with values of the right types.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    names = {f.name for f in dataclasses.fields(AllInOneArguments) if f.init} - set(ELSEWHERE)
+    hints = get_type_hints(AllInOneArguments)
+    checked, mistakes = {}, []
+    for key, value in given.items():
+        if key in ELSEWHERE:
+            mistakes.append(f"{where}.{key}: is decided by '{ELSEWHERE[key]}' of the run, not here")
+        elif key not in names:
+            near = did_you_mean(key, names).split(" allowed:")[0].rstrip()
+            hint = near if near.startswith("did") else "see transformers.TrainingArguments"
+            mistakes.append(f"{where}: unknown key '{where}.{key}'; {hint}")
+        else:
+            try:
+                adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+                checked[key] = adapter.validate_python(value)
+            except ValidationError as error:
+                mistakes.append(f"{where}.{key} = {value!r}: {error.errors()[0]['msg']}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return checked
+
+
+def arguments_from_config(config: RunConfig) -> AllInOneArguments:
+    """The arguments of a run; under ZeRO-3 they must exist (and stay alive) before the model is built."""
+    trainer = check_trainer_keys(config.trainer)
+    deepspeed = config.deepspeed
+    return AllInOneArguments(
+        output_dir=str(config.run_dir),
+        run_name=config.name,
+        deepspeed=json.loads(json.dumps(deepspeed)) if isinstance(deepspeed, dict) else deepspeed,
+        per_device_train_batch_size=config.step_images,  # DeepSpeed and the samples-a-second figures read it
+        max_broken_images=config.max_broken_images,
+        **trainer,
+    )

@@ -1,0 +1,73 @@
+"""Files of configuration: found by name, read as YAML or JSON, dotted overrides laid over them. Quick to import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from allinone_ds.strict import ConfigError
+
+
+def find_config(path: str | Path) -> Path:
+    """The configuration file of this name: as given, or among the configurations that come with the package.
+
+    In a checkout those lie in configs/ at its top, in an installed package in allinone_ds/configs.
+
+    Args:
+        path: for example "configs/runs/demo.yaml"; the leading "configs" stands for either place.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    package = Path(__file__).resolve().parent.parent
+    homes = (package / "configs", package.parent / "configs")
+    inner = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
+    if not given.is_absolute():
+        for home in homes:
+            if (home / inner).is_file():
+                return home / inner
+    shipped = sorted({f"configs/{f.relative_to(h)}" for h in homes for f in h.glob("*/*") if f.is_file()})
+    raise ConfigError(f"no configuration file '{path}'; those that come with the package: {', '.join(shipped)}")
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a run's YAML file and lay dotted overrides over it, without looking at names or types.
+
+    Args:
+        path: the file, or the name of one that comes with the package.
+        overrides: for example ["trainer.max_steps=50"].
+    """
+    for item in overrides:
+        if "=" not in item or item.startswith("-"):
+            raise ConfigError(f"override '{item}': write KEY=VALUE, for example trainer.max_steps=50")
+    file = find_config(path)
+    try:
+        base: Any = OmegaConf.load(file)
+        single_keys = any(item.startswith("deepspeed.") for item in overrides)
+        if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
+            base["deepspeed"] = read_deepspeed(base["deepspeed"])
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def read_deepspeed(path: str | Path) -> dict[str, Any]:
+    """The content of a DeepSpeed config file."""
+    file = find_config(path)
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}: not JSON: {error}") from error

@@ -1,0 +1,156 @@
+"""Start the DeepSpeed launcher for a run, keep its words in a file, and follow it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from allinone_ds.training.folder import EVENTS_FILE, LOG_FILE
+
+# Words of libraries that say nothing about the run. Their errors still come through.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_LOG_LEVEL": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class RunFailed(Exception):
+    """A run ended with an error; the message is what the user should read.
+
+    Args:
+        message: its own error message, or the end of its log.
+        status: exit status of the launcher.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def gpu_count() -> int:
+    """GPUs of this machine; torch is only imported where a driver is."""
+    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def default_ranks() -> int:
+    """One rank a GPU, or two on the CPU."""
+    return gpu_count() or 2
+
+
+def launch_command(config: str, overrides: Sequence[str], ranks: int) -> list[str]:
+    """The launcher's command line for a run on this machine.
+
+    Args:
+        config: the run's YAML file.
+        overrides: dotted overrides, and flags of allinone_ds.train.
+        ranks: processes to start.
+    """
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull]
+    launcher += ["--num_accelerators", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [*launcher, "--module", "allinone_ds.train", config, *overrides]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch_environment(ranks: int) -> dict[str, str]:
+    """Environment of the ranks: quiet libraries, and the cores shared out among them; what is set already stays."""
+    environment = {**QUIET, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def follow_run(command: Sequence[str], folder: Path, ranks: int, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Run the launcher to its end, its output in RUN/train.log, and hand on what RUN/log.jsonl says.
+
+    Args:
+        command: from `launch_command`.
+        folder: of the run.
+        ranks: processes that the command starts.
+        on_event: called with every event: {"event": "begin" | "log" | "end", "step": ..., ...}.
+
+    Raises:
+        RunFailed: the launcher ended with an error.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / LOG_FILE
+    events = _tail(folder / EVENTS_FILE)
+    with log.open("ab") as sink:
+        start = sink.tell()
+        process = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=launch_environment(ranks),
+            start_new_session=True,  # an interrupt reaches the ranks through the launcher, once
+        )
+        try:
+            while process.poll() is None:
+                for event in next(events):
+                    on_event(event)
+                time.sleep(0.2)
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    for event in next(events):
+        on_event(event)
+    if process.returncode:
+        raise RunFailed(_what_went_wrong(log, start), process.returncode)
+
+
+def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yields, whenever asked, the events that were added to the file since."""
+    position = path.stat().st_size if path.is_file() else 0
+    while True:
+        found: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # still being written
+                    position += len(line)
+                    found.append(json.loads(line))
+        yield found
+
+
+def _what_went_wrong(log: Path, start: int, lines: int = 40) -> str:
+    """The run's own error message, else the last lines of its log."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace").splitlines()
+    for number, line in enumerate(text):
+        if line.startswith("error: "):
+            own = [line.removeprefix("error: ")]
+            for more in text[number + 1 :]:
+                if more.startswith("["):
+                    break
+                own.append(more)
+            return "\n".join(own).rstrip()
+    return "\n".join([f"the run failed; the end of {log}:", *text[-lines:]])

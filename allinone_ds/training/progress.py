@@ -1,0 +1,85 @@
+"""Callbacks of a run: its files beside every checkpoint, its log as lines of JSON, its progress as lines of text."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
+from allinone_ds.training.folder import EVENTS_FILE
+from allinone_ds.training.text import clock, metrics_line, task_losses
+
+
+class RunFiles(TrainerCallback):
+    """Saves the resolved configuration and what the model is made of beside every checkpoint.
+
+    Args:
+        config: the run.
+        facts: what else is needed to build its model again.
+    """
+
+    def __init__(self, config: RunConfig, facts: ModelFacts) -> None:
+        self.config = config
+        self.facts = facts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(state, Path(args.output_dir))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _save(self, state: Any, folder: Path) -> None:
+        if state.is_world_process_zero:
+            save_run_files(self.config, self.facts, folder)
+
+
+class EventLog(TrainerCallback):
+    """Appends to RUN/log.jsonl: {"event": "begin" | "log" | "end", "step": ..., ...}, one object a line.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / EVENTS_FILE
+
+    def write(self, event: str, **values: Any) -> None:
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write("begin", step=state.global_step, max_steps=state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write("log", step=state.global_step, **{k: v for k, v in (logs or {}).items() if k != "step"})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write("end", step=state.global_step)
+
+
+class PrintProgress(TrainerCallback):
+    """Prints one line a log: step, time left, loss of every task; and one line an evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            done = state.global_step - self.first
+            left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in task_losses(logs).items())
+            print(f"step {state.global_step}/{state.max_steps}  {clock(left)} left  loss: {losses}", flush=True)
+        elif "eval_score" in logs:
+            print(f"step {state.global_step}  {metrics_line(logs)}", flush=True)
