@@ -119,9 +119,7 @@ class SampleDataset(Dataset[Sample]):
             DataError: lists the first faults and says how many more there are.
         """
         if len(self) == 0 and not any(p.level == "error" for p in self.structural):
-            self.structural.append(
-                Problem(self.name, "there is no sample in it; give a set with at least one")
-            )
+            self.structural.append(Problem(self.name, "there is no sample in it; give a set with at least one"))
         if strict:
             raise_problems(self.name, self.structural)
 
@@ -154,17 +152,13 @@ def match_classes(name: str, found: list[str], wanted: list[str] | None) -> dict
     """
     twice = sorted({n for n in found if found.count(n) > 1}) if len(set(found)) < len(found) else []
     if twice:
-        raise DataError(
-            f"{name}: class names stand there twice: {', '.join(twice)}; give every class its own name"
-        )
+        raise DataError(f"{name}: class names stand there twice: {', '.join(twice)}; give every class its own name")
     if wanted is None:
         return {i: i for i in range(len(found))}
     place = {n: i for i, n in enumerate(wanted)}
     missing = [n for n in found if n not in place]
     if missing:
-        raise DataError(
-            f"{name}: class '{missing[0]}' is not in the train set; {did_you_mean(missing[0], wanted)}"
-        )
+        raise DataError(f"{name}: class '{missing[0]}' is not in the train set; {did_you_mean(missing[0], wanted)}")
     return {i: place[n] for i, n in enumerate(found)}
 
 
@@ -193,9 +187,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(
-            f"{file}: file is missing; correct the path (relative paths start at data_root)"
-        ) from None
+        raise DataError(f"{file}: file is missing; correct the path (relative paths start at data_root)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as text: {error}") from None
 

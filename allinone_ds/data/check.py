@@ -62,9 +62,7 @@ def check_sources(
                 for index, (problems, digest) in zip(chunk, scanned, strict=True):
                     path = dataset.path(index)
                     if digest is not None and first_of.setdefault(digest, path) != path:
-                        problems.append(
-                            Problem(path, f"has the same content as {first_of[digest]}", "warning")
-                        )
+                        problems.append(Problem(path, f"has the same content as {first_of[digest]}", "warning"))
                     found.update(dict.fromkeys(problems))
                     bar.advance(row)
     return list(found)

@@ -167,9 +167,7 @@ def open_class_folders(
     for number, name in enumerate(found):
         mine = walk_images(folder / name)
         if not mine:
-            structural.append(
-                Problem(str(folder / name), "class folder without an image; add images or remove it")
-            )
+            structural.append(Problem(str(folder / name), "class folder without an image; add images or remove it"))
         files += [os.path.join(name, file) for file in mine]
         labels += [places[number]] * len(mine)
     final = list(found if classes is None else classes)

@@ -144,9 +144,7 @@ class CocoDataset(SampleDataset):
             file = str(record["file_name"])
             if record["id"] in place:
                 self.structural.append(
-                    Problem(
-                        str(self.folder / file), f"image id {record['id']!r} is used twice in {self.name}"
-                    )
+                    Problem(str(self.folder / file), f"image id {record['id']!r} is used twice in {self.name}")
                 )
                 continue
             height, width = record.get("height"), record.get("width")
@@ -191,18 +189,12 @@ class CocoDataset(SampleDataset):
         here = f"annotation {record.get('id', '(without id)')}"
         image = record.get("image_id")
         if image not in place:
-            return Problem(
-                self.name, f"{here}: image_id {image!r} is not among 'images'; add the image or remove it"
-            )
+            return Problem(self.name, f"{here}: image_id {image!r} is not among 'images'; add the image or remove it")
         file = self.path(place[image])
         category = record.get("category_id")
         if category not in self._label:
-            known = ", ".join(str(i) for i in list(self._label)[:20]) + (
-                ", ..." if len(self._label) > 20 else ""
-            )
-            return Problem(
-                file, f"{here}: category_id {category!r} is not among 'categories' ({known}); correct it"
-            )
+            known = ", ".join(str(i) for i in list(self._label)[:20]) + (", ..." if len(self._label) > 20 else "")
+            return Problem(file, f"{here}: category_id {category!r} is not among 'categories' ({known}); correct it")
         box = record.get("bbox")
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
         if not numbers or not np.isfinite(np.asarray(box, dtype=np.float64)).all():
@@ -216,9 +208,7 @@ def _read(file: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}: is not valid json (line {error.lineno}: {error.msg}); write it anew"
-        ) from None
+        raise DataError(f"{file}: is not valid json (line {error.lineno}: {error.msg}); write it anew") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{file}: a COCO json needs the list '{key}'; it has none")

@@ -164,9 +164,7 @@ class HubDataset(SampleDataset):
                 [o[columns.category] for o in cell or []],
             )
         if len(rows) != len(categories):
-            raise BrokenSample(
-                path, f"has {len(rows)} boxes and {len(categories)} categories; make them as many"
-            )
+            raise BrokenSample(path, f"has {len(rows)} boxes and {len(categories)} categories; make them as many")
         for category in categories:
             if category not in self._place:
                 raise BrokenSample(path, self._unknown(category))
@@ -207,9 +205,7 @@ class HubDataset(SampleDataset):
         if names is None and self.kind == "classification" and getattr(feature, "dtype", "") == "string":
             names = sorted(set(self.table[columns.label]))
         if not names:
-            raise DataError(
-                f"{self.name}: its columns do not tell the class names; give 'classes' in the config"
-            )
+            raise DataError(f"{self.name}: its columns do not tell the class names; give 'classes' in the config")
         return list(names)
 
     def _need(self, column: str, found: Any, where: str) -> None:
@@ -243,9 +239,7 @@ def open_datasets(
             path = str(folder) if folder.is_dir() else source.path
             table = datasets.load_dataset(path, source.name, split=source.split)
     except KeyError:
-        raise DataError(
-            f"{folder}: no split '{source.split}'; {did_you_mean(source.split, loaded)}"
-        ) from None
+        raise DataError(f"{folder}: no split '{source.split}'; {did_you_mean(source.split, loaded)}") from None
     except Exception as error:  # network, missing names, broken files: the library raises many kinds
         raise DataError(
             f"{source.path}: cannot be loaded, neither as folder {folder} nor from the hub "

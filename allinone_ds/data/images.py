@@ -16,9 +16,7 @@ from torchvision import tv_tensors
 
 from allinone_ds.data.base import BrokenSample, Problem
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MISSING = "file is missing; restore it or remove the entry"
 
 _EXIF_ORIENTATION = 0x0112
@@ -48,9 +46,7 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
         try:
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             mode = torchvision.io.ImageReadMode.RGB
-            return tv_tensors.Image(
-                torchvision.io.decode_jpeg(raw, mode, apply_exif_orientation=True)
-            )  # (3, H, W)
+            return tv_tensors.Image(torchvision.io.decode_jpeg(raw, mode, apply_exif_orientation=True))  # (3, H, W)
         except RuntimeError:
             pass  # a kind that only PIL knows, or broken: PIL says what is wrong
     try:
@@ -89,6 +85,8 @@ def image_size(path: str) -> tuple[int, int] | None:
     """(H, W) of the upright picture, from the file's header alone; None when it cannot be read."""
     try:
         with Image.open(path) as picture:
+            if picture.format == "TIFF":  # whose `size` is upright before or after loading, as Pillow's release has it
+                picture = ImageOps.exif_transpose(picture)
             width, height = picture.size
             turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # decoders raise almost anything on broken files
@@ -108,12 +106,12 @@ def compare_files(root: Path, wanted: Sequence[str]) -> list[Problem]:
         An error for each missing file, a warning for names used twice, and one warning for pictures nobody
         names.
     """
-    seen: set[str] = set()
+    seen: dict[str, None] = {}  # a set that keeps the order
     found: list[Problem] = []
     for file in wanted:
         if file in seen:
             found.append(Problem(str(root / file), "is listed more than once; keep one entry", "warning"))
-        seen.add(file)
+        seen[file] = None
     on_disk: set[str] = set()
     for folder in {os.path.dirname(file) for file in seen}:
         on_disk.update(os.path.join(folder, name) for name in list_files(root / folder))

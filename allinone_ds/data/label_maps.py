@@ -62,9 +62,7 @@ class LabelMapsDataset(SampleDataset):
 
     kind = "segmentation"
 
-    def __init__(
-        self, source: LabelMapsSource, root: Path, classes: list[str] | None = None, strict: bool = True
-    ):
+    def __init__(self, source: LabelMapsSource, root: Path, classes: list[str] | None = None, strict: bool = True):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from allinone_ds.data.base import BrokenSample, DataError, Sample, SampleDataset
+from allinone_ds.data.base import BrokenSample, DataError, Problem, Sample, SampleDataset
 from allinone_ds.data.schedule import Draw, Schedule
 
 Batch = dict[str, Any]
@@ -90,6 +90,9 @@ class CachedDataset(SampleDataset):
     def path(self, index: int) -> str:
         return self.dataset.path(index)
 
+    def check(self, index: int) -> list[Problem]:
+        return self.dataset.check(index)
+
     def __getitem__(self, index: int) -> Sample:
         sample = self._samples.get(index)
         if sample is None:
@@ -133,9 +136,7 @@ class _StepDataset(Dataset[StepBatch]):
             for task in self.schedule.order(step):
                 data = self.data[task]
                 batches[task] = [
-                    data.collate(
-                        [self._sample(task, d, broken) for d in self.schedule.draw(task, step, k, self.rank)]
-                    )
+                    data.collate([self._sample(task, d, broken) for d in self.schedule.draw(task, step, k, self.rank)])
                     for k in range(data.micro_steps)
                 ]
         return StepBatch(step, batches, broken)
@@ -196,9 +197,7 @@ def train_loader(
     """
     for task in schedule.tasks:
         if task not in data:
-            raise ValueError(
-                f"the schedule has task '{task}', data has {sorted(data)}; give both the same tasks"
-            )
+            raise ValueError(f"the schedule has task '{task}', data has {sorted(data)}; give both the same tasks")
         given = data[task]
         found = (len(given.dataset), given.batch_size, given.micro_steps)
         planned = (schedule.sizes[task], *schedule.batch[task])
@@ -271,9 +270,7 @@ class _EvalDataset(Dataset[EvalBatch]):
                 except BrokenSample:
                     continue
             else:
-                raise DataError(
-                    f"{self.dataset.name}: not one of {len(self.dataset)} samples can be read; repair them"
-                )
+                raise DataError(f"{self.dataset.name}: not one of {len(self.dataset)} samples can be read; repair them")
         return self._filler
 
 
@@ -309,9 +306,7 @@ def eval_loader(
     return _loader(batches, num_workers, False, multiprocessing_context)
 
 
-def _loader(
-    dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None
-) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_size=None,

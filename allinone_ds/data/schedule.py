@@ -90,9 +90,7 @@ class Schedule:
         """
         batch_size, micro_steps = self.batch[task]
         if not 0 <= micro_step < micro_steps:
-            raise ValueError(
-                f"micro_step of task '{task}' is {micro_step}; it must lie in 0..{micro_steps - 1}"
-            )
+            raise ValueError(f"micro_step of task '{task}' is {micro_step}; it must lie in 0..{micro_steps - 1}")
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank is {rank}; it must lie in 0..{self.world_size - 1}")
         first = ((step * micro_steps + micro_step) * self.world_size + rank) * batch_size

@@ -84,8 +84,8 @@ def train_transform(augment: Augment, image_size: tuple[int, int]) -> SampleTran
 
     An entry is the name of a torchvision v2 transform, or {name: {option: value}}. `size` is filled in with
     `image_size` where the class needs one. RandomApply, RandomChoice and RandomOrder take `transforms`, a
-    list of such entries, in which a list is a branch of several. Pixels of a mask that a transform uncovers
-    become 255 (ignore).
+    list of such entries, in which a list is a branch of several. RandomCrop pads images that are too small.
+    Pixels of a mask that a transform uncovers become 255 (ignore).
 
     Args:
         augment: entries in the order they run; the final resize is added.
@@ -142,9 +142,7 @@ def _sanitize(sample: Sample, size: tuple[int, int]) -> None:
     for key in ("labels", "iscrowd"):
         if key in sample:
             sample[key] = sample[key][keep]
-    sample["boxes"] = tv_tensors.BoundingBoxes(
-        boxes[keep], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size
-    )
+    sample["boxes"] = tv_tensors.BoundingBoxes(boxes[keep], format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
 
 
 def _build(entry: Any, size: tuple[int, int], where: str) -> v2.Transform:
@@ -164,24 +162,26 @@ def _build(entry: Any, size: tuple[int, int], where: str) -> v2.Transform:
     allowed = [p for p in inspect.signature(cls).parameters if p not in ("self", "args", "kwargs")]
     for option in options:
         if option not in allowed:
-            raise ConfigError(
-                f"{where}: {name} has no option '{option}'; {did_you_mean(str(option), allowed)}"
-            )
+            raise ConfigError(f"{where}: {name} has no option '{option}'; {did_you_mean(str(option), allowed)}")
     if "transforms" in options:
         options["transforms"] = [
             _build(e, size, f"{where}.transforms[{n}]") for n, e in enumerate(options["transforms"])
         ]
     if "interpolation" in options:
-        options["interpolation"] = v2.InterpolationMode(options["interpolation"])
+        kinds = {mode.value: mode for mode in v2.InterpolationMode}
+        wanted = options["interpolation"]
+        if wanted not in kinds:
+            raise ConfigError(f"{where}: {name}: interpolation is '{wanted}'; {did_you_mean(str(wanted), kinds)}")
+        options["interpolation"] = kinds[wanted]
     for option in ("size", "target_size"):
         if option in allowed and option not in options:
             options[option] = size
+    if "pad_if_needed" in allowed:
+        options.setdefault("pad_if_needed", True)  # otherwise the first small image ends the run
     if "fill" in allowed:
         fill = options.get("fill", 0)
         options["fill"] = {tv_tensors.Mask: 255, "others": 0 if fill is None else fill}
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{where}: {name} cannot be made from {dict(entry) if options else {}}: {error}"
-        ) from None
+        raise ConfigError(f"{where}: {name} cannot be made from {dict(entry) if options else {}}: {error}") from None

@@ -1,0 +1,274 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+
+from allinone_ds.data import (
+    BrokenSample,
+    CachedDataset,
+    DataError,
+    SampleDataset,
+    Schedule,
+    TaskData,
+    eval_loader,
+    eval_transform,
+    open_source,
+    stack_images,
+    train_loader,
+    train_transform,
+)
+from allinone_ds.data.classified import ImageListSource
+
+SIZE = (16, 16)
+AUGMENT = ["RandomHorizontalFlip", {"RandomResizedCrop": {"scale": [0.5, 1.0]}}, {"ColorJitter": {"brightness": 0.4}}]
+
+
+def collate(samples):
+    return {
+        "pixel_values": stack_images(samples),
+        "labels": torch.tensor([s["label"] for s in samples]),
+        "index": torch.tensor([s["index"] for s in samples]),
+    }
+
+
+def noisy(sample):
+    """A transform that draws from all three generators."""
+    draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    out = eval_transform(SIZE)(sample)
+    return {**out, "image": (out["image"] * sum(draws) / 3).to(torch.uint8)}
+
+
+class Numbers(SampleDataset):
+    """Sample i is a picture of the number i; those in `broken` cannot be read."""
+
+    kind = "classification"
+    classes = ["a"]
+
+    def __init__(self, count: int, broken: tuple[int, ...] = ()):
+        self.count, self.broken, self.reads = count, broken, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if index in self.broken:
+            raise BrokenSample(f"{index}.png", "is torn")
+        image = torch.full((3, 16, 16), index, dtype=torch.uint8)
+        return {"image": image, "label": 0, "path": f"{index}.png", "index": index}
+
+
+def setup(root: Path, world_size: int = 1, transform=None, **options):
+    """Two tasks of different length, batch size and micro-steps, on real files."""
+    data = {}
+    for task, count, batch, micro in (("a", 7, 2, 2), ("b", 5, 3, 1)):
+        folder = root / task
+        if not folder.exists():
+            names = write_images(folder, count, ".jpg")
+            (root / f"{task}.txt").write_text("".join(f"{n} 0\n" for n in names))
+        source = ImageListSource(format="image_list", images=task, list=f"{task}.txt")
+        chosen = transform or train_transform(AUGMENT, SIZE)
+        data[task] = TaskData(open_source(source, root), chosen, collate, batch, micro, **options)
+    sizes = {task: len(d.dataset) for task, d in data.items()}
+    schedule = Schedule(3, sizes, {t: (d.batch_size, d.micro_steps) for t, d in data.items()}, world_size)
+    return data, schedule
+
+
+def same(left, right) -> bool:
+    """Whether two lists of StepBatch are equal in every number."""
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert (a.step, list(a.batches), a.broken) == (b.step, list(b.batches), b.broken)
+        for task in a.batches:
+            for x, y in zip(a.batches[task], b.batches[task], strict=True):
+                if not all(torch.equal(x[key], y[key]) for key in x):
+                    return False
+    return True
+
+
+def test_one_item_is_one_optimizer_step(tmp_path):
+    data, schedule = setup(tmp_path)
+    steps = list(train_loader(data, schedule, rank=0, start_step=0, max_steps=4))
+    assert [s.step for s in steps] == [0, 1, 2, 3]
+    for s in steps:
+        assert list(s.batches) == ["a", "b"] and s.broken == []
+        assert [b["pixel_values"].shape for b in s.batches["a"]] == [(2, 3, *SIZE)] * 2
+        assert [b["pixel_values"].shape for b in s.batches["b"]] == [(3, 3, *SIZE)]
+        for task, batches in s.batches.items():
+            for k, batch in enumerate(batches):
+                drawn = [d.index for d in schedule.draw(task, s.step, k, 0)]
+                assert batch["index"].tolist() == drawn
+
+
+@pytest.mark.parametrize(
+    ("workers", "context", "transform"),
+    [(1, "fork", None), (2, "fork", None), (2, "fork", "noisy"), (1, "spawn", "noisy")],
+)
+def test_batches_do_not_depend_on_the_workers(tmp_path, workers, context, transform):
+    data, schedule = setup(tmp_path, transform=noisy if transform else None)
+    alone = list(train_loader(data, schedule, 0, 0, 3))
+    assert same(list(train_loader(data, schedule, 0, 0, 3, workers, multiprocessing_context=context)), alone)
+
+
+def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(tmp_path):
+    data, schedule = setup(tmp_path)
+    whole = list(train_loader(data, schedule, 0, 0, 6))
+    torch.manual_seed(99)
+    assert same(list(train_loader(*setup(tmp_path), 0, 4, 6)), whole[4:])
+    assert list(train_loader(data, schedule, 0, 6, 6)) == [] == list(train_loader(data, schedule, 0, 9, 6))
+
+
+def test_augmentation_differs_between_epochs_and_between_samples(tmp_path):
+    data, schedule = setup(tmp_path, transform=train_transform(AUGMENT, SIZE))
+    views: dict[int, list] = {}
+    for step in train_loader(data, schedule, 0, 0, 10):
+        for batch in step.batches["a"]:
+            for index, image in zip(batch["index"].tolist(), batch["pixel_values"], strict=True):
+                views.setdefault(index, []).append(image)
+    assert all(len({tuple(v.flatten()[:50].tolist()) for v in seen}) == len(seen) > 3 for seen in views.values())
+
+
+def test_the_process_keeps_its_random_state(tmp_path):
+    data, schedule = setup(tmp_path, transform=noisy)
+
+    def draws():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seeded():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    seeded()
+    wanted = draws()
+    for workers in (0, 1):
+        seeded()
+        list(train_loader(data, schedule, 0, 0, 2, workers))
+        list(eval_loader(data["a"].dataset, noisy, collate, 2, num_workers=workers))
+        assert draws() == wanted
+
+
+def test_a_cache_changes_nothing_but_reads_once(tmp_path):
+    data, schedule = setup(tmp_path)
+    plain = list(train_loader(data, schedule, 0, 0, 8))
+    assert same(list(train_loader(*setup(tmp_path, cache=True), 0, 0, 8)), plain)
+    numbers = Numbers(5)
+    cached = CachedDataset(numbers)
+    for _ in range(3):
+        assert [cached[i]["index"] for i in range(5)] == list(range(5))
+    assert numbers.reads == 5
+    small = CachedDataset(numbers, max_bytes=2 * 3 * 16 * 16)
+    for _ in range(3):
+        [small[i] for i in range(5)]
+    assert numbers.reads == 5 + 5 + 3 + 3  # two kept, three read each time
+
+
+def one_task(dataset: SampleDataset, batch_size: int, world_size: int = 1, micro_steps: int = 1):
+    data = {"n": TaskData(dataset, eval_transform(SIZE), collate, batch_size, micro_steps)}
+    return data, Schedule(0, {"n": len(dataset)}, {"n": (batch_size, micro_steps)}, world_size)
+
+
+def test_the_next_of_the_order_takes_a_broken_ones_place():
+    data, schedule = one_task(Numbers(10, broken=(4, 7)), 5)
+    seen, told = [], []
+    for step in train_loader(data, schedule, 0, 0, 2, max_broken=5):
+        seen += step.batches["n"][0]["index"].tolist()
+        told += step.broken
+    assert told.count("4.png: is torn") >= 1 and told.count("7.png: is torn") >= 1
+    order = [schedule.at("n", p).index for p in range(20)]
+    for position, index in enumerate(seen):
+        assert index == next(i for i in order[position:] if i not in (4, 7))
+
+
+def test_broken_samples_are_told_from_workers_too():
+    data, schedule = one_task(Numbers(10, broken=(4, 7)), 5)
+    loaders = [train_loader(data, schedule, 0, 0, 4, workers, max_broken=5) for workers in (0, 2)]
+    assert same(*[list(loader) for loader in loaders])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_in_a_row_end_the_run_with_a_reason(workers):
+    data, schedule = one_task(Numbers(10, broken=tuple(range(10))), 2)
+    with pytest.raises(DataError, match=r"task 'n': 4 samples in a row .*is torn.*max_broken_images"):
+        list(train_loader(data, schedule, 0, 0, 2, workers, max_broken=3))
+
+
+def test_with_no_broken_ones_allowed_the_first_ends_the_run():
+    data, schedule = one_task(Numbers(10, broken=(4,)), 5)
+    with pytest.raises(DataError, match=r"1 samples? .*4\.png: is torn"):
+        list(train_loader(data, schedule, 0, 0, 2, max_broken=0))
+
+
+def test_a_file_torn_between_check_and_training_is_skipped(tmp_path):
+    data, schedule = setup(tmp_path)
+    file = tmp_path / "a" / "3.jpg"
+    file.write_bytes(file.read_bytes()[:200])
+    (tmp_path / "b" / "1.jpg").unlink()
+    told = [line for step in train_loader(data, schedule, 0, 0, 5, max_broken=9) for line in step.broken]
+    assert {line.split(": ")[0] for line in told} == {str(file), str(tmp_path / "b" / "1.jpg")}
+
+
+def test_data_and_schedule_must_agree(tmp_path):
+    data, schedule = setup(tmp_path)
+    data["a"].batch_size = 9
+    with pytest.raises(ValueError, match=r"task 'a': .*\(7, 9, 2\) in data, \(7, 2, 2\) in the schedule"):
+        train_loader(data, schedule, 0, 0, 1)
+    with pytest.raises(ValueError, match="the schedule has task 'a', data has"):
+        train_loader({"b": data["b"]}, schedule, 0, 0, 1)
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 12, 13])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("broken", [(), (0, 5, 6)], ids=["whole", "torn"])
+def test_every_sample_counts_once_and_ranks_stay_in_step(ranks, count, batch, broken):
+    dataset = Numbers(count, broken)
+    if set(range(count)) <= set(broken):
+        with pytest.raises(DataError, match="not one of 1 samples can be read"):
+            list(eval_loader(dataset, eval_transform(SIZE), collate, batch, 0, ranks))
+        return
+    found = [list(eval_loader(dataset, eval_transform(SIZE), collate, batch, r, ranks)) for r in range(ranks)]
+    assert len({len(batches) for batches in found}) == 1  # equal on every rank
+    assert len(found[0]) == -(-(-(-count // ranks)) // batch)  # and no more than needed
+    counted, told = [], []
+    for item in (item for batches in found for item in batches):
+        assert item.count == len(item.samples) <= batch
+        rows = item.batch["index"].tolist()
+        assert len(rows) == max(1, item.count)  # something to run forward on, always
+        assert rows[: item.count] == [s["index"] for s in item.samples]
+        counted += [s["index"] for s in item.samples]
+        told += item.broken
+    assert sorted(counted) == [i for i in range(count) if i not in broken]
+    assert sorted(told) == sorted(f"{i}.png: is torn" for i in broken if i < count)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_gives_the_samples_in_their_own_size(tmp_path, workers):
+    write_images(tmp_path / "images", 4)
+    Image.fromarray(np.zeros((50, 20, 3), dtype=np.uint8)).save(tmp_path / "images" / "1.png")
+    (tmp_path / "list.txt").write_text("".join(f"{i}.png {i}\n" for i in range(4)))
+    dataset = open_source(ImageListSource(format="image_list", images="images", list="list.txt"), tmp_path)
+    batches = list(eval_loader(dataset, eval_transform(SIZE), collate, 3, num_workers=workers))
+    sizes = [tuple(s["image"].shape) for b in batches for s in b.samples]
+    assert sizes == [(3, 24, 32), (3, 50, 20), (3, 24, 32), (3, 24, 32)]
+    assert [b.batch["labels"].tolist() for b in batches] == [[0, 1, 2], [3]]
+
+
+def test_boxes_and_masks_keep_their_type_through_workers(coco_root):
+    from allinone_ds.data.coco import CocoSource
+
+    dataset = open_source(CocoSource(format="coco", images="images", annotations="boxes.json"), coco_root)
+    [batch] = eval_loader(dataset, eval_transform(SIZE), detection_collate, 9, num_workers=1)
+    for i, sample in enumerate(batch.samples):
+        assert type(sample["boxes"]) is type(dataset[i]["boxes"])
+        assert torch.equal(sample["boxes"], dataset[i]["boxes"])
+        assert sample["boxes"].canvas_size == dataset[i]["boxes"].canvas_size
+
+
+def detection_collate(samples):
+    return {"pixel_values": stack_images(samples)}

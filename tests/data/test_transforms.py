@@ -1,0 +1,208 @@
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from allinone_ds.data.transforms import (
+    MEAN,
+    NAMES,
+    STD,
+    eval_transform,
+    normalize,
+    stack_images,
+    train_transform,
+)
+from allinone_ds.strict import ConfigError
+
+SIZE = (48, 64)  # H, W of the result
+
+
+def scene(seed: int = 0, height: int = 60, width: int = 50):
+    """A dark picture with one white rectangle, its box and its mask (class 1)."""
+    g = torch.Generator().manual_seed(seed)
+    x1, y1 = torch.randint(2, 20, (2,), generator=g).tolist()
+    w, h = torch.randint(12, 24, (2,), generator=g).tolist()
+    image = torch.full((3, height, width), 10, dtype=torch.uint8)
+    image[:, y1 : y1 + h, x1 : x1 + w] = 250
+    mask = (image[0] == 250).to(torch.uint8)
+    boxes = torch.tensor([[x1, y1, x1 + w, y1 + h]], dtype=torch.float32)
+    base = {"image": tv_tensors.Image(image), "path": "here.png", "index": 3}
+    box = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+    detection = {**base, "boxes": box, "labels": torch.tensor([2]), "iscrowd": torch.tensor([True])}
+    return {
+        "detection": detection,
+        "segmentation": {**base, "mask": tv_tensors.Mask(mask)},
+        "classification": {**base, "label": 4},
+    }
+
+
+def extent(image: torch.Tensor) -> torch.Tensor:
+    """XYXY (4,) of what is bright."""
+    ys, xs = torch.where(image[0] > 128)
+    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=torch.float32)
+
+
+GEOMETRY = [
+    [],
+    ["RandomHorizontalFlip"],
+    ["RandomVerticalFlip", {"RandomHorizontalFlip": {"p": 0.8}}],
+    [{"RandomResizedCrop": {"scale": [0.5, 1.0]}}],
+    [{"RandomZoomOut": {"side_range": [1.0, 1.5], "p": 1.0}}],
+    [{"RandomAffine": {"degrees": 0, "translate": [0.2, 0.2], "scale": [0.8, 1.2]}}],
+    [{"ScaleJitter": {"scale_range": [0.8, 1.2]}}, {"RandomCrop": {"pad_if_needed": True}}],
+]
+
+
+@pytest.mark.parametrize("augment", GEOMETRY, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_boxes_stay_on_their_pixels(augment, seed):
+    torch.manual_seed(seed)
+    out = train_transform(augment, SIZE)(scene(seed)["detection"])
+    assert out["image"].shape == (3, *SIZE) and out["image"].dtype == torch.uint8
+    if len(out["boxes"]):
+        assert torch.allclose(out["boxes"][0].as_subclass(torch.Tensor), extent(out["image"]), atol=2.1)
+    else:
+        assert (out["image"] > 128).sum() < 3 * 2 * max(SIZE)  # at most a sliver left
+    assert len(out["labels"]) == len(out["iscrowd"]) == len(out["boxes"])
+    assert out["boxes"].canvas_size == SIZE
+
+
+@pytest.mark.parametrize("augment", GEOMETRY, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_stay_on_their_pixels_and_uncovered_ones_are_ignored(augment, seed):
+    torch.manual_seed(seed)
+    out = train_transform(augment, SIZE)(scene(seed)["segmentation"])
+    mask, image = out["mask"].as_subclass(torch.Tensor), out["image"].as_subclass(torch.Tensor)
+    assert mask.shape == SIZE and mask.dtype == torch.uint8
+    assert set(mask.unique().tolist()) <= {0, 1, 255}
+    bright = image[0] > 128
+    assert ((mask == 1) != bright).float().mean() < 0.06  # one pixel along the rectangle's edge
+    assert bool((mask[image.sum(0) == 0] == 255).float().mean() > 0.9) or not (image.sum(0) == 0).any()
+
+
+def test_uncovered_pixels_of_a_mask_become_255_and_of_an_image_the_fill():
+    sample = scene()["segmentation"]
+    augment = [{"RandomZoomOut": {"side_range": [2.0, 2.0], "p": 1.0, "fill": 77}}]
+    out = train_transform(augment, SIZE)(sample)
+    uncovered = out["mask"] == 255
+    assert 0.6 < uncovered.float().mean() < 0.8
+    assert (out["image"][:, uncovered] == 77).float().mean() > 0.95
+
+
+def test_eval_is_a_plain_resize():
+    for kind, sample in scene().items():
+        out = eval_transform(SIZE)(sample)
+        assert torch.equal(out["image"], F.resize(sample["image"], list(SIZE), antialias=True)), kind
+        assert {k: out[k] for k in ("path", "index")} == {"path": "here.png", "index": 3}
+    assert eval_transform(SIZE)(scene()["classification"])["label"] == 4
+
+
+def test_the_sample_itself_is_left_alone():
+    for sample in scene().values():
+        before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+        for seed in range(5):
+            torch.manual_seed(seed)
+            train_transform(["RandomHorizontalFlip", "ColorJitter", "RandomResizedCrop", "RandomErasing"], SIZE)(sample)
+        assert all(torch.equal(v, before[k]) for k, v in sample.items() if isinstance(v, torch.Tensor))
+
+
+def test_boxes_are_put_right_as_torchvision_does():
+    g = torch.Generator().manual_seed(0)
+    boxes = torch.rand(200, 4, generator=g) * 90 - 15
+    boxes[::3, 2:] = boxes[::3, :2] + torch.rand(67, 2, generator=g) * 3  # small ones
+    size = (60, 50)
+    sample = {
+        "image": tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        "labels": torch.arange(200),
+        "iscrowd": torch.arange(200) % 2 == 0,
+    }
+    right = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=both)])(sample)
+    mine = eval_transform(size)(sample)
+    assert 20 < len(mine["labels"]) < 180
+    for key in ("boxes", "labels", "iscrowd"):
+        assert torch.equal(mine[key], right[key]), key
+
+
+def both(sample):
+    return sample["labels"], sample["iscrowd"]
+
+
+def test_images_without_boxes_pass():
+    sample = scene()["detection"]
+    sample["boxes"] = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(60, 50))
+    sample["labels"], sample["iscrowd"] = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    out = train_transform(["RandomHorizontalFlip", "RandomResizedCrop"], SIZE)(sample)
+    assert out["boxes"].shape == (0, 4) and len(out["labels"]) == 0
+
+
+def test_branches_take_one_of_their_lists():
+    augment = [
+        {
+            "RandomChoice": {
+                "p": [0.5, 0.5],
+                "transforms": [["RandomInvert", {"RandomInvert": {"p": 0.0}}], {"RandomSolarize": {"threshold": 0}}],
+            }
+        }
+    ]
+    transform = train_transform(augment, SIZE)
+    assert isinstance(transform.steps[0].transforms[0], v2.Compose)
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        seen.add(int(transform(scene()["classification"])["image"].float().mean()))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (["RandomHorizontalFlop"], r"augment\[0\]: .*'RandomHorizontalFlop'; did you mean 'RandomHorizontalFlip'"),
+        (["RandomInvert", {"ColorJiter": {}}], r"augment\[1\]: .*did you mean 'ColorJitter'"),
+        ([{"ColorJitter": {"brightnes": 0.4}}], "ColorJitter has no option 'brightnes'; did you mean 'brightness'"),
+        ([{"ColorJitter": {"brightness": -1}}], r"augment\[0\]: ColorJitter cannot be made from"),
+        ([{"RandomAffine": {}}], "RandomAffine cannot be made from.*degrees"),
+        ([{"RandomApply": {"transforms": ["Nope"]}}], r"augment\[0\]\.transforms\[0\]"),
+        ([{"RandomCrop": {}, "RandomInvert": {}}], "must be a transform's name"),
+        (["Normalize"], "no augmentation 'Normalize'"),
+        (["MixUp"], "no augmentation 'MixUp'"),
+        ([{"Resize": {"interpolation": "cubical"}}], "did you mean 'bicubic'"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(augment, message):
+    with pytest.raises(ConfigError, match=message):
+        train_transform(augment, SIZE)
+
+
+def test_every_allowed_name_gives_uint8_rgb_of_the_size():
+    needs = {
+        "RandomAffine": {"degrees": 10},
+        "RandomRotation": {"degrees": 10},
+        "Pad": {"padding": 3},
+        "RandomPosterize": {"bits": 4},
+        "RandomSolarize": {"threshold": 100},
+        "RandomAdjustSharpness": {"sharpness_factor": 2},
+        "GaussianBlur": {"kernel_size": 3},
+        "JPEG": {"quality": 50},
+        "RandomResize": {"min_size": 20, "max_size": 40},
+        "RandomShortestSize": {"min_size": 20},
+        "RandomApply": {"transforms": ["RandomInvert"]},
+        "RandomChoice": {"transforms": ["RandomInvert"]},
+        "RandomOrder": {"transforms": ["RandomInvert"]},
+    }
+    only_boxes = {"RandomIoUCrop", "ClampBoundingBoxes"}
+    for name in sorted(NAMES):
+        torch.manual_seed(0)
+        sample = scene()["detection" if name in only_boxes else "classification"]
+        out = train_transform([{name: needs.get(name, {})}], SIZE)(sample)
+        assert out["image"].shape == (3, *SIZE) and out["image"].dtype == torch.uint8, name
+
+
+def test_normalize_is_torchvisions():
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = F.normalize(images.float() / 255, list(MEAN), list(STD))
+    assert torch.allclose(normalize(images), wanted, atol=1e-5)
+    stacked = stack_images([{"image": tv_tensors.Image(i)} for i in images])
+    assert type(stacked) is torch.Tensor and stacked.dtype == torch.float32 and stacked.is_contiguous()
+    assert torch.equal(stacked, normalize(images))
