@@ -48,11 +48,11 @@ Bytes = NDArray[np.uint8]
 class SceneLook(Strict):
     """How the scenes of one task look."""
 
-    size: int = Field(default=64, ge=16)
+    size: int = Field(default=48, ge=16)
     """Side of the square picture, pixels."""
-    objects: tuple[int, int] = (1, 3)
+    objects: tuple[int, int] = (1, 2)
     """Least and most products tried in a picture."""
-    scale: tuple[float, float] = (0.35, 0.6)
+    scale: tuple[float, float] = (0.45, 0.75)
     """Least and greatest side of a product's tile, as a part of the picture's side."""
     overlap: float = Field(default=0.1, ge=0, le=1)
     """A product is placed only where its tile's box shares at most this part of any earlier one's."""
@@ -61,12 +61,18 @@ class SceneLook(Strict):
 class DemoSizes(Strict):
     """Number of pictures a task and split, and how they look."""
 
-    detection: tuple[int, int] = (3000, 400)
-    segmentation: tuple[int, int] = (3000, 400)
-    classification: tuple[int, int] = (6000, 1000)
+    detection: tuple[int, int] = (2400, 300)
+    segmentation: tuple[int, int] = (2400, 300)
+    classification: tuple[int, int] = (4800, 600)
     detection_look: SceneLook = SceneLook()
     segmentation_look: SceneLook = SceneLook()
-    classification_look: SceneLook = SceneLook(size=48, objects=(1, 1), scale=(0.65, 0.95))
+    classification_look: SceneLook = SceneLook(size=40, objects=(1, 1), scale=(0.65, 0.95))
+
+
+DEMO_SIZES = DemoSizes()
+"""What the five-minute demo trains on."""
+FULL_SIZES = DemoSizes(detection=(6000, 400), segmentation=(6000, 400), classification=(12000, 1000))
+"""What the full demo trains on: the same scenes, more of them."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,9 @@ class DemoData:
             return {"format": "coco", "images": f"{task}/{split}", "annotations": f"{task}/{split}.json"}
         if task == "segmentation":
             where = {"images": f"{task}/{split}/images", "label_maps": f"{task}/{split}/label_maps"}
-            classes = ["background", *self.classes]
-            return {"format": "label_maps", **where, "classes": classes, "ignore_index": IGNORE}
+            return {"format": "label_maps", **where, "classes": f"{task}/classes.txt", "ignore_index": IGNORE}
         where = {"images": f"{task}/{split}", "list": f"{task}/{split}.txt"}
-        return {"format": "image_list", **where, "classes": list(self.classes)}
+        return {"format": "image_list", **where, "classes": f"{task}/classes.txt"}
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,7 @@ def load_pool(split: str) -> Pool:
     return Pool(np.ascontiguousarray(tiles), alphas, labels, tuple(photos), tuple(names))
 
 
-def compose_scene(
-    rng: np.random.Generator, pool: Pool, look: SceneLook, first_label: int | None = None
-) -> Scene:
+def compose_scene(rng: np.random.Generator, pool: Pool, look: SceneLook, first_label: int | None = None) -> Scene:
     """Paste cut-out product photos on a crop of a photo.
 
     Args:
@@ -232,9 +235,7 @@ def _free_spot(
     return None
 
 
-def make_demo_data(
-    root: Path, seed: int = 0, sizes: DemoSizes | None = None, progress: bool = True
-) -> DemoData:
+def make_demo_data(root: Path, seed: int = 0, sizes: DemoSizes | None = None, progress: bool = True) -> DemoData:
     """Write the demo data of the three tasks; does nothing when `root` already holds the same.
 
     Args:
@@ -318,9 +319,7 @@ def _write_segmentation(where: Path, split: str, pool: Pool, look: SceneLook, rn
         tick()
 
 
-def _write_classification(
-    where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick
-) -> None:
+def _write_classification(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
     (where / split).mkdir(parents=True)
     (where / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     lines = []

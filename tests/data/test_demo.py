@@ -29,9 +29,7 @@ def rng(*parts: int) -> np.random.Generator:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ def test_files_on_disk_agree_with_the_formats(data: DemoData) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [image["file_name"] for image in coco["images"]]
     for entry in coco["annotations"]:
         x, y, width, height = entry["bbox"]
-        assert min(x, y) >= 0 and min(width, height) > 0 and max(x + width, y + height) <= 64
+        assert min(x, y) >= 0 and min(width, height) > 0 and max(x + width, y + height) <= SMALL.detection_look.size
         assert 1 <= entry["category_id"] <= len(CLASSES)
 
     source = data.sources("segmentation", "test")
@@ -112,13 +110,13 @@ def test_files_on_disk_agree_with_the_formats(data: DemoData) -> None:
         image = Image.open(data.root / source["images"] / f"{name}.jpg")
         assert label_map.mode == "L" and label_map.size == image.size
         values = set(np.unique(np.asarray(label_map)).tolist())
-        assert values <= {*range(len(source["classes"])), IGNORE} and len(values) >= 2
+        assert values <= {*range(len(CLASSES) + 1), IGNORE} and len(values) >= 2
 
     source = data.sources("classification", "train")
     lines = [line.split() for line in (data.root / source["list"]).read_text().splitlines()]
     folder = data.root / source["images"]
     assert sorted(name for name, _ in lines) == sorted(path.name for path in folder.iterdir())
-    assert {int(label) for _, label in lines} == set(range(len(source["classes"])))
+    assert {int(label) for _, label in lines} == set(range(len(CLASSES)))
 
 
 def test_seed_decides_every_byte(data: DemoData, tmp_path: Path) -> None:
