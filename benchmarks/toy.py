@@ -6,7 +6,6 @@ the last micro-step only. `reference_run` computes what any engine on R ranks mu
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -132,8 +131,8 @@ def reference_run(
         world: how many ranks' data each step takes.
         dtype: of forward and backward; sums, norms and master weights are float64 always.
     """
-    master = {name: p.detach().clone() for name, p in make_model().named_parameters()}
-    model = make_model().to(dtype)
+    model = make_model().to(dtype)  # engines round the weights first, then copy them to fp32
+    master = {name: p.detach().double() for name, p in model.named_parameters()}
     norms_log, scales_log = [], []
     for step in range(steps):
         with torch.no_grad():
@@ -156,7 +155,7 @@ def reference_run(
             master[name] = master[name] - RATE * value
         norms_log.append(norms)
         scales_log.append(scale)
-    return Reference(copy.deepcopy(master), norms_log, scales_log)
+    return Reference(master, norms_log, scales_log)
 
 
 def _norm(values) -> float:

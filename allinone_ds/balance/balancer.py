@@ -147,7 +147,7 @@ class TaskBalancer:
         self._loss += loss.detach().float() / self._micro_steps
         self.engine.set_gradient_accumulation_boundary(self._done == self._micro_steps - 1)
         with self._guard.allowed():
-            self.engine.backward(loss / self._micro_steps, scale_wrt_gas=False)
+            self.engine.backward(loss * (self._shards.missing_loss_scale / self._micro_steps), scale_wrt_gas=False)
         self._done += 1
 
     def step(self, require_all: bool = True) -> StepReport:

@@ -56,6 +56,8 @@ class BF16Shards(GradientShards):
     def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self.optimizer.fp32_groups_gradient_flat_partition, flats, strict=True):
             gradient.copy_(flat)
+        for flags in self.optimizer.fp32_groups_has_gradients:
+            flags[:] = [True] * len(flags)
         square = torch.stack([flat.norm() for flat in flats]).square().sum()
         torch.distributed.all_reduce(square, group=self.optimizer.dp_process_group)
         self._norm = square.sqrt()

@@ -65,7 +65,12 @@ class GradientShards(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the engine multiplies losses by before backward (fp16), 1 otherwise."""
+        """What gradients carry as a factor and the optimizer divides by (fp16); 1 otherwise."""
+        return 1.0
+
+    @property
+    def missing_loss_scale(self) -> float:
+        """The part of `loss_scale` that the engine's `backward` does not put on the loss."""
         return 1.0
 
     @abstractmethod

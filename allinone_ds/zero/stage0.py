@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .shards import GradientShards, Span, merge_spans
 
+_SIXTEEN_BIT = (FP16_Optimizer, FP16_UnfusedOptimizer)
+
 
 class Stage0Shards(GradientShards):
     """The whole gradient, one group a parameter."""
@@ -43,7 +45,12 @@ class Stage0Shards(GradientShards):
 
     @property
     def loss_scale(self) -> float:
-        return 1.0  # DeepSpeed 0.19.8 does not scale losses without ZeRO
+        return float(self.optimizer.loss_scale) if isinstance(self.optimizer, _SIXTEEN_BIT) else 1.0
+
+    @property
+    def missing_loss_scale(self) -> float:
+        # 0.19.8: engine.backward scales losses for ZeRO only, yet these optimizers divide by the scale all the same
+        return self.loss_scale
 
     def spans(self) -> list[Span]:
         return self._spans
