@@ -84,8 +84,9 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
 def image_size(path: str) -> tuple[int, int] | None:
     """(H, W) of the upright picture, from the file's header alone; None when it cannot be read."""
     try:
-        with Image.open(path) as picture:
-            if picture.format == "TIFF":  # whose `size` is upright before or after loading, as Pillow's release has it
+        with Image.open(path) as file:
+            picture: Image.Image = file
+            if file.format == "TIFF":  # whose `size` is upright before or after loading, as Pillow's release has it
                 picture = ImageOps.exif_transpose(picture)
             width, height = picture.size
             turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)

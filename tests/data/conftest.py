@@ -30,7 +30,13 @@ def coco_content() -> dict:
     return {
         "images": [{"id": 100 + i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in range(COUNT)],
         "annotations": [
-            {"id": i, "image_id": 100 + i, "category_id": (7, 20, 90)[i % 3], "bbox": [i, 2, 8, 10], "iscrowd": 0}
+            {
+                "id": i,
+                "image_id": 100 + i,
+                "category_id": (7, 20, 90)[i % 3],
+                "bbox": [i, 2, 8, 10],
+                "iscrowd": 0,
+            }
             for i in range(COUNT)
         ],
         "categories": [{"id": i, "name": n} for i, n in zip((90, 7, 20), ("cow", "ant", "bee"), strict=True)],

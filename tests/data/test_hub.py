@@ -141,7 +141,11 @@ def test_a_missing_split_names_those_there_are(tmp_path):
 
 def test_broken_pictures_are_found(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-    cells = [{"bytes": b"no picture", "path": None}, {"bytes": None, "path": str(tmp_path / "gone.png")}, None]
+    cells = [
+        {"bytes": b"no picture", "path": None},
+        {"bytes": None, "path": str(tmp_path / "gone.png")},
+        None,
+    ]
     table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 2]}, features=features)
     source = DatasetsSource(format="datasets", path="set", kind="classification")
     found = check_sources({"it": HubDataset(table, source, tmp_path)}, progress=False)

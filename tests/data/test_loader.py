@@ -1,3 +1,4 @@
+import math
 import random
 from pathlib import Path
 
@@ -24,7 +25,11 @@ from allinone_ds.data import (
 from allinone_ds.data.classified import ImageListSource
 
 SIZE = (16, 16)
-AUGMENT = ["RandomHorizontalFlip", {"RandomResizedCrop": {"scale": [0.5, 1.0]}}, {"ColorJitter": {"brightness": 0.4}}]
+AUGMENT = [
+    "RandomHorizontalFlip",
+    {"RandomResizedCrop": {"scale": [0.5, 1.0]}},
+    {"ColorJitter": {"brightness": 0.4}},
+]
 
 
 def collate(samples):
@@ -234,7 +239,7 @@ def test_every_sample_counts_once_and_ranks_stay_in_step(ranks, count, batch, br
         return
     found = [list(eval_loader(dataset, eval_transform(SIZE), collate, batch, r, ranks)) for r in range(ranks)]
     assert len({len(batches) for batches in found}) == 1  # equal on every rank
-    assert len(found[0]) == -(-(-(-count // ranks)) // batch)  # and no more than needed
+    assert len(found[0]) == math.ceil(math.ceil(count / ranks) / batch)  # and no more than needed
     counted, told = [], []
     for item in (item for batches in found for item in batches):
         assert item.count == len(item.samples) <= batch

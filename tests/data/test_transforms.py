@@ -142,7 +142,10 @@ def test_branches_take_one_of_their_lists():
         {
             "RandomChoice": {
                 "p": [0.5, 0.5],
-                "transforms": [["RandomInvert", {"RandomInvert": {"p": 0.0}}], {"RandomSolarize": {"threshold": 0}}],
+                "transforms": [
+                    ["RandomInvert", {"RandomInvert": {"p": 0.0}}],
+                    {"RandomSolarize": {"threshold": 0}},
+                ],
             }
         }
     ]
@@ -158,9 +161,15 @@ def test_branches_take_one_of_their_lists():
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        (["RandomHorizontalFlop"], r"augment\[0\]: .*'RandomHorizontalFlop'; did you mean 'RandomHorizontalFlip'"),
+        (
+            ["RandomHorizontalFlop"],
+            r"augment\[0\]: .*'RandomHorizontalFlop'; did you mean 'RandomHorizontalFlip'",
+        ),
         (["RandomInvert", {"ColorJiter": {}}], r"augment\[1\]: .*did you mean 'ColorJitter'"),
-        ([{"ColorJitter": {"brightnes": 0.4}}], "ColorJitter has no option 'brightnes'; did you mean 'brightness'"),
+        (
+            [{"ColorJitter": {"brightnes": 0.4}}],
+            "ColorJitter has no option 'brightnes'; did you mean 'brightness'",
+        ),
         ([{"ColorJitter": {"brightness": -1}}], r"augment\[0\]: ColorJitter cannot be made from"),
         ([{"RandomAffine": {}}], "RandomAffine cannot be made from.*degrees"),
         ([{"RandomApply": {"transforms": ["Nope"]}}], r"augment\[0\]\.transforms\[0\]"),
