@@ -8,6 +8,7 @@ from allinone_ds.data.transforms import (
     MEAN,
     NAMES,
     STD,
+    ColorJitter,
     eval_transform,
     normalize,
     stack_images,
@@ -215,3 +216,46 @@ def test_normalize_is_torchvisions():
     stacked = stack_images([{"image": tv_tensors.Image(i)} for i in images])
     assert type(stacked) is torch.Tensor and stacked.dtype == torch.float32 and stacked.is_contiguous()
     assert torch.equal(stacked, normalize(images))
+
+
+JITTERS = [
+    {"brightness": 0.3},
+    {"contrast": 0.3},
+    {"saturation": 0.3},
+    {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3},
+    {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", JITTERS, ids=str)
+def test_color_jitter_is_torchvisions_within_its_rounding(options):
+    g = torch.Generator().manual_seed(0)
+    changes = []
+    for seed in range(12):
+        image = torch.randint(90, 160, (3, 16, 20), dtype=torch.uint8, generator=g)  # nothing reaches 0 or 255
+        torch.manual_seed(seed)
+        wanted = v2.ColorJitter(**options)(image)
+        torch.manual_seed(seed)
+        found = ColorJitter(**options)(image)
+        assert (found.int() - wanted.int()).abs().max() <= 4
+        changes.append((wanted.int() - image.int()).abs().max())
+    assert max(changes) > 8  # a jitter that does nothing would not pass: torchvision's moves more than the tolerance
+
+
+def test_color_jitter_cuts_at_0_and_255_and_leaves_boxes_alone():
+    sample = scene()["detection"]
+    boxes = sample["boxes"].clone()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        out = ColorJitter(brightness=(3.0, 3.0), contrast=(2.0, 2.0))(sample)
+        assert type(out["image"]) is tv_tensors.Image and torch.equal(out["boxes"], boxes)
+        assert out["image"].max() == 255 and out["image"].min() == 0
+
+
+def test_transforms_of_the_pixels_alone_run_where_boxes_and_masks_are():
+    for sample in (scene()["detection"], scene()["segmentation"]):
+        for augment in (["ColorJitter"], [{"RandomApply": {"transforms": [{"ColorJitter": {"hue": 0.1}}], "p": 1.0}}]):
+            out = train_transform(augment, (60, 50))(sample)
+            assert set(out) == set(sample)
+            for key in {"boxes", "mask"} & set(sample):
+                assert torch.equal(out[key], sample[key]) and type(out[key]) is type(sample[key])
