@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 130 when
         interrupted.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") or "=" not in item for item in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args)
     except ConfigError as error:
@@ -100,13 +105,13 @@ def _say_error(error: object) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from allinone_ds.training.files import read_yaml
     from allinone_ds.training.launch import default_ranks
 
-    folder = _run_folder(args.config, args.overrides)
+    content = read_yaml(args.config, args.overrides)
     flags = [*args.overrides, *(["--resume"] if args.resume else [])]
-    ranks = args.nproc or default_ranks()
-    seconds = _run(args.config, flags, folder, ranks)
-    _summary(folder, seconds)
+    seconds = _run(args.config, flags, content, args.nproc or default_ranks())
+    _summary(_folder_of(content), seconds)
     return 0
 
 
@@ -126,20 +131,12 @@ def _demo(args: argparse.Namespace) -> int:
     if args.steps:
         overrides.append(f"trainer.max_steps={args.steps}")
     content = read_yaml(config, overrides)
-    folder, data = _folder_of(content), Path(content["data_root"])
-    made = make_demo_data(data)
+    made = make_demo_data(Path(content["data_root"]))
     console.print(f"demo data in {made.root}")
-    clear_run(folder)
-    ranks = args.nproc or default_ranks()
-    _run(config, overrides, folder, ranks)
-    _summary(folder, time.perf_counter() - start)
+    clear_run(_folder_of(content))
+    _run(config, overrides, content, args.nproc or default_ranks())
+    _summary(_folder_of(content), time.perf_counter() - start)
     return 0
-
-
-def _run_folder(config: str, overrides: Sequence[str]) -> Path:
-    from allinone_ds.training.files import read_yaml
-
-    return _folder_of(read_yaml(config, overrides))
 
 
 def _folder_of(content: dict[str, Any]) -> Path:
@@ -147,9 +144,9 @@ def _folder_of(content: dict[str, Any]) -> Path:
     return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
 
 
-def _run(config: str, flags: Sequence[str], folder: Path, ranks: int) -> float:
+def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
     """Start the launcher and show its progress until it ends; returns seconds."""
-    from allinone_ds.training.launch import follow_run, launch_command
+    from allinone_ds.training.launch import follow_run, launch_command, launch_environment
     from allinone_ds.training.text import clock, metrics_line, task_losses
 
     start = time.perf_counter()
@@ -176,7 +173,10 @@ def _run(config: str, flags: Sequence[str], folder: Path, ranks: int) -> float:
                 if not console.is_terminal:
                     console.print(line)
 
-        follow_run(launch_command(config, flags, ranks), folder, ranks, show)
+        trainer = content.get("trainer")
+        compiles = bool(isinstance(trainer, dict) and trainer.get("torch_compile"))
+        environment = launch_environment(ranks, compiles)
+        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
     return time.perf_counter() - start
 
 
@@ -259,9 +259,9 @@ def _quiet() -> None:
     import os
     import warnings
 
-    from allinone_ds.training.launch import QUIET
+    from allinone_ds.training.launch import quiet_environment
 
-    for key, value in QUIET.items():
+    for key, value in quiet_environment().items():
         os.environ.setdefault(key, value)
     warnings.filterwarnings("ignore")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

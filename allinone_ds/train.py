@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. trainer.max_steps=50")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the DeepSpeed launcher")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         train_run(config)
     except (ConfigError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # configurations are wrong on all ranks alike, data may be on one alone
+        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -122,6 +122,8 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
     hints = get_type_hints(AllInOneArguments)
     checked, mistakes = {}, []
     for key, value in given.items():
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # what YAML makes of the word
         if key in ELSEWHERE:
             mistakes.append(f"{where}.{key}: is decided by '{ELSEWHERE[key]}' of the run, not here")
         elif key not in names:

@@ -43,6 +43,7 @@ def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[P
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,7 @@ def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[P
             axis.plot(steps, values, label=task, color=color, linewidth=1.4, marker="." if len(steps) < 12 else None)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axis.set_yscale("log")
         if data:
@@ -70,16 +72,10 @@ def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[P
     draw(axis, series(history, "loss/"), "loss of each task", log=True)
     save(figure, "loss.png")
 
-    raw, scale = series(history, "grad_norm/", "/raw"), series(history, "grad_norm/", "/scale")
-    balanced = {
-        task: (steps, [r * s for r, s in zip(values, scale[task][1], strict=True)])
-        for task, (steps, values) in raw.items()
-        if task in scale
-    }
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
-    draw(axes[0], raw, "backbone gradient of each task: norm before balancing", log=True)
-    draw(axes[1], scale, "factor it got", log=True)
-    draw(axes[2], balanced, "norm after balancing (norm x factor)", log=True)
+    draw(axes[0], series(history, "grad_norm/", "/raw"), "backbone gradient norm of each task, before balancing", True)
+    draw(axes[1], series(history, "grad_norm/", "/scale"), "factor it got", True)
+    draw(axes[2], series(history, "grad_norm/", "/scaled"), "norm after balancing", True)
     axes[2].set_ylim(axes[0].get_ylim())  # the same axis: before and after can be compared
     save(figure, "norms.png")
 

@@ -16,10 +16,10 @@ from allinone_ds.data.transforms import eval_transform, stack_images
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.drawing import to_pil
+from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import RunConfig, read_run_files
 from allinone_ds.training.evaluation import evaluate_tasks, tasks_of, to_device
 from allinone_ds.training.folder import WEIGHTS_FILE, checkpoints
-from allinone_ds.training.run import build_model, open_test_data
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[AllInOneModel, RunConfig]:

@@ -5,79 +5,17 @@ from __future__ import annotations
 import json
 
 import torch
-from transformers import PreTrainedConfig, set_seed
+from transformers import set_seed
 
 from allinone_ds.balance import weighting_from_config
-from allinone_ds.data.loader import TaskData
-from allinone_ds.data.sources import open_source
-from allinone_ds.data.transforms import eval_transform, train_transform
-from allinone_ds.models.backbone import BackboneConfig, build_backbone
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.tasks import build_task, task_class
 from allinone_ds.training.arguments import arguments_from_config
+from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
 from allinone_ds.training.folder import METRICS_FILE, PLOTS, checkpoint_to_resume
 from allinone_ds.training.pages import collect_drawings, write_page
 from allinone_ds.training.plots import write_plots
 from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
 from allinone_ds.training.trainer import AllInOneTrainer
-
-
-def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
-    """The model of a run with fresh weights (or those of the backbone's checkpoint).
-
-    Args:
-        config: the run; only its tasks are read.
-        facts: the backbone and the class names.
-    """
-    backbone = build_backbone(facts.backbone)
-    tasks = {
-        name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
-        for name, task in config.tasks.items()
-    }
-    return AllInOneModel(backbone, tasks)
-
-
-def open_train_data(config: RunConfig) -> dict[str, TaskData]:
-    """Training data by task.
-
-    Raises:
-        DataError: names the file and what is wrong with it.
-    """
-    data = {}
-    for name, task in config.tasks.items():
-        data[name] = TaskData(
-            dataset=open_source(task.train, config.data_root),
-            transform=train_transform(task.augment, task.image_size),
-            collate=task_class(task.type).collate,
-            batch_size=task.batch_size,
-            micro_steps=task.micro_steps,
-            cache=task.cache,
-        )
-    return data
-
-
-def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str, TaskData]:
-    """Test data of the tasks that have any, their class ids those of the training data.
-
-    Args:
-        config: the run.
-        classes: class names of the training data by task.
-
-    Raises:
-        DataError: names the file and what is wrong with it.
-    """
-    data = {}
-    for name, task in config.tasks.items():
-        if task.test is not None:
-            data[name] = TaskData(
-                dataset=open_source(task.test, config.data_root, classes=classes[name]),
-                transform=eval_transform(task.image_size),
-                collate=task_class(task.type).collate,
-                batch_size=task.eval_batch_size or task.batch_size,
-                cache=task.cache,
-            )
-    return data
 
 
 def train_run(config: RunConfig) -> dict[str, float]:
@@ -103,7 +41,7 @@ def train_run(config: RunConfig) -> dict[str, float]:
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
-    facts = ModelFacts(backbone=_spelled_out(config.model.backbone, model.backbone.config), classes=classes)
+    facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
     trainer = AllInOneTrainer(
         model=model,
         args=args,
@@ -116,8 +54,8 @@ def train_run(config: RunConfig) -> dict[str, float]:
     trainer.save_model()
     metrics = {**result.metrics, "steps": trainer.state.global_step, "world_size": args.world_size}
     if test_data:
-        metrics.update(trainer.evaluate())
-        if trainer.state.best_model_checkpoint:
+        metrics.update(_last_evaluation(trainer) or trainer.evaluate())
+        if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             metrics["best_step"] = trainer.state.best_global_step
         drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draw=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
@@ -132,23 +70,12 @@ def train_run(config: RunConfig) -> dict[str, float]:
     return metrics
 
 
-def _spelled_out(asked: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
-    """The backbone's configuration without its checkpoint: the sizes found there are written down instead."""
-    if asked.checkpoint is None:
-        return asked
-    default = type(built)().to_dict()
-    apart = (
-        "out_indices",
-        "out_features",
-        "stage_names",
-        "dtype",
-        "architectures",
-        "transformers_version",
-        "model_type",
-    )
-    sizes = {
-        key: value
-        for key, value in built.to_dict().items()
-        if not key.startswith("_") and key not in apart and key in default and value != default[key]
-    }
-    return asked.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})
+def _last_evaluation(trainer: AllInOneTrainer) -> dict[str, float] | None:
+    """Metrics of the weights as they are now, when an evaluation during training has just given them."""
+    state = trainer.state
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    step = state.best_global_step if best else state.global_step
+    for entry in reversed(state.log_history):
+        if entry.get("step") == step and "eval_score" in entry:
+            return {key: value for key, value in entry.items() if key.startswith("eval_")}
+    return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from allinone_ds.balance import TBGC, TaskBalancer
 from allinone_ds.data.base import DataError
@@ -33,9 +33,10 @@ class AllInOneTrainer(Trainer):
     """Trains an `AllInOneModel` on all its tasks, each task's pull on the backbone balanced.
 
     Callbacks, logs, schedules, saving, resuming and `report_to` are those of Trainer. A step runs every task's
-    micro-steps and then one optimizer step. Logged beside Trainer's own values: loss/TASK, grad_norm/TASK/raw (norm of
-    the task's averaged backbone gradient), grad_norm/TASK/scale (the factor it got), epoch/TASK, skipped/TASK and
-    broken_images.
+    micro-steps and then one optimizer step. Logged beside Trainer's own values, as means over the steps since the last
+    log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
+    it got) and grad_norm/TASK/scaled; and epoch/TASK, skipped/TASK (steps that left the task out because it was not
+    finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run).
 
     Args:
         model: an AllInOneModel.
@@ -73,6 +74,10 @@ class AllInOneTrainer(Trainer):
             eval_dataset=dict(eval_dataset or {}),  # type: ignore[arg-type]
             callbacks=[RunShare(), *(callbacks or [])],
         )
+        self.remove_callback(PrinterCallback)
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            _one_dtype(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -138,6 +143,7 @@ class AllInOneTrainer(Trainer):
             values[f"loss/{task}"] = report.losses[task]
             values[f"grad_norm/{task}/raw"] = report.norms[task]
             values[f"grad_norm/{task}/scale"] = report.scales[task]
+            values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
         self._means.add(values)
         return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
 
@@ -153,6 +159,8 @@ class AllInOneTrainer(Trainer):
             logs.update(self._means.drain())
             for task in self.schedule.tasks:
                 logs[f"epoch/{task}"] = self.schedule.epoch(task, self.state.global_step)
+                if self.balancer is not None:
+                    logs[f"skipped/{task}"] = self.balancer.skipped_steps[task]
             logs["broken_images"] = self._count_broken()
         super().log(logs, start_time)
 
@@ -219,6 +227,17 @@ class AllInOneTrainer(Trainer):
             )
         module: Any = self.model
         return module.to(self.args.device)
+
+
+def _one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is not yet partitioned to the engine's dtype.
+
+    Under ZeRO-3 the ViT is born partitioned, in the engine's dtype. DeepSpeed (0.19.8) then leaves all other parameters
+    as they are, and fails on the mixture.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 @dataclass
