@@ -4,8 +4,8 @@
     python benchmarks/exactness.py --world 2 --only zero2
 
 Each case takes 5 SGD steps on 3 tasks whose losses differ by 3,000x and compares all weights and norms.
-The figure for fp32 is the largest difference of a weight from float64. 16-bit rows are compared with the same steps done by
-hand in that type (forward and backward in 16 bit, sums in float64), and relative to the largest change of a weight.
+The figure for fp32 is the largest difference of a weight from float64. 16-bit rows are compared with the same steps
+done by hand in that type (forward and backward in 16 bit, sums in float64), relative to the largest change of a weight.
 """
 
 from __future__ import annotations
@@ -101,16 +101,16 @@ def all_cases() -> list[Case]:
 def run_case(case: Case, weighting: dict, micro_steps: tuple[int, ...]) -> dict:
     """Train on this rank's engine and compare with the reference; collective. Returns the differences."""
     import deepspeed
-    import toy
     import torch
     import torch.distributed as dist
+    import toy
 
     from allinone_ds import TaskBalancer, weighting_from_config
 
     world, rank = dist.get_world_size(), dist.get_rank()
     counts = dict(zip(toy.TASKS, micro_steps, strict=True))
     model = toy.make_model(checkpointing=case.checkpointing).float()
-    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.RATE)
+    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.rate(weighting))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     balancer = TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting))
@@ -128,30 +128,45 @@ def run_case(case: Case, weighting: dict, micro_steps: tuple[int, ...]) -> dict:
     worst = 0.0
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
-            worst = max(worst, float((_master(engine, param) - wanted.params[name]).abs().max()))
+            worst = max(worst, float((master_weights(engine, param) - wanted.params[name]).abs().max()))
     norms = max(
-        abs(float(report.norms[t]) / want[t] - 1) for report, want in zip(reports, wanted.norms, strict=True) for t in want
+        abs(float(report.norms[t]) / want[t] - 1)
+        for report, want in zip(reports, wanted.norms, strict=True)
+        for t in want
     )
     scales = max(
-        abs(float(report.scales[t]) / want[t] - 1) for report, want in zip(reports, wanted.scales, strict=True) for t in want
+        abs(float(report.scales[t]) / want[t] - 1)
+        for report, want in zip(reports, wanted.scales, strict=True)
+        for t in want
     )
     overflows = sum(report.overflow for report in reports)
     balancer.detach()
     engine.destroy()
-    return {"weights": worst, "weights_relative": worst / largest, "norms": norms, "scales": scales, "overflows": overflows}
+    return {
+        "weights": worst,
+        "weights_relative": worst / largest,
+        "norms": norms,
+        "scales": scales,
+        "overflows": overflows,
+    }
 
 
-def _master(engine, param):
-    """The optimizer's own fp32 copy of a parameter, whole, float64."""
+def master_weights(engine, param):
+    """The fp32 weights the optimizer steps on, whole, as float64: the parameter itself in an fp32 engine."""
+    import deepspeed
+    import torch
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if param.dtype == torch.float32:
+        with deepspeed.zero.GatheredParameters([param]):
+            return param.detach().double().cpu().clone()
     if engine.zero_optimization_stage():
         return safe_get_full_fp32_param(param).detach().double().cpu().view(getattr(param, "ds_shape", param.shape))
-    for low, high in zip(getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []), strict=False):
+    for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
         for p, master in zip(low, high, strict=True):
             if p is param:
                 return master.detach().double().view_as(param)
-    return param.detach().double()
+    raise KeyError("the optimizer does not hold this parameter")
 
 
 def _worker(args: argparse.Namespace) -> None:
@@ -195,7 +210,10 @@ def table(rows: list[dict]) -> str:
     for name in dict.fromkeys(row["case"]["name"] for row in rows):
         mine = [row for row in rows if row["case"]["name"] == name]
         key = "weights" if mine[0]["case"]["dtype"] == "fp32" else "weights_relative"
-        cells = [f"{max(r[key] for r in mine if r['world'] == w):.1e}" if any(r["world"] == w for r in mine) else "" for w in worlds]
+        cells = [
+            f"{max(r[key] for r in mine if r['world'] == w):.1e}" if any(r["world"] == w for r in mine) else ""
+            for w in worlds
+        ]
         lines.append("| " + " | ".join([name, *cells, f"{max(r['norms'] for r in mine):.1e}", str(len(mine))]) + " |")
     return "\n".join(lines)
 

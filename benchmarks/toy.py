@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 TASKS = ("det", "seg", "cls")
 LOSS_SCALE = {"det": 1.0, "seg": 3000.0, "cls": 30.0}
-RATE = 0.05
+
+
+def rate(weighting: dict) -> float:
+    """SGD's learning rate: small where raw gradients reach the weights, or the losses' 3,000x would blow them up."""
+    raw = (
+        weighting["name"] == "sum"
+        or weighting.get("heads") == "none"
+        or weighting.get("target", "constant") != "constant"
+    )
+    return 1e-5 if raw else 0.05
 
 
 class Backbone(nn.Module):
@@ -113,7 +122,12 @@ def factors(weighting: dict, norms: dict[str, float], whole: dict[str, float]) -
     target = weighting.get("target", "constant")
     if target != "constant":
         values = sorted(norms.values())
-        pick = {"max": values[-1], "min": values[0], "mean": sum(values) / len(values), "median": values[(len(values) - 1) // 2]}
+        pick = {
+            "max": values[-1],
+            "min": values[0],
+            "mean": sum(values) / len(values),
+            "median": values[(len(values) - 1) // 2],
+        }
         tau = pick[target]
     result = {task: tau / (norm + 1e-6) for task, norm in base.items()}
     return result if weighting.get("rescale") == "always" else {t: min(1.0, c) for t, c in result.items()}
@@ -152,7 +166,7 @@ def reference_run(
             total = {name: value * last for name, value in total.items()}
             scale = {task: c * last for task, c in scale.items()}
         for name, value in total.items():
-            master[name] = master[name] - RATE * value
+            master[name] = master[name] - rate(weighting) * value
         norms_log.append(norms)
         scales_log.append(scale)
     return Reference(master, norms_log, scales_log)

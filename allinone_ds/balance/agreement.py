@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -21,7 +23,7 @@ class Agreement:
         self.names = names
         self.world = dist.get_world_size()
         gloo = dist.get_backend() == "gloo"
-        self.group = None if gloo or self.world == 1 else dist.new_group(backend="gloo")
+        self.group: Any = None if gloo or self.world == 1 else dist.new_group(backend="gloo")
 
     def check(self, name: str, number: int) -> None:
         """Raise on every rank unless all ranks came with the same name and number.

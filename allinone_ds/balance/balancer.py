@@ -47,6 +47,8 @@ class TaskBalancer:
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
             in different tasks are an error and not a hang.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
+        self_test: compare a toy model's balanced steps on the same kind of engine with a float64 reference first. None:
+            only with a DeepSpeed release that was not checked.
 
     Attributes:
         tasks: the names, in the order given.
@@ -67,6 +69,7 @@ class TaskBalancer:
         *,
         check_ranks: bool = True,
         allow_gradient_clipping: bool = False,
+        self_test: bool | None = None,
     ):
         self.tasks = _task_names(tasks)
         self.weighting = as_weighting(weighting)
@@ -74,8 +77,8 @@ class TaskBalancer:
         self.engine = engine
         backbone = _shared_parameters(engine.module, shared)
         self._shards = open_shards(engine, backbone)
-        if not checked_release():
-            _try_unchecked_release(engine)
+        if self_test or (self_test is None and not checked_release()):
+            _run_self_test(engine)
         self._combiner = combiner(self._shards, self.weighting)
         self._agreement = Agreement((*self.tasks, _STEP)) if check_ranks else None
         self._guard = EngineGuard(engine, BalancerError)
@@ -100,16 +103,16 @@ class TaskBalancer:
             micro_steps: how many micro-batches the task's gradient is the mean of.
 
         Raises:
-            BalancerError: wrong task, number of micro-steps or nesting, or ranks in different tasks. The task's gradient is
-                dropped, those of tasks already done stay: the task can run again.
+            BalancerError: wrong task, number of micro-steps or nesting, or ranks in different tasks. The task's
+                gradient is dropped, those of tasks already done stay: the task can run again.
         """
         self._enter(name, micro_steps)
         try:
             yield
             if self._done != micro_steps:
                 raise BalancerError(
-                    f"task '{name}' ended after {self._done} of {micro_steps} micro-steps; call balancer.backward(loss) "
-                    "exactly micro_steps times inside the block"
+                    f"task '{name}' ended after {self._done} of {micro_steps} micro-steps; call "
+                    "balancer.backward(loss) exactly micro_steps times inside the block"
                 )
         except BaseException:
             self._shards.discard()
@@ -292,14 +295,13 @@ def _shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set
     return trainable
 
 
-def _try_unchecked_release(engine: Any) -> None:
+def _run_self_test(engine: Any) -> None:
     from .self_test import self_test
 
-    warnings.warn(
-        f"DeepSpeed {deepspeed.__version__} was not checked with this release of allinone_ds "
-        f"(checked: {', '.join(CHECKED_RELEASES)}); running a self-test of one balanced step",
-        stacklevel=3,
-    )
+    if not checked_release():
+        warnings.warn(
+            f"DeepSpeed {deepspeed.__version__} was not checked with this release of allinone_ds "
+            f"(checked: {', '.join(CHECKED_RELEASES)}); running a self-test of balanced steps",
+            stacklevel=4,
+        )
     self_test(engine)
-
-

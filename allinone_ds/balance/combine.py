@@ -108,7 +108,9 @@ class Combiner(ABC):
         skipped = tuple(task for task, (finite, _) in zip(self.tasks, rows, strict=True) if not finite)
         return skipped, self._fp16 and any(finite and not small for finite, small in rows)
 
-    def _combined(self, flats: list[Tensor], scales: dict[str, Tensor], skipped: tuple[str, ...], overflow: bool) -> Combined:
+    def _combined(
+        self, flats: list[Tensor], scales: dict[str, Tensor], skipped: tuple[str, ...], overflow: bool
+    ) -> Combined:
         factor = None if overflow else self.weighting.sum_factor(self._norm(flats))
         if factor is not None:
             for flat in flats:
@@ -212,7 +214,7 @@ class KeepingCombiner(Combiner):
             dist.all_reduce(gram)
         return StepRecord(
             tasks=tuple(used),
-            gram=(gram / self.shards.loss_scale**2).float(),
+            gram=gram / self.shards.loss_scale**2,
             whole_norms=torch.cat([self.records[task].whole_norms for task in used]),
             losses=torch.cat([self.records[task].losses for task in used]),
         )

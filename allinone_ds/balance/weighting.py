@@ -131,9 +131,7 @@ class TBGC(Weighting):
         "max": torch.max, "mean": torch.mean, "median": torch.median, "min": torch.min,
     }  # fmt: skip
 
-    def __init__(
-        self, max_norm: float = 0.1, target: str = "constant", rescale: str = "clip", heads: str = "same"
-    ):
+    def __init__(self, max_norm: float = 0.1, target: str = "constant", rescale: str = "clip", heads: str = "same"):
         self.max_norm = _positive("TBGC", max_norm)
         self.target = _one_of("TBGC", "target", target, ("constant", *self.TARGETS))
         self.rescale = _one_of("TBGC", "rescale", rescale, ("clip", "always"))
@@ -155,9 +153,7 @@ class TBGC(Weighting):
         return factors.clamp(max=1.0) if self.rescale == "clip" else factors
 
     def __repr__(self) -> str:
-        return (
-            f"TBGC(max_norm={self.max_norm}, target={self.target!r}, rescale={self.rescale!r}, heads={self.heads!r})"
-        )
+        return f"TBGC(max_norm={self.max_norm}, target={self.target!r}, rescale={self.rescale!r}, heads={self.heads!r})"
 
 
 class GramWeighting(Weighting):
@@ -222,7 +218,9 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     name = str(options.pop("name", "tbgc"))
     if name not in WEIGHTINGS:
         raise ConfigError(f"balancer.name: unknown weighting '{name}'; {did_you_mean(name, WEIGHTINGS)}")
-    allowed = [p for p in inspect.signature(WEIGHTINGS[name].__init__).parameters if p not in ("self", "args", "kwargs")]
+    allowed = [
+        p for p in inspect.signature(WEIGHTINGS[name].__init__).parameters if p not in ("self", "args", "kwargs")
+    ]
     for key in options:
         if key not in allowed:
             raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, allowed)}")

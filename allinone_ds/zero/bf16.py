@@ -1,8 +1,8 @@
 """ZeRO-1 with bf16 weights and fp32 accumulation (`BF16_Optimizer`).
 
-DeepSpeed 0.19.8, `runtime/bf16_optimizer.py`: every rank keeps the whole gradient in fp32 (`fp32_groups_gradients_flat`),
-all-reduced at the boundary, and steps on its own slice `fp32_groups_gradient_flat_partition`. Only that slice is kept
-and scaled here.
+DeepSpeed 0.19.8, `runtime/bf16_optimizer.py`: every rank keeps the whole gradient in fp32
+(`fp32_groups_gradients_flat`), all-reduced at the boundary, and steps on its own slice
+`fp32_groups_gradient_flat_partition`. Only that slice is kept and scaled here.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def refuse_unsupported(engine: Any, allow_gradient_clipping: bool) -> None:
     if clip and (isinstance(engine.optimizer, BF16_Optimizer) or not allow_gradient_clipping):
         raise UnsupportedEngine(
             f"gradient_clipping is {clip} in the DeepSpeed config (1.0 when the key is absent, and Hugging Face fills "
-            "'auto' from max_grad_norm): the balanced sum would be clipped a second time; set \"gradient_clipping\": 0.0"
+            "'auto' from max_grad_norm): the balanced sum would be clipped a second time; "
+            'set "gradient_clipping": 0.0'
             + ("" if isinstance(engine.optimizer, BF16_Optimizer) else ", or pass allow_gradient_clipping=True")
         )
 

@@ -113,6 +113,9 @@ class GradientShards(ABC):
         """The tensors that hold the model's own copy of a parameter on this rank."""
         return [param.data]
 
+    def weights_put_back(self, params: Sequence[Parameter]) -> None:  # noqa: B027 - most engines need nothing
+        """Called after `unmoved` has put `weights` of `params` back, for copies the engine keeps besides."""
+
     @contextlib.contextmanager
     def unmoved(self, params: Sequence[Parameter]) -> Iterator[None]:
         """Keep `params` where they are over an optimizer step, momentum and weight decay included.
@@ -144,6 +147,7 @@ class GradientShards(ABC):
             state.update(scalars)
         for target, values in weights:
             target.copy_(values)
+        self.weights_put_back(params)
 
 
 def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: set[int]) -> list[Piece]:

@@ -45,7 +45,7 @@ class Stage12Shards(GradientShards):
         return spans
 
     def _pieces_by_tensor(self) -> list[Piece]:
-        """One piece a tensor of `averaged_gradients`: the parameters in order, padding after each where there is any."""
+        """One piece a tensor of `averaged_gradients`: the parameters in order, padding where there is any."""
         pieces = []
         for group, size in enumerate(self.sizes):
             position = 0

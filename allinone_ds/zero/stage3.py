@@ -1,7 +1,7 @@
 """ZeRO-3 (`DeepSpeedZeroOptimizer_Stage3`), optimizer on the accelerator or offloaded to the CPU.
 
-Private fields of DeepSpeed 0.19.8, `runtime/zero/stage3.py`: every parameter's partition of the reduced gradient is a view
-of `grad_partitions_flat_buffer`, in the order of `fp16_groups`. `partition_grads` overwrites a view in the first
+Private fields of DeepSpeed 0.19.8, `runtime/zero/stage3.py`: every parameter's partition of the reduced gradient is a
+view of `grad_partitions_flat_buffer`, in the order of `fp16_groups`. `partition_grads` overwrites a view in the first
 micro-step of a step and adds in later ones, and leaves parameters without a gradient alone; so the buffer is zeroed
 after each task and a micro-step counts from 0 in each task.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -76,8 +77,14 @@ class Stage3Shards(GradientShards):
         return master, self.optimizer.optimizer.state[master]
 
     def weights(self, param: Parameter) -> list[Tensor]:
-        gathered = [param.data] if param.data.numel() == param.ds_numel else []  # kept gathered: small parameters
-        return [param.ds_tensor.data, *gathered]
+        return [_partition(param).data]
+
+    def weights_put_back(self, params: Sequence[Parameter]) -> None:
+        # small parameters stay gathered, and were gathered again at the end of the step with the moved values
+        gathered: list[Any] = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
+            gathered[0].all_gather(gathered)
 
 
 class Stage3OffloadShards(Stage3Shards):
@@ -98,3 +105,8 @@ class Stage3OffloadShards(Stage3Shards):
         self.optimizer.reset_cpu_buffers()
         for master in self.optimizer.fp32_partitioned_groups_flat:
             master.grad.zero_()
+
+
+def _partition(param: Any) -> Any:
+    """This rank's partition of a ZeRO-3 parameter."""
+    return param.ds_tensor
