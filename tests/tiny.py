@@ -11,7 +11,13 @@ from allinone_ds.tasks import build_task
 
 SIZE = (32, 32)
 CLASSES = ["circle", "square", "cross"]
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": 32}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 32,
+}
 TYPES = {"det": "detection", "seg": "segmentation", "cls": "classification"}
 LIGHT = {
     "det": ("fcos", {"width": 32, "num_convs": 1}),
@@ -34,7 +40,8 @@ def tiny_model(heads: dict[str, tuple[str, dict]] | None = None, **backbone: obj
     trunk = tiny_backbone(**backbone)  # type: ignore[arg-type]
     heads = heads or LIGHT
     tasks = {
-        name: build_task(TYPES[name], name, CLASSES, trunk, SIZE, head, options) for name, (head, options) in heads.items()
+        name: build_task(TYPES[name], name, CLASSES, trunk, SIZE, head, options)
+        for name, (head, options) in heads.items()
     }
     return AllInOneModel(trunk, tasks)
 

@@ -8,12 +8,27 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    Dinov2Backbone,
+    Dinov2WithRegistersBackbone,
+    DINOv3ViTBackbone,
+    PreTrainedConfig,
+    VitDetBackbone,
+)
 from transformers.modeling_outputs import BackboneOutput
 
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import ConfigError, Strict, did_you_mean
 
+# AutoBackbone.from_pretrained takes hub names only, these take folders too.
+_CLASSES: dict[str, Any] = {
+    "dinov2": Dinov2Backbone,
+    "dinov2_with_registers": Dinov2WithRegistersBackbone,
+    "dinov3_vit": DINOv3ViTBackbone,
+    "vitdet": VitDetBackbone,
+}
 # Where each model keeps the convolution that turns pixels into tokens.
 _PATCH_PROJECTION = {
     "dinov2": "embeddings.patch_embeddings.projection",
@@ -86,10 +101,10 @@ class Backbone(nn.Module):
         config: configuration of the ViT.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self.config: Any = net.config
+        self.config = net.config
         self.channels: int = self.config.hidden_size
         self.stride: int = _patch_size(self.config)
         self.num_levels: int = len(self.config.out_indices)
@@ -105,7 +120,9 @@ class Backbone(nn.Module):
         """
         H, W = pixel_values.shape[-2:]
         if H % self.stride or W % self.stride:
-            raise ValueError(f"images of {H} x {W} pixels: both sides must be multiples of {self.stride}, the patch size")
+            raise ValueError(
+                f"images of {H} x {W} pixels: both sides must be multiples of {self.stride}, the patch size"
+            )
         dtype = next(self.net.parameters()).dtype
         return BackboneOutput(feature_maps=self.net(pixel_values.to(dtype)).feature_maps)
 
@@ -117,7 +134,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         ConfigError: for a field that the model's configuration does not have, or settings that contradict each other.
     """
     try:
-        net = _from_checkpoint(cfg) if cfg.checkpoint else _from_config(cfg)
+        net = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else _from_config(cfg)
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError) as error:
@@ -141,22 +158,24 @@ def _from_config(cfg: BackboneConfig) -> Any:
     return AutoBackbone.from_config(config)
 
 
-def _from_checkpoint(cfg: BackboneConfig) -> Any:
+def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> Any:
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' starts from scratch and would discard the patch projection of "
-                          f"the checkpoint {cfg.checkpoint}; use 'patch'")  # fmt: skip
-    found = AutoConfig.from_pretrained(cfg.checkpoint)
+                          f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
+    found = AutoConfig.from_pretrained(checkpoint)
     if found.model_type != cfg.model_type:
-        raise ConfigError(f"model.backbone.checkpoint: {cfg.checkpoint} is a '{found.model_type}', "
+        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{found.model_type}', "
                           f"model_type says '{cfg.model_type}'")  # fmt: skip
     _check_fields(cfg, found)
     indices = cfg.out_indices or _spread(found.num_hidden_layers)
     indices = _checked(indices, found.num_hidden_layers)
-    return AutoBackbone.from_pretrained(cfg.checkpoint, out_indices=indices, dtype=torch.float32, **cfg.config)
+    found = AutoConfig.from_pretrained(checkpoint, out_indices=indices, **cfg.config)
+    return _CLASSES[cfg.model_type].from_pretrained(checkpoint, config=found, dtype=torch.float32)
 
 
 def _check_fields(cfg: BackboneConfig, config: Any) -> None:
-    allowed = {field.name for field in dataclasses.fields(config) if not field.name.startswith("_")}
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    allowed = {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")} - general
     for key in cfg.config:
         if key not in allowed:
             raise ConfigError(f"model.backbone.config: unknown key '{key}' for {cfg.model_type}; "

@@ -76,11 +76,21 @@ class FCOSDetector(nn.Module):
         channels: channels of the backbone's maps.
         stride: pixels per cell of the backbone's maps.
         num_levels: number of the backbone's maps, all fused by a 1x1 convolution.
+        image_size: (H, W) of the network's input, in pixels.
     """
 
-    def __init__(self, num_classes: int, channels: int, stride: int, num_levels: int, options: FCOSOptions) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        stride: int,
+        num_levels: int,
+        image_size: tuple[int, int],
+        options: FCOSOptions,
+    ) -> None:
         super().__init__()
         width = options.width
+        self.image_size = image_size
         self.strides = [stride / scale for scale in options.scales]
         self.fuse = Fuse(channels, num_levels, width)
         single = list(options.scales) == [1.0]
@@ -121,10 +131,8 @@ class FCOSDetector(nn.Module):
             out.loss_parts = {key: value.detach() for key, value in parts.items()}
         return out
 
-    def postprocess(self, outputs: FCOSOutput, input_size: tuple[int, int]) -> list[dict[str, Tensor]]:
+    def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
         """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first, after NMS."""
-        assert outputs.cls_logits is not None and outputs.bbox_regression is not None
-        assert outputs.bbox_ctrness is not None and outputs.anchors is not None
         counts = [len(level) for level in outputs.anchors]
         raw = {
             "cls_logits": list(outputs.cls_logits.split(counts, dim=1)),
@@ -132,7 +140,7 @@ class FCOSDetector(nn.Module):
             "bbox_ctrness": list(outputs.bbox_ctrness.split(counts, dim=1)),
         }
         batch = len(outputs.cls_logits)
-        return self.fcos.postprocess_detections(raw, [list(outputs.anchors)] * batch, [input_size] * batch)
+        return self.fcos.postprocess_detections(raw, [list(outputs.anchors)] * batch, [self.image_size] * batch)
 
     def _anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """One square anchor around the centre of every cell, for each level (h * w, 4) in input pixels."""
@@ -154,4 +162,3 @@ class _NoBackbone(nn.Module):
     def __init__(self, out_channels: int) -> None:
         super().__init__()
         self.out_channels = out_channels
-

@@ -62,8 +62,10 @@ class AllInOneModel(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute the backbone's layers in backward; non-reentrant unless told otherwise."""
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.backbone.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        net: Any = self.backbone.net
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the backbone's activations again."""
-        self.backbone.net.gradient_checkpointing_disable()
+        net: Any = self.backbone.net
+        net.gradient_checkpointing_disable()

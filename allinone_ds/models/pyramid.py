@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from allinone_ds.strict import ConfigError
+
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of at most 32 groups that divide `channels`; works at batch 1, unlike BatchNorm."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm of at most 32 groups, each of 8 channels or more; works at batch 1, unlike BatchNorm.
+
+    Groups of one channel would make it an instance norm, which erases how strong a channel is in this image: with
+    it, a small stem could not tell green from blue.
+    """
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 8))
+    return nn.GroupNorm(groups, channels)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each cell, for maps (B, C, h, w); works on any batch and on 1x1 maps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Fuse(nn.Module):
@@ -29,7 +42,7 @@ class Fuse(nn.Module):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Simple feature pyramid of ViTDet (https://arxiv.org/abs/2203.16527, section 3), with GroupNorm.
+    """Simple feature pyramid of ViTDet (https://arxiv.org/abs/2203.16527, section 3), with its LayerNorms.
 
     Every level is computed from the same map: finer ones by transposed convolutions, coarser ones by max pooling.
 
@@ -46,7 +59,7 @@ class SimpleFeaturePyramid(nn.Module):
     @staticmethod
     def _level(channels: int, out_channels: int, scale: float) -> nn.Sequential:
         if scale not in SCALES:
-            raise ValueError(f"pyramid scale {scale} is not supported; use some of {', '.join(map(str, SCALES))}")
+            raise ConfigError(f"scales: {scale} is no level of the pyramid; use some of {', '.join(map(str, SCALES))}")
         layers: list[nn.Module] = []
         width = channels
         if scale < 1:
@@ -55,9 +68,9 @@ class SimpleFeaturePyramid(nn.Module):
             layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
             width, scale = width // 2, scale / 2
             if scale > 1:
-                layers += [group_norm(width), nn.GELU()]
-        layers += [nn.Conv2d(width, out_channels, 1, bias=False), group_norm(out_channels)]
-        layers += [nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), group_norm(out_channels)]
+                layers += [ChannelNorm(width), nn.GELU()]
+        layers += [nn.Conv2d(width, out_channels, 1, bias=False), ChannelNorm(out_channels)]
+        layers += [nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), ChannelNorm(out_channels)]
         return nn.Sequential(*layers)
 
     def forward(self, feature: Tensor) -> list[Tensor]:

@@ -34,7 +34,9 @@ def task_class(type_name: str) -> type[Task]:
         return TASKS[type_name]
     module, _, name = type_name.partition(":")
     if not name:
-        raise ConfigError(f"task type '{type_name}' is unknown; {did_you_mean(type_name, TASKS)}, or your own as 'module:Class'")
+        raise ConfigError(
+            f"task type '{type_name}' is unknown; {did_you_mean(type_name, TASKS)}, or your own as 'module:Class'"
+        )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

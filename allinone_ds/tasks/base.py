@@ -104,7 +104,7 @@ class Task(nn.Module, ABC):
         """A batch {"pixel_values", "labels"} of transformed samples (all of one size)."""
 
     @abstractmethod
-    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Final predictions for each image, in pixels of the original images.
 
         Args:
@@ -123,13 +123,6 @@ class Task(nn.Module, ABC):
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """The prediction as plain numbers and lists."""
         return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in prediction.items()}
-
-
-def stack_images(samples: Sequence[Sample]) -> Tensor:
-    """(B, 3, H, W) normalised images of samples of one size."""
-    from allinone_ds.data.transforms import stack_images as stack
-
-    return stack(samples)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from transformers.utils import ModelOutput
 
+from allinone_ds.data.transforms import stack_images
 from allinone_ds.strict import Strict
-from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision, stack_images
+from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
 from allinone_ds.tasks.drawing import caption, enlarge
 
 
@@ -59,11 +60,12 @@ class ClassificationTask(Task):
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         pooled = torch.cat([level.mean(dim=(-2, -1)) for level in features], dim=1)  # (B, L * C)
-        out = ClassificationOutput(logits=self.classifier(self.dropout(self.norm(pooled))))
+        logits = self.classifier(self.dropout(self.norm(pooled)))
+        out = ClassificationOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):
                 smoothing = self.options.label_smoothing if self.training else 0.0
-                out.loss = F.cross_entropy(out.logits.float(), labels, label_smoothing=smoothing)
+                out.loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         return out
 
     @staticmethod
@@ -72,7 +74,7 @@ class ClassificationTask(Task):
         return {"pixel_values": stack_images(samples), "labels": labels}
 
     @torch.no_grad()
-    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """For each image the "label" (int) and the "scores" (K,), probabilities of all classes."""
         return [{"label": int(p.argmax()), "scores": p} for p in outputs.logits.float().softmax(-1)]
 

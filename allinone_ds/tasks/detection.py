@@ -12,11 +12,13 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.utils import draw_bounding_boxes
 from transformers.utils import ModelOutput
 
+from allinone_ds.data.transforms import stack_images
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
-from allinone_ds.tasks.base import Prediction, Sample, Task, stack_images
+from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
+from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, caption, enlarge, palette
 
-_HEADS = {"fcos": (FCOSDetector, FCOSOptions)}
+_HEADS: dict[str, Any] = {"fcos": (FCOSDetector, FCOSOptions), "rf_detr": (RFDetrDetector, RFDetrOptions)}
 
 
 class DetectionTask(Task):
@@ -36,14 +38,22 @@ class DetectionTask(Task):
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
         detector = _HEADS[str(self.head_name)][0]
-        self.detector = detector(len(self.classes), self.channels, self.stride, self.num_levels, self.options)
+        self.detector = detector(
+            len(self.classes), self.channels, self.stride, self.num_levels, self.image_size, self.options
+        )
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        if tuple(pixel_values.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"tasks.{self.name}: images of {tuple(pixel_values.shape[-2:])}, image_size is {self.image_size}"
+            )
         if labels is not None:
             for target in labels:
                 if target["boxes"].dtype != torch.float32:
-                    raise TypeError(f"tasks.{self.name}: target boxes came as {target['boxes'].dtype}, which rounds them "
-                                    "to whole pixels and worse; cast pixel_values only")  # fmt: skip
+                    raise TypeError(
+                        f"tasks.{self.name}: target boxes came as {target['boxes'].dtype}, which rounds them to whole "
+                        "pixels and worse; cast pixel_values only"
+                    )
         return self.detector(features, pixel_values, labels)
 
     @staticmethod
@@ -57,9 +67,9 @@ class DetectionTask(Task):
         return {"pixel_values": stack_images(samples), "labels": labels}
 
     @torch.no_grad()
-    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """For each image boxes (n, 4) XYXY, scores (n,) and labels (n,), best first."""
-        predictions = self.detector.postprocess(outputs, self.image_size)
+        predictions = self.detector.postprocess(outputs)
         for prediction, (H, W) in zip(predictions, sizes, strict=True):
             scale = prediction["boxes"].new_tensor([W / self.image_size[1], H / self.image_size[0]]).repeat(2)
             prediction["boxes"] = prediction["boxes"] * scale
@@ -129,7 +139,10 @@ class DetectionMetric:
         """Add images: predictions of `predict` and the original samples."""
         for prediction, sample in zip(predictions, samples, strict=True):
             found = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
-            truth = {"boxes": sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4), "labels": sample["labels"]}
+            truth = {
+                "boxes": sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4),
+                "labels": sample["labels"],
+            }
             if "iscrowd" in sample:
                 truth["iscrowd"] = sample["iscrowd"].long()
             self.images.append((found, truth))

@@ -64,7 +64,8 @@ def beside(left: Tensor, right: Tensor) -> Tensor:
 def _with_strip(image: Tensor, entries: list[tuple[str, tuple[int, int, int] | None]], above: bool) -> Tensor:
     width = image.shape[-1]
     font = ImageFont.truetype(FONT, FONT_SIZE)
-    places, x, row = [], 4, 0
+    places: list[tuple[int, int, int]] = []
+    x, row = 4, 0
     for text, color in entries:
         box = 0 if color is None else FONT_SIZE + 4
         needed = box + int(font.getlength(text)) + 10

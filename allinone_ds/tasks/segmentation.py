@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.utils import draw_segmentation_masks
 from transformers.utils import ModelOutput
 
+from allinone_ds.data.transforms import stack_images
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
@@ -20,11 +21,14 @@ from allinone_ds.models.segmenters import (
     UPerNetSegmenter,
     segmentation_loss,
 )
-from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision, stack_images
+from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
 from allinone_ds.tasks.drawing import beside, caption, enlarge, enlarge_mask, legend, palette
 
 IGNORE = 255
-_HEADS: dict[str, Any] = {"light": (LightSegmenter, LightOptions), "upernet": (UPerNetSegmenter, UPerNetOptions)}
+_HEADS: dict[str, Any] = {
+    "light": (LightSegmenter, LightOptions),
+    "upernet": (UPerNetSegmenter, UPerNetOptions),
+}
 
 
 @dataclass
@@ -53,10 +57,11 @@ class SegmentationTask(Task):
         self.segmenter = _HEADS[str(self.head_name)][0](len(self.classes), self.channels, self.num_levels, self.options)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        out = SegmentationOutput(logits=self.segmenter(features))
+        logits = self.segmenter(features)
+        out = SegmentationOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):
-                out.loss = segmentation_loss(out.logits, labels, IGNORE)
+                out.loss = segmentation_loss(logits, labels, IGNORE)
         return out
 
     @staticmethod
@@ -65,7 +70,7 @@ class SegmentationTask(Task):
         return {"pixel_values": stack_images(samples), "labels": labels}
 
     @torch.no_grad()
-    def predict(self, outputs: ModelOutput, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """For each image a "mask" (H, W) uint8 of class ids."""
         return [
             {"mask": F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,210 @@
+"""RF-DETR detection head: projector, decoder, loss and post-processing of `transformers` on a plain ViT."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+from transformers.models.rf_detr.modeling_rf_detr import (
+    MultiScaleDeformableAttention,
+    RfDetrObjectDetectionOutput,
+    RfDetrScaleProjector,
+)
+
+from allinone_ds.strict import ConfigError, Strict
+
+# sigmoid(15) is still below 1 in float32: log(1 - p) in the loss stays finite.
+_LARGEST_LOGIT = 15.0
+
+
+class RFDetrOptions(Strict):
+    """Options of detection's head `rf_detr`."""
+
+    width: int = Field(256, ge=8)
+    """Channels of the projector and the decoder (`d_model`)."""
+    num_queries: int = Field(300, ge=1)
+    """Boxes predicted for an image; at most the number of the backbone's cells."""
+    groups: int = Field(13, ge=1)
+    """Groups of queries trained in parallel (Group DETR); one of them predicts."""
+    decoder_layers: int = Field(3, ge=1)
+    """Layers of the decoder."""
+    ffn_dim: int = Field(2048, ge=1)
+    """Hidden width of the decoder's feed-forward blocks."""
+    self_attention_heads: int = Field(8, ge=1)
+    """Heads of the decoder's self-attention."""
+    cross_attention_heads: int = Field(16, ge=1)
+    """Heads of the deformable cross-attention."""
+    points: int = Field(4, ge=1)
+    """Locations each head of the deformable attention reads."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in the decoder."""
+    score_threshold: float = Field(0.01, ge=0, lt=1)
+    """Predictions below it are dropped."""
+
+
+class RFDetrDetector(nn.Module):
+    """RF-DETR (https://arxiv.org/abs/2511.09554) of `transformers` behind our own backbone.
+
+    All maps of the backbone, concatenated, go through RF-DETR's own projector. Boxes are refined, sampled and matched
+    in float32 whatever the dtype of the weights.
+
+    Args:
+        num_classes: K.
+        channels: channels of the backbone's maps.
+        stride: pixels per cell of the backbone's maps.
+        num_levels: number of the backbone's maps.
+        image_size: (H, W) of the network's input, in pixels.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        stride: int,
+        num_levels: int,
+        image_size: tuple[int, int],
+        options: RFDetrOptions,
+    ) -> None:
+        super().__init__()
+        cells = (image_size[0] // stride) * (image_size[1] // stride)
+        if options.num_queries > cells:
+            raise ConfigError(
+                f"rf_detr: num_queries = {options.num_queries}, but images of {image_size[0]} x {image_size[1]} give "
+                f"{cells} cells of {stride} pixels; use at most that many"
+            )
+        for name in ("self_attention_heads", "cross_attention_heads"):
+            if options.width % getattr(options, name):
+                raise ConfigError(f"rf_detr: width {options.width} must be a multiple of {name} "
+                                  f"({getattr(options, name)})")  # fmt: skip
+        self.score_threshold = options.score_threshold
+        self.num_queries = options.num_queries
+        self.image_size = image_size
+        config = RfDetrConfig(
+            backbone_config=_shape_of(8, 1),  # built and thrown away
+            d_model=options.width,
+            num_queries=options.num_queries,
+            group_detr=options.groups,
+            decoder_layers=options.decoder_layers,
+            decoder_ffn_dim=options.ffn_dim,
+            decoder_self_attention_heads=options.self_attention_heads,
+            decoder_cross_attention_heads=options.cross_attention_heads,
+            decoder_n_points=options.points,
+            dropout=options.dropout,
+            num_labels=num_classes,  # type: ignore[call-arg]
+        )
+        self.net = RfDetrForObjectDetection(config)
+        neck_config = copy.deepcopy(config)
+        neck_config.backbone_config = _shape_of(channels, num_levels)
+        neck = _Neck(neck_config)
+        neck.apply(self.net._init_weights)
+        self.net.model.backbone = neck
+        for module in self.net.modules():
+            if isinstance(getattr(module, "attn", None), MultiScaleDeformableAttention):
+                module.attn = _Float32DeformableAttention()
+        # The loss of one group for evaluation: `transformers` keeps all groups in it whatever the mode.
+        self.one_group = copy.deepcopy(config)
+        self.one_group.group_detr = 1
+
+    def forward(
+        self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None
+    ) -> RfDetrObjectDetectionOutput:
+        """Raw predictions, and the loss when `labels` (a list of {"boxes", "labels"} in input pixels) are given."""
+        net = self.net
+        hidden = net.model(torch.cat(features, dim=1))
+        references = hidden.intermediate_reference_points.float()  # (layers, B, Q, 4) or (1, B, Q, 4)
+        logits, boxes = net.predict_class_and_boxes(hidden.intermediate_hidden_states, references)
+        logits, boxes = logits.float(), boxes.float()
+        out = RfDetrObjectDetectionOutput(logits=logits[-1], pred_boxes=boxes[-1])
+        if labels is not None:
+            enc_logits = net.predict_encoder_class_logits(hidden.enc_outputs_class).float()
+            enc_boxes = hidden.enc_outputs_coord_logits.float()
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                out.loss = self._loss(logits, boxes, enc_logits, enc_boxes, _targets(labels, pixel_values))
+        return out
+
+    def _loss(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        enc_logits: Tensor,
+        enc_boxes: Tensor,
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        raw = (logits, boxes, enc_logits, enc_boxes)
+        # The matcher raises on non-finite boxes: it gets finite ones, and the loss is made non-finite afterwards, so
+        # that every rank comes through the all-reduce in the loss.
+        logits, boxes, enc_logits, enc_boxes = (value.nan_to_num(0.0, 1e4, -1e4) for value in raw)
+        logits, enc_logits = (x.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT) for x in (logits, enc_logits))
+        loss = self.net.loss_function(
+            logits[-1],
+            targets,
+            logits.device,
+            boxes[-1],
+            self.net.config if self.training else self.one_group,
+            logits,
+            boxes,
+            enc_logits,
+            enc_boxes,
+        )[0]
+        return loss + sum((value * 0.0).sum() for value in raw)
+
+    def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
+        """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first."""
+        found = RfDetrImageProcessor().post_process_object_detection(
+            outputs,
+            threshold=self.score_threshold,
+            target_sizes=[self.image_size] * len(outputs.logits),
+            top_k=self.num_queries,
+        )
+        limit = outputs.logits.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        for prediction in found:
+            prediction["boxes"] = prediction["boxes"].clamp(min=0).minimum(limit)
+        return found
+
+
+class _Neck(nn.Module):
+    """Stands where RF-DETR has its backbone: takes the concatenated maps instead of pixels."""
+
+    def __init__(self, config: RfDetrConfig) -> None:
+        super().__init__()
+        self.projector = RfDetrScaleProjector(config)
+
+    def forward(self, maps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.projector((maps,)), mask.bool()
+
+
+class _Float32DeformableAttention(MultiScaleDeformableAttention):
+    """Sampling in float32: bfloat16 has too few bits for locations on a map, and CUDA kernels refuse mixed dtypes."""
+
+    def forward(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = value.dtype
+        args = tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+        with torch.autocast(value.device.type, enabled=False):
+            return super().forward(value.float(), *args, **kwargs).to(dtype)
+
+
+def _shape_of(channels: int, num_levels: int) -> RfDetrDinov2Config:
+    """A configuration that only tells RF-DETR how many channels and maps come in."""
+    return RfDetrDinov2Config(
+        hidden_size=channels,
+        num_hidden_layers=num_levels,
+        num_attention_heads=1,
+        image_size=14,
+        out_indices=list(range(1, num_levels + 1)),  # type: ignore[call-arg]
+    )
+
+
+def _targets(labels: list[dict[str, Tensor]], pixel_values: Tensor) -> list[dict[str, Tensor]]:
+    """Boxes as RF-DETR's loss takes them: centre and size, in shares of the image."""
+    H, W = pixel_values.shape[-2:]
+    targets = []
+    for target in labels:
+        x0, y0, x1, y1 = target["boxes"].unbind(-1)
+        boxes = torch.stack([(x0 + x1) / 2 / W, (y0 + y1) / 2 / H, (x1 - x0) / W, (y1 - y0) / H], dim=-1)
+        targets.append({"class_labels": target["labels"], "boxes": boxes})
+    return targets

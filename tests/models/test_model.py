@@ -1,0 +1,65 @@
+"""The model of all tasks: routing, checkpointing, dtypes."""
+
+import pytest
+import torch
+
+from allinone_ds.models.model import AllInOneModel
+from allinone_ds.models.pyramid import SimpleFeaturePyramid, group_norm
+from allinone_ds.strict import ConfigError
+from allinone_ds.tasks import build_task
+from tests.tiny import CLASSES, SIZE, samples, tiny_backbone, tiny_model
+
+
+def gradients(model, name):
+    model.zero_grad()
+    model(name, **model.tasks[name].collate(samples())).loss.backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_forward_touches_the_backbone_and_one_head():
+    model = tiny_model()
+    touched = {key.split(".")[1] for key in gradients(model, "seg") if key.startswith("tasks.")}
+    assert touched == {"seg"}
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(KeyError, match="did you mean 'det'"):
+        tiny_model()("dett", torch.zeros(1, 3, *SIZE))
+
+
+@pytest.mark.parametrize("name", ["keys", "a.b", ""])
+def test_names_that_modules_cannot_have_are_refused(name):
+    backbone = tiny_backbone()
+    task = build_task("classification", name, CLASSES, backbone, SIZE)
+    with pytest.raises(ConfigError, match="cannot name a task"):
+        AllInOneModel(backbone, {name: task})
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"])
+def test_checkpointing_changes_no_gradient(model_type):
+    model = tiny_model(model_type=model_type, **({"pos_embed_rescale": None} if model_type == "dinov3_vit" else {}))
+    plain = gradients(model, "cls")
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    again = gradients(model, "cls")
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    assert plain.keys() == again.keys()
+    for key, grad in plain.items():
+        torch.testing.assert_close(grad, again[key])
+
+
+def test_config_tells_the_hidden_size():
+    assert tiny_model().config.hidden_size == 32
+
+
+def test_pyramid_levels_have_their_scales():
+    levels = SimpleFeaturePyramid(32, 16)(torch.randn(1, 32, 6, 5))
+    assert [tuple(level.shape[1:]) for level in levels] == [(16, 24, 20), (16, 12, 10), (16, 6, 5), (16, 3, 3)]
+    with pytest.raises(ConfigError, match="scales: 3"):
+        SimpleFeaturePyramid(32, 16, [3])
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (128, 16), (48, 6), (16, 2), (12, 1), (5, 1)])
+def test_groups_hold_eight_channels_or_more(channels, groups):
+    assert group_norm(channels).num_groups == groups

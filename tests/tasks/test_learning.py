@@ -1,0 +1,123 @@
+"""What must hold for every task and head: it learns, in any dtype, with or without targets."""
+
+import pytest
+import torch
+
+from tests.tiny import LIGHT, SIZE, samples, tiny_model
+
+HEADS = {
+    "fcos": ("det", *LIGHT["det"]),
+    "fcos-pyramid": ("det", "fcos", {"width": 32, "num_convs": 1, "scales": [2.0, 1.0, 0.5]}),
+    "rf_detr": (
+        "det",
+        "rf_detr",
+        {
+            "width": 32,
+            "num_queries": 16,
+            "groups": 3,
+            "decoder_layers": 2,
+            "ffn_dim": 64,
+            "self_attention_heads": 4,
+            "cross_attention_heads": 4,
+        },
+    ),
+    "light": ("seg", *LIGHT["seg"]),
+    "upernet": ("seg", "upernet", {"width": 16, "scales": [2.0, 1.0, 0.5]}),
+    "linear": ("cls", *LIGHT["cls"]),
+}
+# head -> steps, learning rate, largest share of the first loss that may be left
+OVERFIT = {
+    "fcos": (60, 3e-3, 0.3),
+    "fcos-pyramid": (40, 3e-3, 0.4),
+    "rf_detr": (80, 2e-3, 0.5),
+    "light": (60, 3e-3, 0.25),
+    "upernet": (30, 3e-3, 0.4),
+    "linear": (25, 3e-3, 0.1),
+}
+
+
+def build(head):
+    name, kind, options = HEADS[head]
+    model = tiny_model({name: (kind, options)})
+    return model, name, model.tasks[name]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_four_images_are_overfitted(head):
+    model, name, task = build(head)
+    batch = task.collate(samples())
+    steps, rate, share = OVERFIT[head]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(name, **batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < share * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_bfloat16_weights_give_a_finite_float32_loss(head):
+    model, name, task = build(head)
+    model.bfloat16()
+    loss = model(name, **task.collate(samples())).loss
+    assert loss.dtype == torch.float32 and loss.isfinite() and loss.ndim == 0
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_autocast_gives_the_same_loss_in_float32(head):
+    model, name, task = build(head)
+    model.eval()
+    batch = task.collate(samples())
+    plain = model(name, **batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(name, **batch).loss
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(plain, cast, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_weight_of_the_head_gets_a_gradient_even_without_targets(head):
+    model, name, task = build(head)
+    batch = task.collate(samples(boxes=False))
+    if name == "seg":
+        batch["labels"][:] = 255
+    loss = model(name, **batch).loss
+    assert loss.isfinite()
+    loss.backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    if name == "seg":
+        assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("head", ["fcos", "rf_detr", "light"])
+def test_a_diverged_backbone_gives_a_non_finite_loss_instead_of_a_crash(head):
+    model, name, task = build(head)
+    batch = task.collate(samples())
+    batch["pixel_values"] = batch["pixel_values"] * float("nan")
+    assert not model(name, **batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_with_labels_has_a_loss_and_predictions_for_each_image(head):
+    model, name, task = build(head)
+    model.eval()
+    with torch.no_grad():
+        out = model(name, **task.collate(samples(3)))
+    assert out.loss.isfinite()
+    predictions = task.predict(out, [SIZE, (64, 20), (10, 90)])
+    metric = task.metric()
+    metric.update(predictions[:1], samples(1))
+    assert set(metric.compute()) >= {task.main_metric}
+    for prediction, (H, W) in zip(predictions, [SIZE, (64, 20), (10, 90)], strict=True):
+        drawn = task.draw(torch.zeros(3, H, W, dtype=torch.uint8), prediction)
+        assert drawn.dtype == torch.uint8 and drawn.shape[0] == 3 and min(drawn.shape[1:]) >= 320
+        assert isinstance(task.to_json(prediction), dict)
