@@ -119,7 +119,7 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
         ConfigError: with one line a mistake.
     """
     names = {f.name for f in dataclasses.fields(AllInOneArguments) if f.init} - set(ELSEWHERE)
-    hints = get_type_hints(AllInOneArguments)
+    hints = {**get_type_hints(AllInOneArguments), "resume_from_checkpoint": bool | str | None}
     checked, mistakes = {}, []
     for key, value in given.items():
         if value is False and key.endswith("_strategy"):

@@ -23,7 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; } td, th { padding: .15rem 1rem .15rem 0; text-align: left; }
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; }
-.pictures img { border-radius: 4px; max-width: 100%; height: auto; }
+.pictures img { border-radius: 4px; max-width: calc(50% - 5px); height: auto; }
 .note { color: #666; }
 """
 

@@ -1,0 +1,124 @@
+"""A run's file is read strictly, and comes back the same from beside a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allinone_ds.strict import ConfigError
+from allinone_ds.training.arguments import AllInOneArguments, check_trainer_keys
+from allinone_ds.training.config import load_config, save_config
+from allinone_ds.training.files import find_config, read_deepspeed, read_yaml
+from allinone_ds.training.folder import checkpoint_to_resume, checkpoints, clear_run
+
+from .conftest import tiny_run
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_run(tmp_path)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modell=1", "did you mean 'model'"),
+        ("tasks.det.batchsize=2", "did you mean 'batch_size'"),
+        ("tasks.det.train.anotations=x", "annotations"),
+        ("model.backbone.stemm=conv", "did you mean 'stem'"),
+        ("tasks.det.batch_size=0", "tasks.det.batch_size"),
+        ("tasks.det.image_size=[32,32,32]", "tasks.det.image_size"),
+        ("deepspeed=configs/deepspeed/zero9.json", "zero2.json"),
+    ],
+)
+def test_mistakes_are_named(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + message.replace(".", r"\.")):
+        load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lerning_rate", 1, "did you mean 'learning_rate'"),
+        ("max_steps", "many", "trainer.max_steps = 'many'"),
+        ("per_device_train_batch_size", 4, "tasks.NAME.batch_size"),
+        ("deepspeed", "x.json", "decided by 'deepspeed'"),
+    ],
+)
+def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_trainer_keys({key: value})
+
+
+def test_the_word_no_survives_yaml() -> None:
+    assert check_trainer_keys({"save_strategy": False}) == {"save_strategy": "no"}
+
+
+def test_overrides_reach_into_the_file_and_into_the_deepspeed_file(file: Path) -> None:
+    config = load_config(
+        file, ["trainer.max_steps=50", "deepspeed.zero_optimization.stage=1", "tasks.seg.image_size=64"]
+    )
+    assert config.trainer["max_steps"] == 50
+    assert config.tasks["seg"].image_size == (64, 64)
+    assert isinstance(config.deepspeed, dict) and config.deepspeed["zero_optimization"]["stage"] == 1
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        read_yaml(file, ["--steps"])
+
+
+def test_the_resolved_file_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["trainer.learning_rate=3e-4"])
+    assert load_config(save_config(config, tmp_path)) == config
+
+
+def test_shipped_deepspeed_files_never_clip() -> None:
+    for stage in (1, 2, 3):
+        for kind in ("", "_bf16"):
+            content = read_deepspeed(f"configs/deepspeed/zero{stage}{kind}.json")
+            assert content["gradient_clipping"] == 0.0
+            assert content["zero_optimization"]["stage"] == stage
+
+
+def test_shipped_runs_are_valid() -> None:
+    for name in ("demo", "demo_full"):
+        config = load_config(find_config(f"configs/runs/{name}.yaml"))
+        assert check_trainer_keys(config.trainer)["max_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"gradient_accumulation_steps": 2}, "micro_steps"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"deepspeed": None}, "deepspeed is missing"),
+        ({"deepspeed": {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}}, "gradient_clipping = 1.0"),
+    ],
+)
+def test_arguments_that_would_spoil_the_balance_are_refused(tmp_path: Path, given: dict, message: str) -> None:
+    usual = {"output_dir": str(tmp_path), "max_steps": 1, "deepspeed": "configs/deepspeed/zero2.json"}
+    with pytest.raises(ConfigError, match=message):
+        AllInOneArguments(**{**usual, **given})
+
+
+def test_clearing_a_run_leaves_other_files_alone(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-9", "plots", "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("config.yaml", "mine.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    clear_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "notes"]
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        checkpoint_to_resume(True, tmp_path)
+    assert checkpoint_to_resume(None, tmp_path) is None
+    (tmp_path / "checkpoint-3").mkdir()
+    assert checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-3")
+    with pytest.raises(ConfigError, match="checkpoint-3"):
+        checkpoint_to_resume(None, tmp_path)

@@ -1,0 +1,143 @@
+"""Whole runs on two ranks through the real launchers: train, resume, evaluate, predict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from allinone_ds import cli
+from allinone_ds.strict import ConfigError
+from allinone_ds.training.config import load_config
+from allinone_ds.training.folder import checkpoints
+from allinone_ds.training.predict import evaluate_run, load_run, predict_images
+
+from .conftest import TEST_SAMPLES, launch
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Path:
+    """The tiny run, trained without a break through the DeepSpeed launcher, ZeRO-2."""
+    launch(home, "deepspeed", "trainer.load_best_model_at_end=true")
+    return home / "run"
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_leaves_its_folder_complete(run: Path, home: Path) -> None:
+    for name in ("config.yaml", "model.json", "metrics.json", "model.safetensors", "log.jsonl", "predictions.html"):
+        assert (run / name).stat().st_size > 0, name
+    assert {path.name for path in (run / "plots").iterdir()} == {"loss.png", "norms.png", "metrics.png"}
+    assert {path.name.split("-")[0] for path in (run / "predictions").iterdir()} == set(TEST_SAMPLES)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    expected = load_config(home / "tiny.yaml", ["trainer.load_best_model_at_end=true"])
+    for folder in (run, *checkpoints(run)):
+        assert load_config(folder / "config.yaml") == expected
+
+
+def test_every_step_is_logged_once_by_task_and_name(run: Path) -> None:
+    logs = [entry for entry in history(run / "checkpoint-4") if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [1, 2, 3, 4]
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(sum(entry[f"loss/{task}"] for task in TEST_SAMPLES), rel=1e-5)
+        for task in TEST_SAMPLES:
+            norm, scale = entry[f"grad_norm/{task}/raw"], entry[f"grad_norm/{task}/scale"]
+            assert scale == pytest.approx(min(1.0, 0.1 / (norm + 1e-6)), rel=1e-4)
+            assert entry[f"grad_norm/{task}/scaled"] == pytest.approx(norm * scale, rel=1e-5)
+            assert entry[f"skipped/{task}"] == 0
+        assert entry["broken_images"] == 0
+        assert entry["epoch"] == entry["step"] / 4
+    # 4 images a rank and step on 2 ranks, 24 images an epoch
+    assert [entry["epoch/cls"] for entry in logs] == pytest.approx([step * 8 / 24 for step in (1, 2, 3, 4)])
+
+
+def test_the_schedule_moves_once_a_step_and_the_head_rate_is_logged(run: Path) -> None:
+    rates = [entry["learning_rate"] for entry in history(run / "checkpoint-4") if "loss" in entry]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_two_ranks_count_every_sample_once_and_agree_with_one_process(run: Path) -> None:
+    state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
+    evaluations = {entry["step"]: entry for entry in history(run / "checkpoint-4") if "eval_score" in entry}
+    assert sorted(evaluations) == [2, 4]
+    for step, found in evaluations.items():
+        alone = evaluate_run(run / f"checkpoint-{step}")
+        for task, count in TEST_SAMPLES.items():
+            assert found[f"eval_{task}_samples"] == alone[f"eval_{task}_samples"] == count
+        for key, value in alone.items():
+            assert found[key] == pytest.approx(value, abs=1e-4), key
+        main = [
+            found[f"eval_{task}_{metric}"] for task, metric in zip(TEST_SAMPLES, ("map50", "miou", "top1"), strict=True)
+        ]
+        assert found["eval_score"] == pytest.approx(sum(main) / 3)
+    assert state["best_metric"] == max(found["eval_score"] for found in evaluations.values())
+
+
+def test_the_best_checkpoint_is_what_remains(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    scores = {e["step"]: e["eval_score"] for e in history(run / "checkpoint-4") if "eval_score" in e}
+    assert metrics["eval_score"] == max(scores.values()) == scores[metrics["best_step"]]
+    final = load_file(run / "model.safetensors")
+    best = load_file(run / f"checkpoint-{metrics['best_step']}" / "model.safetensors")
+    assert all(torch.equal(final[name], best[name]) for name in best)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) -> None:
+    broken_off = home / "resumed"
+    broken_off.mkdir()
+    shutil.copytree(run / "checkpoint-2", broken_off / "checkpoint-2")
+    launch(home, "torchrun", f"output_dir={broken_off}", "--resume")
+    whole = load_file(run / "checkpoint-4" / "model.safetensors")
+    resumed = load_file(broken_off / "checkpoint-4" / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
+    first, second = history(run / "checkpoint-4"), history(broken_off / "checkpoint-4")
+    assert [e["loss"] for e in second if "loss" in e] == pytest.approx(
+        [e["loss"] for e in first if "loss" in e], rel=1e-4
+    )
+    assert [e["epoch"] for e in second if "loss" in e] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_zero_3_in_bf16_through_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = home / "zero3"
+    overrides = ["deepspeed=configs/deepspeed/zero3_bf16.json", "trainer.bf16=true", "trainer.max_steps=2"]
+    assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={folder}", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "score" in said and "warning" not in said.lower()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["eval_cls_samples"] == TEST_SAMPLES["cls"]
+    model, _ = load_run(folder)
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        v.numel() for v in load_file(folder / "model.safetensors").values()
+    )
+
+
+def test_predict_writes_a_picture_a_task_and_json(run: Path, home: Path, tmp_path: Path) -> None:
+    image = next((home / "data" / "detection" / "test").glob("*.jpg"))
+    written = predict_images(run, [image, image], tmp_path)
+    assert {path.name for path in written} == {
+        f"{image.stem}{number}{end}" for number in ("", "-2") for end in ("-det.png", "-seg.png", "-cls.png", ".json")
+    }
+    assert set(json.loads((tmp_path / f"{image.stem}.json").read_text())) == {"image", *TEST_SAMPLES}
+    assert Image.open(tmp_path / f"{image.stem}-seg.png").size[0] >= 64
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="broken.jpg"):
+        predict_images(run, [tmp_path / "broken.jpg"], tmp_path)
+
+
+def test_check_reports_faults(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", str(home / "tiny.yaml")]) == 0
+    shutil.copytree(home / "data", tmp_path / "data")
+    broken = next((tmp_path / "data" / "segmentation" / "train" / "images").glob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert cli.main(["check", str(home / "tiny.yaml"), f"data_root={tmp_path / 'data'}"]) == 1
+    assert broken.name in capsys.readouterr().out
