@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, HEIGHT, WIDTH, pixels
 from PIL import Image
 from pydantic import TypeAdapter
+from tiny_sets import CLASSES, HEIGHT, WIDTH, pixels
 
 from allinone_ds.data import (
     BrokenSample,

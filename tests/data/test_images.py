@@ -3,8 +3,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import pixels
 from PIL import Image, ImageOps
+from tiny_sets import pixels
 
 from allinone_ds.data import BrokenSample, read_image, read_label_map
 from allinone_ds.data.images import image_size

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
 from PIL import Image
+from tiny_sets import write_images
 
 from allinone_ds.data import (
     BrokenSample,

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, pixels, write_images
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
+from tiny_sets import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, pixels, write_images
 from torchvision import tv_tensors
 
 from allinone_ds.data import BrokenSample, DataError, Source, check_sources, open_source
