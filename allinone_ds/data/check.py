@@ -19,7 +19,10 @@ _AHEAD = 256  # samples handed to the threads at a time: bounds memory, keeps al
 
 
 def check_sources(
-    sources: Mapping[str, SampleDataset | Source], root: Path | str = ".", progress: bool = True
+    sources: Mapping[str, SampleDataset | Source],
+    root: Path | str = ".",
+    progress: bool = True,
+    classes_of: Mapping[str, str] | None = None,
 ) -> list[Problem]:
     """Reads every sample of every source and tells all that is wrong; never stops at the first fault.
 
@@ -27,15 +30,17 @@ def check_sources(
     annotation names, boxes without area.
 
     Args:
-        sources: {label: dataset, or the config's source}; the label stands before the file in the progress
-            bar. Label the train set before the test set.
+        sources: {label: dataset, or the config's source}; the label names the progress bar.
         root: folder that relative paths of sources start at (`data_root`).
         progress: draw a progress bar (on stderr).
+        classes_of: {label of a test set: label of its train set, which stands before it in `sources`}; a class that the
+            train set lacks is then told too.
 
     Returns:
         Faults in the order of sources and samples, each once. `level` tells errors from warnings.
     """
     found: dict[Problem, None] = {}
+    known: dict[str, list[str]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
@@ -46,10 +51,12 @@ def check_sources(
                 dataset = source
             else:
                 try:
-                    dataset = open_source(source, root, strict=False)
+                    classes = known.get((classes_of or {}).get(label, ""))
+                    dataset = open_source(source, root, classes, strict=False)
                 except DataError as error:
                     found[Problem(label, str(error))] = None
                     continue
+            known[label] = dataset.classes
             for problem in getattr(dataset, "structural", []):
                 found[problem] = None
             first_of: dict[bytes, str] = {}

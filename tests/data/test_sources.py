@@ -389,6 +389,18 @@ def test_the_check_goes_on_after_a_source_that_cannot_be_opened(coco_root):
     assert [Path(p.file).name for p in found] == ["first", "6.png"]
 
 
+def test_the_check_compares_the_classes_of_train_and_test(folders_root):
+    write_images(folders_root / "test" / "cat", 1)
+    sources = {"train": source(FOLDERS), "test": source({**FOLDERS, "images": "test"})}
+    assert [p for p in check_sources(sources, folders_root, progress=False) if p.level == "error"] == []
+    [found] = [
+        p
+        for p in check_sources(sources, folders_root, progress=False, classes_of={"test": "train"})
+        if p.level == "error"
+    ]
+    assert found.file == "test" and "class 'cat' is not in the train set" in found.reason
+
+
 def test_the_check_tells_a_missing_file_once(coco_root):
     (coco_root / "images" / "6.png").unlink()
     assert len(errors(COCO, coco_root)) == 1
