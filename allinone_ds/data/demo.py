@@ -65,7 +65,7 @@ class DemoSizes(Strict):
     segmentation: tuple[int, int] = (2400, 300)
     classification: tuple[int, int] = (4800, 600)
     detection_look: SceneLook = SceneLook()
-    segmentation_look: SceneLook = SceneLook()
+    segmentation_look: SceneLook = SceneLook(scale=(0.55, 0.9), overlap=0.15)
     classification_look: SceneLook = SceneLook(size=40, objects=(1, 1), scale=(0.65, 0.95))
 
 
