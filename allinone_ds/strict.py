@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,20 +32,36 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     return f"{hint}allowed: {', '.join(names)}"
 
 
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every configuration class that an annotation such as `dict[str, A]` or `A | B | None` mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Names of the fields that may stand where `path` (without its last part) points, as far as types tell."""
-    current: Any = model
+    candidates = [model]
     for part in path:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            break
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if nested:
-            current = nested[0]
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+        fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
+        tagged = [
+            c for c in candidates if str(part) in _tags(c)
+        ]  # pydantic puts the tag of a union's member in the path
+        if fields:
+            candidates = _models_in(fields[0].annotation)
+        elif tagged:
+            candidates = tagged
+    return list(candidates[0].model_fields) if candidates else []
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    """The values of the model's Literal fields, by which a union tells its members apart."""
+    return [
+        str(v)
+        for f in model.model_fields.values()
+        if get_origin(f.annotation) is Literal
+        for v in get_args(f.annotation)
+    ]
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:

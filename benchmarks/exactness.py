@@ -34,6 +34,7 @@ WEIGHTINGS = {
     "tbgc median": {"name": "tbgc", "target": "median"},
     "tbgc min": {"name": "tbgc", "target": "min"},
 }
+LADDER = ("sum", "global_clip", "task_clip", "tbgc")
 MICRO_STEPS = {"1/1/1": (1, 1, 1), "1/2/4": (1, 2, 4)}
 
 
@@ -96,6 +97,14 @@ def all_cases() -> list[Case]:
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
     return cases
+
+
+def weightings_for(case: Case) -> tuple[str, ...]:
+    """All weightings on fp32 engines with defaults, the ladder on every precision and offload, TBGC on variants."""
+    if case.name == f"zero{case.stage} fp32":
+        return tuple(WEIGHTINGS)
+    variant = case.zero or case.one_group or case.checkpointing
+    return ("tbgc",) if variant else LADDER
 
 
 def run_case(case: Case, weighting: dict, micro_steps: tuple[int, ...]) -> dict:
@@ -180,7 +189,7 @@ def _worker(args: argparse.Namespace) -> None:
     for case in all_cases():
         if args.only and not any(word in case.name for word in args.only):
             continue
-        for weighting in WEIGHTINGS if not args.weighting else args.weighting:
+        for weighting in args.weighting or weightings_for(case):
             for label, micro_steps in MICRO_STEPS.items():
                 result = run_case(case, WEIGHTINGS[weighting], micro_steps)
                 rows.append({"case": asdict(case), "weighting": weighting, "micro_steps": label,

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py                          # ViT of 22M, 3 tasks, batch 8, 2 CPU ranks, ZeRO 1, 2 and 3
     python benchmarks/overhead.py --stages 2 --pairs 9 --json benchmarks/results/overhead.json
 
-Both engines live in one process and take turns, one step each, so that what else the machine does falls on both. The figure
-is the median over pairs of balanced time / plain time; its spread is the interquartile range.
+Both engines live in one process and take turns, one step each, so that what else the machine does falls on both. The
+figure is the median over pairs of balanced time / plain time; its spread is the interquartile range.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def measure(stage: int, args: argparse.Namespace) -> dict:
     ratios = sorted(b / a for a, b in pairs)
     quarter = len(ratios) // 4
     return {
-        "stage": stage, "ranks": dist.get_world_size(), "parameters": parameters, "batch": args.batch, "pairs": len(pairs),
+        "stage": stage, "ranks": dist.get_world_size(), "parameters": parameters, "batch": args.batch,
+        "pairs": len(pairs),
         "plain_s": statistics.median(a for a, _ in pairs), "balanced_s": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
         "extra_bytes": balancer.extra_bytes, "device": _device(),
@@ -151,15 +152,15 @@ def main() -> None:
         out = args.json or Path(folder) / "rows.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         same = [f"--{name}={getattr(args, name)}" for name in ("pairs", "batch", "width", "layers", "size")]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", __file__,
-                   "--worker", f"--json={out}", *same, "--stages", *map(str, args.stages)]  # fmt: skip
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
+                   __file__, "--worker", f"--json={out}", *same, "--stages", *map(str, args.stages)]  # fmt: skip
         subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         rows = json.loads(out.read_text())
     print("| ZeRO | plain s | balanced s | ratio | quartiles | extra MiB a rank |\n|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["ratio_quartiles"]
-        print(f"| {row['stage']} | {row['plain_s']:.2f} | {row['balanced_s']:.2f} | {row['ratio']:.3f} | {low:.3f}-{high:.3f} "
-              f"| {row['extra_bytes'] / 2**20:.1f} |")  # fmt: skip
+        print(f"| {row['stage']} | {row['plain_s']:.2f} | {row['balanced_s']:.2f} | {row['ratio']:.3f} "
+              f"| {low:.3f}-{high:.3f} | {row['extra_bytes'] / 2**20:.1f} |")  # fmt: skip
 
 
 if __name__ == "__main__":
