@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from allinone_ds.data.demo import make_demo_data
+    from allinone_ds.data.demo import DEMO_SIZES, FULL_SIZES, make_demo_data
     from allinone_ds.training.files import read_yaml
     from allinone_ds.training.folder import clear_run
     from allinone_ds.training.launch import default_ranks
@@ -131,7 +131,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.steps:
         overrides.append(f"trainer.max_steps={args.steps}")
     content = read_yaml(config, overrides)
-    made = make_demo_data(Path(content["data_root"]))
+    made = make_demo_data(Path(content["data_root"]), sizes=FULL_SIZES if args.full else DEMO_SIZES)
     console.print(f"demo data in {made.root}")
     clear_run(_folder_of(content))
     _run(config, overrides, content, args.nproc or default_ranks())
@@ -235,22 +235,22 @@ def _predict(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     _quiet()
     from allinone_ds.data.check import check_sources
-    from allinone_ds.data.sources import open_source
     from allinone_ds.training.arguments import arguments_from_config
     from allinone_ds.training.config import load_config
 
     config = load_config(args.config, args.overrides)
     arguments_from_config(config)
-    sources = {}
+    sources, classes_of = {}, {}
     for name, task in config.tasks.items():
-        for split, source in (("train", task.train), ("test", task.test)):
-            if source is not None:
-                sources[f"{name} {split}"] = open_source(source, config.data_root, strict=False)
-    problems = check_sources(sources)
+        sources[f"{name} train"] = task.train
+        if task.test is not None:
+            sources[f"{name} test"] = task.test
+            classes_of[f"{name} test"] = f"{name} train"
+    problems = check_sources(sources, config.data_root, classes_of=classes_of)
     for problem in problems:
         console.print(f"{problem.level}: {problem}", markup=False)
     errors = sum(problem.level == "error" for problem in problems)
-    console.print(f"{len(sources)} datasets, {sum(map(len, sources.values()))} samples, {errors} errors")
+    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
     return 1 if errors else 0
 
 

@@ -13,7 +13,7 @@ from allinone_ds.training.config import load_config, save_config
 from allinone_ds.training.files import find_config, read_deepspeed, read_yaml
 from allinone_ds.training.folder import checkpoint_to_resume, checkpoints, clear_run
 
-from .conftest import tiny_run
+from .tiny_run import tiny_run
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from allinone_ds.training.config import load_config
 from allinone_ds.training.folder import checkpoints
 from allinone_ds.training.predict import evaluate_run, load_run, predict_images
 
-from .conftest import TEST_SAMPLES, launch
+from .tiny_run import TEST_SAMPLES, launch
 
 
 @pytest.fixture(scope="module")

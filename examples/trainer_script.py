@@ -1,0 +1,59 @@
+"""A Trainer script of your own: two tasks on one ViT, balanced, ZeRO-2; callbacks and report_to as in transformers.
+
+torchrun --nproc_per_node 2 examples/trainer_script.py
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import TrainerCallback, set_seed
+
+from allinone_ds import TBGC, AllInOneArguments, AllInOneTrainer
+from allinone_ds.data import CocoSource, ImageListSource, TaskData, eval_transform, open_source, train_transform
+from allinone_ds.data.demo import DemoSizes, make_demo_data
+from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.models.model import AllInOneModel
+from allinone_ds.tasks import build_task
+
+SIZE = (48, 48)
+VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 48}
+KINDS = {"boxes": "detection", "labels": "classification"}  # the tasks, by their own names
+
+
+class Show(TrainerCallback):
+    def on_log(self, args, state, control, logs, **kwargs):
+        shown = {k: round(v, 4) for k, v in logs.items() if k.startswith(("loss/", "grad_norm/", "eval_"))}
+        if state.is_world_process_zero and shown:
+            print(state.global_step, shown)
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--output", default="runs/trainer_script")
+script = parser.parse_args()
+args = AllInOneArguments(  # starts the process group; under ZeRO-3 it must exist before the model does
+    output_dir=script.output, max_steps=script.steps, logging_steps=20, learning_rate=1e-3, backbone_lr_factor=1.0,
+    deepspeed="configs/deepspeed/zero2.json", save_strategy="no", per_device_train_batch_size=16,
+)  # fmt: skip
+set_seed(args.seed)
+sizes = DemoSizes(detection=(200, 41), segmentation=(1, 1), classification=(200, 41))
+with args.main_process_first():
+    demo = make_demo_data(Path(script.output) / "data", sizes=sizes, progress=False)
+
+
+def task_data(task, split, classes=None):
+    source = (CocoSource if task == "boxes" else ImageListSource)(**demo.sources(KINDS[task], split))
+    transform = train_transform(["RandomHorizontalFlip"], SIZE) if split == "train" else eval_transform(SIZE)
+    return TaskData(open_source(source, demo.root, classes=classes), transform, tasks[task].collate, batch_size=8)
+
+
+backbone = build_backbone(BackboneConfig(stem="conv", config=VIT))
+tasks = {task: build_task(kind, task, demo.classes, backbone, SIZE) for task, kind in KINDS.items()}
+trainer = AllInOneTrainer(
+    AllInOneModel(backbone, tasks), args,
+    train_dataset={task: task_data(task, "train") for task in tasks},
+    eval_dataset={task: task_data(task, "test", demo.classes) for task in tasks},
+    weighting=TBGC(max_norm=0.1), callbacks=[Show()],
+)  # fmt: skip
+trainer.train()
+trainer.evaluate()
