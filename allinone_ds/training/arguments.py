@@ -92,7 +92,7 @@ class AllInOneArguments(TrainingArguments):
 
 
 def _own_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
-    """A copy of the DeepSpeed config in which nothing clips the balanced gradient again."""
+    """A copy of the DeepSpeed config in which nothing clips the balanced gradient again and weights can be saved."""
     content = copy.deepcopy(given) if isinstance(given, dict) else read_deepspeed(given)
     clip = content.setdefault("gradient_clipping", 0.0)  # DeepSpeed's own default is 1.0
     if clip == "auto":
@@ -102,6 +102,9 @@ def _own_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
             f"deepspeed.gradient_clipping = {clip}: must be 0.0, it would clip the balanced gradient a second time; "
             "limits belong to the balancer (max_norm)"
         )
+    zero = content.get("zero_optimization", {})
+    if zero.get("stage") == 3:  # else checkpoints hold no weights that load without DeepSpeed
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return content
 
 

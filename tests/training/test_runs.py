@@ -107,14 +107,21 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) ->
     assert [e["epoch"] for e in second if "loss" in e] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_zero_3_in_bf16_through_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_3_in_bf16_with_broken_images_through_the_command(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = home / "zero3"
+    shutil.copytree(home / "data", tmp_path / "data")
+    for image in sorted((tmp_path / "data" / "detection" / "train").glob("*.jpg"))[:9]:
+        image.write_bytes(image.read_bytes()[:200])
     overrides = ["deepspeed=configs/deepspeed/zero3_bf16.json", "trainer.bf16=true", "trainer.max_steps=2"]
+    overrides.append(f"data_root={tmp_path / 'data'}")
     assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={folder}", *overrides]) == 0
     said = capsys.readouterr().out
     assert "score" in said and "warning" not in said.lower()
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_cls_samples"] == TEST_SAMPLES["cls"]
+    assert max(entry.get("broken_images", 0) for entry in history(folder / "checkpoint-2")) > 0
     model, _ = load_run(folder)
     assert sum(p.numel() for p in model.parameters()) == sum(
         v.numel() for v in load_file(folder / "model.safetensors").values()
