@@ -142,7 +142,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
     if cfg.stem == "conv":
         path = _PATCH_PROJECTION[cfg.model_type]
         stem = ConvStem(net.config.num_channels, net.config.hidden_size, _patch_size(net.config))
-        net.set_submodule(path, stem)
+        net.set_submodule(path, stem.to(next(net.parameters()).dtype))  # ZeRO-3 may have made the ViT bfloat16
     for name, parameter in net.named_parameters():
         if name.endswith("mask_token"):  # only masked pretraining uses it: it would never get a gradient
             parameter.requires_grad_(False)

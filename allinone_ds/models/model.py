@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class AllInOneModel(nn.Module):
     """A shared backbone and one head (a `Task`) a task; a forward runs the backbone and ONE head.
 
+    The heads take the backbone's dtype: under ZeRO-3 with bf16 it is born in bfloat16, and DeepSpeed wants one dtype.
+
     Args:
         backbone: what `build_backbone` returned.
         tasks: tasks by name; the names are those of the balancer and of the logs.
@@ -38,6 +40,7 @@ class AllInOneModel(nn.Module):
                 self.tasks[name] = task
             except KeyError as error:
                 raise ConfigError(f"tasks: '{name}' cannot name a task: {error.args[0]}") from error
+        self.tasks.to(next(backbone.parameters()).dtype)
 
     def forward(self, task: str, pixel_values: Tensor, labels: Any = None, **_: Any) -> ModelOutput:
         """Run the backbone and the head of one task.
@@ -57,15 +60,34 @@ class AllInOneModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(self.backbone.net.is_gradient_checkpointing)
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.net.modules())
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the backbone's layers in backward; non-reentrant unless told otherwise."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        net: Any = self.backbone.net
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Recompute the backbone's layers in backward; non-reentrant unless told otherwise.
+
+        Args:
+            activation_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
+            more: what else the installed `transformers` takes (`every_n_layers`, `offload`).
+        """
+        self._switch("enable", {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **more)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep the backbone's activations again."""
+        self._switch("disable")
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """The same under the name that earlier releases of `transformers` call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep the backbone's activations again."""
+        """The same under the name that earlier releases of `transformers` call."""
+        self.activation_checkpointing_disable()
+
+    def _switch(self, verb: str, *args: Any, **kwargs: Any) -> None:
         net: Any = self.backbone.net
-        net.gradient_checkpointing_disable()
+        earlier = getattr(net, f"gradient_checkpointing_{verb}")
+        getattr(net, f"activation_checkpointing_{verb}", earlier)(*args, **kwargs)

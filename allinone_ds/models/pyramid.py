@@ -35,7 +35,7 @@ class Fuse(nn.Module):
     def __init__(self, channels: int, num_levels: int, out_channels: int) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels * num_levels, out_channels, 1)
-        self.norm = group_norm(out_channels)
+        self.norm = ChannelNorm(out_channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.norm(self.project(torch.cat(list(features), dim=1)))  # (B, C, h, w)

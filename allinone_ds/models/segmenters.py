@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
 
-from allinone_ds.models.pyramid import SCALES, ChannelNorm, Fuse, SimpleFeaturePyramid, group_norm
+from allinone_ds.models.pyramid import SCALES, ChannelNorm, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
 
 
@@ -98,7 +98,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, ignore_index: int) -> Tenso
 
 
 def _conv(channels: int, out_channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), group_norm(out_channels), nn.GELU()]
+    return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), ChannelNorm(out_channels), nn.GELU()]
 
 
 def _start_uniform(classifier: nn.Conv2d) -> None:

@@ -107,9 +107,9 @@ class DetectionTask(Task):
         colors = palette(len(self.classes))
         return draw_bounding_boxes(
             large,
-            boxes.as_subclass(Tensor).detach().cpu() * factor,
-            labels=names,
-            colors=[colors[k] for k in labels.tolist()],
+            boxes.as_subclass(Tensor).detach().cpu().flip(0) * factor,  # the best last, on top
+            labels=names[::-1],
+            colors=[colors[k] for k in labels.flip(0).tolist()],
             width=2,
             font=FONT,
             font_size=FONT_SIZE,

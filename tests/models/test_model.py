@@ -39,14 +39,22 @@ def test_names_that_modules_cannot_have_are_refused(name):
 def test_checkpointing_changes_no_gradient(model_type):
     model = tiny_model(model_type=model_type, **({"pos_embed_rescale": None} if model_type == "dinov3_vit" else {}))
     plain = gradients(model, "cls")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert model.is_gradient_checkpointing
     again = gradients(model, "cls")
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     assert not model.is_gradient_checkpointing
     assert plain.keys() == again.keys()
     for key, grad in plain.items():
         torch.testing.assert_close(grad, again[key])
+
+
+def test_checkpointing_answers_to_its_earlier_name():
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
 
 
 def test_config_tells_the_hidden_size():

@@ -121,3 +121,12 @@ def test_evaluation_with_labels_has_a_loss_and_predictions_for_each_image(head):
         drawn = task.draw(torch.zeros(3, H, W, dtype=torch.uint8), prediction)
         assert drawn.dtype == torch.uint8 and drawn.shape[0] == 3 and min(drawn.shape[1:]) >= 320
         assert isinstance(task.to_json(prediction), dict)
+
+
+def test_box_distances_keep_a_gradient_however_negative_their_input():
+    model, name, task = build("fcos")
+    regression = task.detector.fcos.head.regression_head
+    with torch.no_grad():
+        regression.bbox_reg[0].bias.fill_(-5.0)
+    model(name, **task.collate(samples())).loss.backward()
+    assert (regression.bbox_reg[0].bias.grad.abs() > 1e-6).all()  # a ReLU: exactly 0

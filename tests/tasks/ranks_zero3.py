@@ -1,0 +1,67 @@
+"""Models built under ZeRO-3 (`HfDeepSpeedConfig`): every head trains, and starts from the same weights as without.
+Started by test_ranks.py."""
+
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers.integrations import HfDeepSpeedConfig
+
+from tests.launcher import run_checks
+from tests.tasks.test_learning import HEADS
+from tests.tiny import samples, tiny_model
+
+
+def heads():
+    picked = {"det": "rf_detr", "seg": "upernet", "cls": "linear"}
+    return {name: HEADS[head][1:] for name, head in picked.items()}
+
+
+def train(kind: dict[str, tuple[str, dict]], bf16: bool) -> None:
+    plain = {key: tuple(p.shape) for key, p in tiny_model(kind).named_parameters()}
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": bf16},
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "steps_per_print": 1000000,
+    }
+    alive = HfDeepSpeedConfig(settings)  # noqa: F841, read through a weak reference
+    model = tiny_model(kind)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    for key, parameter in engine.module.named_parameters():
+        assert tuple(parameter.ds_shape) == plain[key], key
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert parameter.isfinite().all() and (parameter.ndim < 2 or parameter.abs().max() < 10), key
+    losses: dict[str, list[float]] = {}
+    for _ in range(4):
+        for name, task in engine.module.tasks.items():
+            made = samples(4, boxes=dist.get_rank() == 0)  # rank 1 has images without objects
+            out = engine(task=name, **task.collate(made))
+            assert out.loss.dtype == torch.float32 and out.loss.isfinite(), name
+            engine.backward(out.loss)
+            engine.step()
+            losses.setdefault(name, []).append(out.loss.item())
+    engine.eval()
+    with torch.no_grad():
+        for name, task in engine.module.tasks.items():
+            out = engine(task=name, **task.collate(samples(2)))
+            assert len(task.predict(out, [(32, 32)] * 2)) == 2
+    assert losses["cls"][-1] < losses["cls"][0], losses
+    assert losses["seg"][-1] < losses["seg"][0], losses
+    engine.destroy()
+
+
+def check_float32() -> None:
+    train(heads(), bf16=False)
+
+
+def check_bfloat16() -> None:
+    train(heads(), bf16=True)
+    train({"det": HEADS["fcos-pyramid"][1:], "seg": HEADS["light"][1:], "cls": HEADS["linear"][1:]}, bf16=True)
+
+
+if __name__ == "__main__":
+    run_checks({k: v for k, v in list(globals().items()) if k.startswith("check_")}, sys.argv[1])
