@@ -83,6 +83,8 @@ class AllInOneArguments(TrainingArguments):
         if self.deepspeed is None:
             raise ConfigError("deepspeed is missing: give a DeepSpeed config, e.g. configs/deepspeed/zero2.json")
         self.deepspeed = _own_deepspeed(self.deepspeed)
+        if self.deepspeed.get("bf16", {}).get("enabled") is True:
+            self.bf16 = True  # the DeepSpeed file has decided
         if not torch.cuda.is_available() and not torch.xpu.is_available():
             self.use_cpu = True
         if self.use_cpu:

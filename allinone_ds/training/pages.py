@@ -98,10 +98,9 @@ def write_page(
         figures = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v} {k}" for k, v in values.items())
         parts.append(f'<h2>{html.escape(task)}</h2><p class="note">{html.escape(figures)}</p><div class="pictures">')
         for number, picture in enumerate(images):
-            image = to_pil(picture)
-            image.save(folder / PICTURES / f"{task}-{number:02}.png")
             data = io.BytesIO()
-            image.save(data, "png")
+            to_pil(picture).save(data, "png")
+            (folder / PICTURES / f"{task}-{number:02}.png").write_bytes(data.getvalue())
             code = base64.b64encode(data.getvalue()).decode()
             parts.append(f'<img alt="{html.escape(task)} {number}" src="data:image/png;base64,{code}">')
         parts.append("</div>")

@@ -114,7 +114,7 @@ def test_zero_3_in_bf16_with_broken_images_through_the_command(
     shutil.copytree(home / "data", tmp_path / "data")
     for image in sorted((tmp_path / "data" / "detection" / "train").glob("*.jpg"))[:9]:
         image.write_bytes(image.read_bytes()[:200])
-    overrides = ["deepspeed=configs/deepspeed/zero3_bf16.json", "trainer.bf16=true", "trainer.max_steps=2"]
+    overrides = ["deepspeed=configs/deepspeed/zero3_bf16.json", "trainer.max_steps=2"]
     overrides.append(f"data_root={tmp_path / 'data'}")
     assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={folder}", *overrides]) == 0
     said = capsys.readouterr().out
