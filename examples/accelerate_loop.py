@@ -1,6 +1,6 @@
 """An accelerate loop of your own, balanced; ZeRO-2 through accelerate's DeepSpeed plugin.
 
-    torchrun --nproc_per_node 2 examples/accelerate_loop.py
+torchrun --nproc_per_node 2 examples/accelerate_loop.py
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A DeepSpeed loop of your own, balanced: three tasks on one backbone whose losses differ by 3,000x.
 
-    deepspeed --num_accelerators 2 examples/deepspeed_loop.py        # or: torchrun --nproc_per_node 2 ...
+deepspeed --num_accelerators 2 examples/deepspeed_loop.py        # or: torchrun --nproc_per_node 2 ...
 """
 
 import argparse

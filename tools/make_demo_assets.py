@@ -53,9 +53,7 @@ def tile_sheet(images: np.ndarray, labels: np.ndarray, per_class: int) -> Image.
 
 def main() -> None:
     """Write tiles-{train,test}.png and photos/{train,test}-*.jpg."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "allinone_ds/data/assets")
     args = parser.parse_args()

@@ -1,56 +1,75 @@
-"""Data: readers of standard formats, augmentation, the schedule of samples, loaders, and a full check."""
+"""Data: readers of standard formats, augmentation, the schedule of samples, loaders, and a full check.
 
-from allinone_ds.data.base import BrokenSample, DataError, Problem, Sample, SampleDataset
-from allinone_ds.data.check import check_sources
-from allinone_ds.data.classified import ClassFoldersSource, ClassifiedDataset, ImageListSource
-from allinone_ds.data.coco import CocoDataset, CocoSource
-from allinone_ds.data.hub import Columns, DatasetsSource, HubDataset
-from allinone_ds.data.images import read_image, read_label_map
-from allinone_ds.data.label_maps import IGNORE, LabelMapsDataset, LabelMapsSource
-from allinone_ds.data.loader import CachedDataset, EvalBatch, StepBatch, TaskData, eval_loader, train_loader
-from allinone_ds.data.schedule import Draw, Schedule
-from allinone_ds.data.sources import Source, open_source
-from allinone_ds.data.transforms import (
-    SampleTransform,
-    eval_transform,
-    normalize,
-    stack_images,
-    train_transform,
-)
+Names load on first use: making demo data needs no torch, and a command line that starts in a second is worth it.
+"""
 
-__all__ = [
-    "IGNORE",
-    "BrokenSample",
-    "CachedDataset",
-    "ClassFoldersSource",
-    "ClassifiedDataset",
-    "CocoDataset",
-    "CocoSource",
-    "Columns",
-    "DataError",
-    "DatasetsSource",
-    "Draw",
-    "EvalBatch",
-    "HubDataset",
-    "ImageListSource",
-    "LabelMapsDataset",
-    "LabelMapsSource",
-    "Problem",
-    "Sample",
-    "SampleDataset",
-    "SampleTransform",
-    "Schedule",
-    "Source",
-    "StepBatch",
-    "TaskData",
-    "check_sources",
-    "eval_loader",
-    "eval_transform",
-    "normalize",
-    "open_source",
-    "read_image",
-    "read_label_map",
-    "stack_images",
-    "train_loader",
-    "train_transform",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "base": (
+        "BrokenSample",
+        "DataError",
+        "Problem",
+        "Sample",
+        "SampleDataset",
+    ),
+    "check": ("check_sources",),
+    "classified": (
+        "ClassFoldersSource",
+        "ClassifiedDataset",
+        "ImageListSource",
+    ),
+    "coco": (
+        "CocoDataset",
+        "CocoSource",
+    ),
+    "hub": (
+        "Columns",
+        "DatasetsSource",
+        "HubDataset",
+    ),
+    "images": (
+        "read_image",
+        "read_label_map",
+    ),
+    "label_maps": (
+        "IGNORE",
+        "LabelMapsDataset",
+        "LabelMapsSource",
+    ),
+    "loader": (
+        "CachedDataset",
+        "EvalBatch",
+        "StepBatch",
+        "TaskData",
+        "eval_loader",
+        "train_loader",
+    ),
+    "schedule": (
+        "Draw",
+        "Schedule",
+    ),
+    "sources": (
+        "Source",
+        "open_source",
+    ),
+    "transforms": (
+        "SampleTransform",
+        "eval_transform",
+        "normalize",
+        "stack_images",
+        "train_transform",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
