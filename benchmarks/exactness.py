@@ -1,6 +1,6 @@
 """Print the exactness table: balanced training on every kind of engine against a float64 single-process reference.
 
-    python benchmarks/exactness.py                 # every case, 1, 2 and 4 ranks, writes docs/exactness.md's table
+    python benchmarks/exactness.py                 # every case on 1, 2 and 4 ranks: the table in docs/exactness.md
     python benchmarks/exactness.py --world 2 --only zero2
 
 Each case takes 5 SGD steps on 3 tasks whose losses differ by 3,000x and compares all weights and norms.
@@ -87,7 +87,7 @@ def all_cases() -> list[Case]:
             for contiguous in (True, False):
                 zero = {"overlap_comm": overlap, "contiguous_gradients": contiguous}
                 cases.append(Case(f"zero{stage} fp32 overlap={overlap:d} contiguous={contiguous:d}", stage, zero=zero))
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         cases += [
             Case(f"zero{stage} fp32 offload", stage, offload=True),
             Case(f"zero{stage} bf16 offload", stage, "bf16", offload=True),
@@ -212,19 +212,32 @@ def launch(world: int, only: list[str], weighting: list[str], out: Path) -> list
 
 
 def table(rows: list[dict]) -> str:
-    """A markdown table: an engine a row, the largest difference over weightings and micro-steps for each world size."""
+    """Two markdown tables: engines by world size (worst over weightings, micro-steps), and weightings by ZeRO stage."""
     worlds = sorted({row["world"] for row in rows})
-    heading = ["engine", *(f"R = {w}" for w in worlds), "norms", "cases"]
-    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
-    for name in dict.fromkeys(row["case"]["name"] for row in rows):
+    names = dict.fromkeys(row["case"]["name"] for row in rows)
+    lines = [_row(["engine", *(f"R = {w}" for w in worlds), "norms", "runs"]), "|---" * (len(worlds) + 3) + "|"]
+    for name in names:
         mine = [row for row in rows if row["case"]["name"] == name]
-        key = "weights" if mine[0]["case"]["dtype"] == "fp32" else "weights_relative"
-        cells = [
-            f"{max(r[key] for r in mine if r['world'] == w):.1e}" if any(r["world"] == w for r in mine) else ""
-            for w in worlds
-        ]
-        lines.append("| " + " | ".join([name, *cells, f"{max(r['norms'] for r in mine):.1e}", str(len(mine))]) + " |")
+        cells = [_worst([r for r in mine if r["world"] == w]) for w in worlds]
+        lines.append(_row([name, *cells, f"{max(r['norms'] for r in mine):.1e}", str(len(mine))]))
+    stages = [n for n in names if n in {f"zero{stage} fp32" for stage in range(4)}]
+    labels = [(w, m) for w in WEIGHTINGS for m in MICRO_STEPS if any(r["weighting"] == w for r in rows)]
+    lines += ["", _row(["weighting", "micro-steps", *stages]), "|---" * (len(stages) + 2) + "|"]
+    for weighting, micro_steps in labels:
+        mine = [r for r in rows if (r["weighting"], r["micro_steps"]) == (weighting, micro_steps)]
+        lines.append(
+            _row([weighting, micro_steps, *(_worst([r for r in mine if r["case"]["name"] == s]) for s in stages)])
+        )
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _worst(rows: list[dict]) -> str:
+    keys = {"fp32": "weights"}
+    return f"{max(r[keys.get(r['case']['dtype'], 'weights_relative')] for r in rows):.1e}" if rows else ""
 
 
 def main() -> None:
@@ -246,7 +259,8 @@ def main() -> None:
             rows += launch(world, args.only, args.weighting, Path(folder) / f"{world}.json")
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows) + "\n")
 
 
 if __name__ == "__main__":
