@@ -92,6 +92,7 @@ def all_cases() -> list[Case]:
             Case(f"zero{stage} fp32 offload", stage, offload=True),
             Case(f"zero{stage} bf16 offload", stage, "bf16", offload=True),
             Case(f"zero{stage} bf16 fp32-accumulation offload", stage, "bf16", "fp32", offload=True),
+            Case(f"zero{stage} fp16 offload", stage, "fp16", offload=True),
             Case(f"zero{stage} fp32 offload one param group", stage, offload=True, one_group=True),
         ]
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))

@@ -20,7 +20,7 @@ from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip
 from allinone_ds.balance import BalancerError
 from allinone_ds.balance.self_test import self_test
 from allinone_ds.zero import UnsupportedEngine, gate
-from tests.launcher import run_checks
+from tests.launcher import join_ranks, run_checks
 
 CASES = {case.name: case for case in exactness.all_cases()}
 FP32_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload")
@@ -71,7 +71,7 @@ def raises(kind, text: str, call) -> None:
     except kind as error:
         assert text in str(error), f"'{text}' not in: {error}"
         return
-    raise AssertionError(f"nothing was raised; expected {kind.__name__} with '{text}'")
+    raise AssertionError(f"nothing was raised; expected {kind} with '{text}'")
 
 
 def finish(balancer: TaskBalancer) -> None:
@@ -164,6 +164,24 @@ def check_reported_global_norm_is_that_of_the_balanced_sum() -> None:
         got = float(engine.get_global_grad_norm())
         assert abs(got / wanted - 1) < (2e-2 if "bf16" in case else 1e-4), (case, got, wanted)
         finish(balancer)
+
+
+def check_shared_may_be_parameters_or_a_nested_name() -> None:
+    for case in ("zero1 fp32", "zero3 fp32"):
+        norms = {}
+        for how in ("backbone", "parameters", "backbone.stem"):
+            engine = make_engine(case)
+            shared = engine.module.backbone.parameters() if how == "parameters" else how
+            balancer = TaskBalancer(engine, toy.TASKS, shared, TBGC(0.1))
+            for task in toy.TASKS:
+                run_task(balancer, task)
+            norms[how] = {task: float(norm) for task, norm in balancer.step().norms.items()}
+            finish(balancer)
+        assert norms["parameters"] == norms["backbone"], case
+        for task in toy.TASKS:
+            stem = toy.gradients(toy.make_model(), task, 0, 1, dist.get_world_size())
+            wanted = torch.cat([v.reshape(-1) for n, v in stem.items() if n.startswith("backbone.stem")]).norm()
+            assert abs(norms["backbone.stem"][task] / float(wanted) - 1) < 1e-5, (case, task)
 
 
 # memory
@@ -424,6 +442,13 @@ def check_engines_that_cannot_be_balanced_are_refused() -> None:
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=clip_default)[0]
     raises(UnsupportedEngine, "gradient_clipping is 1.0", lambda: make_balancer(engine))
     TaskBalancer(engine, toy.TASKS, "backbone", Sum(), allow_gradient_clipping=True).detach()
+    frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+    for wrong, text in (([], "nothing to balance"), (frozen, "nothing to balance"), ([torch.ones(1)], "nn.Parameter"),
+                        (list(toy.make_model().parameters()), "not the engine's module's")):  # fmt: skip
+        raises((ValueError, TypeError), text, lambda wrong=wrong: TaskBalancer(
+            engine, toy.TASKS, wrong, Sum(), allow_gradient_clipping=True))  # fmt: skip
+    raises(ValueError, "each once", lambda: TaskBalancer(engine, ("det", "det"), "backbone", Sum(),
+                                                         allow_gradient_clipping=True))  # fmt: skip
     raises(ValueError, "did you mean 'backbone'", lambda: TaskBalancer(engine, toy.TASKS, "backbon", Sum(),
                                                                        allow_gradient_clipping=True))  # fmt: skip
     engine.destroy()
@@ -496,7 +521,7 @@ if __name__ == "__main__":
     get_accelerator().is_fp16_supported = lambda: (
         True
     )  # torch computes fp16 on any CPU; DeepSpeed asks for instructions
-    deepspeed.init_distributed()
+    join_ranks()
     wanted = sys.argv[2:]
     chosen = all_checks(dist.get_world_size())
     run_checks({n: c for n, c in chosen.items() if not wanted or any(w in n for w in wanted)}, sys.argv[1])
