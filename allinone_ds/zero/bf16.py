@@ -24,8 +24,8 @@ class BF16Shards(GradientShards):
         masters = self.optimizer.fp32_groups_flat_partition
         self.sizes = [master.numel() for master in masters]
         self.device, self.dtype = masters[0].device, masters[0].dtype
-        self._spans = self._find_spans()
-        self.pieces = merge_spans(self._spans, self.sizes, shared)
+        self.spans = self._find_spans()
+        self.pieces = merge_spans(self.spans, self.sizes, shared)
         self._norm: Tensor | None = None
 
     def _find_spans(self) -> list[Span]:
@@ -40,9 +40,6 @@ class BF16Shards(GradientShards):
                     spans.append(Span(param, group, start, end - start))
                 position += param.numel()
         return spans
-
-    def spans(self) -> list[Span]:
-        return self._spans
 
     def begin_task(self) -> None:
         pass

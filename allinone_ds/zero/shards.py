@@ -45,12 +45,14 @@ class GradientShards(ABC):
     engine's own step, or `discard` when the step is given up.
 
     Attributes:
+        spans: every trainable parameter's elements on this rank.
         pieces: what `take` returns, in order.
         sizes: elements of this rank's shard of each group.
         device, dtype: of the accumulator that `put` takes: those of the optimizer's gradient.
         replicated: True when every rank holds the whole gradient (stage 0), so that norms are not summed over ranks.
     """
 
+    spans: list[Span]
     pieces: list[Piece]
     sizes: list[int]
     device: torch.device
@@ -66,16 +68,12 @@ class GradientShards(ABC):
     @property
     def loss_scale(self) -> float:
         """What gradients carry as a factor and the optimizer divides by (fp16); 1 otherwise."""
-        return 1.0
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
 
     @property
     def missing_loss_scale(self) -> float:
         """The part of `loss_scale` that the engine's `backward` does not put on the loss."""
         return 1.0
-
-    @abstractmethod
-    def spans(self) -> list[Span]:
-        """Every trainable parameter's elements on this rank."""
 
     @abstractmethod
     def begin_task(self) -> None:
@@ -109,6 +107,11 @@ class GradientShards(ABC):
     def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
         """The optimizer's flat fp32 tensor that holds `span` at `span.start`, and the optimizer's state for it."""
 
+    def norms(self, flats: Sequence[Tensor]) -> dict[Any, Tensor]:
+        """Norm of every parameter's part of `flats`, by the optimizer's id of the parameter."""
+        key = self.optimizer.get_param_id
+        return {key(s.param): flats[s.group].narrow(0, s.start, s.length).norm() for s in self.spans}
+
     def weights(self, param: Parameter) -> list[Tensor]:
         """The tensors that hold the model's own copy of a parameter on this rank."""
         return [param.data]
@@ -123,8 +126,8 @@ class GradientShards(ABC):
         Optimizer steps on flat shards move every element; what must stand still is copied before and put back.
         """
         wanted = {id(param) for param in params}
-        spans = [span for span in self.spans() if id(span.param) in wanted]
-        whole = _groups_wholly_in(spans, self.spans())
+        spans = [span for span in self.spans if id(span.param) in wanted]
+        whole = _groups_wholly_in(spans, self.spans)
         saved = []
         for span in spans:
             master, state = self.master(span)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .shards import GradientShards, Span, merge_spans
 
-_SIXTEEN_BIT = (FP16_Optimizer, FP16_UnfusedOptimizer)
-
 
 class Stage0Shards(GradientShards):
     """The whole gradient, one group a parameter."""
@@ -40,20 +38,13 @@ class Stage0Shards(GradientShards):
                 position += param.numel()
         self.sizes = [param.numel() for param in self._params]
         self.device, self.dtype = self._params[0].device, torch.float32
-        self._spans = [Span(param, i, 0, param.numel()) for i, param in enumerate(self._params)]
-        self.pieces = merge_spans(self._spans, self.sizes, shared)
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.optimizer.loss_scale) if isinstance(self.optimizer, _SIXTEEN_BIT) else 1.0
+        self.spans = [Span(param, i, 0, param.numel()) for i, param in enumerate(self._params)]
+        self.pieces = merge_spans(self.spans, self.sizes, shared)
 
     @property
     def missing_loss_scale(self) -> float:
         # 0.19.8: engine.backward scales losses for ZeRO only, yet these optimizers divide by the scale all the same
         return self.loss_scale
-
-    def spans(self) -> list[Span]:
-        return self._spans
 
     def begin_task(self) -> None:
         self.release()

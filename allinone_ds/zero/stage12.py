@@ -25,9 +25,8 @@ class Stage12Shards(GradientShards):
         masters = self.optimizer.single_partition_of_fp32_groups
         self.sizes = [int(size) for size in self.optimizer.partition_size]
         self.device, self.dtype = masters[0].device, masters[0].dtype
-        self._spans = self._find_spans()
-        self._merged = merge_spans(self._spans, self.sizes, shared)
-        self.pieces = self._merged if self._flat() else self._pieces_by_tensor()
+        self.spans = self._find_spans()
+        self.pieces = merge_spans(self.spans, self.sizes, shared) if self._flat() else self._pieces_by_tensor()
 
     def _flat(self) -> bool:
         return bool(self.optimizer._use_compact_grad_partition_buffer(0))
@@ -49,7 +48,7 @@ class Stage12Shards(GradientShards):
         pieces = []
         for group, size in enumerate(self.sizes):
             position = 0
-            for span in (s for s in self._spans if s.group == group):
+            for span in (s for s in self.spans if s.group == group):
                 if span.start > position:
                     pieces.append(Piece(group, position, span.start - position, False))
                 pieces.append(Piece(group, span.start, span.length, id(span.param) in self.shared))
@@ -57,13 +56,6 @@ class Stage12Shards(GradientShards):
             if position < size:
                 pieces.append(Piece(group, position, size - position, False))
         return pieces
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.optimizer.loss_scale)
-
-    def spans(self) -> list[Span]:
-        return self._spans
 
     def begin_task(self) -> None:
         self.optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
@@ -139,8 +131,5 @@ class Stage12OffloadShards(Stage12Shards):
     def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self._gradients(), flats, strict=True):
             gradient.copy_(flat)
-        self.optimizer.norm_for_param_grads = {
-            self.optimizer.get_param_id(span.param): flats[span.group].narrow(0, span.start, span.length).norm()
-            for span in self._spans
-        }
+        self.optimizer.norm_for_param_grads = self.norms(flats)
         self.optimizer.local_overflow = overflow

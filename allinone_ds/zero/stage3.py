@@ -27,8 +27,8 @@ class Stage3Shards(GradientShards):
         masters = self.optimizer.fp32_partitioned_groups_flat
         self.sizes = [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
         self.device, self.dtype = masters[0].device, masters[0].dtype
-        self._spans = self._find_spans()
-        self.pieces = merge_spans(self._spans, self.sizes, shared)
+        self.spans = self._find_spans()
+        self.pieces = merge_spans(self.spans, self.sizes, shared)
 
     def _find_spans(self) -> list[Span]:
         spans = []
@@ -38,13 +38,6 @@ class Stage3Shards(GradientShards):
                 spans.append(Span(param, group, start, int(param.partition_numel())))
                 start += int(param.partition_numel())
         return spans
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.optimizer.loss_scale)
-
-    def spans(self) -> list[Span]:
-        return self._spans
 
     def begin_task(self) -> None:
         self.optimizer.micro_step_id = 0
@@ -93,10 +86,7 @@ class Stage3OffloadShards(Stage3Shards):
     def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
-        self.optimizer.norm_for_param_grads = {
-            self.optimizer.get_param_id(span.param): flats[span.group].narrow(0, span.start, span.length).norm()
-            for span in self._spans
-        }
+        self.optimizer.norm_for_param_grads = self.norms(flats)
         if overflow:
             self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
 
