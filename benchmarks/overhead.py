@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="images a rank and micro-step")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--size", type=int, default=96, help="image side in pixels")
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
