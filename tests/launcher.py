@@ -39,9 +39,10 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str, timeout: 
 def join_ranks() -> None:
     """Join the process group that torchrun set up, without compiling a kernel that only CPU inference calls."""
     import deepspeed
-    import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    from allinone_ds.zero.kernels import spare_cpu_kernel
+
+    spare_cpu_kernel()
     deepspeed.init_distributed()
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-import deepspeed.ops
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
@@ -17,6 +16,7 @@ from transformers import TrainingArguments
 from allinone_ds.strict import ConfigError, did_you_mean
 from allinone_ds.training.config import RunConfig
 from allinone_ds.training.files import read_deepspeed
+from allinone_ds.zero.kernels import spare_cpu_kernel
 
 # Keys of TrainingArguments that other parts of a run's file decide, and where.
 ELSEWHERE = {
@@ -88,8 +88,7 @@ class AllInOneArguments(TrainingArguments):
         if not torch.cuda.is_available() and not torch.xpu.is_available():
             self.use_cpu = True
         if self.use_cpu:
-            # Without this DeepSpeed compiles, at every first start, a kernel that only its CPU inference calls.
-            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+            spare_cpu_kernel()
         super().__post_init__()
 
 
