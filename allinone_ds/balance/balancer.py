@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..strict import did_you_mean
-from ..zero import CHECKED_RELEASES, EngineGuard, checked_release, open_shards, refuse_unsupported
+from ..zero import CHECKED_RELEASES, EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
 from .agreement import Agreement
-from .combine import combiner
 from .errors import BalancerError
+from .local import combiner
 from .report import StepReport
 from .weighting import Weighting, as_weighting
 
@@ -44,6 +44,15 @@ class TaskBalancer:
         shared: dotted name of the backbone in the engine's module, or an iterable of its parameters.
         weighting: a `Weighting` such as `TBGC`, or a callable from the (T, T) Gram matrix of the tasks' backbone
             gradients to (T,) weights, such as a `torchjd` Weighting.
+        norm: where norms come from. "exact": the averaged gradient of each task, one reduce a task (ZeRO-1 to 3: what
+            they send for a micro-step anyway, but for ZeRO-1, which else reduces once a step). "sketch": estimates
+            (see `sketch_size`) before the reduce, one reduce a step; every rank keeps two gradients of the whole model.
+            "delayed": factors from the step before, one reduce a step; every rank keeps one gradient of the whole
+            model; the first step is exact, and a step with a task that is not finite is not taken at all.
+        sketch_size: length k of a sketch (a task sends 2 k float32 numbers); a norm's relative standard error is at
+            most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
+        task_traces: under ZeRO-3, prefetch parameters along one trace a task instead of one that every change of task
+            throws away.
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
             in different tasks are an error and not a hang.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
@@ -67,19 +76,24 @@ class TaskBalancer:
         shared: str | Iterable[Parameter],
         weighting: Weighting | Any,
         *,
+        norm: str = "exact",
+        sketch_size: int | None = None,
+        task_traces: bool = True,
         check_ranks: bool = True,
         allow_gradient_clipping: bool = False,
         self_test: bool | None = None,
     ):
         self.tasks = _task_names(tasks)
         self.weighting = as_weighting(weighting)
+        self.norm = _norm_kind(norm, sketch_size)
         refuse_unsupported(engine, allow_gradient_clipping)
         self.engine = engine
         backbone = _shared_parameters(engine.module, shared)
         self._shards = open_shards(engine, backbone)
         if self_test or (self_test is None and not checked_release()):
             _run_self_test(engine)
-        self._combiner = combiner(self._shards, self.weighting)
+        self._combiner = combiner(self._shards, self.weighting, norm, sketch_size, self.tasks)
+        self._traces = ParameterTraces(engine) if task_traces else None
         self._agreement = Agreement((*self.tasks, _STEP)) if check_ranks else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = [p for p in engine.module.parameters() if p.requires_grad and id(p) not in backbone]
@@ -104,24 +118,30 @@ class TaskBalancer:
 
         Raises:
             BalancerError: wrong task, number of micro-steps or nesting, or ranks in different tasks. The task's
-                gradient is dropped, those of tasks already done stay: the task can run again.
+                gradient is dropped, those of tasks already done stay: the task can run again. (norm="delayed": all
+                tasks of the step are dropped and must run again.)
         """
         self._enter(name, micro_steps)
         try:
-            yield
+            with self._trace(name):
+                yield
             if self._done != micro_steps:
                 raise BalancerError(
                     f"task '{name}' ended after {self._done} of {micro_steps} micro-steps; call "
                     "balancer.backward(loss) exactly micro_steps times inside the block"
                 )
         except BaseException:
-            self._shards.discard()
+            self._combiner.drop()
             self._touched.pop(name)
             self._task = None
             raise
         with torch.no_grad():
             self._combiner.add(name, self._loss)
         self._task = None
+
+    def evaluation(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Evaluate a task inside this block: under ZeRO-3 its forwards keep a parameter trace of their own."""
+        return self._trace(("evaluation", name))
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-step of the current task; never scaled by the engine's accumulation steps.
@@ -148,7 +168,7 @@ class TaskBalancer:
             raise BalancerError(f"the loss of task '{self._task}' is {found}; pass a scalar tensor with requires_grad")
         loss = loss.reshape(())
         self._loss += loss.detach().float() / self._micro_steps
-        self.engine.set_gradient_accumulation_boundary(self._done == self._micro_steps - 1)
+        self.engine.set_gradient_accumulation_boundary(self._combiner.reduces(self._done == self._micro_steps - 1))
         with self._guard.allowed():
             self.engine.backward(loss * (self._shards.missing_loss_scale / self._micro_steps), scale_wrt_gas=False)
         self._done += 1
@@ -182,8 +202,8 @@ class TaskBalancer:
         for task in result.skipped:
             self.skipped_steps[task] += 1
         applied = False
-        if len(result.skipped) < len(result.tasks):
-            applied = self._engine_step(result.flats, result.overflow, left_out)
+        if result.usable:
+            applied = self._engine_step(result.overflow, left_out)
         overflow = result.overflow or bool(getattr(self.engine.optimizer, "overflow", False))
         self._clear()
         return StepReport(
@@ -195,19 +215,23 @@ class TaskBalancer:
             overflow=overflow,
             applied=applied and not overflow,
             tasks=result.tasks,
+            norm_error=result.norm_error,
         )
 
     def detach(self) -> None:
         """Give the engine its own `backward` and `step` back; the balancer can no longer be used."""
-        self._shards.discard()
-        self._clear()
+        self._combiner.close()
         self._guard.remove()
         for hook in self._hooks:
             hook.remove()
 
     def __repr__(self) -> str:
         stage = self.engine.zero_optimization_stage()
-        return f"TaskBalancer(tasks={self.tasks}, weighting={self.weighting!r}, zero_stage={int(stage)})"
+        options = f"weighting={self.weighting!r}, norm={self.norm!r}"
+        return f"TaskBalancer(tasks={self.tasks}, {options}, zero_stage={int(stage)})"
+
+    def _trace(self, key: Hashable) -> contextlib.AbstractContextManager[None]:
+        return self._traces.use(key) if self._traces else contextlib.nullcontext()
 
     def _enter(self, name: str, micro_steps: int) -> None:
         if self._task is not None:
@@ -226,11 +250,11 @@ class TaskBalancer:
         self._task, self._micro_steps, self._done = name, micro_steps, 0
         self._touched[name] = set()
         self._loss = torch.zeros((), device=self.engine.device)
-        self._shards.begin_task()
-        self.engine.set_gradient_accumulation_boundary(micro_steps == 1)
+        self._combiner.begin(name)
+        self.engine.set_gradient_accumulation_boundary(self._combiner.reduces(micro_steps == 1))
 
-    def _engine_step(self, flats: list[Tensor], overflow: bool, left_out: set[str]) -> bool:
-        self._shards.put(flats, overflow)
+    def _engine_step(self, overflow: bool, left_out: set[str]) -> bool:
+        self._combiner.give(overflow)
         self.engine.set_gradient_accumulation_boundary(True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._guard.allowed())
@@ -270,6 +294,18 @@ def _task_names(tasks: Iterable[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"tasks = {names!r}; pass at least one name, each once, each a non-empty string")
     return names
+
+
+def _norm_kind(norm: str, sketch_size: int | None) -> str:
+    kinds = ("exact", "sketch", "delayed")
+    if norm not in kinds:
+        raise ValueError(f"norm = {norm!r}; {did_you_mean(str(norm), kinds)}")
+    if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
+        raise ValueError(
+            f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or a whole number from 1 on with "
+            "norm='sketch' or norm='delayed'"
+        )
+    return norm
 
 
 def _shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[int]:

@@ -1,4 +1,7 @@
-"""The sum of the tasks' scaled gradient shards: streamed into one shard, or from T shards kept until the step."""
+"""The sum of the tasks' scaled gradients, from exact norms: streamed into one shard, or from T shards kept for the step.
+
+`local.py` has the combiners whose norms are estimates.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,8 @@ from .weighting import StepRecord, Weighting
 
 @dataclass(frozen=True)
 class Combined:
-    """The step's summed gradient and what became of each task; fields as in `StepReport`, `flats` for the engine."""
+    """What became of each task in a step; fields as in `StepReport`."""
 
-    flats: list[Tensor]
     tasks: tuple[str, ...]
     norms: dict[str, Tensor]
     scales: dict[str, Tensor]
@@ -26,10 +28,16 @@ class Combined:
     whole_norms: dict[str, Tensor]
     skipped: tuple[str, ...]
     overflow: bool
+    usable: bool
+    """False when there is nothing that the optimizer should step on."""
+    norm_error: float = 0.0
 
 
 class Combiner(ABC):
-    """Takes one task's shard after another and gives their weighted sum.
+    """Takes one task's gradient after another and gives the engine their weighted sum.
+
+    A step calls, per task: `begin`, the micro-steps, `add` (or `drop`); then `finish` and, when there is something to
+    step on, `give`; and `clear`.
 
     Args:
         shards: the engine's gradient shards.
@@ -43,7 +51,9 @@ class Combiner(ABC):
         self.world = dist.get_world_size()
         self.records: dict[str, StepRecord] = {}
         self.finite: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
         self._kept: list[list[Tensor]] = []
+        self._sum: list[Tensor] = []
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -55,18 +65,40 @@ class Combiner(ABC):
         """Bytes of the flat tensors kept on this rank."""
         return sum(flat.numel() * flat.element_size() for flats in self._kept for flat in flats)
 
+    def begin(self, task: str) -> None:
+        """Make the next backward the first of a task."""
+        self.shards.begin_task()
+
+    def reduces(self, last: bool) -> bool:
+        """Whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
+        return last
+
+    def drop(self) -> None:
+        """Forget the gradient of the task that is under way."""
+        self.shards.discard()
+
     @abstractmethod
     def add(self, task: str, loss: Tensor) -> None:
         """Take a task's averaged gradient from the engine. `loss`: its mean over micro-steps on this rank, 0-dim."""
 
     @abstractmethod
     def finish(self) -> Combined:
-        """The weighted sum of all tasks added; waits for the device once, to learn which tasks were not finite."""
+        """Make the weighted sum of all tasks added; waits for the device once, to learn which were not finite."""
+
+    def give(self, overflow: bool) -> None:
+        """Give the engine the sum for its next step."""
+        self.shards.put(self._sum, overflow)
 
     def clear(self) -> None:
         """Begin a new step."""
         self.records.clear()
         self.finite.clear()
+        self.factors = {}
+
+    def close(self) -> None:
+        """Leave the engine as it was found."""
+        self.drop()
+        self.clear()
 
     def _new_flats(self) -> list[Tensor]:
         flats = [torch.zeros(n, device=self.shards.device, dtype=self.shards.dtype) for n in self.shards.sizes]
@@ -88,13 +120,15 @@ class Combiner(ABC):
             sums[:2] /= self.world
         if self.world > 1:
             dist.all_reduce(sums)
-        mean_loss = sums[2] / self.world
-        scaled = sums[:2].sqrt() / self.shards.loss_scale
-        norm, whole_norm = scaled.float()
-        finite = torch.isfinite(mean_loss)
+        return self._record_of(sums[0], sums[1], sums[2] / self.world)
+
+    def _record_of(self, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
+        """A task's record from squared norms (with loss scale) and mean loss; and whether to use its gradient."""
+        norm, whole_norm = (torch.stack([square, whole]).sqrt() / self.shards.loss_scale).float()
+        finite = torch.isfinite(loss)
         if not self._fp16:  # in fp16 a gradient overflows now and then: that is the loss scaler's business
-            finite = finite & torch.isfinite(sums[1])
-        return StepRecord((), norm.square().view(1, 1), whole_norm.view(1), mean_loss.float().view(1)), finite
+            finite = finite & torch.isfinite(whole)
+        return StepRecord((), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), finite
 
     @property
     def _fp16(self) -> bool:
@@ -109,15 +143,16 @@ class Combiner(ABC):
         return skipped, self._fp16 and any(finite and not small for finite, small in rows)
 
     def _combined(
-        self, flats: list[Tensor], scales: dict[str, Tensor], skipped: tuple[str, ...], overflow: bool
+        self, flats: list[Tensor], skipped: tuple[str, ...], overflow: bool, usable: bool, norm_error: float = 0.0
     ) -> Combined:
-        factor = None if overflow else self.weighting.sum_factor(self._norm(flats))
+        """Take `flats` as the step's sum, and scale it once more where the weighting does."""
+        self._sum, scales = flats, self.factors
+        factor = self.weighting.sum_factor(self._norm(flats)) if usable and not overflow else None
         if factor is not None:
             for flat in flats:
                 flat.mul_(factor)
             scales = {task: scale * factor.to(scale.device) for task, scale in scales.items()}
         return Combined(
-            flats=flats,
             tasks=self.tasks,
             norms={task: record.norms[0] for task, record in self.records.items()},
             scales={t: torch.zeros_like(s) if t in skipped else s for t, s in scales.items()},
@@ -125,6 +160,8 @@ class Combiner(ABC):
             whole_norms={task: record.whole_norms[0] for task, record in self.records.items()},
             skipped=skipped,
             overflow=overflow,
+            usable=usable,
+            norm_error=norm_error,
         )
 
     def _norm(self, flats: list[Tensor]) -> Tensor:
@@ -141,7 +178,6 @@ class StreamingCombiner(Combiner):
     def __init__(self, shards: GradientShards, weighting: Weighting):
         super().__init__(shards, weighting)
         self.flats: list[Tensor] = []
-        self.scales: dict[str, Tensor] = {}
 
     def add(self, task: str, loss: Tensor) -> None:
         self.flats = self.flats or self._new_flats()
@@ -156,15 +192,14 @@ class StreamingCombiner(Combiner):
         add_scaled(shared_sum, shared, factor.to(on_shard), usable)
         add_scaled(other_sum, other, factor.to(on_shard) if same_heads else torch.ones((), device=on_shard), usable)
         self.shards.release()
-        self.records[task], self.finite[task], self.scales[task] = record, finite, factor
+        self.records[task], self.finite[task], self.factors[task] = record, finite, factor
 
     def finish(self) -> Combined:
         skipped, overflow = self._verdicts()
-        return self._combined(self.flats, dict(self.scales), skipped, overflow)
+        return self._combined(self.flats, skipped, overflow, usable=len(skipped) < len(self.tasks))
 
     def clear(self) -> None:
         super().clear()
-        self.scales = {}
         for flat in self.flats:
             flat.zero_()
 
@@ -190,21 +225,21 @@ class KeepingCombiner(Combiner):
         skipped, overflow = self._verdicts()
         used = [task for task in self.tasks if task not in skipped]
         first = self.flats[used[0]] if used else self.flats[self.tasks[0]]
-        scales = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
+        self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
         if not used or overflow:
-            return self._combined(first, scales, skipped, overflow)
+            return self._combined(first, skipped, overflow, usable=bool(used))
         factors = self.weighting.factors(self._record(used))
-        scales.update(zip(used, factors.float(), strict=True))
+        self.factors.update(zip(used, factors.float(), strict=True))
         same_heads = self.weighting.heads == "same"
         for task in used:
             shared, other = self._split(cut(self.flats[task], self.shards.pieces))
-            factor = scales[task].to(self.shards.device)
+            factor = self.factors[task].to(self.shards.device)
             for piece in [*shared, *(other if same_heads else [])]:
                 piece.mul_(factor)
             if task != used[0]:
                 for total, flat in zip(first, self.flats[task], strict=True):
                     total.add_(flat)
-        return self._combined(first, scales, skipped, overflow)
+        return self._combined(first, skipped, overflow, usable=True)
 
     def _record(self, used: list[str]) -> StepRecord:
         """The record of the tasks in use, with the Gram matrix summed over ranks."""
@@ -225,6 +260,6 @@ class KeepingCombiner(Combiner):
         self.flats = {}
 
 
-def combiner(shards: GradientShards, weighting: Weighting) -> Combiner:
-    """The cheaper combiner that serves `weighting`."""
+def exact_combiner(shards: GradientShards, weighting: Weighting) -> Combiner:
+    """The cheaper combiner with exact norms that serves `weighting`."""
     return (StreamingCombiner if weighting.streams else KeepingCombiner)(shards, weighting)

@@ -23,6 +23,8 @@ class StepReport:
         skipped: tasks left out of this step because their loss or gradient was not finite.
         overflow: True when fp16 gradients overflowed; the weights stay, DeepSpeed lowers its loss scale.
         applied: True when the optimizer changed the weights.
+        norm_error: bound of the norms' relative standard error: 0 when they are exact, sqrt(6 / k) / 2 when they are
+            estimated from sketches of k numbers.
     """
 
     norms: dict[str, Tensor]
@@ -33,6 +35,7 @@ class StepReport:
     overflow: bool = False
     applied: bool = True
     tasks: tuple[str, ...] = field(default=())
+    norm_error: float = 0.0
 
     def shares(self) -> dict[str, float]:
         """Task -> its share of the sum of squared scaled backbone norms, 0 to 1 (all 0 when every norm is 0)."""

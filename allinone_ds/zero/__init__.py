@@ -2,12 +2,16 @@
 
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
+from .local import LocalGradients
 from .shards import GradientShards, Piece, Span, cut
+from .traces import ParameterTraces
 
 __all__ = [
     "CHECKED_RELEASES",
     "EngineGuard",
     "GradientShards",
+    "LocalGradients",
+    "ParameterTraces",
     "Piece",
     "Span",
     "UnsupportedEngine",

@@ -1,0 +1,75 @@
+"""Toy engines, and what the checks do with them; imported on ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import exactness
+import toy
+
+from allinone_ds import TBGC, TaskBalancer
+
+__all__ = ["CASES", "FP32_KINDS", "exactness", "finish", "largest_change", "make_balancer", "make_engine", "raises",
+           "run_task", "toy", "weights"]  # fmt: skip
+
+CASES = {case.name: case for case in exactness.all_cases()}
+FP32_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload")
+
+
+def make_engine(case: str = "zero2 fp32", optimizer: str = "sgd", lr: float = 0.05, **config):
+    """A toy engine of a named case; keyword arguments replace keys of its config."""
+    model = toy.make_model().float()
+    groups = toy.param_groups(model, per_head=not CASES[case].one_group)
+    if optimizer == "sgd":
+        chosen = torch.optim.SGD(groups, lr=lr)
+    elif optimizer == "momentum":
+        chosen = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=0.1)
+    else:
+        chosen = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    return deepspeed.initialize(model=model, optimizer=chosen, config={**CASES[case].config(), **config})[0]
+
+
+def make_balancer(engine, weighting=None, **options) -> TaskBalancer:
+    return TaskBalancer(engine, toy.TASKS, "backbone", weighting or TBGC(0.1), **options)
+
+
+def run_task(balancer: TaskBalancer, task: str, step: int = 0, micro_steps: int = 1, factor: float = 1.0) -> None:
+    dtype = next(balancer.engine.module.parameters()).dtype
+    with balancer.task(task, micro_steps):
+        for k in range(micro_steps):
+            x = toy.inputs(task, step, k, dist.get_rank()).to(dtype)
+            balancer.backward(balancer.engine(task, x, k == micro_steps - 1) * factor)
+
+
+def weights(engine) -> dict[str, torch.Tensor]:
+    """All weights, whole, on every rank."""
+    found = {}
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            found[name] = param.detach().double().clone()
+    return found
+
+
+def largest_change(before: dict, after: dict, prefix: str = "") -> float:
+    return max(float((after[n] - before[n]).abs().max()) for n in before if n.startswith(prefix))
+
+
+def raises(kind, text: str, call) -> None:
+    """`call` raises `kind` with `text` in its message."""
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), f"'{text}' not in: {error}"
+        return
+    raise AssertionError(f"nothing was raised; expected {kind} with '{text}'")
+
+
+def finish(balancer: TaskBalancer) -> None:
+    balancer.detach()
+    balancer.engine.destroy()
