@@ -9,15 +9,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .balance import (
+        DBMTL,
+        DWA,
         TBGC,
         BalancerError,
         GlobalClip,
+        GradNorm,
         GramWeighting,
+        RandomWeights,
         StepRecord,
         StepReport,
         Sum,
         TaskBalancer,
         TaskClip,
+        Uncertainty,
         Weighting,
         weighting_from_config,
     )
@@ -26,8 +31,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "balance": (
-        "TBGC", "BalancerError", "GlobalClip", "GramWeighting", "StepRecord", "StepReport", "Sum", "TaskBalancer",
-        "TaskClip", "Weighting", "weighting_from_config",
+        "DBMTL", "DWA", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
+        "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
+        "weighting_from_config",
     ),
     "models": ("AllInOneModel",),
     "training": ("AllInOneArguments", "AllInOneTrainer"),
@@ -35,18 +41,23 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "DBMTL",
+    "DWA",
     "TBGC",
     "AllInOneArguments",
     "AllInOneModel",
     "AllInOneTrainer",
     "BalancerError",
     "GlobalClip",
+    "GradNorm",
     "GramWeighting",
+    "RandomWeights",
     "StepRecord",
     "StepReport",
     "Sum",
     "TaskBalancer",
     "TaskClip",
+    "Uncertainty",
     "Weighting",
     "weighting_from_config",
 ]

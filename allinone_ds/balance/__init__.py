@@ -1,20 +1,28 @@
 """The idea: weightings, the balancer that applies them to gradient shards, and the report of each step."""
 
+from .adaptive import DBMTL, DWA, GradNorm, RandomWeights, Uncertainty
 from .balancer import TaskBalancer
 from .errors import BalancerError
+from .named import balancer_from_config, weighting_from_config
 from .report import StepReport
-from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting, weighting_from_config
+from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting
 
 __all__ = [
+    "DBMTL",
+    "DWA",
     "TBGC",
     "BalancerError",
     "GlobalClip",
+    "GradNorm",
     "GramWeighting",
+    "RandomWeights",
     "StepRecord",
     "StepReport",
     "Sum",
     "TaskBalancer",
     "TaskClip",
+    "Uncertainty",
     "Weighting",
+    "balancer_from_config",
     "weighting_from_config",
 ]

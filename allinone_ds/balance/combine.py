@@ -1,4 +1,4 @@
-"""The sum of the tasks' scaled gradients, from exact norms: streamed into one shard, or from T shards kept for the step.
+"""The weighted sum of the tasks' gradients, from exact norms: streamed into one shard, or from T shards kept.
 
 `local.py` has the combiners whose norms are estimates.
 """
@@ -110,7 +110,7 @@ class Combiner(ABC):
         marked = list(zip(pieces, self.is_shared, strict=True))
         return [p for p, is_shared in marked if is_shared], [p for p, is_shared in marked if not is_shared]
 
-    def _measure(self, pieces: list[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
+    def _measure(self, task: str, pieces: list[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
         """One task's record, from one all-reduce of three scalars, and whether its gradient is to be used."""
         shared, other = self._split(pieces)
         square = square_norm(shared, self.shards.device)
@@ -120,15 +120,22 @@ class Combiner(ABC):
             sums[:2] /= self.world
         if self.world > 1:
             dist.all_reduce(sums)
-        return self._record_of(sums[0], sums[1], sums[2] / self.world)
+        return self._record_of(task, sums[0], sums[1], sums[2] / self.world)
 
-    def _record_of(self, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
+    def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
         """A task's record from squared norms (with loss scale) and mean loss; and whether to use its gradient."""
         norm, whole_norm = (torch.stack([square, whole]).sqrt() / self.shards.loss_scale).float()
         finite = torch.isfinite(loss)
         if not self._fp16:  # in fp16 a gradient overflows now and then: that is the loss scaler's business
             finite = finite & torch.isfinite(whole)
-        return StepRecord((), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), finite
+        return StepRecord((task,), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), finite
+
+    def _factors_of(self, record: StepRecord) -> dict[str, Tensor]:
+        """Factors from a record of several tasks: rank 0's, since a method may draw at random or solve iteratively."""
+        factors = self.weighting.factors(record).to(self.shards.engine.device, torch.float32)
+        if self.world > 1:
+            dist.broadcast(factors, 0)
+        return dict(zip(record.tasks, factors, strict=True))
 
     @property
     def _fp16(self) -> bool:
@@ -182,7 +189,7 @@ class StreamingCombiner(Combiner):
     def add(self, task: str, loss: Tensor) -> None:
         self.flats = self.flats or self._new_flats()
         pieces = self.shards.take()
-        record, finite = self._measure(pieces, loss)
+        record, finite = self._measure(task, pieces, loss)
         factor = self.weighting.factors(record)[0]
         on_shard = self.shards.device
         same_heads = self.weighting.heads == "same"
@@ -215,7 +222,7 @@ class KeepingCombiner(Combiner):
     def add(self, task: str, loss: Tensor) -> None:
         flats = self._spare.pop() if self._spare else self._new_flats()
         pieces = self.shards.take()
-        self.records[task], self.finite[task] = self._measure(pieces, loss)
+        self.records[task], self.finite[task] = self._measure(task, pieces, loss)
         for target, piece in zip(cut(flats, self.shards.pieces), pieces, strict=True):
             target.copy_(piece)
         self.flats[task] = flats
@@ -228,8 +235,7 @@ class KeepingCombiner(Combiner):
         self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
         if not used or overflow:
             return self._combined(first, skipped, overflow, usable=bool(used))
-        factors = self.weighting.factors(self._record(used))
-        self.factors.update(zip(used, factors.float(), strict=True))
+        self.factors.update(self._factors_of(self._record(used)))
         same_heads = self.weighting.heads == "same"
         for task in used:
             shared, other = self._split(cut(self.flats[task], self.shards.pieces))

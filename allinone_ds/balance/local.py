@@ -105,7 +105,7 @@ class SketchCombiner(LocalCombiner):
         if self.world > 1:
             dist.all_reduce(message)
         square, other = (message[: 2 * size].view(2, size).double() / self.world).square().sum(1)
-        record, finite = self._record_of(square, square + other, message[-1].double() / self.world)
+        record, finite = self._record_of(task, square, square + other, message[-1].double() / self.world)
         factor = self.weighting.factors(record)[0]
         for index, gradient in found:
             self.local.set(index, None)
@@ -205,7 +205,7 @@ class DelayedCombiner(LocalCombiner):
         losses = message[-len(ran) :].double() / self.world
         for row, task in enumerate(ran):
             square = gram[row, row]
-            self.records[task], self.finite[task] = self._record_of(square, square + other[row], losses[row])
+            self.records[task], self.finite[task] = self._record_of(task, square, square + other[row], losses[row])
         skipped, overflow = self._verdicts()
         self.factors = {task: self.factors[task] for task in ran}
         result = self._reduced(skipped, overflow, usable=not skipped)
@@ -223,7 +223,7 @@ class DelayedCombiner(LocalCombiner):
             whole_norms=torch.cat([r.whole_norms for r in records.values()]),
             losses=torch.cat([r.losses for r in records.values()]),
         )
-        return dict(zip(records, self.weighting.factors(whole).float(), strict=True))
+        return self._factors_of(whole)
 
     def _plan(self, factors: dict[str, Tensor]) -> None:
         """Keep factors for the next step, if every task has one."""

@@ -7,7 +7,6 @@ one extra gradient shard is enough whatever T is; the others need the T shards k
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..strict import ConfigError, did_you_mean
+from ..strict import did_you_mean
 
 EPS = 1e-6
 """Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -60,6 +59,13 @@ class Weighting(ABC):
     def factors(self, record: StepRecord) -> Tensor:
         """Factors of the tasks' gradients, (T,)."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `factors` carries from one step to the next, as tensors and plain values; empty for most."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
+        """Take over what `state_dict` gave."""
+
     def sum_factor(self, whole_norm: Tensor) -> Tensor | None:
         """A last factor for the sum of all tasks' gradients, from its norm (heads included); None: leave the sum."""
         return None
@@ -86,6 +92,13 @@ class GlobalClip(Sum):
 
     def __init__(self, max_norm: float = 0.1):
         self.max_norm = _positive("GlobalClip", max_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `factors` carries from one step to the next, as tensors and plain values; empty for most."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
+        """Take over what `state_dict` gave."""
 
     def sum_factor(self, whole_norm: Tensor) -> Tensor:
         return _clip(self.max_norm, whole_norm)
@@ -185,11 +198,6 @@ class GramWeighting(Weighting):
         return f"GramWeighting({self.function!r})"
 
 
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC,
-}  # fmt: skip
-
-
 def as_weighting(weighting: Any) -> Weighting:
     """`weighting` itself, or a callable on a Gram matrix as a `GramWeighting`.
 
@@ -203,31 +211,9 @@ def as_weighting(weighting: Any) -> Weighting:
     if callable(weighting) and not isinstance(weighting, type):
         return GramWeighting(weighting)
     raise TypeError(
-        f"weighting is {type(weighting).__name__}; allowed: {', '.join(c.__name__ for c in WEIGHTINGS.values())}, "
+        f"weighting is {type(weighting).__name__}; allowed: TBGC, TaskClip, GlobalClip, Sum or another Weighting, "
         "or a callable from a (T, T) Gram matrix to (T,) weights, such as a torchjd Weighting"
     )
-
-
-def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
-    """The weighting a run's `balancer:` block names, such as {"name": "tbgc", "max_norm": 0.1}.
-
-    Raises:
-        ConfigError: an unknown name or option, or an option out of range.
-    """
-    options = dict(config)
-    name = str(options.pop("name", "tbgc"))
-    if name not in WEIGHTINGS:
-        raise ConfigError(f"balancer.name: unknown weighting '{name}'; {did_you_mean(name, WEIGHTINGS)}")
-    allowed = [
-        p for p in inspect.signature(WEIGHTINGS[name].__init__).parameters if p not in ("self", "args", "kwargs")
-    ]
-    for key in options:
-        if key not in allowed:
-            raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, allowed)}")
-    try:
-        return WEIGHTINGS[name](**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"balancer: {error}") from error
 
 
 def _clip(max_norm: float, norms: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class RunConfig(Strict):
     model: ModelConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     balancer: dict[str, Any] = Field(default_factory=lambda: {"name": "tbgc"})
-    """`name` of the weighting and its options."""
+    """`name` of the weighting and its options; `norm`, `sketch_size` and `task_traces` as in `TaskBalancer`."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Keys of `AllInOneArguments`, which are those of transformers.TrainingArguments and a few more."""
     deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"

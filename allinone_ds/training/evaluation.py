@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def evaluate_task(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Metrics of one task on its data, the same on every rank.
 
@@ -50,6 +52,7 @@ def evaluate_task(
         rank: of this process.
         world_size: number of ranks; every sample is counted on exactly one.
         num_workers: processes that read images.
+        around: entered with the task's name around each forward, such as `TaskBalancer.evaluation`.
 
     Returns:
         Values by metric name, and over all ranks `samples`, the number of samples counted, and `broken`, that of
@@ -60,7 +63,8 @@ def evaluate_task(
     counted = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank, world_size, num_workers)
     for batch in loader:
-        outputs = model(task=name, pixel_values=to_device(batch.batch["pixel_values"], device))
+        with around(name) if around else nullcontext():
+            outputs = model(task=name, pixel_values=to_device(batch.batch["pixel_values"], device))
         if batch.count:
             sizes = [tuple(sample["image"].shape[-2:]) for sample in batch.samples]
             metric.update(task.predict(outputs, sizes), batch.samples)
@@ -80,6 +84,7 @@ def evaluate_tasks(
     world_size: int = 1,
     num_workers: int = 0,
     prefix: str = "eval",
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Metrics of all tasks, named PREFIX_TASK_METRIC, and PREFIX_score, the mean of the tasks' main metrics.
 
@@ -91,13 +96,14 @@ def evaluate_tasks(
         world_size: number of ranks.
         num_workers: processes that read images.
         prefix: of all names.
+        around: entered with a task's name around each of its forwards, such as `TaskBalancer.evaluation`.
     """
     model.eval()
     tasks = tasks_of(model)
     metrics: dict[str, float] = {}
     main: list[float] = []
     for name, part in data.items():
-        values = evaluate_task(model, name, part, device, rank, world_size, num_workers)
+        values = evaluate_task(model, name, part, device, rank, world_size, num_workers, around)
         metrics.update({f"{prefix}_{name}_{key}": value for key, value in values.items()})
         main.append(values[tasks[name].main_metric])
     if main:

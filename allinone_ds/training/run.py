@@ -7,7 +7,7 @@ import json
 import torch
 from transformers import set_seed
 
-from allinone_ds.balance import weighting_from_config
+from allinone_ds.balance import balancer_from_config
 from allinone_ds.training.arguments import arguments_from_config
 from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
@@ -42,12 +42,14 @@ def train_run(config: RunConfig) -> dict[str, float]:
     test_data = open_test_data(config, classes)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
+    weighting, balancer_options = balancer_from_config(config.balancer)
     trainer = AllInOneTrainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=test_data,
-        weighting=weighting_from_config(config.balancer),
+        weighting=weighting,
+        balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), EventLog(config.run_dir), PrintProgress()],
     )
     result = trainer.train(resume_from_checkpoint=resume)

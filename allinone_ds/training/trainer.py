@@ -44,6 +44,7 @@ class AllInOneTrainer(Trainer):
         train_dataset: training data by task; its order is the order of tasks in a step.
         eval_dataset: evaluation data by task; tasks that are absent are not evaluated.
         weighting: how task gradients are weighted; None is TBGC().
+        balancer_options: further options of `TaskBalancer`, for example {"norm": "sketch"}.
         callbacks: further callbacks.
 
     Raises:
@@ -59,6 +60,7 @@ class AllInOneTrainer(Trainer):
         train_dataset: Mapping[str, TaskData],
         eval_dataset: Mapping[str, TaskData] | None = None,
         weighting: Any = None,
+        balancer_options: Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         known = set(model.tasks)  # type: ignore[arg-type]
@@ -79,6 +81,7 @@ class AllInOneTrainer(Trainer):
         if plugin.zero_stage == 3:
             _one_dtype(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
+        self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
             sizes={task: len(data.dataset) for task, data in train_dataset.items()},
@@ -127,7 +130,9 @@ class AllInOneTrainer(Trainer):
         """
         model.train()
         if self.balancer is None or self.balancer.engine is not model:
-            self.balancer = TaskBalancer(model, self.schedule.tasks, "backbone", self.weighting)
+            self.balancer = TaskBalancer(
+                model, self.schedule.tasks, "backbone", self.weighting, **self.balancer_options
+            )
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"data of step {inputs.step} came at step {self.state.global_step}")
         self._broken += inputs.broken
@@ -211,6 +216,7 @@ class AllInOneTrainer(Trainer):
             self.args.world_size,
             self.args.dataloader_num_workers,
             metric_key_prefix,
+            around=self.balancer.evaluation if self.balancer else None,
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))

@@ -1,0 +1,133 @@
+"""Weightings that learn: each against its paper's formula by autograd or by hand; state; names in a config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from allinone_ds import DBMTL, DWA, GradNorm, RandomWeights, StepRecord, Uncertainty, Weighting
+from allinone_ds.balance import GramWeighting, balancer_from_config
+from allinone_ds.balance.named import TORCHJD
+from allinone_ds.strict import ConfigError
+
+TASKS = ("det", "seg", "cls")
+NORMS = torch.tensor([2.0, 300.0, 0.5], dtype=torch.float64)
+
+
+def record(losses: list[float], norms: Tensor = NORMS) -> StepRecord:
+    return StepRecord(TASKS, torch.diag(norms**2), norms.float(), torch.tensor(losses))
+
+
+def test_db_mtl_gives_log_loss_gradients_the_largest_norm() -> None:
+    losses = torch.tensor([4.0, 100.0, 0.1], dtype=torch.float64)
+    factors = DBMTL().factors(record(losses.tolist()))
+    largest = (NORMS / losses).max()  # of the gradients of log(loss)
+    torch.testing.assert_close(factors * NORMS, largest.expand(3), rtol=1e-4, atol=0)
+
+
+def test_db_mtl_averages_norms() -> None:
+    weighting = DBMTL(beta=0.9)
+    weighting.factors(record([1.0, 1.0, 1.0]))
+    factors = weighting.factors(record([1.0, 1.0, 1.0], NORMS * torch.tensor([10.0, 1.0, 1.0])))
+    averaged = NORMS * torch.tensor([0.9 + 0.1 * 10, 1.0, 1.0])
+    torch.testing.assert_close(factors, averaged.max() / averaged, rtol=1e-4, atol=0)
+
+
+def test_gradnorm_follows_its_loss_by_autograd() -> None:
+    weighting = GradNorm(alpha=1.5, lr=0.1)
+    weights = torch.ones(3, dtype=torch.float64)
+    first = torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64)
+    for losses in ([2.0, 3.0, 1.0], [1.0, 2.9, 0.5], [0.7, 2.8, 0.5]):
+        ratios = torch.tensor(losses, dtype=torch.float64) / first
+        free = weights.clone().requires_grad_()
+        target = ((weights * NORMS).mean() * (ratios / ratios.mean()) ** 1.5).detach()
+        (free * NORMS - target).abs().sum().backward()
+        assert free.grad is not None
+        weights = (weights - 0.1 * free.grad / NORMS.mean()).clamp(min=1e-6)
+        weights *= 3 / weights.sum()
+        torch.testing.assert_close(weighting.factors(record(losses)), weights, rtol=1e-4, atol=1e-6)
+
+
+def test_uncertainty_follows_its_loss_by_autograd() -> None:
+    weighting = Uncertainty(lr=0.2)
+    s = torch.zeros(3, dtype=torch.float64)
+    for losses in ([4.0, 1.0, 0.01], [3.0, 1.0, 0.02]):
+        free = s.clone().requires_grad_()
+        ((-free).exp() * torch.tensor(losses, dtype=torch.float64) + free).sum().backward()
+        factors = torch.cat([weighting.factors(one(task, loss)) for task, loss in zip(TASKS, losses, strict=True)])
+        torch.testing.assert_close(factors, (-s).exp(), rtol=1e-6, atol=0)
+        assert free.grad is not None
+        s = s - 0.2 * free.grad
+
+
+def one(task: str, loss: float) -> StepRecord:
+    return StepRecord((task,), torch.ones(1, 1), torch.ones(1), torch.tensor([loss]))
+
+
+def test_a_loss_that_is_not_finite_is_not_learned_from() -> None:
+    weighting = Uncertainty(lr=0.2)
+    weighting.factors(one("det", 3.0))
+    wanted = weighting.state_dict()
+    weighting.factors(one("det", float("nan")))
+    assert torch.equal(weighting.state_dict()["log_variance/det"], wanted["log_variance/det"])
+
+
+def test_dwa_is_even_at_first_and_favours_what_falls_slowly() -> None:
+    weighting = DWA(window=10)
+    even = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(weighting.factors(record([5.0, 1.0, 1.0])), even, rtol=1e-5, atol=0)
+    for _ in range(5):
+        factors = weighting.factors(record([5.0, 0.2, 0.5]))
+    assert factors[0] > factors[2] > factors[1]
+    assert float(factors.sum()) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("make", [lambda: DBMTL(0.5), GradNorm, Uncertainty, lambda: DWA(window=10), RandomWeights])
+def test_state_goes_on_where_it_was(make) -> None:
+    first: Weighting = make()
+    seen = [record(losses) for losses in ([4.0, 2.0, 1.0], [3.0, 2.5, 0.5], [2.0, 2.0, 0.1], [1.0, 2.0, 0.1])]
+    for step in seen[:2]:
+        first.factors(step)
+    second: Weighting = make()
+    second.load_state_dict(first.state_dict())
+    for step in seen[2:]:
+        assert torch.equal(first.factors(step), second.factors(step))
+
+
+def test_random_weights_are_positive_and_sum_to_the_number_of_tasks() -> None:
+    weighting = RandomWeights(seed=3)
+    a, b = (weighting.factors(record([1.0, 1.0, 1.0])) for _ in range(2))
+    assert float(a.sum()) == pytest.approx(3) and float(a.min()) > 0 and not torch.equal(a, b)
+
+
+def test_a_config_names_weighting_and_balancer_options() -> None:
+    weighting, options = balancer_from_config({"name": "gradnorm", "alpha": 1, "norm": "delayed", "sketch_size": 4096})
+    assert isinstance(weighting, GradNorm) and weighting.alpha == 1.0
+    assert options == {"norm": "delayed", "sketch_size": 4096}
+    assert isinstance(balancer_from_config({"name": "mgda", "max_iters": 10})[0], GramWeighting)
+
+
+@pytest.mark.parametrize("name", TORCHJD)
+def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
+    options = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}}.get(name, {})
+    if name == "nash_mtl":
+        options = {"n_tasks": 3}
+    weights = balancer_from_config({"name": name, **options})[0].factors(record([1.0, 1.0, 1.0]))
+    assert weights.shape == (3,) and bool(torch.isfinite(weights).all())
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"name": "mgdaa"}, "did you mean 'mgda'"),
+        ({"name": "gradnorm", "alfa": 1}, "did you mean 'alpha'"),
+        ({"name": "gradnorm", "alpha": -1}, "alpha = -1"),
+        ({"name": "db_mtl", "beta": 1.0}, "beta = 1.0"),
+        ({"name": "cagrad"}, "'c'"),
+        ({"name": "tbgc", "sketchsize": 3}, "did you mean 'sketch_size'"),
+    ],
+)
+def test_mistakes_are_named(config: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        balancer_from_config(config)

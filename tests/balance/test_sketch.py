@@ -1,0 +1,79 @@
+"""Sketched norms and inner products: unbiased over draws, within the stated bound for any gradient, linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from allinone_ds.balance.sketch import SMALLEST, Sketcher, default_size, norm_error
+
+K, DRAWS = 256, 400
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def column(step: int) -> torch.Tensor:
+    """One element in `step` is set: every block of K has its weight in the same places."""
+    gradient = torch.zeros(K * 40)
+    gradient[3::step] = 1.0
+    return gradient
+
+
+GRADIENTS = {
+    "dense, odd sizes": [torch.randn(n, generator=GENERATOR) for n in (6401, 300, 7, 1)],
+    "rank 1, rows as long as a block": [torch.outer(torch.ones(64), torch.randn(K, generator=GENERATOR))],
+    "constant": [torch.ones(K * 40)],
+    "one place of every block": [column(K)],
+    "two places half a turn apart": [column(K // 2)],
+}
+
+
+def sketches(gradients: list[torch.Tensor], sketcher: Sketcher) -> torch.Tensor:
+    sketch = torch.zeros(sketcher.size)
+    for index, gradient in enumerate(gradients):
+        sketcher.add(sketch, index, gradient)
+    return sketch
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_squared_norm_is_unbiased_and_within_its_bound(name: str) -> None:
+    gradients = GRADIENTS[name]
+    sketcher = Sketcher([g.numel() for g in gradients], K, torch.device("cpu"))
+    wanted = sum(float(g.double().square().sum()) for g in gradients)
+    found = []
+    for seed in range(DRAWS):
+        sketcher.renew(seed)
+        found.append(float(sketches(gradients, sketcher).double().square().sum()) / wanted)
+    squares = torch.tensor(found, dtype=torch.float64)
+    assert float(squares.std()) / 2 <= norm_error(K), "a norm has half the relative error of its square"
+    assert abs(float(squares.mean()) - 1) <= 4 * float(squares.std()) / DRAWS**0.5
+
+
+def test_sketches_add_up_whatever_the_cut() -> None:
+    """The sum of ranks' sketches is that of their summed gradient; a matrix and its flat copy are one gradient."""
+    sketcher = Sketcher([1000, 30], K, torch.device("cpu"))
+    a, b = (
+        [torch.randn(40, 25, generator=GENERATOR, dtype=torch.float32), torch.randn(30, generator=GENERATOR)]
+        for _ in range(2)
+    )
+    whole = sketches([a[0] + b[0], (a[1] + b[1])], sketcher)
+    torch.testing.assert_close(sketches(a, sketcher) + sketches(b, sketcher), whole, rtol=1e-5, atol=1e-5)
+    half = sketches([a[0].bfloat16().reshape(-1), a[1].bfloat16()], sketcher)
+    torch.testing.assert_close(half, sketches([g.bfloat16().float() for g in a], sketcher))
+
+
+def test_inner_products_come_out() -> None:
+    a = torch.randn(20_000, generator=GENERATOR)
+    b = 0.5 * a + torch.randn(20_000, generator=GENERATOR)
+    sketcher = Sketcher([20_000], 4096, torch.device("cpu"))
+    found = []
+    for seed in range(50):
+        sketcher.renew(seed)
+        found.append(float(sketches([a], sketcher) @ sketches([b], sketcher)))
+    wanted = float(a @ b)
+    assert abs(sum(found) / 50 / wanted - 1) < 0.02
+
+
+def test_default_size_grows_with_the_model() -> None:
+    assert default_size(20_000_000) == SMALLEST
+    assert default_size(1_000_000_000) == 1 << 21
+    assert norm_error(SMALLEST) < 0.005
