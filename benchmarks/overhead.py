@@ -1,15 +1,18 @@
-"""Step time of the exact balancer against plain DeepSpeed accumulation of the same micro-steps.
+"""Step time of the balancer against plain DeepSpeed accumulation of the same micro-steps.
 
     python benchmarks/overhead.py                          # ViT of 22M, 3 tasks, batch 8, 2 CPU ranks, ZeRO 1, 2 and 3
-    python benchmarks/overhead.py --stages 2 --pairs 9 --json benchmarks/results/overhead.json
+    python benchmarks/overhead.py --stages 2 --modes exact --json benchmarks/results/overhead.json
+    sudo python benchmarks/overhead.py --rate 400mbit --size 96 --batch 2    # two hosts joined by a slow link
 
-Both engines live in one process and take turns, one step each, so that what else the machine does falls on both. The
-figure is the median over pairs of balanced time / plain time; its spread is the interquartile range.
+All engines live in one process and take turns, one step each, so that what else the machine does falls on all. The
+figure is the median over rounds of a mode's time / plain time; its spread is the interquartile range. With --rate the
+ranks run in two network namespaces joined by a link of that rate (needs root), and bytes sent are read off the link.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -18,9 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 TASKS = ("det", "seg", "cls")
+MODES = {
+    "exact": {"norm": "exact"},
+    "exact, one trace": {"norm": "exact", "task_traces": False},
+    "sketch": {"norm": "sketch"},
+    "delayed": {"norm": "delayed"},
+}
+SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def build_engine(stage: int, accumulation: int, width: int, layers: int, size: int):
@@ -63,57 +74,80 @@ def build_engine(stage: int, accumulation: int, width: int, layers: int, size: i
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], parameters
 
 
-def measure(stage: int, args: argparse.Namespace) -> dict:
-    """Alternate plain and balanced steps; collective."""
+def modes_for(stage: int, wanted: list[str]) -> list[str]:
+    """Modes that differ on a ZeRO stage: traces exist under ZeRO-3 only."""
+    return [mode for mode in wanted if stage == 3 or "trace" not in mode]
+
+
+def measure(stage: int, args: argparse.Namespace) -> list[dict]:
+    """Let plain and balanced steps take turns; collective. One row a mode."""
     import torch
     import torch.distributed as dist
 
     from allinone_ds import TBGC, TaskBalancer
 
     plain, parameters = build_engine(stage, len(TASKS), args.width, args.layers, args.size)
-    ours, _ = build_engine(stage, 1, args.width, args.layers, args.size)
-    balancer = TaskBalancer(ours, TASKS, "backbone", TBGC(0.1))
     generator = torch.Generator().manual_seed(dist.get_rank())
-    x = torch.randn(args.batch, 3, args.size, args.size, generator=generator).to(ours.device)
-    y = torch.randint(100, (args.batch,), generator=generator).to(ours.device)
+    x = torch.randn(args.batch, 3, args.size, args.size, generator=generator).to(plain.device)
+    y = torch.randint(100, (args.batch,), generator=generator).to(plain.device)
 
     def plain_step():
         for task in TASKS:
             plain.backward(plain(task, x, y))
             plain.step()
 
-    def balanced_step():
+    def balanced_step(balancer):
         for task in TASKS:
             with balancer.task(task):
-                balancer.backward(ours(task, x, y))
+                balancer.backward(balancer.engine(task, x, y))
         balancer.step()
 
-    def seconds(step) -> float:
-        if ours.device.type == "cuda":
+    steps = {"plain": plain_step}
+    balancers = {}
+    for mode in modes_for(stage, args.modes):
+        engine, _ = build_engine(stage, 1, args.width, args.layers, args.size)
+        balancers[mode] = TaskBalancer(engine, TASKS, "backbone", TBGC(0.1), **MODES[mode])
+        steps[mode] = lambda mode=mode: balanced_step(balancers[mode])
+
+    def take(step) -> tuple[float, int]:
+        if plain.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
-        start = time.perf_counter()
+        sent, start = _sent(), time.perf_counter()
         step()
-        if ours.device.type == "cuda":
+        if plain.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, _sent() - sent
 
-    for step in (plain_step, balanced_step):
-        seconds(step)
-    pairs = []
-    for index in range(args.pairs):  # who goes first changes, so that neither profits from the other's caches
-        first, second = (plain_step, balanced_step) if index % 2 == 0 else (balanced_step, plain_step)
-        times = {first: seconds(first), second: seconds(second)}
-        pairs.append((times[plain_step], times[balanced_step]))
-    ratios = sorted(b / a for a, b in pairs)
-    quarter = len(ratios) // 4
-    return {
-        "stage": stage, "ranks": dist.get_world_size(), "parameters": parameters, "batch": args.batch,
-        "pairs": len(pairs),
-        "plain_s": statistics.median(a for a, _ in pairs), "balanced_s": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
-        "extra_bytes": balancer.extra_bytes, "device": _device(),
-    }  # fmt: skip
+    for _ in range(2):  # traces are complete after two passes, delayed norms begin with an exact step
+        for step in steps.values():
+            take(step)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    sent: dict[str, int] = {}
+    for round_ in range(args.pairs):  # who goes first changes, so that nobody profits from another's caches
+        order = list(steps)[round_ % len(steps) :] + list(steps)[: round_ % len(steps)]
+        for name in order:
+            duration, sent[name] = take(steps[name])
+            seconds[name].append(duration)
+    rows = []
+    for mode, balancer in balancers.items():
+        ratios = sorted(b / a for a, b in zip(seconds["plain"], seconds[mode], strict=True))
+        quarter = len(ratios) // 4
+        rows.append({
+            "stage": stage, "mode": mode, "ranks": dist.get_world_size(), "parameters": parameters,
+            "batch": args.batch, "size": args.size, "rate": args.rate, "rounds": args.pairs,
+            "plain_s": statistics.median(seconds["plain"]), "balanced_s": statistics.median(seconds[mode]),
+            "ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
+            "extra_bytes": balancer.extra_bytes, "plain_sent": sent["plain"], "sent": sent[mode], "device": _device(),
+        })  # fmt: skip
+    for engine in (plain, *(b.engine for b in balancers.values())):
+        engine.destroy()
+    return rows
+
+
+def _sent() -> int:
+    """Bytes this host has sent over the shaped link; 0 without one."""
+    return int(SENT.read_text()) if os.environ.get("SHAPED_LINK") else 0
 
 
 def _device() -> str:
@@ -125,16 +159,63 @@ def _device() -> str:
     return f"{model or platform.machine()}, {os.cpu_count()} cores"
 
 
+@contextlib.contextmanager
+def two_hosts(rate: str) -> Iterator[list[str]]:
+    """Two network namespaces joined by a link of `rate` (as tc writes it); yields their names."""
+    names = [f"shaped{os.getpid()}{end}" for end in "ab"]
+    try:
+        for name in names:
+            _ip("netns", "add", name)
+        _ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                _ip("-n", name, "link", "set", device, "up")
+            shape = ["root", "tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
+            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def start(args: argparse.Namespace, out: Path) -> None:
+    """Run the ranks to their end, on this host or on two shaped ones."""
+    same = [f"--{name}={getattr(args, name)}" for name in ("pairs", "batch", "width", "layers", "size")]
+    worker = [__file__, "--worker", f"--json={out}", *same, "--stages", *map(str, args.stages), "--modes", *args.modes]
+    run = [sys.executable, "-m", "torch.distributed.run"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if not args.rate:
+        subprocess.run([*run, "--standalone", f"--nproc_per_node={args.ranks}", *worker], check=True, env=environment)
+        return
+    environment |= {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "SHAPED_LINK": "1"}
+    with two_hosts(args.rate) as names:
+        jobs = []
+        for number, name in enumerate(names):
+            where = ["--nnodes=2", f"--node_rank={number}", f"--nproc_per_node={args.ranks // 2}",
+                     "--master_addr=10.77.0.1", "--master_port=29400"]  # fmt: skip
+            command = ["ip", "netns", "exec", name, *run, *where, *worker, f"--rate={args.rate}"]
+            jobs.append(subprocess.Popen(command, env=environment))
+        if any([job.wait() for job in jobs]):
+            raise SystemExit("a host failed")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=9, help="timed pairs of steps")
+    parser.add_argument("--pairs", type=int, default=9, help="timed rounds of one step each")
     parser.add_argument("--batch", type=int, default=8, help="images a rank and micro-step")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", type=int, default=224, help="image side in pixels")
+    parser.add_argument("--rate", help="join two hosts by a link of this rate, for example 400mbit (needs root)")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,7 +224,7 @@ def main() -> None:
         import torch.distributed as dist
 
         deepspeed.init_distributed()
-        rows = [measure(stage, args) for stage in args.stages]
+        rows = [row for stage in args.stages for row in measure(stage, args)]
         if dist.get_rank() == 0:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
         dist.barrier()
@@ -151,16 +232,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = args.json or Path(folder) / "rows.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        same = [f"--{name}={getattr(args, name)}" for name in ("pairs", "batch", "width", "layers", "size")]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
-                   __file__, "--worker", f"--json={out}", *same, "--stages", *map(str, args.stages)]  # fmt: skip
-        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+        start(args, out)
         rows = json.loads(out.read_text())
-    print("| ZeRO | plain s | balanced s | ratio | quartiles | extra MiB a rank |\n|---|---|---|---|---|---|")
+    print("| ZeRO | mode | plain s | balanced s | ratio | quartiles | extra MiB a rank | MB sent, plain | MB sent |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["ratio_quartiles"]
-        print(f"| {row['stage']} | {row['plain_s']:.2f} | {row['balanced_s']:.2f} | {row['ratio']:.3f} "
-              f"| {low:.3f}-{high:.3f} | {row['extra_bytes'] / 2**20:.1f} |")  # fmt: skip
+        print(f"| {row['stage']} | {row['mode']} | {row['plain_s']:.2f} | {row['balanced_s']:.2f} | {row['ratio']:.3f} "
+              f"| {low:.3f}-{high:.3f} | {row['extra_bytes'] / 2**20:.1f} | {row['plain_sent'] / 1e6:.0f} "
+              f"| {row['sent'] / 1e6:.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

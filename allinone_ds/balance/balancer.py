@@ -53,6 +53,8 @@ class TaskBalancer:
             most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace a task instead of one that every change of task
             throws away.
+        cosines_every: in each so many'th step the report holds the tasks' Gram matrix, for cosines between their
+            gradients (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
             in different tasks are an error and not a hang.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
@@ -79,6 +81,7 @@ class TaskBalancer:
         norm: str = "exact",
         sketch_size: int | None = None,
         task_traces: bool = True,
+        cosines_every: int = 0,
         check_ranks: bool = True,
         allow_gradient_clipping: bool = False,
         self_test: bool | None = None,
@@ -99,6 +102,7 @@ class TaskBalancer:
         self._heads = [p for p in engine.module.parameters() if p.requires_grad and id(p) not in backbone]
         self._touched: dict[str, set[int]] = {}
         self._hooks = [p.register_hook(self._touch(index)) for index, p in enumerate(self._heads)]
+        self._cosines_every, self._steps = _whole("cosines_every", cosines_every), 0
         self.skipped_steps = dict.fromkeys(self.tasks, 0)
         self._task: str | None = None
         self._clear()
@@ -205,6 +209,7 @@ class TaskBalancer:
         if result.usable:
             applied = self._engine_step(result.overflow, left_out)
         overflow = result.overflow or bool(getattr(self.engine.optimizer, "overflow", False))
+        self._steps += 1
         self._clear()
         return StepReport(
             norms=result.norms,
@@ -215,6 +220,7 @@ class TaskBalancer:
             overflow=overflow,
             applied=applied and not overflow,
             tasks=result.tasks,
+            gram=result.gram if self._watches(self._steps - 1) else None,
             norm_error=result.norm_error,
         )
 
@@ -282,8 +288,12 @@ class TaskBalancer:
 
         return hook
 
+    def _watches(self, step: int) -> bool:
+        return self._cosines_every > 0 and step % self._cosines_every == 0
+
     def _clear(self) -> None:
         self._combiner.clear()
+        self._combiner.watch = self._watches(self._steps)
         self._touched = {}
         self._task, self._micro_steps, self._done = None, 0, 0
         self._loss = torch.zeros((), device=self.engine.device)
@@ -294,6 +304,12 @@ def _task_names(tasks: Iterable[str]) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"tasks = {names!r}; pass at least one name, each once, each a non-empty string")
     return names
+
+
+def _whole(field: str, value: int) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{field} = {value!r}; allowed: a whole number from 0 on")
+    return value
 
 
 def _norm_kind(norm: str, sketch_size: int | None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..zero import GradientShards, cut
 from .arithmetic import add_scaled, inner_products, square_norm
+from .sketch import SMALLEST, Sketcher
 from .weighting import StepRecord, Weighting
 
 
@@ -31,6 +32,7 @@ class Combined:
     usable: bool
     """False when there is nothing that the optimizer should step on."""
     norm_error: float = 0.0
+    gram: Tensor | None = None
 
 
 class Combiner(ABC):
@@ -44,6 +46,9 @@ class Combiner(ABC):
         weighting: what turns the record of the step into factors.
     """
 
+    watch: bool = False
+    """Whether this step is to give the tasks' Gram matrix."""
+
     def __init__(self, shards: GradientShards, weighting: Weighting):
         self.shards = shards
         self.weighting = weighting
@@ -54,6 +59,7 @@ class Combiner(ABC):
         self.factors: dict[str, Tensor] = {}
         self._kept: list[list[Tensor]] = []
         self._sum: list[Tensor] = []
+        self._gram: Tensor | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -94,6 +100,7 @@ class Combiner(ABC):
         self.records.clear()
         self.finite.clear()
         self.factors = {}
+        self._gram = None
 
     def close(self) -> None:
         """Leave the engine as it was found."""
@@ -129,6 +136,14 @@ class Combiner(ABC):
         if not self._fp16:  # in fp16 a gradient overflows now and then: that is the loss scaler's business
             finite = finite & torch.isfinite(whole)
         return StepRecord((task,), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), finite
+
+    def _gram_of(self, sketches: Tensor, summed: bool) -> Tensor:
+        """Gram matrix (T, T) from the tasks' sketches (T, k), which are `summed` over ranks already or not."""
+        sketches = sketches.to(self.shards.engine.device)
+        if not summed and self.world > 1:
+            dist.all_reduce(sketches)
+        sketches = sketches.double()
+        return sketches @ sketches.T / self.shards.loss_scale**2
 
     def _factors_of(self, record: StepRecord) -> dict[str, Tensor]:
         """Factors from a record of several tasks: rank 0's, since a method may draw at random or solve iteratively."""
@@ -169,6 +184,7 @@ class Combiner(ABC):
             overflow=overflow,
             usable=usable,
             norm_error=norm_error,
+            gram=self._gram if not skipped and not overflow else None,
         )
 
     def _norm(self, flats: list[Tensor]) -> Tensor:
@@ -185,6 +201,9 @@ class StreamingCombiner(Combiner):
     def __init__(self, shards: GradientShards, weighting: Weighting):
         super().__init__(shards, weighting)
         self.flats: list[Tensor] = []
+        self._sketcher: Sketcher | None = None
+        self._sketches: list[Tensor] = []
+        self._draws = 0
 
     def add(self, task: str, loss: Tensor) -> None:
         self.flats = self.flats or self._new_flats()
@@ -194,6 +213,8 @@ class StreamingCombiner(Combiner):
         on_shard = self.shards.device
         same_heads = self.weighting.heads == "same"
         shared, other = self._split(pieces)
+        if self.watch:
+            self._sketches.append(self._sketch(shared))
         shared_sum, other_sum = self._split(cut(self.flats, self.shards.pieces))
         usable = finite.to(on_shard)
         add_scaled(shared_sum, shared, factor.to(on_shard), usable)
@@ -203,10 +224,25 @@ class StreamingCombiner(Combiner):
 
     def finish(self) -> Combined:
         skipped, overflow = self._verdicts()
+        if self._sketches:
+            self._gram = self._gram_of(torch.stack(self._sketches), summed=self.shards.replicated)
         return self._combined(self.flats, skipped, overflow, usable=len(skipped) < len(self.tasks))
+
+    def _sketch(self, shared: list[Tensor]) -> Tensor:
+        """A sketch of this rank's part of a task's gradient; the ranks' sketches add up to that of the whole."""
+        if self._sketcher is None:
+            self._sketcher = Sketcher([len(piece) for piece in shared], SMALLEST, self.shards.device)
+        if not self._sketches:  # ranks hold different elements, so each draws its own signs; anew in every step
+            self._draws += self.world
+            self._sketcher.renew(self._draws + (0 if self.shards.replicated else dist.get_rank()))
+        sketch = torch.zeros(self._sketcher.size, device=self.shards.device)
+        for index, piece in enumerate(shared):
+            self._sketcher.add(sketch, index, piece)
+        return sketch
 
     def clear(self) -> None:
         super().clear()
+        self._sketches = []
         for flat in self.flats:
             flat.zero_()
 
@@ -235,7 +271,9 @@ class KeepingCombiner(Combiner):
         self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
         if not used or overflow:
             return self._combined(first, skipped, overflow, usable=bool(used))
-        self.factors.update(self._factors_of(self._record(used)))
+        record = self._record(used)
+        self._gram = record.gram
+        self.factors.update(self._factors_of(record))
         same_heads = self.weighting.heads == "same"
         for task in used:
             shared, other = self._split(cut(self.flats[task], self.shards.pieces))

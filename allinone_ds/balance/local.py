@@ -86,6 +86,7 @@ class SketchCombiner(LocalCombiner):
             )
         super().__init__(shards, weighting, size)
         self._held: dict[int, Tensor] = {}  # parameter -> the scaled sum so far
+        self._sketches: list[Tensor] = []
 
     @property
     def bytes(self) -> int:
@@ -104,6 +105,8 @@ class SketchCombiner(LocalCombiner):
         message[-1] = loss
         if self.world > 1:
             dist.all_reduce(message)
+        if self.watch:
+            self._sketches.append(message[:size] / self.world)
         square, other = (message[: 2 * size].view(2, size).double() / self.world).square().sum(1)
         record, finite = self._record_of(task, square, square + other, message[-1].double() / self.world)
         factor = self.weighting.factors(record)[0]
@@ -119,6 +122,8 @@ class SketchCombiner(LocalCombiner):
         for index, gradient in self._held.items():
             self.local.set(index, gradient)
         self._held = {}
+        if self._sketches:
+            self._gram = self._gram_of(torch.stack(self._sketches), summed=True)
         return self._reduced(skipped, overflow, usable=len(skipped) < len(self.tasks))
 
     def drop(self) -> None:
@@ -127,7 +132,7 @@ class SketchCombiner(LocalCombiner):
 
     def clear(self) -> None:
         super().clear()
-        self._held = {}
+        self._held, self._sketches = {}, []
 
 
 class DelayedCombiner(LocalCombiner):
@@ -161,6 +166,7 @@ class DelayedCombiner(LocalCombiner):
 
     def begin(self, task: str) -> None:
         if self._exact:
+            self._exact.watch = self.watch
             self._exact.begin(task)
             return
         super().begin(task)
@@ -200,16 +206,16 @@ class DelayedCombiner(LocalCombiner):
         if self.world > 1:
             dist.all_reduce(message)
         sketches = (message[: -len(ran)].view(len(ran), 2, size) / self.world).double()
-        gram = sketches[:, 0] @ sketches[:, 0].T  # (T, T)
-        other = sketches[:, 1].square().sum(1)
+        self._gram = self._gram_of(sketches[:, 0], summed=True)
+        squares = sketches.square().sum(2)  # (T, 2)
         losses = message[-len(ran) :].double() / self.world
         for row, task in enumerate(ran):
-            square = gram[row, row]
-            self.records[task], self.finite[task] = self._record_of(task, square, square + other[row], losses[row])
+            square, other = squares[row]
+            self.records[task], self.finite[task] = self._record_of(task, square, square + other, losses[row])
         skipped, overflow = self._verdicts()
         self.factors = {task: self.factors[task] for task in ran}
         result = self._reduced(skipped, overflow, usable=not skipped)
-        self._plan({} if skipped or overflow else self._factors_from(gram))
+        self._plan({} if skipped or overflow else self._factors_from(self._gram))
         return result
 
     def _factors_from(self, gram: Tensor) -> dict[str, Tensor]:
@@ -219,7 +225,7 @@ class DelayedCombiner(LocalCombiner):
             return {task: self.weighting.factors(record)[0] for task, record in records.items()}
         whole = StepRecord(
             tasks=tuple(records),
-            gram=(gram / self.shards.loss_scale**2).to(torch.float64),
+            gram=gram,
             whole_norms=torch.cat([r.whole_norms for r in records.values()]),
             losses=torch.cat([r.losses for r in records.values()]),
         )

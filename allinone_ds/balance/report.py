@@ -23,6 +23,8 @@ class StepReport:
         skipped: tasks left out of this step because their loss or gradient was not finite.
         overflow: True when fp16 gradients overflowed; the weights stay, DeepSpeed lowers its loss scale.
         applied: True when the optimizer changed the weights.
+        gram: inner products of the tasks' gradients on the shared backbone, (T, T) in the order of `tasks`, float64,
+            where the step was asked for it (`cosines_every`) and no task was skipped; else None.
         norm_error: bound of the norms' relative standard error: 0 when they are exact, sqrt(6 / k) / 2 when they are
             estimated from sketches of k numbers.
     """
@@ -35,7 +37,27 @@ class StepReport:
     overflow: bool = False
     applied: bool = True
     tasks: tuple[str, ...] = field(default=())
+    gram: Tensor | None = None
     norm_error: float = 0.0
+
+    def cosines(self) -> dict[tuple[str, str], float]:
+        """(task, other task) -> cosine of the angle between their backbone gradients, every pair once.
+
+        Raises:
+            ValueError: this step holds no Gram matrix.
+        """
+        if self.gram is None:
+            raise ValueError("this report holds no Gram matrix; make the TaskBalancer with cosines_every=N")
+        gram = self.gram.cpu()
+        norms = gram.diagonal().clamp(min=0).sqrt()
+        cosine = (gram / (norms[:, None] * norms[None, :]).clamp(min=1e-30)).clamp(-1, 1).tolist()
+        names = self.tasks
+        return {(names[i], names[j]): cosine[i][j] for i in range(len(names)) for j in range(i + 1, len(names))}
+
+    def conflict_rate(self) -> float:
+        """Share of the pairs of tasks whose backbone gradients point apart (cosine below 0), 0 to 1."""
+        cosines = self.cosines()
+        return sum(value < 0 for value in cosines.values()) / max(len(cosines), 1)
 
     def shares(self) -> dict[str, float]:
         """Task -> its share of the sum of squared scaled backbone norms, 0 to 1 (all 0 when every norm is 0)."""

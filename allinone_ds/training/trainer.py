@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from allinone_ds.balance import TBGC, TaskBalancer
+from allinone_ds.balance import TBGC, StepReport, TaskBalancer
 from allinone_ds.data.base import DataError
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
@@ -36,7 +36,9 @@ class AllInOneTrainer(Trainer):
     micro-steps and then one optimizer step. Logged beside Trainer's own values, as means over the steps since the last
     log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
     it got) and grad_norm/TASK/scaled; and epoch/TASK, skipped/TASK (steps that left the task out because it was not
-    finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run).
+    finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run). With
+    `cosines_every`, of the last step that measured them: cosine/TASK/TASK and conflict_rate, the share of pairs of
+    tasks whose backbone gradients point apart.
 
     Args:
         model: an AllInOneModel.
@@ -90,6 +92,7 @@ class AllInOneTrainer(Trainer):
         )
         self.balancer: TaskBalancer | None = None
         self._means = Means(args.device)
+        self._watched: StepReport | None = None  # the last one with cosines
         self._broken: list[str] = []
         self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
 
@@ -150,6 +153,8 @@ class AllInOneTrainer(Trainer):
             values[f"grad_norm/{task}/scale"] = report.scales[task]
             values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
         self._means.add(values)
+        if report.gram is not None:
+            self._watched = report
         return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -167,6 +172,10 @@ class AllInOneTrainer(Trainer):
                 if self.balancer is not None:
                     logs[f"skipped/{task}"] = self.balancer.skipped_steps[task]
             logs["broken_images"] = self._count_broken()
+            if self._watched is not None:
+                logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._watched.cosines().items()})
+                logs["conflict_rate"] = self._watched.conflict_rate()
+                self._watched = None
         super().log(logs, start_time)
 
     def _count_broken(self) -> int:

@@ -180,6 +180,35 @@ def check_local_modes_keep_absent_heads_still() -> None:
             finish(balancer)
 
 
+def check_cosines_are_those_of_the_gradients() -> None:
+    """Exact where T shards are kept, else from sketches; in each second step, and None in between."""
+    found = {t: toy.gradients(toy.make_model(), t, 0, 1, dist.get_world_size()) for t in toy.TASKS}
+    flat = {t: torch.cat([v.reshape(-1) for n, v in g.items() if n.startswith("backbone.")]) for t, g in found.items()}
+    runs = [(case, TBGC(0.1), norm) for case in KINDS for norm in ("exact", "sketch", "delayed")]
+    for case, weighting, norm in [
+        *runs,
+        ("zero0 fp32", TBGC(0.1), "exact"),
+        ("zero2 fp32", TBGC(target="mean"), "exact"),
+    ]:
+        engine = make_engine(case, lr=0.0)
+        balancer = make_balancer(engine, weighting, norm=norm, cosines_every=2)
+        for step in range(3):
+            for task in toy.TASKS:
+                run_task(balancer, task)
+            report = balancer.step()
+            if step == 1:
+                assert report.gram is None
+                raises(ValueError, "cosines_every", report.cosines)
+                continue
+            cosines = report.cosines()
+            assert len(cosines) == 3
+            for (a, b), got in cosines.items():
+                wanted = float(flat[a] @ flat[b] / flat[a].norm() / flat[b].norm())
+                assert abs(got - wanted) < 0.02, (case, norm, a, b, got, wanted)
+            assert report.conflict_rate() == sum(v < 0 for v in cosines.values()) / 3
+        finish(balancer)
+
+
 def check_fp16_overflow_in_local_modes() -> None:
     for case in ("zero1 fp16", "zero2 fp16", "zero3 fp16"):
         for norm in ("sketch", "delayed"):
