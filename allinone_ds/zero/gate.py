@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -16,6 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim import Optimizer
 
 from .bf16 import BF16Shards
+from .releases import MANAGES_ACCUMULATION, RELEASE
 from .shards import GradientShards
 from .stage0 import Stage0Shards
 from .stage3 import Stage3OffloadShards, Stage3Shards
@@ -31,7 +31,7 @@ class UnsupportedEngine(ValueError):
 
 def checked_release() -> bool:
     """True when the installed DeepSpeed is one of `CHECKED_RELEASES`."""
-    return deepspeed.__version__.split("+")[0] in CHECKED_RELEASES
+    return str(RELEASE) in CHECKED_RELEASES
 
 
 def refuse_unsupported(engine: Any, allow_gradient_clipping: bool) -> None:
@@ -75,7 +75,8 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
         (bool(engine.zero_quantized_gradients()), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
         (bool(engine.is_deepcompile_enabled()), "DeepCompile", "set compile.deepcompile to false"),
-        (not engine.managed_gradient_accumulation(), "managed_gradient_accumulation = false", "remove the key"),
+        (MANAGES_ACCUMULATION and not engine.managed_gradient_accumulation(),
+         "managed_gradient_accumulation = false", "remove the key"),
         (bool(getattr(engine, "torch_autocast_z0_gradscaler", None)), "torch_autocast in fp16 without ZeRO",
          "use bf16, or ZeRO"),
         ("Muon" in optimizer_name or "Bit" in optimizer_name, f"the optimizer {optimizer_name}",

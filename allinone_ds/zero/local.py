@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .gate import UnsupportedEngine
+from .releases import COALESCES, RELEASE
 from .shards import GradientShards
 
 
@@ -37,6 +38,10 @@ class LocalGradients:
                 f"the engine's optimizer is {type(engine.optimizer).__name__} (ZeRO stage "
                 f"{int(engine.zero_optimization_stage())}): it cannot keep gradients on the rank over a step; use "
                 "norm='exact', or ZeRO 1, 2 or 3 (ZeRO-1 in bf16 without fp32 accumulation)"
+            )
+        if not COALESCES:
+            raise UnsupportedEngine(
+                f"DeepSpeed {RELEASE} cannot keep gradients on the rank over a step; use norm='exact', or 0.19.1 on"
             )
         self.engine = engine
         self.optimizer = engine.optimizer

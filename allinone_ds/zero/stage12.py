@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, GradPartitionBufferGroup
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 
+from .releases import as_partition, uses_flat_partition, wait_for_offload_copies
 from .shards import GradientShards, Piece, Span, cut, merge_spans
 
 
@@ -29,7 +30,7 @@ class Stage12Shards(GradientShards):
         self.pieces = merge_spans(self.spans, self.sizes, shared) if self._flat() else self._pieces_by_tensor()
 
     def _flat(self) -> bool:
-        return bool(self.optimizer._use_compact_grad_partition_buffer(0))
+        return uses_flat_partition(self.optimizer)
 
     def _find_spans(self) -> list[Span]:
         optimizer, spans = self.optimizer, []
@@ -81,7 +82,7 @@ class Stage12Shards(GradientShards):
         if overflow:
             flats[0][0] = torch.inf
         for group, flat in enumerate(flats):
-            self.optimizer.averaged_gradients[group] = GradPartitionBufferGroup([flat], flat)
+            self.optimizer.averaged_gradients[group] = as_partition(flat)
 
     def discard(self) -> None:
         self.release()
@@ -112,14 +113,14 @@ class Stage12OffloadShards(Stage12Shards):
 
     def begin_task(self) -> None:
         super().begin_task()
-        self.optimizer._wait_for_offload_copies()
+        wait_for_offload_copies(self.optimizer)
         for buffer in self.optimizer.accumulated_grads_in_cpu.values():
             buffer.zero_()
         for gradient in self._gradients():
             gradient.zero_()
 
     def take(self) -> list[Tensor]:
-        self.optimizer._wait_for_offload_copies()
+        wait_for_offload_copies(self.optimizer)
         return cut(self._gradients(), self.pieces)
 
     def release(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from deepspeed.runtime.zero.config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from .releases import RELEASES_LEFTOVERS
+
 
 class ParameterTraces:
     """The traces of one engine; does nothing on engines that do not partition parameters.
@@ -40,7 +42,8 @@ class ParameterTraces:
             yield
             self._of[key] = mine
         except BaseException:  # a broken pass: this trace is recorded anew
-            mine.release_backward_leftovers()
+            if RELEASES_LEFTOVERS:
+                mine.release_backward_leftovers()
             raise
         finally:
             self._offload.param_coordinator = before

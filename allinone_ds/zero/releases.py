@@ -1,0 +1,40 @@
+"""What differs between the releases of DeepSpeed 0.19; read in the sources of 0.19.0 to 0.19.8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+from packaging.version import Version
+from torch import Tensor
+
+RELEASE = Version(Version(deepspeed.__version__).base_version)
+COALESCES = RELEASE >= Version("0.19.1")
+"""`engine.coalesce_grad_reduction` exists."""
+RELEASES_LEFTOVERS = RELEASE >= Version("0.19.3")
+"""`PartitionedParameterCoordinator.release_backward_leftovers` exists."""
+MANAGES_ACCUMULATION = RELEASE >= Version("0.19.4")
+"""The config key `managed_gradient_accumulation` exists."""
+COMPACT = RELEASE >= Version("0.19.8")
+"""ZeRO-1/2 keep fp32 gradients of 16-bit weights in one flat buffer a group, and copy to the CPU asynchronously."""
+
+
+def uses_flat_partition(optimizer: Any) -> bool:
+    """Whether a ZeRO-1/2 optimizer's `averaged_gradients[group]` has one `flat_partition`."""
+    return COMPACT and bool(optimizer._use_compact_grad_partition_buffer(0))
+
+
+def as_partition(flat: Tensor) -> Sequence[Tensor]:
+    """A group's whole gradient shard as ZeRO-1/2 take it for a step, without a copy where the release allows it."""
+    if not COMPACT:
+        return [flat]
+    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+    return GradPartitionBufferGroup([flat], flat)
+
+
+def wait_for_offload_copies(optimizer: Any) -> None:
+    """Wait until gradients on their way to the CPU are there."""
+    if COMPACT:
+        optimizer._wait_for_offload_copies()
