@@ -34,9 +34,8 @@ MODES = {
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
-def build_engine(stage: int, accumulation: int, width: int, layers: int, size: int):
-    """A ViT with three linear heads under ZeRO, AdamW; the same weights on every call."""
-    import deepspeed
+def build_model(width: int, layers: int, size: int, tasks: tuple[str, ...] = TASKS):
+    """A ViT with a linear head a task; the same weights on every call. `forward(task, x, y)` returns the loss."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
@@ -51,20 +50,30 @@ def build_engine(stage: int, accumulation: int, width: int, layers: int, size: i
                 patch_size=16,
             )
             self.backbone = Dinov2Model(config)
-            self.heads = torch.nn.ModuleDict({task: torch.nn.Linear(width, 100) for task in TASKS})
+            self.heads = torch.nn.ModuleDict({task: torch.nn.Linear(width, 100) for task in tasks})
 
         def forward(self, task, x, y):
             features = self.backbone(x).last_hidden_state.mean(1)
             return torch.nn.functional.cross_entropy(self.heads[task](features).float(), y)
 
     torch.manual_seed(0)
-    model = Model()
+    return Model()
+
+
+def build_engine(
+    stage: int, accumulation: int, width: int, layers: int, size: int, batch: int = 8, tasks: tuple[str, ...] = TASKS
+):
+    """The model under ZeRO with AdamW, and its number of parameters."""
+    import deepspeed
+    import torch
+
+    model = build_model(width, layers, size, tasks)
     groups = [
         {"params": list(model.backbone.parameters())},
         *({"params": list(h.parameters())} for h in model.heads.values()),
     ]
     config = {
-        "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**7, "overlap_comm": False,
                               "stage3_param_persistence_threshold": 10**4},
@@ -86,7 +95,7 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict]:
 
     from allinone_ds import TBGC, TaskBalancer
 
-    plain, parameters = build_engine(stage, len(TASKS), args.width, args.layers, args.size)
+    plain, parameters = build_engine(stage, len(TASKS), args.width, args.layers, args.size, args.batch)
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(args.batch, 3, args.size, args.size, generator=generator).to(plain.device)
     y = torch.randint(100, (args.batch,), generator=generator).to(plain.device)
@@ -105,7 +114,7 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict]:
     steps = {"plain": plain_step}
     balancers = {}
     for mode in modes_for(stage, args.modes):
-        engine, _ = build_engine(stage, 1, args.width, args.layers, args.size)
+        engine, _ = build_engine(stage, 1, args.width, args.layers, args.size, args.batch)
         balancers[mode] = TaskBalancer(engine, TASKS, "backbone", TBGC(0.1), **MODES[mode])
         steps[mode] = lambda mode=mode: balanced_step(balancers[mode])
 
