@@ -1,4 +1,4 @@
-"""Balanced multi-task steps side by side: this package, DeepSpeed's documented accessors, torchjd, a dense T x P matrix.
+"""Balanced multi-task steps side by side: this package, DeepSpeed accessors, torchjd, a dense T x P matrix.
 
     python benchmarks/peers.py                                   # T = 2, 3, 5, 8 tasks on 1 and 2 ranks
     python benchmarks/peers.py --tasks 3 --ranks 2 --json benchmarks/results/peers.json
