@@ -9,6 +9,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "augment": (
+        "AugmentConfig",
+        "Branch",
+    ),
     "base": (
         "BrokenSample",
         "DataError",
@@ -43,6 +47,7 @@ _HOMES = {
     "loader": (
         "CachedDataset",
         "EvalBatch",
+        "FurtherSamples",
         "StepBatch",
         "TaskData",
         "eval_loader",
