@@ -99,9 +99,7 @@ def named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     return name, dict(options or {})
 
 
-def build(
-    entry: Any, size: tuple[int, int], where: str, kind: str | None = None, nested: bool = False
-) -> v2.Transform:
+def build(entry: Any, size: tuple[int, int], where: str, kind: str | None = None, nested: bool = False) -> v2.Transform:
     """One v2 transform from a config's entry.
 
     Args:

@@ -89,7 +89,7 @@ class HSVJitter(PixelTransform):
         value: its factor is drawn from 1 - value .. 1 + value.
     """
 
-    _PIXELS = 16384  # of one pass: its dozen float planes stay in the processor's cache, which halves the time
+    _PIXELS = 32768  # of one pass: its dozen float planes stay in the processor's cache, which halves the time
 
     def __init__(self, hue: float = 0.03, saturation: float = 0.4, value: float = 0.3):
         super().__init__()
@@ -123,11 +123,11 @@ def change_hsv(image: Tensor, shift: float, saturation: float, value: float) -> 
             (green - blue) * inverse,
             torch.where(most == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
         ).add_(shift)
-        most = (most * value).clamp_(max=255)
-        chroma = torch.minimum(chroma * (saturation * value), most)
+        scaled = (most * value).clamp_(max=255)
+        chroma = torch.minimum(chroma * saturation * (scaled / most.clamp(min=1)), scaled)
         for channel, n in enumerate((5, 3, 1)):
             k = torch.remainder(hue + n, 6)
-            out[channel, part] = (most - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)).round_().to(torch.uint8)
+            out[channel, part] = (scaled - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)).round_().to(torch.uint8)
     return out.view(image.shape)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from allinone_ds.data.colors import PixelTransform
 
-_GRID = 256  # longer side of the fields before they are stretched: nothing in them is finer
+_GRID = 256  # longer side of the fields before they are stretched
 
 
 class Weather(PixelTransform):
@@ -61,7 +61,7 @@ class Frost(Weather):
         y = torch.linspace(-1, 1, height).abs_().view(-1, 1)
         x = torch.linspace(-1, 1, width).abs_().view(1, -1)
         border = torch.maximum(y, x)  # 0 in the middle, 1 at the border
-        ice = (ridges * 0.7 + grain * 0.5) * (border + severity - 0.45).clamp_(0, 1).mul_(1.4)
+        ice = (ridges * 0.7 + grain * 0.5) * (border + severity - 0.5).clamp_(0, 1).mul_(1.2)
         return blend(image, (214.0, 228.0, 240.0), ice.clamp_(0, 0.9))
 
 
@@ -90,7 +90,7 @@ class Spatter(Weather):
     """Drops of mud or of water on the lens."""
 
     def weather(self, image: Tensor, severity: float) -> Tensor:
-        field = clouds(image.shape[-2:], coarsest=12)
+        field = clouds(image.shape[-2:], coarsest=12, finest=48)
         covered = 0.04 + 0.16 * severity  # share of the picture
         level = float(torch.quantile(field[::4, ::4].flatten(), 1 - covered))
         drops = (field - level).mul_(12).clamp_(0, 1)
@@ -100,19 +100,20 @@ class Spatter(Weather):
         return blend(image, (226.0, 234.0, 240.0), (drops * 0.35 + rim * 0.4).clamp_(0, 0.9))
 
 
-def clouds(size: Sequence[int], coarsest: int) -> Tensor:
-    """A random field (H, W) in 0..1 with detail at every scale, each half as strong as the one twice as coarse.
+def clouds(size: Sequence[int], coarsest: int, finest: int = _GRID // 2) -> Tensor:
+    """A random field (H, W) in 0..1 with detail at many scales, each half as strong as the one twice as coarse.
 
     Args:
         size: (H, W) in pixels.
         coarsest: cells of the coarsest scale along the longer side.
+        finest: most cells of the finest.
     """
     height, width = int(size[0]), int(size[1])
     shrink = min(1.0, _GRID / max(height, width))
     grid = (max(2, math.ceil(height * shrink)), max(2, math.ceil(width * shrink)))
     field = torch.zeros(1, 1, *grid)
     cells, weight = float(coarsest), 1.0
-    while cells <= _GRID / 2:
+    while cells <= finest:
         share = cells / max(height, width)
         noise = torch.rand(1, 1, max(2, math.ceil(height * share)), max(2, math.ceil(width * share)))
         field += weight * F.interpolate(noise, grid, mode="bicubic", align_corners=True)
