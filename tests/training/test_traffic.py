@@ -1,4 +1,4 @@
-"""The run of the paper: its sources on folders of exactly those layouts, its model at full size, two steps of it small."""
+"""The paper's run: its sources on folders of exactly those layouts, its model at full size, two steps of it small."""
 
 from __future__ import annotations
 
