@@ -3,11 +3,11 @@
     python benchmarks/data.py                                # every branch in configs/augment, one process a core
     python benchmarks/data.py --tasks detection --profile    # and where the time of one process goes
 
-The pictures are composed scenes from real photos, stored as jpeg: detection 1024 x 1024, segmentation 1280 x 720 would
-be BDD100K's, here 1024 x 1024 too, classification 512 x 512. "direct" is the plainest program: one process a core, each
-reads a sample, runs the transforms and goes on. "loader" is the train loader with as many workers as cores: it also
-collates, normalises and hands float batches to the training process. Both see the same samples under the same seeds.
-Rounds alternate; the figure is the median.
+The pictures are composed scenes from real photos, stored as jpeg in the size that the network sees. "direct" is the
+plainest program: one process a core, each reads a sample, runs the transforms and goes on. "loader" is the train loader
+with as many workers as cores: it also collates, normalises and hands float batches to the training process. Both see the
+same samples under the same seeds, and are timed after a few samples to warm up. Rounds alternate; the figure is the
+median.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 SIDES = {"detection": 1024, "segmentation": 1024, "classification": 512}
 BATCH = {"detection": 2, "segmentation": 2, "classification": 8}
+WARM_UP = 8  # images of each process that are not timed
 
 
 def open_task(task: str, root: Path, branch: str | None = None) -> tuple[Any, Any]:
@@ -54,8 +55,10 @@ def transform_directly(task: str, root: Path, branch: str, positions: range, out
     torch.set_num_threads(1)
     data, schedule = open_task(task, root, branch)
     more = FurtherSamples(data.dataset, [], 0)
-    start = time.perf_counter()
-    for position in positions:
+    start = 0.0
+    for number, position in enumerate([*positions[:WARM_UP], *positions]):
+        if number == WARM_UP:
+            start = time.perf_counter()
         draw = schedule.at(task, position)
         seed_all(draw.seed)
         data.transform(data.dataset[draw.index], more)
@@ -81,13 +84,13 @@ def direct(task: str, root: Path, branch: str, images: int, cores: int) -> float
 
 
 def loader(task: str, root: Path, branch: str, images: int, cores: int) -> float:
-    """Images a second of the train loader, after each worker's first step."""
+    """Images a second of the train loader, after each worker's first steps."""
     from allinone_ds.data import train_loader
 
     data, schedule = open_task(task, root, branch)
-    steps = images // data.batch_size
-    batches = iter(train_loader({task: data}, schedule, 0, 0, steps + cores, num_workers=cores))
-    for _ in range(cores):  # the workers start
+    steps, first = images // data.batch_size, -(-WARM_UP * cores // data.batch_size)
+    batches = iter(train_loader({task: data}, schedule, 0, 0, steps + first, num_workers=cores))
+    for _ in range(first):
         next(batches)
     start = time.perf_counter()
     for _ in batches:

@@ -125,12 +125,17 @@ class FurtherSamples:
         Raises:
             DataError: more than `max_broken` draws in a row met an unreadable one.
         """
-        for _ in range(self.max_broken + 1):
+        tried: set[int] = set()
+        while len(tried) <= min(self.max_broken, len(self.dataset) - 1):
+            index = int(torch.randint(len(self.dataset), ()))
+            if index in tried:
+                continue
             try:
-                return self.dataset[int(torch.randint(len(self.dataset), ()))]
+                return self.dataset[index]
             except BrokenSample as error:
+                tried.add(index)
                 self.broken.append(str(error))
-        raise DataError(_gave_up(self.dataset.name, self.max_broken + 1, self.broken))
+        raise DataError(_gave_up(self.dataset.name, len(tried), self.broken))
 
 
 def _gave_up(where: str, count: int, broken: list[str]) -> str:

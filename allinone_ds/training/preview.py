@@ -48,7 +48,8 @@ def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
     written = []
     for name, task in config.tasks.items():
         dataset = open_source(task.train, config.data_root)
-        seed = config.trainer.get("data_seed") or config.trainer.get("seed", 42)  # Trainer's default
+        seed = config.trainer.get("data_seed")
+        seed = config.trainer.get("seed", 42) if seed is None else seed  # 42 is Trainer's default
         drawn = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
         plain = eval_transform(task.image_size)
         rows = [("plain resize", [draw_sample(plain(sample), dataset.classes) for _, sample in drawn])]
@@ -95,7 +96,7 @@ def draw_sample(sample: Sample, classes: list[str]) -> Tensor:
     if "mask" in sample:
         mask = F.resize(sample["mask"].as_subclass(Tensor)[None], size, InterpolationMode.NEAREST)[0]
         image, present = draw_mask(image, mask, len(classes), alpha=0.35)
-        image[:, mask >= len(classes)] //= 4
+        image = torch.where(mask >= len(classes), image // 4, image)
         text = ", ".join(classes[k] for k in present)
     elif "boxes" in sample:
         boxes = sample["boxes"].as_subclass(Tensor) * torch.tensor([size[1] / width, size[0] / height] * 2)
