@@ -72,13 +72,11 @@ class LargeScaleJitter(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         top, left, height, width = (params[key] for key in ("top", "left", "height", "width"))
-        nearest = isinstance(inpt, tv_tensors.Mask)
-        kind = v2.InterpolationMode.NEAREST if nearest else v2.InterpolationMode.BILINEAR
-        if params["crop"]:
-            return F.resized_crop(inpt, top, left, height, width, list(self.size), kind, antialias=not nearest)
-        small = F.resize(inpt, [height, width], kind, antialias=not nearest)
+        if params["crop"]:  # for masks, torchvision's functions take the nearest pixel
+            return F.resized_crop(inpt, top, left, height, width, list(self.size), antialias=True)
+        small = F.resize(inpt, [height, width], antialias=True)
         padding = [left, top, self.size[1] - width - left, self.size[0] - height - top]
-        return F.pad(small, padding, fill=IGNORE if nearest else self.fill)
+        return F.pad(small, padding, fill=IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill)
 
 
 class Join(v2.Transform):
@@ -183,13 +181,12 @@ class MixUp(Join):
 
 def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
     """The parts of a sample that move with the pixels, resized to (H, W)."""
-    out = {key: sample[key] for key in _PARTS if key in sample}
-    out["image"] = F.resize(sample["image"], list(size), antialias=True)
-    if "mask" in sample:
-        out["mask"] = F.resize(sample["mask"], list(size), v2.InterpolationMode.NEAREST)
-    if "boxes" in sample:
-        out["boxes"] = F.resize(sample["boxes"], list(size))
-    return out
+    moving = ("image", "boxes", "mask")
+    return {
+        key: F.resize(sample[key], list(size), antialias=True) if key in moving else sample[key]
+        for key in _PARTS
+        if key in sample
+    }
 
 
 def _together(samples: Sequence[Sample], size: tuple[int, int]) -> Sample:
