@@ -86,7 +86,7 @@ def named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     """Name and options of a config's entry, which is a name or {name: {option: value}}.
 
     Raises:
-        ConfigError: it is neither, or there is no such augmentation.
+        ConfigError: it is neither, there is no such augmentation, or its `transforms` are no list.
     """
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
@@ -96,7 +96,10 @@ def named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{where}: {entry!r} must be a transform's name or {{name: {{option: value}}}}")
     if name not in NAMES:
         raise ConfigError(f"{where}: there is no augmentation '{name}'; {did_you_mean(str(name), NAMES)}")
-    return name, dict(options or {})
+    options = dict(options or {})
+    if not isinstance(options.get("transforms", []), list | tuple):
+        raise ConfigError(f"{where}: {name}: transforms is {options['transforms']!r}; it must be a list of entries")
+    return name, options
 
 
 def build(entry: Any, size: tuple[int, int], where: str, kind: str | None = None, nested: bool = False) -> v2.Transform:

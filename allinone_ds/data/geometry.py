@@ -49,14 +49,14 @@ class LargeScaleJitter(v2.Transform):
     never computed.
 
     Args:
-        size: (H, W) of the result, in pixels.
+        size: (H, W) of the result, in pixels; one number is a square.
         scale: (least, largest) factor, drawn evenly.
         fill: value of uncovered pixels of the image; those of a mask become 255.
     """
 
-    def __init__(self, size: Sequence[int], scale: Sequence[float] = (0.5, 2.0), fill: int = 114):
+    def __init__(self, size: int | Sequence[int], scale: Sequence[float] = (0.5, 2.0), fill: int = 114):
         super().__init__()
-        self.size = (int(size[0]), int(size[1]))
+        self.size = _sides(size)
         self.scale = _range("scale", scale)
         self.fill = fill
 
@@ -83,9 +83,11 @@ class Join(v2.Transform):
     """Base of the transforms that take further samples of the dataset: `forward(sample, more)`."""
 
     def forward(self, sample: Sample, more: More) -> Sample:  # type: ignore[override]
-        """Args:
-        sample: `image`, and `boxes`, `labels`, `iscrowd` or `mask`.
-        more: gives a further sample as the dataset has it.
+        """Joins a sample with further ones.
+
+        Args:
+            sample: `image`, and `boxes`, `labels`, `iscrowd` or `mask`; it is left alone.
+            more: gives a further sample as the dataset has it.
         """
         raise NotImplementedError
 
@@ -97,7 +99,7 @@ class Mosaic(Join):
     part of it at the network's size.
 
     Args:
-        size: (H, W) of one of the four, in pixels; the result is (2 H, 2 W).
+        size: (H, W) of one of the four, in pixels; one number is a square. The result is (2 H, 2 W).
         p: probability; otherwise the sample passes as it is.
         center: (least, largest) place of the meeting point along each side, in units of `size`, within 0.5..1.5. Two
             equal numbers fix it; at (1, 1) all four are seen whole.
@@ -105,10 +107,10 @@ class Mosaic(Join):
     """
 
     def __init__(
-        self, size: Sequence[int], p: float = 1.0, center: Sequence[float] = (0.5, 1.5), fill: int = 114
+        self, size: int | Sequence[int], p: float = 1.0, center: Sequence[float] = (0.5, 1.5), fill: int = 114
     ) -> None:
         super().__init__()
-        self.size = (int(size[0]), int(size[1]))
+        self.size = _sides(size)
         self.p = _probability(p)
         self.center = _range("center", center)
         if not 0.5 <= self.center[0] <= self.center[1] <= 1.5:
@@ -200,6 +202,10 @@ def _together(samples: Sequence[Sample], size: tuple[int, int]) -> Sample:
 
 def _boxes(boxes: Tensor, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     return tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _range(name: str, given: Sequence[float]) -> tuple[float, float]:

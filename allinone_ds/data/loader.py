@@ -30,7 +30,7 @@ class TaskData:
 
     dataset: SampleDataset
     transform: Transform
-    """Sample -> sample of the network's size."""
+    """Sample -> sample of the network's size. A `SampleTransform` is also given further samples of the dataset."""
     collate: Collate
     """Samples -> {"pixel_values", "labels"}."""
     batch_size: int

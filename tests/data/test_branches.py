@@ -53,6 +53,10 @@ def test_a_plain_list_is_one_branch_and_reads_back():
             branches(a=(1, [{"RandomApply": {"transforms": ["Mosaic"]}}])),
             "stands directly in a branch; use its option p",
         ),
+        (
+            branches(a=(1, [{"RandomApply": {"transforms": {"ColorJitter": {"hue": 0.1}}}}])),
+            "must be a list of entries",
+        ),
         ({**branches(a=(1, [])), "conflicts": [["Mosaic", "auto-agment"]]}, "did you mean 'auto-augment'"),
     ],
 )

@@ -16,7 +16,7 @@ from allinone_ds.training.files import read_yaml
 
 # Vivid, and far from each other, from black (background) and from grey (fill): every object has a colour of its own.
 COLORS = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / 6, 1.0, 1.0)) for i in range(6)]
-exact = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+exact = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 sides = st.integers(17, 61)
 seeds = st.integers(0, 2**31)
