@@ -5,9 +5,8 @@
 
 The pictures are composed scenes from real photos, stored as jpeg in the size that the network sees. "direct" is the
 plainest program: one process a core, each reads a sample, runs the transforms and goes on. "loader" is the train loader
-with as many workers as cores: it also collates, normalises and hands float batches to the training process. Both see
-the same samples under the same seeds, and are timed after a few samples to warm up. Rounds alternate; the figure is the
-median.
+with as many workers as cores: it also collates and hands the batches to the training process. Both see the same samples
+under the same seeds, and are timed after a few samples to warm up. Rounds alternate; the figure is the median.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ _HOMES = {
         "eval_transform",
         "normalize",
         "stack_images",
+        "stack_pixels",
         "train_transform",
     ),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
 from allinone_ds.tasks.base import Prediction, Sample, Task
@@ -63,7 +63,7 @@ class DetectionTask(Task):
             crowd = sample.get("iscrowd")
             keep = torch.ones(len(boxes), dtype=torch.bool) if crowd is None else ~crowd.bool()
             labels.append({"boxes": boxes[keep], "labels": sample["labels"].long()[keep]})
-        return {"pixel_values": stack_images(samples), "labels": labels}
+        return {"pixel_values": stack_pixels(samples), "labels": labels}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
@@ -66,7 +66,7 @@ class SegmentationTask(Task):
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         labels = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples])
-        return {"pixel_values": stack_images(samples), "labels": labels}
+        return {"pixel_values": stack_pixels(samples), "labels": labels}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
