@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check."""
+"""The command `allinone-ds`: train, demo, eval, predict, check, preview."""
 
 from __future__ import annotations
 
@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", help="the run's YAML file")
     check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
     check.set_defaults(run=_check)
+
+    preview = commands.add_parser("preview", help="draw what every branch of augmentation does to training samples")
+    preview.add_argument("config", help="the run's YAML file")
+    preview.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    preview.add_argument("--output", type=Path, default=Path("preview.png"), metavar="FILE",
+                         help="NAME.png gives one NAME-TASK.png a task (default preview.png)")  # fmt: skip
+    preview.add_argument("--samples", type=_positive, default=6, help="columns of a sheet (default 6)")
+    preview.set_defaults(run=_preview)
     return parser
 
 
@@ -208,7 +216,7 @@ def _metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
-# ---- eval, predict, check ----
+# ---- eval, predict, check, preview ----
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -252,6 +260,18 @@ def _check(args: argparse.Namespace) -> int:
     errors = sum(problem.level == "error" for problem in problems)
     console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
     return 1 if errors else 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    with console.status("drawing"):
+        _quiet()
+        from allinone_ds.training.config import load_config
+        from allinone_ds.training.preview import preview_run
+
+        written = preview_run(load_config(args.config, args.overrides), args.output, args.samples)
+    for file in written:
+        console.print(str(file))
+    return 0
 
 
 def _quiet() -> None:

@@ -81,6 +81,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             lines.append(f"{where}: unknown key '{dotted}'; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: '{dotted}' is missing; add it")
+        elif isinstance(item.get("ctx", {}).get("error"), ConfigError):  # says all there is to say
+            lines.append(f"{where}: {dotted}: {item['ctx']['error']}" if dotted else f"{where}: {item['ctx']['error']}")
         else:
             lines.append(f"{where}: '{dotted}' = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)

@@ -9,6 +9,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "augment": (
+        "AugmentConfig",
+        "Branch",
+    ),
     "base": (
         "BrokenSample",
         "DataError",
@@ -43,6 +47,7 @@ _HOMES = {
     "loader": (
         "CachedDataset",
         "EvalBatch",
+        "FurtherSamples",
         "StepBatch",
         "TaskData",
         "eval_loader",
@@ -61,6 +66,7 @@ _HOMES = {
         "eval_transform",
         "normalize",
         "stack_images",
+        "stack_pixels",
         "train_transform",
     ),
 }

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import PositiveInt
 from torch.utils.data import Dataset
 
-from allinone_ds.strict import did_you_mean
+from allinone_ds.strict import Strict, did_you_mean
 
 Sample = dict[str, Any]
 """One sample, whatever the task.
@@ -71,6 +72,22 @@ class BrokenSample(Exception):
         return f"{self.path}: {self.reason}"
 
 
+class Expect(Strict):
+    """What a complete set holds, so that a set with files missing is not trained on by mistake."""
+
+    samples: PositiveInt | None = None
+    """Number of samples."""
+    classes: PositiveInt | None = None
+    """Number of classes."""
+
+
+class SourceConfig(Strict):
+    """Base of the sources: what any of them may say."""
+
+    expect: Expect | None = None
+    """What the set must hold; opening it, and a check, say what is missing."""
+
+
 class SampleDataset(Dataset[Sample]):
     """A dataset of `Sample`s. A dataset of your own needs `kind`, `classes`, `__len__` and `__getitem__`.
 
@@ -122,6 +139,20 @@ class SampleDataset(Dataset[Sample]):
             self.structural.append(Problem(self.name, "there is no sample in it; give a set with at least one"))
         if strict:
             raise_problems(self.name, self.structural)
+
+
+def unmet(expect: Expect, dataset: SampleDataset) -> list[Problem]:
+    """What a set holds too little or too much of."""
+    found = []
+    for what, wanted, has in (
+        ("samples", expect.samples, len(dataset)),
+        ("classes", expect.classes, len(dataset.classes)),
+    ):
+        if wanted is not None and has != wanted:
+            gap = f"{wanted - has} missing" if has < wanted else f"{has - wanted} too many"
+            reason = f"holds {has} {what}, expect.{what} is {wanted}: {gap}; complete the set or correct 'expect'"
+            found.append(Problem(dataset.name, reason))
+    return found
 
 
 def raise_problems(name: str, problems: Iterable[Problem]) -> None:

@@ -6,23 +6,25 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from allinone_ds.data.base import (
     ClassNames,
     DataError,
     Problem,
     Sample,
     SampleDataset,
+    SourceConfig,
     match_classes,
     need_folder,
     read_classes,
     read_text,
 )
 from allinone_ds.data.images import compare_files, is_image, list_files, orphans, read_image, walk_images
-from allinone_ds.strict import Strict
 
 
-class ImageListSource(Strict):
-    """A text file with `file class-id` a line; ids count from 0."""
+class ImageListSource(SourceConfig):
+    """A text file with `file class-id` a line."""
 
     format: Literal["image_list"]
     images: str
@@ -30,10 +32,12 @@ class ImageListSource(Strict):
     list: str
     """The text file. Empty lines and lines that start with # are passed over."""
     classes: ClassNames | None = None
-    """Class names by id, or a text file with one name a line; without it the ids are the names."""
+    """Class names in the order of the ids, or a text file with one name a line; without it the ids are the names."""
+    first_id: int = Field(0, ge=0)
+    """Id of the first class in the list: 1 where it counts from 1."""
 
 
-class ClassFoldersSource(Strict):
+class ClassFoldersSource(SourceConfig):
     """One sub-folder a class; its name is the class name."""
 
     format: Literal["class_folders"]
@@ -108,6 +112,8 @@ def open_image_list(
     files: list[str] = []
     ids: list[int] = []
     allowed = len(names) if names is not None else len(classes) if classes is not None else None
+    first = source.first_id
+    hint = f"ids count from first_id, which is {first}"
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -116,19 +122,19 @@ def open_image_list(
             structural.append(Problem(str(file), f"line {number}: {line.strip()!r} must be `file class-id`"))
             continue
         identity = int(parts[1])
-        if identity < 0 or (allowed is not None and identity >= allowed):
-            top = "" if allowed is None else f"..{allowed - 1}"
-            reason = f"line {number}: class id {identity} must lie in 0{top} (ids count from 0)"
-            structural.append(Problem(str(file), reason))
+        if identity < first or (allowed is not None and identity >= first + allowed):
+            top = "" if allowed is None else f"..{first + allowed - 1}"
+            structural.append(
+                Problem(str(file), f"line {number}: class id {identity} must lie in {first}{top} ({hint})")
+            )
             continue
         files.append(parts[0].strip())
-        ids.append(identity)
+        ids.append(identity - first)
     if names is None and classes is None:
-        names = [str(i) for i in range(max(ids, default=0) + 1)]
-        unused = sorted(set(range(len(names))) - set(ids))
+        names = [str(first + i) for i in range(max(ids, default=0) + 1)]
+        unused = [names[i] for i in sorted(set(range(len(names))) - set(ids))]
         if unused and ids:
-            shown = ", ".join(map(str, unused[:5]))
-            reason = f"no image has class id {shown}; ids count from 0; if that is meant, give 'classes'"
+            reason = f"no image has class id {', '.join(unused[:5])}; {hint}; if that is meant, give 'classes'"
             structural.append(Problem(str(file), reason, "warning"))
     if names is not None:
         places = match_classes(str(file), names, classes)

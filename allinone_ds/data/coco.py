@@ -17,6 +17,7 @@ from allinone_ds.data.base import (
     Problem,
     Sample,
     SampleDataset,
+    SourceConfig,
     boxes_outside,
     match_classes,
     need_folder,
@@ -24,10 +25,9 @@ from allinone_ds.data.base import (
     read_text,
 )
 from allinone_ds.data.images import compare_files, image_size, read_image
-from allinone_ds.strict import Strict
 
 
-class CocoSource(Strict):
+class CocoSource(SourceConfig):
     """Boxes in COCO format."""
 
     format: Literal["coco"]

@@ -18,6 +18,7 @@ from allinone_ds.data.base import (
     Problem,
     Sample,
     SampleDataset,
+    SourceConfig,
     boxes_outside,
     match_classes,
     outside_reason,
@@ -45,7 +46,7 @@ class Columns(Strict):
     """Segmentation: the label map, a picture of class ids."""
 
 
-class DatasetsSource(Strict):
+class DatasetsSource(SourceConfig):
     """A dataset of the `datasets` library."""
 
     format: Literal["datasets"]

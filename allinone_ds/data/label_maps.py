@@ -19,25 +19,27 @@ from allinone_ds.data.base import (
     Problem,
     Sample,
     SampleDataset,
+    SourceConfig,
     match_classes,
     need_folder,
     read_classes,
 )
-from allinone_ds.data.images import read_image, read_label_map, walk_images
-from allinone_ds.strict import Strict
+from allinone_ds.data.images import orphans, read_image, read_label_map, walk_images
 
 IGNORE = 255
 """Value of pixels without a class in every sample's mask."""
 
 
-class LabelMapsSource(Strict):
-    """Images and label maps of the same names (`a/1.jpg` belongs to `a/1.png`)."""
+class LabelMapsSource(SourceConfig):
+    """Images and label maps of the same names, but for a suffix (`a/1.jpg` belongs to `a/1.png`)."""
 
     format: Literal["label_maps"]
     images: str
     """Folder of the images."""
     label_maps: str
     """Folder of the label maps: one channel, the pixel's value is its class id."""
+    label_map_suffix: str = ""
+    """What a label map's name has after its image's: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
     classes: ClassNames
     """Class names by id, or a text file with one name a line; at most 255."""
     ignore_index: int = Field(255, ge=0)
@@ -66,6 +68,7 @@ class LabelMapsDataset(SampleDataset):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)
+        self.suffix = source.label_map_suffix
         self.ignore_index = source.ignore_index
         need_folder(self.images, "images")
         need_folder(self.maps, "label_maps")
@@ -85,21 +88,27 @@ class LabelMapsDataset(SampleDataset):
 
     def _pair(self) -> None:
         """Sets `pairs`: (image, label map) relative to their folders, for every image."""
-        images, maps = self._by_stem(self.images), self._by_stem(self.maps)
+        images, maps = self._by_stem(self.images, ""), self._by_stem(self.maps, self.suffix)
         self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
         for stem in images.keys() - maps.keys():
-            reason = f"has no label map {self.maps / stem}.png; add the map or remove the image"
+            reason = f"has no label map {self.maps / stem}{self.suffix}.png; add the map or remove the image"
             self.structural.append(Problem(str(self.images / images[stem]), reason))
         for stem in maps.keys() - images.keys():
             reason = f"has no image {self.images / stem}.*; add the image or remove the map"
             self.structural.append(Problem(str(self.maps / maps[stem]), reason))
         self.structural.sort()
 
-    def _by_stem(self, folder: Path) -> dict[str, str]:
-        """{path without suffix: path} of the pictures below a folder; two of one stem are a fault."""
+    def _by_stem(self, folder: Path, suffix: str) -> dict[str, str]:
+        """{path without suffixes: path} of the pictures below a folder; two of one stem are a fault."""
         groups: dict[str, list[str]] = defaultdict(list)
+        others = []
         for file in walk_images(folder):
-            groups[os.path.splitext(file)[0]].append(file)
+            stem = os.path.splitext(file)[0]
+            if stem.endswith(suffix):
+                groups[stem.removesuffix(suffix)].append(file)
+            else:
+                others.append(file)
+        self.structural += orphans(folder, others, f"whose names do not end with '{suffix}'")
         for files in groups.values():
             if len(files) > 1:
                 reason = f"there is also {', '.join(files[1:])}; keep one file of a name"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from allinone_ds.data.base import BrokenSample, DataError, Problem, Sample, SampleDataset
 from allinone_ds.data.schedule import Draw, Schedule
+from allinone_ds.data.transforms import SampleTransform
 
 Batch = dict[str, Any]
 Collate = Callable[[list[Sample]], Batch]
@@ -29,7 +30,7 @@ class TaskData:
 
     dataset: SampleDataset
     transform: Transform
-    """Sample -> sample of the network's size."""
+    """Sample -> sample of the network's size. A `SampleTransform` is also given further samples of the dataset."""
     collate: Collate
     """Samples -> {"pixel_values", "labels"}."""
     batch_size: int
@@ -104,6 +105,46 @@ class CachedDataset(SampleDataset):
         return dict(sample)
 
 
+class FurtherSamples:
+    """Gives further samples of a dataset to a transform that joins several; places are drawn with torch's generator.
+
+    Args:
+        dataset: of the sample that is being transformed.
+        broken: gets `path: reason` of each unreadable sample met; another is drawn in its place.
+        max_broken: unreadable samples in a row after which it gives up.
+    """
+
+    def __init__(self, dataset: SampleDataset, broken: list[str], max_broken: int):
+        self.dataset = dataset
+        self.broken = broken
+        self.max_broken = max_broken
+
+    def __call__(self) -> Sample:
+        """One sample as the dataset gives it.
+
+        Raises:
+            DataError: more than `max_broken` draws in a row met an unreadable one.
+        """
+        tried: set[int] = set()
+        while len(tried) <= min(self.max_broken, len(self.dataset) - 1):
+            index = int(torch.randint(len(self.dataset), ()))
+            if index in tried:
+                continue
+            try:
+                return self.dataset[index]
+            except BrokenSample as error:
+                tried.add(index)
+                self.broken.append(str(error))
+        raise DataError(_gave_up(self.dataset.name, len(tried), self.broken))
+
+
+def _gave_up(where: str, count: int, broken: list[str]) -> str:
+    return (
+        f"{where}: {count} samples in a row cannot be read (first: {broken[-count]}); "
+        "repair the data (`allinone-ds check CONFIG` lists every fault) or raise max_broken_images"
+    )
+
+
 class _StepDataset(Dataset[StepBatch]):
     """Item i is step `start_step + i` of this rank."""
 
@@ -132,7 +173,7 @@ class _StepDataset(Dataset[StepBatch]):
         step = self.start_step + item
         broken: list[str] = []
         batches: dict[str, list[Batch]] = {}
-        with _own_random_state():
+        with own_random_state():
             for task in self.schedule.order(step):
                 data = self.data[task]
                 batches[task] = [
@@ -151,16 +192,17 @@ class _StepDataset(Dataset[StepBatch]):
             position += 1
             if index in tried:  # an epoch's border can bring one index twice
                 continue
-            _seed(draw.seed)
+            seed_all(draw.seed)
             try:
-                return data.transform(data.dataset[index])
+                sample = data.dataset[index]
             except BrokenSample as error:
                 tried.add(index)
                 broken.append(str(error))
-        raise DataError(
-            f"task '{task}': {len(tried)} samples in a row cannot be read (first: {broken[-len(tried)]}); "
-            "repair the data (`allinone-ds check CONFIG` lists every fault) or raise max_broken_images"
-        )
+                continue
+            if isinstance(data.transform, SampleTransform):
+                return data.transform(sample, FurtherSamples(data.dataset, broken, self.max_broken))
+            return data.transform(sample)
+        raise DataError(_gave_up(f"task '{task}'", len(tried), broken))
 
 
 def train_loader(
@@ -255,8 +297,8 @@ class _EvalDataset(Dataset[EvalBatch]):
             except BrokenSample as error:
                 broken.append(str(error))
         inputs = samples or [self._fill()]
-        with _own_random_state():
-            _seed(item)
+        with own_random_state():
+            seed_all(item)
             batch = self.collate([self.transform(sample) for sample in inputs])
         return EvalBatch(samples, batch, len(samples), broken)
 
@@ -322,7 +364,7 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     """Seeds torch's CPU generator, numpy and python: whatever a transform draws from."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -330,7 +372,7 @@ def _seed(seed: int) -> None:
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
+def own_random_state() -> Iterator[None]:
     """Puts the process's random state back afterwards."""
     before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:

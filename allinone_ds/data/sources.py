@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.base import SampleDataset, raise_problems, unmet
 from allinone_ds.data.classified import (
     ClassFoldersSource,
     ImageListSource,
@@ -54,18 +54,28 @@ def open_source(
             check.
 
     Raises:
-        DataError: missing or empty data, and every other fault that shows without opening images.
+        DataError: missing or empty data, less or more of it than `expect` says, and every other fault that shows
+            without opening images.
     """
-    root = Path(root)
+    dataset = _open(source, Path(root), classes)
+    if source.expect is not None:
+        dataset.structural += unmet(source.expect, dataset)
+    if strict:
+        raise_problems(dataset.name, dataset.structural)
+    return dataset
+
+
+def _open(source: Source, root: Path, classes: list[str] | None) -> SampleDataset:
+    """The dataset with its faults kept in `structural`."""
     match source:
         case CocoSource():
-            return CocoDataset(source, root, classes, strict)
+            return CocoDataset(source, root, classes, strict=False)
         case LabelMapsSource():
-            return LabelMapsDataset(source, root, classes, strict)
+            return LabelMapsDataset(source, root, classes, strict=False)
         case ImageListSource():
-            return open_image_list(source, root, classes, strict)
+            return open_image_list(source, root, classes, strict=False)
         case ClassFoldersSource():
-            return open_class_folders(source, root, classes, strict)
+            return open_class_folders(source, root, classes, strict=False)
         case DatasetsSource():
-            return open_datasets(source, root, classes, strict)
+            return open_datasets(source, root, classes, strict=False)
     raise TypeError(f"open_source takes a source of format {', '.join(FORMATS)}, not {type(source).__name__}")

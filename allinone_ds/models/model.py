@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from allinone_ds.data.transforms import normalize
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.strict import ConfigError, did_you_mean
 
@@ -47,7 +49,7 @@ class AllInOneModel(nn.Module):
 
         Args:
             task: name of the task.
-            pixel_values: (B, 3, H, W) normalised images, any floating dtype.
+            pixel_values: (B, 3, H, W), uint8 images, or normalised ones of any floating dtype.
             labels: targets as the task's `collate` makes them; without them there is no loss.
 
         Returns:
@@ -55,6 +57,8 @@ class AllInOneModel(nn.Module):
         """
         if task not in self.tasks:
             raise KeyError(f"unknown task '{task}'; {did_you_mean(str(task), self.tasks.keys())}")
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize(pixel_values)
         features = self.backbone(pixel_values).feature_maps
         return self.tasks[task](features, pixel_values, labels)
 

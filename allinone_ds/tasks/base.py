@@ -101,7 +101,7 @@ class Task(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-        """A batch {"pixel_values", "labels"} of transformed samples (all of one size)."""
+        """A batch {"pixel_values", "labels"} of transformed samples (all of one size); pixels uint8 or normalised."""
 
     @abstractmethod
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
 from allinone_ds.tasks.drawing import caption, enlarge
@@ -71,7 +71,7 @@ class ClassificationTask(Task):
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         labels = torch.tensor([int(sample["label"]) for sample in samples])
-        return {"pixel_values": stack_images(samples), "labels": labels}
+        return {"pixel_values": stack_pixels(samples), "labels": labels}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

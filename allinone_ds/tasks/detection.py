@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.utils import draw_bounding_boxes
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
 from allinone_ds.tasks.base import Prediction, Sample, Task
-from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, caption, enlarge, palette
+from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
 
 _HEADS: dict[str, Any] = {"fcos": (FCOSDetector, FCOSOptions), "rf_detr": (RFDetrDetector, RFDetrOptions)}
 
@@ -64,7 +63,7 @@ class DetectionTask(Task):
             crowd = sample.get("iscrowd")
             keep = torch.ones(len(boxes), dtype=torch.bool) if crowd is None else ~crowd.bool()
             labels.append({"boxes": boxes[keep], "labels": sample["labels"].long()[keep]})
-        return {"pixel_values": stack_images(samples), "labels": labels}
+        return {"pixel_values": stack_pixels(samples), "labels": labels}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -102,20 +101,7 @@ class DetectionTask(Task):
 
     def _boxes(self, image: Tensor, boxes: Tensor, labels: Tensor, names: list[str]) -> Tensor:
         large, factor = enlarge(image.cpu())
-        if len(boxes) == 0:
-            return large
-        colors = palette(len(self.classes))
-        return draw_bounding_boxes(
-            large,
-            boxes.as_subclass(Tensor).detach().cpu().flip(0) * factor,  # the best last, on top
-            labels=names[::-1],
-            colors=[colors[k] for k in labels.flip(0).tolist()],
-            width=2,
-            font=FONT,
-            font_size=FONT_SIZE,
-            label_colors="black",
-            fill_labels=True,
-        )
+        return draw_boxes(large, boxes.as_subclass(Tensor) * factor, labels, names, len(self.classes))
 
 
 class DetectionMetric:

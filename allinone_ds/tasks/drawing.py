@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 FONT_SIZE = 13
@@ -41,6 +42,42 @@ def enlarge(image: Tensor, smallest: int = _SMALLEST) -> tuple[Tensor, int]:
 def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
     """The label map (H, W) blown up by the factor that `enlarge` gave."""
     return mask.as_subclass(Tensor).repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, names: list[str], num_classes: int) -> Tensor:
+    """The image with boxes (n, 4) XYXY in its pixels, coloured by their labels (n,); the first lies on top.
+
+    Args:
+        image: uint8 (3, H, W).
+        boxes: of the image, in pixels.
+        labels: 0..num_classes-1.
+        names: text at each box; an empty list writes none.
+        num_classes: K.
+    """
+    if len(boxes) == 0:
+        return image
+    colors = palette(num_classes)
+    return draw_bounding_boxes(
+        image,
+        boxes.as_subclass(Tensor).detach().cpu().flip(0),
+        labels=names[::-1] or None,
+        colors=[colors[k] for k in labels.flip(0).tolist()],
+        width=2,
+        font=FONT,
+        font_size=FONT_SIZE,
+        label_colors="black" if names else None,
+        fill_labels=bool(names),
+    )
+
+
+def draw_mask(image: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55) -> tuple[Tensor, list[int]]:
+    """The image (3, H, W) under its label map (H, W), whose colours have a share of `alpha`; and the classes in it."""
+    mask = mask.as_subclass(Tensor).cpu()
+    present = [k for k in mask.unique().tolist() if k < num_classes]
+    if present:
+        colors = [palette(num_classes)[k] for k in present]
+        image = draw_segmentation_masks(image, torch.stack([mask == k for k in present]), alpha, colors)
+    return image, present
 
 
 def caption(image: Tensor, lines: list[str]) -> Tensor:

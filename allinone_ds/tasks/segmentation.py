@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
-from torchvision.utils import draw_segmentation_masks
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
@@ -22,7 +21,7 @@ from allinone_ds.models.segmenters import (
     segmentation_loss,
 )
 from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
-from allinone_ds.tasks.drawing import beside, caption, enlarge, enlarge_mask, legend, palette
+from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
 
 IGNORE = 255
 _HEADS: dict[str, Any] = {
@@ -67,7 +66,7 @@ class SegmentationTask(Task):
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         labels = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples])
-        return {"pixel_values": stack_images(samples), "labels": labels}
+        return {"pixel_values": stack_pixels(samples), "labels": labels}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -90,17 +89,9 @@ class SegmentationTask(Task):
 
     def _masks(self, image: Tensor, mask: Tensor) -> Tensor:
         large, factor = enlarge(image.cpu())
-        mask = mask.as_subclass(Tensor).cpu()
-        present = [k for k in mask.unique().tolist() if k < len(self.classes)]
-        colors = [palette(len(self.classes))[k] for k in present]
-        if present:
-            large = draw_segmentation_masks(
-                large,
-                torch.stack([enlarge_mask(mask == k, factor) for k in present]),
-                alpha=0.55,
-                colors=colors,
-            )
-        return legend(large, [(self.classes[k], color) for k, color in zip(present, colors, strict=True)])
+        large, present = draw_mask(large, enlarge_mask(mask.cpu(), factor), len(self.classes))
+        colors = palette(len(self.classes))
+        return legend(large, [(self.classes[k], colors[k]) for k in present])
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Share of the image for each class found; the mask itself is a picture."""

@@ -36,9 +36,10 @@ def open_train_data(config: RunConfig) -> dict[str, TaskData]:
     """
     data = {}
     for name, task in config.tasks.items():
+        dataset = open_source(task.train, config.data_root)
         data[name] = TaskData(
-            dataset=open_source(task.train, config.data_root),
-            transform=train_transform(task.augment, task.image_size),
+            dataset=dataset,
+            transform=train_transform(task.augment, task.image_size, dataset.kind),
             collate=task_class(task.type).collate,
             batch_size=task.batch_size,
             micro_steps=task.micro_steps,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
+from allinone_ds.data.augment import Augment, AugmentConfig
 from allinone_ds.data.sources import Source
+from allinone_ds.data.transforms import train_transform
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.strict import ConfigError, Strict, explain
 from allinone_ds.training.files import read_deepspeed, read_yaml
@@ -19,6 +21,10 @@ from allinone_ds.training.folder import CONFIG_FILE, MODEL_FILE
 
 def _height_width(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
+
+
+def _augment_file(value: Any) -> Any:
+    return read_yaml(value) if isinstance(value, str) else value
 
 
 class ModelConfig(Strict):
@@ -49,8 +55,17 @@ class TaskConfig(Strict):
     """A task without test data is trained and not evaluated."""
     cache: bool = False
     """Keep decoded training images in memory; for small ones, where decoding is most of the work."""
-    augment: list[str | dict[str, Any]] = Field(default_factory=list)
-    """Transforms of torchvision.transforms.v2, by name."""
+    augment: Annotated[Augment, BeforeValidator(_augment_file)] = Field(default=[], validate_default=True)
+    """A list of transforms by name, or `branches` of such of which every sample takes one, or a file of branches."""
+
+    @field_validator("augment")
+    @classmethod
+    def _buildable(cls, value: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
+        """Mistakes in names and options show when the file is read, not when training starts."""
+        if "image_size" in info.data and "type" in info.data:
+            kind = None if ":" in info.data["type"] else info.data["type"]
+            train_transform(value, info.data["image_size"], kind)
+        return value
 
 
 class RunConfig(Strict):

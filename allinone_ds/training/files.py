@@ -57,7 +57,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
         merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from allinone_ds.data.base import BrokenSample
 from allinone_ds.data.images import read_image
-from allinone_ds.data.transforms import eval_transform, stack_images
+from allinone_ds.data.transforms import eval_transform, stack_pixels
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.drawing import to_pil
@@ -89,7 +89,7 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
         found: dict[str, Any] = {}
         for task_name, task in tasks_of(model).items():
             transform = eval_transform(config.tasks[task_name].image_size)
-            pixels = to_device(stack_images([transform(dict(sample))]), device)
+            pixels = to_device(stack_pixels([transform(dict(sample))]), device)
             prediction = task.predict(model(task=task_name, pixel_values=pixels), [tuple(image.shape[-2:])])[0]
             found[task_name] = task.to_json(prediction)
             picture = output / f"{name}-{task_name}.png"

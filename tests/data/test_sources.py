@@ -303,7 +303,7 @@ def test_impossible_classes_of_label_maps_are_refused(maps_root, options):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0.png 3", r"line 1: class id 3 must lie in 0\.\.2 \(ids count from 0\)"),
+        ("0.png 3", r"line 1: class id 3 must lie in 0\.\.2 \(ids count from first_id, which is 0\)"),
         ("0.png -1", "class id -1 must lie in"),
         ("0.png", "line 1: '0.png' must be `file class-id`"),
         ("0.png ant", "must be `file class-id`"),

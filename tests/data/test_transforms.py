@@ -4,11 +4,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from allinone_ds.data.catalog import NAMES
+from allinone_ds.data.colors import ColorJitter
 from allinone_ds.data.transforms import (
     MEAN,
-    NAMES,
     STD,
-    ColorJitter,
     eval_transform,
     normalize,
     stack_images,
@@ -151,7 +151,7 @@ def test_branches_take_one_of_their_lists():
         }
     ]
     transform = train_transform(augment, SIZE)
-    assert isinstance(transform.steps[0].transforms[0], v2.Compose)
+    assert isinstance(transform.branches["all"][0].transforms[0], v2.Compose)
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -176,7 +176,7 @@ def test_branches_take_one_of_their_lists():
         ([{"RandomApply": {"transforms": ["Nope"]}}], r"augment\[0\]\.transforms\[0\]"),
         ([{"RandomCrop": {}, "RandomInvert": {}}], "must be a transform's name"),
         (["Normalize"], "no augmentation 'Normalize'"),
-        (["MixUp"], "no augmentation 'MixUp'"),
+        (["CutMix"], "no augmentation 'CutMix'"),
         ([{"Resize": {"interpolation": "cubical"}}], "did you mean 'bicubic'"),
     ],
 )
@@ -201,11 +201,11 @@ def test_every_allowed_name_gives_uint8_rgb_of_the_size():
         "RandomChoice": {"transforms": ["RandomInvert"]},
         "RandomOrder": {"transforms": ["RandomInvert"]},
     }
-    only_boxes = {"RandomIoUCrop", "ClampBoundingBoxes"}
+    only_boxes = {"RandomIoUCrop", "ClampBoundingBoxes", "Mosaic", "MixUp"}
     for name in sorted(NAMES):
         torch.manual_seed(0)
         sample = scene()["detection" if name in only_boxes else "classification"]
-        out = train_transform([{name: needs.get(name, {})}], SIZE)(sample)
+        out = train_transform([{name: needs.get(name, {})}], SIZE)(sample, lambda: scene(1)["detection"])
         assert out["image"].shape == (3, *SIZE) and out["image"].dtype == torch.uint8, name
 
 

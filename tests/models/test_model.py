@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from allinone_ds.data.transforms import stack_images
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.models.pyramid import SimpleFeaturePyramid, group_norm
 from allinone_ds.strict import ConfigError
@@ -20,6 +21,16 @@ def test_a_forward_touches_the_backbone_and_one_head():
     model = tiny_model()
     touched = {key.split(".")[1] for key in gradients(model, "seg") if key.startswith("tasks.")}
     assert touched == {"seg"}
+
+
+def test_uint8_images_are_normalised_and_floats_are_not():
+    model = tiny_model().eval()
+    pixels = model.tasks["seg"].collate(samples())["pixel_values"]
+    assert pixels.dtype == torch.uint8
+    with torch.no_grad():
+        raw, given = (model("seg", pixel_values=p).logits for p in (pixels, stack_images(samples())))
+        other = model("seg", pixel_values=pixels.float()).logits
+    assert torch.equal(raw, given) and not torch.allclose(raw, other, atol=1e-3)
 
 
 def test_unknown_task_names_the_nearest():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,13 @@ def file(tmp_path: Path) -> Path:
         ("tasks.det.batch_size=0", "tasks.det.batch_size"),
         ("tasks.det.image_size=[32,32,32]", "tasks.det.image_size"),
         ("deepspeed=configs/deepspeed/zero9.json", "zero2.json"),
+        ("tasks.cls.augment=[RandomHorizontalFlop]", "tasks.cls.augment: augment[0]: there is no augmentation"),
+        ("tasks.cls.augment=[Mosaic]", "Mosaic is for detection and segmentation, the data here is classification"),
+        ("tasks.det.augment=configs/augment/detektion.yaml", "configs/augment/detection.yaml"),
     ],
 )
 def test_mistakes_are_named(file: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match="(?s)" + message.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match="(?s)" + re.escape(message)):
         load_config(file, [override])
 
 
@@ -69,6 +73,16 @@ def test_overrides_reach_into_the_file_and_into_the_deepspeed_file(file: Path) -
         read_yaml(file, ["--steps"])
 
 
+def test_branches_come_from_a_file_and_are_written_down(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["tasks.det.augment=configs/augment/detection.yaml"])
+    assert {name: branch.probability for name, branch in config.tasks["det"].augment.branches.items()} == {
+        "hard": 0.8,
+        "easy": 0.2,
+    }
+    assert load_config(save_config(config, tmp_path)) == config
+    assert "Mosaic" in (tmp_path / "config.yaml").read_text()  # the run's folder needs no other file
+
+
 def test_the_resolved_file_reads_back_equal(file: Path, tmp_path: Path) -> None:
     config = load_config(file, ["trainer.learning_rate=3e-4"])
     assert load_config(save_config(config, tmp_path)) == config
@@ -83,7 +97,7 @@ def test_shipped_deepspeed_files_never_clip() -> None:
 
 
 def test_shipped_runs_are_valid() -> None:
-    for name in ("demo", "demo_full"):
+    for name in ("demo", "demo_full", "traffic"):
         config = load_config(find_config(f"configs/runs/{name}.yaml"))
         assert check_trainer_keys(config.trainer)["max_steps"] > 0
 

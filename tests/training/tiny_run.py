@@ -52,14 +52,16 @@ def tiny_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def launch(home: Path, launcher: str, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Train tiny.yaml through the DeepSpeed launcher or torchrun; fails the test when it fails."""
+def launch(
+    home: Path, launcher: str, *arguments: str, ranks: int = 2, config: str = "tiny.yaml"
+) -> subprocess.CompletedProcess[str]:
+    """Train a run's file through the DeepSpeed launcher or torchrun; fails the test when it fails."""
     start: Sequence[str]
     if launcher == "deepspeed":
         start = ["deepspeed.launcher.runner", f"--num_accelerators={ranks}", f"--master_port={free_port()}", "--module"]
     else:
         start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    command = [sys.executable, "-m", *start, "allinone_ds.train", "tiny.yaml", *arguments]
+    command = [sys.executable, "-m", *start, "allinone_ds.train", config, *arguments]
     environment = {**launch_environment(ranks, compiles=False), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2]) + os.pathsep + environment.get("PYTHONPATH", "")
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
