@@ -1,7 +1,7 @@
 """The idea: weightings, the balancer that applies them to gradient shards, and the report of each step."""
 
 from .balancer import TaskBalancer
-from .errors import BalancerError
+from .errors import BalancerError, NonFinite
 from .report import StepReport
 from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting, weighting_from_config
 
@@ -10,6 +10,7 @@ __all__ = [
     "BalancerError",
     "GlobalClip",
     "GramWeighting",
+    "NonFinite",
     "StepRecord",
     "StepReport",
     "Sum",
