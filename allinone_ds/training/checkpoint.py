@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from allinone_ds.training.errors import RunError
 from allinone_ds.training.folder import UNFINISHED, checkpoint_to_resume, checkpoints, set_aside
 from allinone_ds.training.manifest import faults_of, files_of, measure, sync, write_manifest
+
+_FULL = 2**16  # bytes; a disk with less is called full
 
 
 class CheckpointWriter:
@@ -71,7 +74,8 @@ class CheckpointWriter:
 
     def note(self, *errors: str) -> None:
         """Note failed writes of this rank."""
-        self._errors += errors
+        full = _free_bytes(self.run) < _FULL  # torch's file writer says "unexpected pos" then
+        self._errors += [f"no space left on device for {error}" if full else error for error in errors]
 
     def agree(self) -> None:
         """Raise on every rank when any rank noted a failed write; the unfinished folder is then deleted.
@@ -84,7 +88,7 @@ class CheckpointWriter:
         ]
         if not found:
             return
-        free = _free_space(self.run)
+        free = f"{_free_bytes(self.run) / 2**20:,.1f} MiB"
         if _rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         earlier = checkpoints(self.run)
@@ -189,8 +193,9 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _free_space(folder: Path) -> str:
+def _free_bytes(folder: Path) -> float:
+    """Bytes that are free on the folder's disk; infinity where nobody knows."""
     try:
-        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB"
+        return shutil.disk_usage(folder).free
     except OSError:
-        return "an unknown number of bytes"
+        return math.inf

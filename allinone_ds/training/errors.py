@@ -33,6 +33,6 @@ def out_of_memory(error: BaseException, where: str, task: str, images: tuple[int
     return RunError(
         f"rank {rank} ran out of memory in {where}: {batch} images of {height} x {width} pixels in a micro-batch "
         f"({text}). Make tasks.{task}.batch_size smaller and tasks.{task}.micro_steps larger by the same factor, which "
-        f"gives the mean over as many images, or tasks.{task}.image_size smaller; a higher ZeRO stage, or the optimizer "
+        f"gives the mean over as many images, or tasks.{task}.image_size smaller; a higher ZeRO stage or the optimizer "
         "offloaded to the CPU, leaves more memory for images"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ class AllInOneTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step's data. There is no item count: every task averages its own losses."""
         self.mark(f"the data of step {self.state.global_step}")
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        return list(itertools.islice(epoch_iterator, num_batches)), None  # none when a run that had ended is resumed
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
