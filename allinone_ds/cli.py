@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 130 when
-        interrupted.
+        Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 75 when
+        SIGTERM or SIGUSR1 ended a run after a checkpoint; 130 when interrupted.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -160,6 +160,8 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
             if event["event"] == "begin":
                 begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
+            elif event["event"] == "warning":
+                console.print(f"warning: {event['message']}", style="yellow", markup=False)
             elif event["event"] == "end":
                 bar.update(job, state="evaluating and drawing")
             elif "eval_score" in event:

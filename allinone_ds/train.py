@@ -33,12 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from allinone_ds.data.base import DataError
     from allinone_ds.strict import ConfigError
     from allinone_ds.training.config import load_config
-    from allinone_ds.training.errors import RunError
+    from allinone_ds.training.errors import REQUEUE, RunError
 
     try:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
-        from allinone_ds.training.signals import REQUEUE
 
         if train_run(config) is None:
             return REQUEUE

@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,7 +42,8 @@ from fault_runs import (  # noqa: E402
 
 from allinone_ds.training.folder import checkpoints  # noqa: E402
 
-LUCKY = ("kill", "in a save", "SIGTERM", "SIGUSR1", "truncated", "bit")  # rows that `--times` repeats
+CUT = "run cut in pieces"
+LUCKY = ("kill", "SIGTERM", "SIGUSR1", "truncated", "bit flip")  # rows that `--times` repeats
 
 
 class Lost(Exception):
@@ -166,6 +168,29 @@ class Bench:
             event = json.loads(text.splitlines()[-1])
             demand(event["step"] == last_step(output), "the last step was not saved", ranks)
         self.go_on(output)
+
+    def stop_with_workers(self) -> None:
+        """As launchers do: the signal also goes to the processes that read data ahead."""
+        output = self.output()
+        self.whole()
+        ranks = self.start(output, "trainer.dataloader_num_workers=1")
+        ranks.wait_for_step(SAVE_STEPS)
+        for rank in ranks.alive():
+            for process in [*psutil.Process(ranks.pids[rank]).children(), psutil.Process(ranks.pids[rank])]:
+                process.send_signal(signal.SIGTERM)
+        codes = ranks.wait()
+        demand(set(codes.values()) == {75}, f"exit statuses {codes} instead of 75", ranks)
+        self.go_on(output)
+
+    def cut(self, steps: Sequence[int]) -> None:
+        """A run that begins anew at each of its steps."""
+        every = self.output()
+        ranks = self.start(every, "trainer.save_steps=1", f"trainer.save_total_limit={STEPS}")
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        for step in steps:
+            output = self.output()
+            shutil.copytree(every / f"checkpoint-{step}", output / f"checkpoint-{step}")
+            self.go_on(output, "trainer.save_steps=1")
 
     def damage(self, flip: bool) -> None:
         output = self.output()
@@ -347,13 +372,17 @@ def count_reads(file: Path) -> None:
 # ---- the table ----
 
 
-def rows(bench: Bench) -> Iterator[tuple[str, str, Callable[[], None]]]:
+def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    steps = [bench.random.randrange(1, STEPS)] if once else range(1, STEPS)
+    how = "stopped after a random step" if once else f"stopped after each of its {STEPS} steps"
+    yield CUT, how, lambda: bench.cut(steps)
     yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
     yield "kill -9 of all ranks", "SIGKILL at a random moment", lambda: bench.kill(True)
     yield "kill -9 of one rank in a save", "0-60 ms after the save began", lambda: bench.kill_in_save(False)
     yield "kill -9 of all ranks in a save", "0-60 ms after the save began", lambda: bench.kill_in_save(True)
     yield "SIGTERM to all ranks", "at a random moment of training", lambda: bench.stop(signal.SIGTERM, True)
     yield "SIGUSR1 to one rank", "at a random moment of training", lambda: bench.stop(signal.SIGUSR1, False)
+    yield "SIGTERM to ranks and data workers", "in mid-run", bench.stop_with_workers
     yield "truncated checkpoint", "a random file of the last one cut", lambda: bench.damage(False)
     yield "bit flip in a checkpoint", "a random bit of a random file of the last one", lambda: bench.damage(True)
     yield "disk full while saving", "run folder on a 4 MiB disk in memory", bench.disk_full
@@ -375,21 +404,26 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--once", action="store_true", help="every row once, the ZeRO stages in turn")
     parser.add_argument("--json", type=Path, help="write the table there too")
     args = parser.parse_args()
     import_everything()
     table: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         bench = Bench(Path(folder), args.seed)
-        chosen = [row for row in rows(bench) if args.only in row[0]]
+        chosen = [row for row in rows(bench, args.once) if args.only in row[0]]
+        tries = 0
         lucky = sum(any(word in row[0] for word in LUCKY) for row in chosen)
         for fault, how, attempt in chosen:
             row = Row(fault, how)
             table.append(row)
             random_moment = any(word in fault for word in LUCKY)
             times = max(1, round(args.times / lucky)) if random_moment else len(args.stages)
-            for number in range(times):
-                bench.stage = args.stages[number % len(args.stages)]
+            if args.once and fault != CUT:
+                times = 1
+            for _ in range(times):
+                tries += 1
+                bench.stage = args.stages[tries % len(args.stages)]
                 try:
                     attempt()
                     row.kept += 1

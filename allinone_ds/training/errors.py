@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+REQUEUE = 75
+"""Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
 
 class RunError(Exception):
     """A run that cannot go on. The message says what happened, where, and what to do.

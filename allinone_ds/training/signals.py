@@ -1,4 +1,4 @@
-"""A run that is asked to stop: SIGTERM or SIGUSR1 on any rank ends the step, saves, and exits with `REQUEUE`."""
+"""A run that is asked to stop: SIGTERM or SIGUSR1 on any rank ends the step, then it saves and exits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-REQUEUE = 75
-"""Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
