@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check."""
+"""The command `allinone-ds`: train, demo, eval, predict, check, doctor."""
 
 from __future__ import annotations
 
@@ -87,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", help="the run's YAML file")
     check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
     check.set_defaults(run=_check)
+
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine: versions, accelerators, network, disk, bandwidth"
+    )
+    doctor.add_argument(
+        "--nproc", type=_positive, help="ranks of the bandwidth test (default: the GPUs, or 2; 1: none)"
+    )
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -254,6 +263,20 @@ def _check(args: argparse.Namespace) -> int:
     errors = sum(problem.level == "error" for problem in problems)
     console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
     return 1 if errors else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from allinone_ds.doctor import examine
+    from allinone_ds.training.launch import default_ranks
+
+    with console.status("looking"):
+        findings = examine(args.folder, args.nproc or default_ranks())
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        console.print(f"{finding.level:8}{finding.what:20}{finding.found}", style=colors[finding.level], markup=False)
+        if finding.advice:
+            console.print(f"{'':28}{finding.advice}", markup=False)
+    return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
 def _quiet() -> None:

@@ -3,9 +3,9 @@
     sudo python launch/two_hosts.py                   # about two minutes on 2 cores
 
 The hosts are two network namespaces joined by a virtual cable, each with an sshd of its own; the shared file system is
-this machine's. The DeepSpeed launcher starts a shortened demo on both over ssh (pdsh). After the second checkpoint the cable
-of host B is cut and all of its processes are killed: the run must say that rank 1 is gone, and the second start must go
-on from the last checkpoint to the end. Everything made here (namespaces, keys, sshd) is removed again.
+this machine's. The DeepSpeed launcher starts a shortened demo on both over ssh (pdsh). After the second checkpoint the
+cable of host B is cut and all of its processes are killed: the run must say that rank 1 is gone, and the second start
+must go on from the last checkpoint to the end. Everything made here (namespaces, keys, sshd) is removed again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Hosts:
         (self.folder / "ssh_config").write_text(
             f"Host *\n Port 2222\n IdentityFile {self.folder}/user\n IdentitiesOnly yes\n"
             " StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
-            " ServerAliveInterval 3\n ServerAliveCountMax 3\n"  # else ssh waits for a lost host for ever, and pdsh for it
+            " ServerAliveInterval 3\n ServerAliveCountMax 3\n"  # else ssh, and pdsh, wait for a lost host for ever
         )
         for host in ADDRESSES:
             self.start_sshd(host)

@@ -100,8 +100,11 @@ class CheckpointWriter:
             on_all_ranks=True,
         )
 
-    def publish(self) -> None:
+    def publish(self, **facts: Any) -> None:
         """Sync and measure every file (each rank a share of them), write the manifest, then rename. Collective.
+
+        Args:
+            facts: further entries of the manifest.
 
         Raises:
             RunError: as `agree`.
@@ -120,7 +123,7 @@ class CheckpointWriter:
         files = {name: facts for part in gather(mine) for name, facts in part.items()}
         if _rank() == 0:
             with self.noting("the manifest"):
-                write_manifest(self.folder, files, step=self.step, world_size=_world())
+                write_manifest(self.folder, files, step=self.step, world_size=_world(), **facts)
                 for folder in sorted({(self.folder / name).parent for name in files} | {self.folder}):
                     sync(folder)
                 old = self.target.with_name(f"{UNFINISHED}old-{self.target.name}")

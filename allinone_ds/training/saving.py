@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.checkpoint import CheckpointWriter, choose_checkpoint
-from allinone_ds.training.folder import WEIGHTS_FILE
+from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
+from allinone_ds.training.folder import UNFINISHED, WEIGHTS_FILE
 from allinone_ds.training.manifest import read_manifest
-from allinone_ds.zero import own_checkpoint_files, save_engine
+from allinone_ds.zero import load_resharded, own_checkpoint_files, save_engine
 
 STATE_FILE = "trainer_state.json"
 SCHEDULER_FILE = "scheduler.pt"
@@ -78,7 +78,7 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, RunCallback):
                     callback.on_checkpoint(writer.folder)
-    writer.publish()
+    writer.publish(zero_stage=int(trainer.deepspeed.zero_optimization_stage()))
     if args.push_to_hub:
         trainer._push_from_checkpoint(str(writer.target))
     if args.should_save:
@@ -127,30 +127,44 @@ def pick_checkpoint(trainer: Any, asked: Any) -> Path | None:
         asked: true is the last good one of the run's folder, or a checkpoint's folder.
 
     Raises:
-        ConfigError: there is none that is whole, or it was made by another number of ranks.
+        ConfigError: there is none that is whole.
     """
-    args = trainer.args
-    found, warnings = choose_checkpoint(asked, Path(args.output_dir))
+    found, warnings = choose_checkpoint(asked, Path(trainer.args.output_dir))
     if found is None:
         return None
-    ranks = read_manifest(found).get("world_size")
-    if ranks != args.world_size:
-        raise ConfigError(
-            f"{found} was written by {ranks} ranks, this run has {args.world_size}: ZeRO's shards do not fit. Start it "
-            f"with {ranks} ranks"
-        )
     for message in warnings:
         trainer.warn(int(found.name.rpartition("-")[2]), message)
     return found
 
 
 def load_engine(trainer: Any, checkpoint: Path) -> None:
-    """Weights, optimizer, loss scale and schedule of a checkpoint, into the engine. Collective."""
-    own_checkpoint_files(trainer.deepspeed)
-    deepspeed_load_checkpoint(trainer.deepspeed, str(checkpoint))
+    """Weights, optimizer, loss scale and schedule of a checkpoint, into the engine. Collective.
+
+    A checkpoint of another number of ranks or another ZeRO stage is resharded.
+    """
+    engine = trainer.deepspeed
+    own_checkpoint_files(engine)
+    written = read_manifest(checkpoint)
+    now = {"world_size": trainer.args.world_size, "zero_stage": int(engine.zero_optimization_stage())}
+    if all(written.get(key) == value for key, value in now.items()):
+        deepspeed_load_checkpoint(engine, str(checkpoint))
+    else:
+        scratch = Path(trainer.args.output_dir) / f"{UNFINISHED}resharded"
+        if trainer.args.should_save:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        barrier()
+        load_resharded(engine, checkpoint, scratch)
+        barrier()
+        if trainer.args.should_save:
+            shutil.rmtree(scratch)
     trainer._load_optimizer_and_scheduler(str(checkpoint))
+    for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """What `save_checkpoint` was given as this rank's `loop_state`."""
+    """What `save_checkpoint` was given as this rank's `loop_state`; rank 0's for a rank that was not there then."""
+    if not (checkpoint / loop_file(rank)).exists():
+        rank = 0
     return torch.load(checkpoint / loop_file(rank), map_location="cpu", weights_only=True)

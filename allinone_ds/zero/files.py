@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,60 @@ def save_engine(engine: Any, folder: Path) -> list[str]:
         except OSError as error:
             errors.append(f"latest: {error}")
     return errors
+
+
+def load_resharded(engine: Any, checkpoint: Path, scratch: Path) -> None:
+    """Load a checkpoint that other ranks, or another ZeRO stage, wrote: DeepSpeed's universal checkpoint. Collective.
+
+    DeepSpeed reads these files as pickles: give it checkpoints of your own only.
+
+    Args:
+        engine: a DeepSpeedEngine, ZeRO stage 1, 2 or 3.
+        checkpoint: what `save_engine` wrote.
+        scratch: an empty folder that all ranks see, for as much as the checkpoint holds.
+    """
+    universal = scratch / "universal"
+    if dist.get_rank() == 0:
+        _convert(checkpoint / (checkpoint / "latest").read_text().strip(), universal)
+    dist.barrier()
+    groups = engine.optimizer.optimizer.param_groups
+    own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(str(scratch), tag=universal.name)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    # stage 3 gives every group the first one's rates and decays
+    for group, values in zip(groups, own, strict=True):
+        group.update(values)
+
+
+def _convert(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    wanted = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        ds_to_universal.main(wanted)
+    # a stage 3 engine reads one step count, from a place where only a stage 3 checkpoint has it
+    file = target / "zero" / "optimizer_state.pt"
+    with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
+        state = torch.load(file, weights_only=True)
+        if "optimizer_state_dict" not in state:
+            steps = [torch.load(path, weights_only=True) for path in (target / "zero").glob("*/step.pt")]
+            count = max((step["param"] if isinstance(step, dict) else step for step in steps), key=float)
+            state["optimizer_state_dict"] = {"state": {0: {"step": count}}, "param_groups": state["param_groups"]}
+            torch.save(state, file)
+    # an engine looks for its own stage's name of the file with counters and schedule
+    names = [target / "mp_rank_00_model_states.pt", target / "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+    found = next(name for name in names if name.exists())
+    for name in names:
+        if not name.exists():
+            name.symlink_to(found.name)
