@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_runs import (  # noqa: E402
@@ -127,6 +128,37 @@ class Bench:
         return self.random.uniform(0.2, 0.95) * self.seconds[self.stage]
 
     # ---- faults ----
+
+    def reshard(self) -> None:
+        """2 ranks with ZeRO-2, then 4 ranks with ZeRO-2, then 1 rank with ZeRO-3: the losses of 2 ranks throughout.
+
+        Both tasks are means over images, and ranks x batch size stays, so the same images give the same gradient.
+        """
+        content = yaml.safe_load(self.file.read_text())
+        plain = {**content["tasks"]["cls"], "options": {}}
+        content["tasks"] = {"one": plain, "two": plain}
+        content["trainer"].update(logging_steps=1, save_total_limit=STEPS)
+        file = self.home / "reshard.yaml"
+        file.write_text(yaml.safe_dump(content))
+
+        def start(output: Path, stage: int, world: int, *flags: str) -> Ranks:
+            batches = [f"tasks.{task}.batch_size={4 // world}" for task in ("one", "two")]
+            return Ranks(file, output, f"deepspeed=configs/deepspeed/zero{stage}.json", *batches, *flags, world=world)
+
+        whole, output = self.output(), self.output()
+        ranks = start(whole, 2, 2)
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        shutil.copytree(whole / f"checkpoint-{SAVE_STEPS}", output / f"checkpoint-{SAVE_STEPS}")
+        ranks = start(output, 2, 4, "--resume")
+        ranks.wait_for_step(2 * SAVE_STEPS)
+        ranks.send(signal.SIGKILL)
+        ranks.wait()
+        demand(2 * SAVE_STEPS <= last_step(output) < STEPS, "4 ranks did not get on", ranks)
+        ranks = start(output, 3, 1, "--resume")
+        demand(not any(ranks.wait().values()), "1 rank could not go on", ranks)
+        wanted, found = ([e["loss"] for e in outcome(o)[1] if "loss" in e] for o in (whole, output))
+        off = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
+        demand(off < 5e-6 * max(wanted), f"the losses differ by {off:.1e}")
 
     def kill(self, everyone: bool) -> None:
         output, moment = self.output(), self.moment()
@@ -376,6 +408,7 @@ def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None
     steps = [bench.random.randrange(1, STEPS)] if once else range(1, STEPS)
     how = "stopped after a random step" if once else f"stopped after each of its {STEPS} steps"
     yield CUT, how, lambda: bench.cut(steps)
+    yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
     yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
     yield "kill -9 of all ranks", "SIGKILL at a random moment", lambda: bench.kill(True)
     yield "kill -9 of one rank in a save", "0-60 ms after the save began", lambda: bench.kill_in_save(False)
@@ -419,6 +452,8 @@ def main() -> int:
             table.append(row)
             random_moment = any(word in fault for word in LUCKY)
             times = max(1, round(args.times / lucky)) if random_moment else len(args.stages)
+            if attempt == bench.reshard:
+                times = 1
             if args.once and fault != CUT:
                 times = 1
             for _ in range(times):

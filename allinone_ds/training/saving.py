@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
@@ -154,7 +154,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         barrier()
-        load_resharded(engine, checkpoint, scratch)
+        load_resharded(engine, checkpoint, load_file(checkpoint / WEIGHTS_FILE), scratch)
         barrier()
         if trainer.args.should_save:
             shutil.rmtree(scratch)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -19,6 +20,7 @@ from .gate import UnsupportedEngine
 
 # Classes that DeepSpeed 0.19.8 pickles into its checkpoints beside tensors and plain containers.
 KNOWN_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+STEPS_FILE = "steps"
 
 
 class CheckpointFiles(TorchCheckpointEngine):
@@ -103,7 +105,7 @@ def save_engine(engine: Any, folder: Path) -> list[str]:
     return errors
 
 
-def load_resharded(engine: Any, checkpoint: Path, scratch: Path) -> None:
+def load_resharded(engine: Any, checkpoint: Path, weights: dict[str, torch.Tensor], scratch: Path) -> None:
     """Load a checkpoint that other ranks, or another ZeRO stage, wrote: DeepSpeed's universal checkpoint. Collective.
 
     DeepSpeed reads these files as pickles: give it checkpoints of your own only.
@@ -111,11 +113,13 @@ def load_resharded(engine: Any, checkpoint: Path, scratch: Path) -> None:
     Args:
         engine: a DeepSpeedEngine, ZeRO stage 1, 2 or 3.
         checkpoint: what `save_engine` wrote.
+        weights: of the whole model, as saved with it.
         scratch: an empty folder that all ranks see, for as much as the checkpoint holds.
     """
     universal = scratch / "universal"
     if dist.get_rank() == 0:
-        _convert(checkpoint / (checkpoint / "latest").read_text().strip(), universal)
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+        _convert(checkpoint / (checkpoint / "latest").read_text().strip(), universal, shapes)
     dist.barrier()
     groups = engine.optimizer.optimizer.param_groups
     own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -124,12 +128,32 @@ def load_resharded(engine: Any, checkpoint: Path, scratch: Path) -> None:
         engine.load_checkpoint(str(scratch), tag=universal.name)
     finally:
         engine._config.load_universal_checkpoint = False
-    # stage 3 gives every group the first one's rates and decays
+    # stage 3 gives every group the first one's rates and decays, and all of them one and the same step counter, which
+    # each would count up; stages 1 and 2 find no counter in what stage 3 wrote
     for group, values in zip(groups, own, strict=True):
         group.update(values)
+    count = float((universal / STEPS_FILE).read_text())
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = torch.full_like(state["step"], count)
+    _load_the_rest(engine.module, weights)
 
 
-def _convert(source: Path, target: Path) -> None:
+def _load_the_rest(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Buffers and frozen parameters, which a universal checkpoint leaves out."""
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        for name, param in module.named_parameters():
+            if not param.requires_grad and name in weights:
+                with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                    if param.numel():  # of a partitioned one only rank 0's change counts
+                        param.copy_(weights[name].view(param.shape))
+
+
+def _convert(source: Path, target: Path, shapes: dict[str, torch.Size]) -> None:
+    """`source`, as a universal checkpoint that engines of stages 1, 2 and 3 can read, in `target`."""
     from deepspeed.checkpoint import ds_to_universal
 
     wanted = argparse.Namespace(
@@ -143,18 +167,31 @@ def _convert(source: Path, target: Path) -> None:
     )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         ds_to_universal.main(wanted)
-    # a stage 3 engine reads one step count, from a place where only a stage 3 checkpoint has it
-    file = target / "zero" / "optimizer_state.pt"
+    states = target / "zero" / "optimizer_state.pt"
     with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-        state = torch.load(file, weights_only=True)
-        if "optimizer_state_dict" not in state:
-            steps = [torch.load(path, weights_only=True) for path in (target / "zero").glob("*/step.pt")]
-            count = max((step["param"] if isinstance(step, dict) else step for step in steps), key=float)
-            state["optimizer_state_dict"] = {"state": {0: {"step": count}}, "param_groups": state["param_groups"]}
-            torch.save(state, file)
+        state = torch.load(states, weights_only=True)
+        counts = [torch.load(path, weights_only=True) for path in (target / "zero").glob("*/step.pt")]
+    if "optimizer_state_dict" not in state:  # of stage 1 or 2; what stage 3 looks for
+        count = max((float(c["param"] if isinstance(c, dict) else c) for c in counts), default=0.0)
+        state["optimizer_state_dict"] = {
+            "state": {0: {"step": torch.tensor(count)}},
+            "param_groups": state["param_groups"],
+        }
+    else:  # of stage 3, which writes flat tensors; what stages 1 and 2 look for
+        count = float(state["optimizer_state_dict"]["state"][0]["step"])
+        state.setdefault("ds_version", deepspeed.__version__)
+        for name in (name for name in shapes if (target / "zero" / name).is_dir()):  # frozen ones have no folder
+            shape = shapes[name]
+            for path in (target / "zero" / name).glob("*.pt"):
+                content = torch.load(path, weights_only=True)
+                if isinstance(content, torch.Tensor) and content.numel() == shape.numel():
+                    torch.save({"param": content.view(shape)}, path)
+            torch.save(torch.tensor(count), target / "zero" / name / "step.pt")
+    torch.save(state, states)
+    (target / STEPS_FILE).write_text(str(count))
     # an engine looks for its own stage's name of the file with counters and schedule
-    names = [target / "mp_rank_00_model_states.pt", target / "zero_pp_rank_0_mp_rank_00_model_states.pt"]
-    found = next(name for name in names if name.exists())
-    for name in names:
-        if not name.exists():
-            name.symlink_to(found.name)
+    files = [target / "mp_rank_00_model_states.pt", target / "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+    found = next(file for file in files if file.exists())
+    for file in files:
+        if not file.exists():
+            file.symlink_to(found.name)
