@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check, preview."""
+"""The command `allinone-ds`: train, demo, eval, predict, check, preview, doctor."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 130 when
-        interrupted.
+        Exit status: 0; 1 when a run failed or data has faults; 2 for a configuration that cannot be used; 75 when
+        SIGTERM or SIGUSR1 ended a run after a checkpoint; 130 when interrupted.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -95,6 +95,15 @@ def _parser() -> argparse.ArgumentParser:
                          help="NAME.png gives one NAME-TASK.png a task (default preview.png)")  # fmt: skip
     preview.add_argument("--samples", type=_positive, default=6, help="columns of a sheet (default 6)")
     preview.set_defaults(run=_preview)
+
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine: versions, accelerators, network, disk, bandwidth"
+    )
+    doctor.add_argument(
+        "--nproc", type=_positive, help="ranks of the bandwidth test (default: the GPUs, or 2; 1: none)"
+    )
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -168,6 +177,8 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
             if event["event"] == "begin":
                 begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
+            elif event["event"] == "warning":
+                console.print(f"warning: {event['message']}", style="yellow", markup=False)
             elif event["event"] == "end":
                 bar.update(job, state="evaluating and drawing")
             elif "eval_score" in event:
@@ -272,6 +283,20 @@ def _preview(args: argparse.Namespace) -> int:
     for file in written:
         console.print(str(file))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from allinone_ds.doctor import examine
+    from allinone_ds.training.launch import default_ranks
+
+    with console.status("looking"):
+        findings = examine(args.folder, args.nproc or default_ranks())
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        console.print(f"{finding.level:8}{finding.what:20}{finding.found}", style=colors[finding.level], markup=False)
+        if finding.advice:
+            console.print(f"{'':28}{finding.advice}", markup=False)
+    return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
 def _quiet() -> None:

@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the run's file, train, evaluate and write its folder.
 
     Returns:
-        Exit status: 0, or 2 for a configuration or data that cannot be used.
+        Exit status: 0; 1 when the run cannot go on; 2 for a configuration or data that cannot be used; 75 when SIGTERM
+        or SIGUSR1 ended it after a checkpoint: start it again with --resume.
     """
     parser = argparse.ArgumentParser(prog="allinone_ds.train", description="Train one run, on this rank.")
     parser.add_argument("config", help="the run's YAML file")
@@ -32,12 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from allinone_ds.data.base import DataError
     from allinone_ds.strict import ConfigError
     from allinone_ds.training.config import load_config
+    from allinone_ds.training.errors import REQUEUE, RunError
 
     try:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
 
-        train_run(config)
+        if train_run(config) is None:
+            return REQUEUE
+    except RunError as error:
+        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except (ConfigError, DataError) as error:
         # configurations are wrong on all ranks alike, data may be on one alone
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":

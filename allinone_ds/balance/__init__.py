@@ -2,7 +2,7 @@
 
 from .adaptive import DBMTL, DWA, GradNorm, RandomWeights, Uncertainty
 from .balancer import TaskBalancer
-from .errors import BalancerError
+from .errors import BalancerError, NonFinite
 from .named import balancer_from_config, weighting_from_config
 from .report import StepReport
 from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting
@@ -15,6 +15,7 @@ __all__ = [
     "GlobalClip",
     "GradNorm",
     "GramWeighting",
+    "NonFinite",
     "RandomWeights",
     "StepRecord",
     "StepReport",

@@ -15,12 +15,13 @@ from torch.nn import Module, Parameter
 from ..strict import did_you_mean
 from ..zero import CHECKED_RELEASES, EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
 from .agreement import Agreement
-from .errors import BalancerError
+from .errors import BalancerError, NonFinite
 from .local import combiner
 from .report import StepReport
 from .weighting import Weighting, as_weighting
 
 _STEP = "balancer.step()"
+NONFINITE = ("skip_task", "skip_step", "stop")
 
 
 class TaskBalancer:
@@ -58,6 +59,8 @@ class TaskBalancer:
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
             in different tasks are an error and not a hang.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
+        nonfinite: what a step does with a task whose loss or gradient is not finite: "skip_task" leaves the task out,
+            "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
         self_test: compare a toy model's balanced steps on the same kind of engine with a float64 reference first. None:
             only with a DeepSpeed release that was not checked.
 
@@ -84,9 +87,13 @@ class TaskBalancer:
         cosines_every: int = 0,
         check_ranks: bool = True,
         allow_gradient_clipping: bool = False,
+        nonfinite: str = "skip_task",
         self_test: bool | None = None,
     ):
         self.tasks = _task_names(tasks)
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite = {nonfinite!r}; allowed: {', '.join(NONFINITE)}")
+        self.nonfinite = nonfinite
         self.weighting = as_weighting(weighting)
         self.norm = _norm_kind(norm, sketch_size)
         refuse_unsupported(engine, allow_gradient_clipping)
@@ -188,6 +195,7 @@ class TaskBalancer:
 
         Raises:
             BalancerError: inside a task, or tasks missing.
+            NonFinite: a task was not finite and `nonfinite` is "stop"; every rank raises it.
         """
         if self._task is not None:
             raise BalancerError(f"balancer.step() inside task '{self._task}'; leave its block first")
@@ -203,10 +211,13 @@ class TaskBalancer:
         with torch.no_grad():
             result = self._combiner.finish()
         left_out = set(missing) | set(result.skipped)
+        if result.skipped and self.nonfinite == "stop":
+            self._clear()
+            raise NonFinite(result.skipped)
         for task in result.skipped:
             self.skipped_steps[task] += 1
         applied = False
-        if result.usable:
+        if result.usable and (self.nonfinite == "skip_task" or not result.skipped):
             applied = self._engine_step(result.overflow, left_out)
         overflow = result.overflow or bool(getattr(self.engine.optimizer, "overflow", False))
         self._steps += 1
@@ -223,6 +234,23 @@ class TaskBalancer:
             gram=result.gram if self._watches(self._steps - 1) else None,
             norm_error=result.norm_error,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the engine's own state; the same on every rank."""
+        return {
+            "skipped_steps": dict(self.skipped_steps),
+            "steps": self._steps,
+            "weighting": self.weighting.state_dict(),
+            "combiner": self._combiner.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over, between steps, what `state_dict` gave; tasks that it does not know start anew."""
+        self.skipped_steps.update({t: n for t, n in state["skipped_steps"].items() if t in self.skipped_steps})
+        self._steps = state["steps"]
+        self.weighting.load_state_dict(state["weighting"])
+        self._clear()
+        self._combiner.load_state_dict(state["combiner"])
 
     def detach(self) -> None:
         """Give the engine its own `backward` and `step` back; the balancer can no longer be used."""

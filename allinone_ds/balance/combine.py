@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,13 @@ class Combiner(ABC):
         self.finite.clear()
         self.factors = {}
         self._gram = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a step takes over from the one before; empty where norms are exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - see `state_dict`
+        """Take over, between steps, what `state_dict` gave."""
 
     def close(self) -> None:
         """Leave the engine as it was found."""

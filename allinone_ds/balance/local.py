@@ -66,6 +66,14 @@ class LocalCombiner(Combiner):
         self._steps += 1
         self.sketcher.renew(self._steps)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:  # else it comes from exact norms
+            self._steps = state["steps"]
+            self.sketcher.renew(self._steps)
+
     def close(self) -> None:
         self.local.discard()
         self.clear()
@@ -248,8 +256,20 @@ class DelayedCombiner(LocalCombiner):
             self._exact.clear()
         super().clear()
         self._losses, self._sketches, self._task = {}, {}, None
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take the step to come from the factors that are known, or exactly."""
         self._exact = None if self._next else self._exact or exact_combiner(self.shards, self.weighting)
         self.factors = dict(self._next)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "next": dict(self._next)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._plan({task: factor.to(self.sketcher.device) for task, factor in state.get("next", {}).items()})
+        self._choose()
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -357,7 +358,14 @@ def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: 
         pin_memory=pin_memory,
         multiprocessing_context=context if num_workers > 0 else None,
         generator=torch.Generator(),  # so that making an iterator does not draw from the process's generator
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Launchers send SIGTERM to workers as well as to ranks, which still need them to end their step and save."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))  # seconds until it ends after all
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from allinone_ds.balance.balancer import NONFINITE
 from allinone_ds.strict import ConfigError, did_you_mean
 from allinone_ds.training.config import RunConfig
 from allinone_ds.training.files import read_deepspeed
@@ -43,6 +44,20 @@ class AllInOneArguments(TrainingArguments):
     )
     max_broken_images: int = field(
         default=100, metadata={"help": "Images of a run, over all ranks, that may be unreadable before it stops."}
+    )
+    nonfinite: str = field(
+        default="skip_task",
+        metadata={
+            "help": "A task whose loss or gradient is not finite: `skip_task` leaves it out of the step, `skip_step` "
+            "takes no step, `stop` ends the run."
+        },
+    )
+    nonfinite_limit: int = field(
+        default=50, metadata={"help": "Steps in a row in which one task is not finite, after which the run ends."}
+    )
+    stall_timeout: float = field(
+        default=900.0,
+        metadata={"help": "Seconds without progress of a rank after which the run ends and names it. 0: never."},
     )
     max_grad_norm: float = field(
         default=0.0,
@@ -78,6 +93,15 @@ class AllInOneArguments(TrainingArguments):
             )
         if self.max_steps <= 0:
             raise ConfigError(f"max_steps = {self.max_steps}: give the length of the run in optimizer steps, e.g. 1000")
+        if self.nonfinite not in NONFINITE:
+            raise ConfigError(f"nonfinite = {self.nonfinite!r}; {did_you_mean(self.nonfinite, NONFINITE)}")
+        if self.nonfinite_limit < 1 or self.stall_timeout < 0:
+            raise ConfigError(
+                f"nonfinite_limit = {self.nonfinite_limit}, stall_timeout = {self.stall_timeout}: the first must be 1 "
+                "step or more, the second 0 (never) or more seconds"
+            )
+        if self.hub_token:
+            raise ConfigError("hub_token: a token does not belong into a run's files; set HF_TOKEN in the environment")
         if self.auto_find_batch_size:
             raise ConfigError("auto_find_batch_size: not possible here, batch sizes belong to the tasks")
         if self.deepspeed is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from allinone_ds.strict import ConfigError
+from allinone_ds.training.manifest import faults_of
 
 CONFIG_FILE = "config.yaml"
 MODEL_FILE = "model.json"
@@ -17,8 +19,12 @@ WEIGHTS_FILE = "model.safetensors"
 PAGE_FILE = "predictions.html"
 PICTURES = "predictions"
 PLOTS = "plots"
-OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, "training_args.bin",
-             PAGE_FILE, PICTURES, PLOTS)  # fmt: skip
+UNFINISHED = ".unfinished-"
+"""Start of the name that a checkpoint has until all of it is on the disk."""
+BROKEN = "broken-"
+"""Start of the name that a checkpoint gets when its files are not what was written."""
+OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES,
+             PLOTS)  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -27,11 +33,11 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted((p for p in found if p.is_dir()), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def checkpoint_to_resume(asked: Any, folder: Path) -> str | None:
-    """The checkpoint that a run starts from.
+def check_resume(asked: Any, folder: Path) -> None:
+    """Refuse early what `checkpoint_to_resume` would refuse, as far as names tell; reads no checkpoint.
 
     Args:
-        asked: `trainer.resume_from_checkpoint`: true is the last one of the folder, or a checkpoint's own folder.
+        asked: `trainer.resume_from_checkpoint`: true is the last good one of the folder, or a checkpoint's own folder.
         folder: the run's.
 
     Raises:
@@ -41,23 +47,73 @@ def checkpoint_to_resume(asked: Any, folder: Path) -> str | None:
     if str(asked).lower() == "true":
         if not last:
             raise ConfigError(f"trainer.resume_from_checkpoint: there is no checkpoint in {folder}; leave it out")
-        return str(last[0])
-    if asked and str(asked).lower() != "false":
+    elif asked and str(asked).lower() != "false":
         if not Path(asked).is_dir():
             raise ConfigError(f"trainer.resume_from_checkpoint = {asked}: there is no such folder")
-        return str(asked)
-    if last:
+    elif last:
         raise ConfigError(
             f"{folder} already holds {last[0].name}: go on with trainer.resume_from_checkpoint=true, give another "
             "output_dir, or delete the folder"
         )
-    return None
+
+
+def checkpoint_to_resume(
+    asked: Any, folder: Path, find_faults: Callable[[Path], list[str]] = faults_of
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint that a run starts from: the last one whose files are all as they were written.
+
+    Args:
+        asked: `trainer.resume_from_checkpoint`: true is the last good one of the folder, or a checkpoint's own folder.
+        folder: the run's.
+        find_faults: what is wrong with a checkpoint, one line a fault.
+
+    Returns:
+        The checkpoint (None: from the beginning), and the broken ones that were passed over, each with its faults.
+
+    Raises:
+        ConfigError: there is none to resume from, or the folder holds checkpoints that nobody asked to resume.
+    """
+    check_resume(asked, folder)
+    if not asked or str(asked).lower() == "false":
+        return None, []
+    if str(asked).lower() != "true":
+        faults = find_faults(Path(asked))
+        if faults:
+            raise ConfigError(f"trainer.resume_from_checkpoint = {asked}: is broken: {_few(faults)}; give another one")
+        return Path(asked), []
+    broken: list[tuple[Path, str]] = []
+    for path in reversed(checkpoints(folder)):
+        faults = find_faults(path)
+        if not faults:
+            return path, broken
+        broken.append((path, _few(faults)))
+    found = "; ".join(f"{path.name}: {faults}" for path, faults in broken)
+    raise ConfigError(f"trainer.resume_from_checkpoint: no checkpoint in {folder} is whole ({found}); start anew")
+
+
+def _few(faults: list[str], most: int = 3) -> str:
+    more = f" and {len(faults) - most} more" if len(faults) > most else ""
+    return ", ".join(faults[:most]) + more
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a broken checkpoint another name, so that nothing takes it for one; returns its new place."""
+    target = checkpoint.with_name(BROKEN + checkpoint.name)
+    shutil.rmtree(target, ignore_errors=True)
+    return checkpoint.rename(target)
+
+
+def clear_unfinished(folder: str | Path) -> None:
+    """Delete checkpoints that a run was still writing when it ended."""
+    for path in Path(folder).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
 
 
 def clear_run(folder: str | Path) -> None:
     """Delete what an earlier run left in a folder, and nothing else."""
     folder = Path(folder)
-    for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder)]:
+    clear_unfinished(folder)
+    for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *folder.glob(f"{BROKEN}checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from allinone_ds.training.errors import REQUEUE
 from allinone_ds.training.folder import EVENTS_FILE, LOG_FILE
 
 # Words of libraries that say nothing about the run. Their errors still come through.
@@ -102,6 +107,9 @@ def follow_run(
 ) -> None:
     """Run the launcher to its end, its output in RUN/train.log, and hand on what RUN/log.jsonl says.
 
+    SIGTERM and SIGUSR1 are handed on to the ranks, which save and exit (the launcher itself would end with another
+    status). An interrupt ends the launcher, and thereby the ranks in the same way.
+
     Args:
         command: from `launch_command`.
         environment: from `launch_environment`.
@@ -109,12 +117,13 @@ def follow_run(
         on_event: called with every event: {"event": "begin" | "log" | "end", "step": ..., ...}.
 
     Raises:
-        RunFailed: the launcher ended with an error.
+        RunFailed: the launcher ended with an error, or with the status `REQUEUE` after a signal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG_FILE
     events = _tail(folder / EVENTS_FILE)
-    with log.open("ab") as sink:
+    received: list[int] = []
+    with log.open("ab") as sink, _caught(received):
         start = sink.tell()
         process = subprocess.Popen(
             command,
@@ -128,18 +137,45 @@ def follow_run(
             while process.poll() is None:
                 for event in next(events):
                     on_event(event)
+                while received:
+                    _hand_on(process.pid, received.pop())
                 time.sleep(0.2)
         except BaseException:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=40)  # the launcher itself waits 30 s for its ranks
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
     for event in next(events):
         on_event(event)
+    if process.returncode == REQUEUE:
+        raise RunFailed("the run was asked to stop; its last step is saved, go on with --resume", REQUEUE)
     if process.returncode:
         raise RunFailed(_what_went_wrong(log, start), process.returncode)
+
+
+@contextlib.contextmanager
+def _caught(received: list[int]) -> Iterator[None]:
+    """Within it, SIGTERM and SIGUSR1 of this process are only noted in `received`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda got, frame: received.append(got)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hand_on(launcher: int, number: int) -> None:
+    """Send a signal to the ranks, which are the launcher's children."""
+    with contextlib.suppress(psutil.Error):
+        for rank in psutil.Process(launcher).children():
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:

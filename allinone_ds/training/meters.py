@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ class Means:
             raise ValueError(f"this step reports {list(values)}, the steps before it {self._names}")
         else:
             self._sums += step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last log, of this rank."""
+        return {"names": list(self._names), "sums": self._sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the sums that `state_dict` gave."""
+        self._names = list(state["names"])
+        self._sums = None if state["sums"] is None else state["sums"].to(self.device)
 
     def drain(self) -> dict[str, float]:
         """Means by name, over steps and over all ranks; then start anew. Every rank must call it.

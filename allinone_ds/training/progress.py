@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
 from allinone_ds.training.folder import EVENTS_FILE
+from allinone_ds.training.saving import RunCallback
 from allinone_ds.training.text import clock, metrics_line, task_losses
 
 
-class RunFiles(TrainerCallback):
+class RunFiles(RunCallback):
     """Saves the resolved configuration and what the model is made of beside every checkpoint.
 
     Args:
@@ -28,18 +29,18 @@ class RunFiles(TrainerCallback):
         self.facts = facts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(state, Path(args.output_dir))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(state, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def _save(self, state: Any, folder: Path) -> None:
         if state.is_world_process_zero:
-            save_run_files(self.config, self.facts, folder)
+            self.on_checkpoint(Path(args.output_dir))
+
+    def on_checkpoint(self, folder: Path) -> None:
+        save_run_files(self.config, self.facts, folder)
 
 
-class EventLog(TrainerCallback):
-    """Appends to RUN/log.jsonl: {"event": "begin" | "log" | "end", "step": ..., ...}, one object a line.
+class EventLog(RunCallback):
+    """Appends to RUN/log.jsonl: {"event": ..., "step": ..., ...}, one object a line.
+
+    Events are "begin", "log", "warning", "end" (of training) and "stopped", the last event of a run that a signal ended
+    after a checkpoint.
 
     Args:
         folder: the run's.
@@ -64,6 +65,9 @@ class EventLog(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.write("end", step=state.global_step)
+
+    def on_warning(self, step: int, message: str) -> None:
+        self.write("warning", step=step, message=message)
 
 
 class PrintProgress(TrainerCallback):

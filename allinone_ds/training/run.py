@@ -11,14 +11,14 @@ from allinone_ds.balance import balancer_from_config
 from allinone_ds.training.arguments import arguments_from_config
 from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
-from allinone_ds.training.folder import METRICS_FILE, PLOTS, checkpoint_to_resume
+from allinone_ds.training.folder import METRICS_FILE, PLOTS, check_resume
 from allinone_ds.training.pages import collect_drawings, write_page
 from allinone_ds.training.plots import write_plots
 from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
 from allinone_ds.training.trainer import AllInOneTrainer
 
 
-def train_run(config: RunConfig) -> dict[str, float]:
+def train_run(config: RunConfig) -> dict[str, float] | None:
     """Train, evaluate and write the run's folder; every rank calls it.
 
     The folder gets checkpoints, the weights alone (model.safetensors), config.yaml, model.json, metrics.json, plots/
@@ -28,14 +28,16 @@ def train_run(config: RunConfig) -> dict[str, float]:
         config: the run; `trainer.resume_from_checkpoint` is true (the last checkpoint) or a checkpoint's folder.
 
     Returns:
-        The final metrics.
+        The final metrics; None when SIGTERM or SIGUSR1 ended training after a checkpoint.
 
     Raises:
         ConfigError: the folder holds another run's checkpoints, or there is none to resume from.
+        RunError: the run cannot go on.
         DataError: the data cannot be trained on.
     """
     args = arguments_from_config(config)  # before the model: ZeRO-3 partitions it while it is built
-    resume = checkpoint_to_resume(config.trainer.get("resume_from_checkpoint"), config.run_dir)
+    resume = config.trainer.get("resume_from_checkpoint")
+    check_resume(resume, config.run_dir)
     set_seed(args.seed)
     train_data = open_train_data(config)
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
@@ -43,6 +45,7 @@ def train_run(config: RunConfig) -> dict[str, float]:
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
     weighting, balancer_options = balancer_from_config(config.balancer)
+    events = EventLog(config.run_dir)
     trainer = AllInOneTrainer(
         model=model,
         args=args,
@@ -50,9 +53,13 @@ def train_run(config: RunConfig) -> dict[str, float]:
         eval_dataset=test_data,
         weighting=weighting,
         balancer_options=balancer_options,
-        callbacks=[RunFiles(config, facts), EventLog(config.run_dir), PrintProgress()],
+        callbacks=[RunFiles(config, facts), events, PrintProgress()],
     )
     result = trainer.train(resume_from_checkpoint=resume)
+    if trainer.stop_signal.caught:
+        if trainer.is_world_process_zero():
+            events.write("stopped", step=trainer.state.global_step, signal=trainer.stop_signal.caught)
+        return None
     trainer.save_model()
     metrics = {**result.metrics, "steps": trainer.state.global_step, "world_size": args.world_size}
     if test_data:

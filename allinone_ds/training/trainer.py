@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +14,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from allinone_ds.balance import TBGC, StepReport, TaskBalancer
+from allinone_ds.balance import TBGC, NonFinite, StepReport, TaskBalancer
 from allinone_ds.data.base import DataError
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.checkpoint import gather
+from allinone_ds.training.errors import RunError, out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
+from allinone_ds.training.folder import check_resume, clear_unfinished
+from allinone_ds.training.manifest import faults_of
 from allinone_ds.training.meters import Means
 from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.saving import (
+    RunCallback,
+    load_engine,
+    pick_checkpoint,
+    read_loop_state,
+    save_checkpoint,
+    save_weights,
+)
+from allinone_ds.training.signals import StopOnSignal
+from allinone_ds.training.watch import StallWatch
 
 
 class RunShare(TrainerCallback):
@@ -32,8 +48,12 @@ class RunShare(TrainerCallback):
 class AllInOneTrainer(Trainer):
     """Trains an `AllInOneModel` on all its tasks, each task's pull on the backbone balanced.
 
-    Callbacks, logs, schedules, saving, resuming and `report_to` are those of Trainer. A step runs every task's
-    micro-steps and then one optimizer step. Logged beside Trainer's own values, as means over the steps since the last
+    Callbacks, logs, schedules and `report_to` are those of Trainer. A step runs every task's micro-steps and then one
+    optimizer step. Checkpoints are whole or not there, and `train(resume_from_checkpoint=True)` goes on from the last
+    whole one as if the run had never stopped. SIGTERM or SIGUSR1 on any rank ends training after the step with a
+    checkpoint; `stop_signal.caught` then names it.
+
+    Logged beside Trainer's own values, as means over the steps since the last
     log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
     it got) and grad_norm/TASK/scaled; and epoch/TASK, skipped/TASK (steps that left the task out because it was not
     finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run). With
@@ -78,6 +98,8 @@ class AllInOneTrainer(Trainer):
             eval_dataset=dict(eval_dataset or {}),  # type: ignore[arg-type]
             callbacks=[RunShare(), *(callbacks or [])],
         )
+        self.stop_signal = StopOnSignal()
+        self.add_callback(self.stop_signal)
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -93,8 +115,113 @@ class AllInOneTrainer(Trainer):
         self.balancer: TaskBalancer | None = None
         self._means = Means(args.device)
         self._watched: StepReport | None = None  # the last one with cosines
+        self._watch: StallWatch | None = None
+        self._resumed: Path | None = None
+        self._nonfinite = dict.fromkeys(self.schedule.tasks, 0)  # steps in a row
         self._broken: list[str] = []
         self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
+
+    # ---- the run ----
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train to `max_steps`, or until SIGTERM or SIGUSR1.
+
+        Args:
+            resume_from_checkpoint: true is the last whole checkpoint of `output_dir`, or a checkpoint's folder.
+            args, kwargs: as of Trainer.
+
+        Raises:
+            ConfigError: there is no whole checkpoint to resume.
+            RunError: a checkpoint could not be written, memory ran out, or a task was not finite too often.
+        """
+        run = Path(str(self.args.output_dir))
+        asked = resume_from_checkpoint
+        if asked and str(asked).lower() != "false":
+            check_resume(asked, run)
+            self._resumed = pick_checkpoint(self, asked)
+        if self.args.should_save:
+            clear_unfinished(run)
+        self.stop_signal.listen()
+        try:
+            resumed = None if self._resumed is None else str(self._resumed)
+            return super().train(resumed, *args, **kwargs)
+        finally:
+            self.stop_signal.close()
+            if self._watch is not None:
+                self._watch.close()
+
+    def warn(self, step: int, message: str) -> None:
+        """Tell of something that the run got over."""
+        if self.is_world_process_zero():
+            print(f"warning: {message}", flush=True)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, RunCallback):
+                    callback.on_warning(step, message)
+
+    def mark(self, where: str) -> None:
+        """Tell the other ranks how far this one is; every rank makes the same calls."""
+        if self._watch is not None:
+            self._watch.mark(where)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            load_engine(self, Path(resume_from_checkpoint))
+        if self.args.stall_timeout:
+            self._watch = StallWatch(self.args.stall_timeout)
+            engine: Any = self.deepspeed
+            engine.module.register_forward_pre_hook(self._mark_forward, with_kwargs=True)
+        return prepared
+
+    def _mark_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not module.training:
+            self.mark(f"an evaluation after step {self.state.global_step}, task '{kwargs.get('task')}'")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.mark(f"the checkpoint of step {self.state.global_step}")
+        save_checkpoint(self, self._loop_state())
+        self.mark(f"the end of the checkpoint of step {self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            save_weights(state_dict, str(output_dir or self.args.output_dir))
+
+    def _load_best_model(self) -> None:
+        if self.stop_signal.caught:  # the run goes on elsewhere
+            return
+        best = Path(str(self.state.best_model_checkpoint))
+        faults = gather(faults_of(best, self.args.process_index, self.args.world_size))
+        found = sorted({fault for part in faults for fault in part})
+        if found:
+            self.warn(
+                self.state.global_step,
+                f"{best.name}, the best checkpoint, is broken ({found[0]}); the weights stay those of the last step",
+            )
+            self.state.best_model_checkpoint = None
+            return
+        load_engine(self, best)
+
+    def _loop_state(self) -> dict[str, Any]:
+        """What this rank's loop knows and neither the engine nor Trainer saves."""
+        assert self.balancer is not None
+        return {
+            "balancer": self.balancer.state_dict(),
+            "means": self._means.state_dict(),
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+            "broken": list(self._broken),
+            "nonfinite": dict(self._nonfinite),
+        }
+
+    def _load_loop_state(self, state: dict[str, Any]) -> None:
+        assert self.balancer is not None
+        self.balancer.load_state_dict(state["balancer"])
+        self._means.load_state_dict(state["means"])
+        self._tr_loss += state["loss"].to(self._tr_loss.device)
+        self._total_loss_scalar -= float(state["loss"])  # not of the steps that this call of train() took
+        self._globalstep_last_logged = state["last_logged"]
+        self._broken = list(state["broken"])
+        self._nonfinite.update(state["nonfinite"])
 
     # ---- data ----
 
@@ -104,7 +231,8 @@ class AllInOneTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step's data. There is no item count: every task averages its own losses."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        self.mark(f"the data of step {self.state.global_step}")
+        return list(itertools.islice(epoch_iterator, num_batches)), None  # none when a run that had ended is resumed
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -134,18 +262,36 @@ class AllInOneTrainer(Trainer):
         model.train()
         if self.balancer is None or self.balancer.engine is not model:
             self.balancer = TaskBalancer(
-                model, self.schedule.tasks, "backbone", self.weighting, **self.balancer_options
+                model,
+                self.schedule.tasks,
+                "backbone",
+                self.weighting,
+                nonfinite=self.args.nonfinite,
+                **self.balancer_options,
             )
+        if self._resumed is not None:
+            self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
+            self._resumed = None
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"data of step {inputs.step} came at step {self.state.global_step}")
         self._broken += inputs.broken
         for task in self.schedule.order(inputs.step):
             batches = inputs.batches[task]
             with self.balancer.task(task, micro_steps=len(batches)):
-                for batch in batches:
-                    outputs = model(task=task, **to_device(batch, self.args.device))
-                    self.balancer.backward(outputs.loss)
-        report = self.balancer.step()
+                for number, batch in enumerate(batches, 1):
+                    where = f"step {inputs.step}, task '{task}', micro-step {number} of {len(batches)}"
+                    self.mark(where)
+                    try:
+                        outputs = model(task=task, **to_device(batch, self.args.device))
+                        self.balancer.backward(outputs.loss)
+                    except (torch.OutOfMemoryError, RuntimeError) as error:
+                        shape = tuple(batch["pixel_values"].shape)
+                        clear = out_of_memory(error, where, task, shape, self.args.process_index)
+                        if clear is None:
+                            raise
+                        raise clear from error
+        self.mark(f"the optimizer step of step {inputs.step}")
+        report = self._step(inputs.step)
         values: dict[str, Tensor] = {}
         for task in self.schedule.tasks:
             values[f"loss/{task}"] = report.losses[task]
@@ -156,6 +302,32 @@ class AllInOneTrainer(Trainer):
         if report.gram is not None:
             self._watched = report
         return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
+
+    def _step(self, step: int) -> StepReport:
+        """The optimizer step; ends the run when a task was not finite too often."""
+        assert self.balancer is not None
+        advice = (
+            "No weight was changed by it. Look at its data and loss, lower learning_rate, or use bf16 instead of fp16; "
+            "then go on from the last checkpoint with --resume"
+        )
+        try:
+            report = self.balancer.step()
+        except NonFinite as error:
+            tasks = ", ".join(f"'{task}'" for task in error.tasks)
+            raise RunError(
+                f"step {step}: loss or gradient of task {tasks} is not finite (trainer.nonfinite is 'stop'). " + advice,
+                on_all_ranks=True,
+            ) from error
+        for task in self.schedule.tasks:
+            self._nonfinite[task] = self._nonfinite[task] + 1 if task in report.skipped else 0
+        worst = max(self.schedule.tasks, key=lambda task: self._nonfinite[task])
+        if self._nonfinite[worst] >= self.args.nonfinite_limit:
+            raise RunError(
+                f"loss or gradient of task '{worst}' was not finite in {self._nonfinite[worst]} steps in a row, the "
+                f"last of them step {step} (trainer.nonfinite_limit). {advice}",
+                on_all_ranks=True,
+            )
+        return report
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Trainer's own waits for the device in every step

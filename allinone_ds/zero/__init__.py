@@ -1,5 +1,6 @@
 """The only room that knows DeepSpeed's private fields: gradient shards in and out of every engine kind."""
 
+from .files import load_resharded, own_checkpoint_files, save_engine
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
 from .local import LocalGradients
@@ -17,6 +18,9 @@ __all__ = [
     "UnsupportedEngine",
     "checked_release",
     "cut",
+    "load_resharded",
     "open_shards",
+    "own_checkpoint_files",
     "refuse_unsupported",
+    "save_engine",
 ]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from allinone_ds import TBGC, GlobalClip, Sum, TaskClip
+from allinone_ds import DWA, TBGC, GlobalClip, Sum, TaskClip, Uncertainty
 from allinone_ds.balance import BalancerError
 from allinone_ds.zero import UnsupportedEngine
 from tests.balance.engines import (
@@ -259,6 +259,28 @@ def _break(balancer) -> None:
     with balancer.task("seg", 2):
         balancer.backward(balancer.engine("seg", toy.inputs("seg", 9, 9, dist.get_rank()).float(), True))
         raise KeyError("a loader's error")
+
+
+def check_state_goes_on_where_it_was() -> None:
+    """A balancer that takes over another's state in the middle of a run gives the same weights, bit for bit."""
+    for norm, weighting in (("delayed", DWA), ("sketch", Uncertainty), ("exact", DWA)):
+        moved = []
+        for cut in (False, True):
+            engine = make_engine("zero2 fp32", lr=1e-4)
+            balancer = make_balancer(engine, weighting(), norm=norm, **({} if norm == "exact" else {"sketch_size": 64}))
+            for step in range(4):
+                if cut and step == 2:
+                    state = balancer.state_dict()
+                    balancer.detach()
+                    options = {} if norm == "exact" else {"sketch_size": 64}
+                    balancer = make_balancer(engine, weighting(), norm=norm, **options)
+                    balancer.load_state_dict(state)
+                for task in toy.TASKS:
+                    run_task(balancer, task, step)
+                balancer.step()
+            moved.append(weights(engine))
+            finish(balancer)
+        assert largest_change(*moved) == 0.0, norm
 
 
 def check_norm_options_are_checked() -> None:

@@ -12,7 +12,7 @@ from allinone_ds.strict import ConfigError
 from allinone_ds.training.arguments import AllInOneArguments, check_trainer_keys
 from allinone_ds.training.config import load_config, save_config
 from allinone_ds.training.files import find_config, read_deepspeed, read_yaml
-from allinone_ds.training.folder import checkpoint_to_resume, checkpoints, clear_run
+from allinone_ds.training.folder import check_resume, checkpoints, clear_run
 
 from .tiny_run import tiny_run
 
@@ -119,7 +119,7 @@ def test_arguments_that_would_spoil_the_balance_are_refused(tmp_path: Path, give
 
 
 def test_clearing_a_run_leaves_other_files_alone(tmp_path: Path) -> None:
-    for name in ("checkpoint-10", "checkpoint-9", "plots", "notes"):
+    for name in ("checkpoint-10", "checkpoint-9", ".unfinished-checkpoint-11", "broken-checkpoint-7", "plots", "notes"):
         (tmp_path / name).mkdir()
     for name in ("config.yaml", "mine.txt"):
         (tmp_path / name).touch()
@@ -130,9 +130,11 @@ def test_clearing_a_run_leaves_other_files_alone(tmp_path: Path) -> None:
 
 def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no checkpoint"):
-        checkpoint_to_resume(True, tmp_path)
-    assert checkpoint_to_resume(None, tmp_path) is None
+        check_resume(True, tmp_path)
+    check_resume(None, tmp_path)
     (tmp_path / "checkpoint-3").mkdir()
-    assert checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-3")
+    check_resume(True, tmp_path)
     with pytest.raises(ConfigError, match="checkpoint-3"):
-        checkpoint_to_resume(None, tmp_path)
+        check_resume(None, tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        check_resume(str(tmp_path / "checkpoint-4"), tmp_path)

@@ -1,0 +1,170 @@
+"""What a checkpoint of a trainer holds, and how a run goes on from it exactly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
+from allinone_ds.training.folder import UNFINISHED, WEIGHTS_FILE
+from allinone_ds.training.manifest import read_manifest
+from allinone_ds.zero import load_resharded, own_checkpoint_files, save_engine
+
+STATE_FILE = "trainer_state.json"
+SCHEDULER_FILE = "scheduler.pt"
+
+
+class RunCallback(TrainerCallback):
+    """A callback that beside Trainer's events hears of two more."""
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """A checkpoint is being written to `folder`; whatever is put there belongs to it. Called on rank 0."""
+
+    def on_warning(self, step: int, message: str) -> None:
+        """Something went wrong that the run got over. Called on rank 0."""
+
+
+def loop_file(rank: int) -> str:
+    """Name of a rank's file for what its loop knows between two logs."""
+    return f"loop_state_{rank}.pt"
+
+
+def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
+    """Write RUN/checkpoint-STEP, whole or not at all, then delete older ones by `save_total_limit`. Collective.
+
+    It holds what `Trainer._save_checkpoint` would have written (but training_args.bin, a pickle), the files of
+    `RunCallback`s, `loop_state` of every rank, and the manifest.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        loop_state: what this rank's loop knows, tensors and plain values.
+
+    Raises:
+        RunError: a rank could not write; nothing of the checkpoint is left, earlier ones are untouched.
+    """
+    args, state = trainer.args, trainer.state
+    run = Path(args.output_dir)
+    trainer.store_flos()
+    writer = CheckpointWriter(run, state.global_step)
+    weights = whole_weights(trainer)
+    if state.best_global_step:
+        best = run / f"checkpoint-{state.best_global_step}"
+        if best.exists() or best == writer.target:
+            state.best_model_checkpoint = str(best)
+    if not args.save_only_model:
+        writer.note(*save_engine(trainer.deepspeed, writer.folder))
+        with writer.noting("the random state"):
+            trainer._save_rng_state(str(writer.folder))
+        with writer.noting("the state of the loop"):
+            torch.save(loop_state, writer.folder / loop_file(args.process_index))
+    if args.should_save:
+        with writer.noting("weights and trainer state"):
+            save_weights(weights, writer.folder)
+            if not args.save_only_model and not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
+                torch.save(trainer.lr_scheduler.state_dict(), writer.folder / SCHEDULER_FILE)
+            _note_callbacks(trainer)
+            state.save_to_json(str(writer.folder / STATE_FILE))
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, RunCallback):
+                    callback.on_checkpoint(writer.folder)
+    writer.publish(zero_stage=int(trainer.deepspeed.zero_optimization_stage()))
+    if args.push_to_hub:
+        trainer._push_from_checkpoint(str(writer.target))
+    if args.should_save:
+        rotate_checkpoints(str(run), args.save_total_limit, state.best_model_checkpoint)
+
+
+def whole_weights(trainer: Any) -> Mapping[str, torch.Tensor] | None:
+    """The model's weights on rank 0; None where the DeepSpeed config says not to gather them. Collective."""
+    try:
+        return trainer.accelerator.get_state_dict(trainer.deepspeed)
+    except ValueError:  # ZeRO-3 with stage3_gather_16bit_weights_on_model_save false
+        return None
+
+
+def save_weights(weights: Mapping[str, torch.Tensor] | None, folder: str | Path) -> None:
+    """Write model.safetensors, whole or not at all."""
+    if weights is None:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    try:
+        save_file({name: value.contiguous() for name, value in weights.items()}, scratch, metadata={"format": "pt"})
+        scratch.replace(folder / WEIGHTS_FILE)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _note_callbacks(trainer: Any) -> None:
+    """What Trainer does before it saves its state: callbacks that can be resumed put theirs into it."""
+    saved = trainer.state.stateful_callbacks
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            name = type(callback).__name__
+            if isinstance(saved[name], list):
+                saved[name].append(callback.state())
+            else:
+                saved[name] = callback.state()
+
+
+def pick_checkpoint(trainer: Any, asked: Any) -> Path | None:
+    """The checkpoint to go on from; tells of broken ones that were passed over. Collective.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        asked: true is the last good one of the run's folder, or a checkpoint's folder.
+
+    Raises:
+        ConfigError: there is none that is whole.
+    """
+    found, warnings = choose_checkpoint(asked, Path(trainer.args.output_dir))
+    if found is None:
+        return None
+    for message in warnings:
+        trainer.warn(int(found.name.rpartition("-")[2]), message)
+    return found
+
+
+def load_engine(trainer: Any, checkpoint: Path) -> None:
+    """Weights, optimizer, loss scale and schedule of a checkpoint, into the engine. Collective.
+
+    A checkpoint of another number of ranks or another ZeRO stage is resharded.
+    """
+    engine = trainer.deepspeed
+    own_checkpoint_files(engine)
+    written = read_manifest(checkpoint)
+    now = {"world_size": trainer.args.world_size, "zero_stage": int(engine.zero_optimization_stage())}
+    if all(written.get(key) == value for key, value in now.items()):
+        deepspeed_load_checkpoint(engine, str(checkpoint))
+    else:
+        scratch = Path(trainer.args.output_dir) / f"{UNFINISHED}resharded"
+        if trainer.args.should_save:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        barrier()
+        load_resharded(engine, checkpoint, load_file(checkpoint / WEIGHTS_FILE), scratch)
+        barrier()
+        if trainer.args.should_save:
+            shutil.rmtree(scratch)
+    trainer._load_optimizer_and_scheduler(str(checkpoint))
+    for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """What `save_checkpoint` was given as this rank's `loop_state`; rank 0's for a rank that was not there then."""
+    if not (checkpoint / loop_file(rank)).exists():
+        rank = 0
+    return torch.load(checkpoint / loop_file(rank), map_location="cpu", weights_only=True)

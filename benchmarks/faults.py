@@ -1,0 +1,483 @@
+"""Break a tiny run in every way we know, go on from its checkpoint, and compare with a run that nothing happened to.
+
+    python benchmarks/faults.py --times 100             # the table of docs/reliability.md, about 20 minutes on 2 cores
+    python benchmarks/faults.py --times 2 --only kill   # rows whose name holds the word
+
+"Lost nothing" means: the run was found and resumed without help and ended with the same weights and the same logged
+losses, norms and rates as the unbroken run, bit for bit (2 ranks, CPU, fp32), and, where the fault is to be named, it
+was. Faults that need no luck are tried once for each ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fault_runs import (  # noqa: E402
+    SAVE_STEPS,
+    STEPS,
+    Ranks,
+    differences,
+    import_everything,
+    last_step,
+    make_home,
+    memory_disk,
+    outcome,
+)
+
+from allinone_ds.training.folder import checkpoints  # noqa: E402
+
+CUT = "run cut in pieces"
+LUCKY = ("kill", "SIGTERM", "SIGUSR1", "truncated", "bit flip")  # rows that `--times` repeats
+
+
+class Lost(Exception):
+    """Something was lost, or the run did not say what happened."""
+
+
+class NotPossible(Exception):
+    """The fault cannot be injected on this machine."""
+
+
+def demand(holds: bool, what: str, ranks: Ranks | None = None) -> None:
+    if not holds:
+        raise Lost(what + (f"; the ranks said:\n{ranks.said()[-2500:]}" if ranks else ""))
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    fault: str
+    how: str
+    tried: int = 0
+    kept: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Bench:
+    """One try of each fault is one method; it raises `Lost` when anything was lost.
+
+    Args:
+        home: an empty folder.
+        seed: of the moments at which faults strike.
+    """
+
+    def __init__(self, home: Path, seed: int) -> None:
+        self.home = home
+        self.file = make_home(home)
+        self.random = random.Random(seed)
+        self.stage = 1
+        self.count = 0
+        self.in_save = 0
+        self.wholes: dict[int, tuple] = {}
+        self.seconds: dict[int, float] = {}
+
+    # ---- runs ----
+
+    def start(self, output: Path, *overrides: str, before: Callable[[int], None] | None = None) -> Ranks:
+        stage = f"deepspeed=configs/deepspeed/zero{self.stage}.json"
+        return Ranks(self.file, output, stage, *overrides, before=before)
+
+    def output(self) -> Path:
+        self.count += 1
+        return self.home / f"run{self.count}"
+
+    def whole(self) -> tuple:
+        """Outcome of the unbroken run of this stage."""
+        if self.stage not in self.wholes:
+            output = self.output()
+            begun = time.monotonic()
+            ranks = self.start(output)
+            demand(not any(ranks.wait().values()), "the unbroken run failed", ranks)
+            self.seconds[self.stage] = time.monotonic() - begun
+            self.wholes[self.stage] = outcome(output)
+        return self.wholes[self.stage]
+
+    def go_on(self, output: Path, *overrides: str) -> Ranks:
+        """Resume to the end (from the beginning when nothing was saved yet) and compare."""
+        flags = ["--resume"] if checkpoints(output) else []
+        ranks = self.start(output, *flags, *overrides)
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        found = differences(output, self.whole())
+        demand(not found, found)
+        demand(not list(output.glob(".unfinished*")), "an unfinished checkpoint was left")
+        shutil.rmtree(output)
+        output.with_suffix(".log").unlink()
+        return ranks
+
+    def moment(self) -> float:
+        """A random moment of a run, in seconds from its start."""
+        self.whole()
+        return self.random.uniform(0.2, 0.95) * self.seconds.get(self.stage, 2.0)
+
+    # ---- faults ----
+
+    def reshard(self) -> None:
+        """2 ranks with ZeRO-2, then 4 ranks with ZeRO-2, then 1 rank with ZeRO-3: the losses of 2 ranks throughout.
+
+        Both tasks are means over images, and ranks x batch size stays, so the same images give the same gradient.
+        """
+        content = yaml.safe_load(self.file.read_text())
+        plain = {**content["tasks"]["cls"], "options": {}}
+        content["tasks"] = {"one": plain, "two": plain}
+        content["trainer"].update(logging_steps=1, save_total_limit=STEPS)
+        file = self.home / "reshard.yaml"
+        file.write_text(yaml.safe_dump(content))
+
+        def start(output: Path, stage: int, world: int, *flags: str) -> Ranks:
+            batches = [f"tasks.{task}.batch_size={4 // world}" for task in ("one", "two")]
+            return Ranks(file, output, f"deepspeed=configs/deepspeed/zero{stage}.json", *batches, *flags, world=world)
+
+        whole, output = self.output(), self.output()
+        ranks = start(whole, 2, 2)
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        shutil.copytree(whole / f"checkpoint-{SAVE_STEPS}", output / f"checkpoint-{SAVE_STEPS}")
+        ranks = start(output, 2, 4, "--resume")
+        ranks.wait_for_step(2 * SAVE_STEPS)
+        ranks.send(signal.SIGKILL)
+        ranks.wait()
+        demand(2 * SAVE_STEPS <= last_step(output) < STEPS, "4 ranks did not get on", ranks)
+        ranks = start(output, 3, 1, "--resume")
+        demand(not any(ranks.wait().values()), "1 rank could not go on", ranks)
+        wanted, found = ([e["loss"] for e in outcome(o)[1] if "loss" in e] for o in (whole, output))
+        off = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
+        demand(off < 5e-6 * max(wanted), f"the losses differ by {off:.1e}")
+
+    def kill(self, everyone: bool) -> None:
+        output, moment = self.output(), self.moment()
+        ranks = self.start(output)
+        time.sleep(moment)
+        ranks.send(signal.SIGKILL, *(() if everyone else (self.random.randrange(2),)))
+        ranks.wait(grace=0.3)
+        self.go_on(output)
+
+    def kill_in_save(self, everyone: bool) -> None:
+        output = self.output()
+        self.whole()
+        ranks = self.start(output)
+        step = self.random.randrange(SAVE_STEPS, STEPS + 1, SAVE_STEPS)
+        scratch = output / f".unfinished-checkpoint-{step}"
+        while ranks.alive() and not scratch.exists():
+            time.sleep(0.0005)
+        time.sleep(self.random.uniform(0, 0.06))
+        before = last_step(output)
+        ranks.send(signal.SIGKILL, *(() if everyone else (self.random.randrange(2),)))
+        ranks.wait(grace=0.0)
+        self.in_save += scratch.exists()
+        demand(last_step(output) >= before, "a finished checkpoint is gone")
+        self.go_on(output)
+
+    def stop(self, number: int, everyone: bool) -> None:
+        output, moment = self.output(), self.moment()
+        ranks = self.start(output)
+        while ranks.alive() and not (output / "log.jsonl").exists():  # training begins
+            time.sleep(0.002)
+        time.sleep(self.random.uniform(0, 0.6 * moment))
+        ranks.send(number, *(() if everyone else (self.random.randrange(2),)))
+        codes = ranks.wait()
+        text = (output / "log.jsonl").read_text()
+        if '"stopped"' not in text:  # it came after the last step
+            demand(f"checkpoint-{STEPS}" in [p.name for p in checkpoints(output)], "nothing was saved", ranks)
+        else:
+            demand(set(codes.values()) == {75}, f"exit statuses {codes} instead of 75", ranks)
+            event = json.loads(text.splitlines()[-1])
+            demand(event["step"] == last_step(output), "the last step was not saved", ranks)
+        self.go_on(output)
+
+    def stop_with_workers(self) -> None:
+        """As launchers do: the signal also goes to the processes that read data ahead."""
+        output = self.output()
+        self.whole()
+        ranks = self.start(output, "trainer.dataloader_num_workers=1")
+        ranks.wait_for_step(SAVE_STEPS)
+        for rank in ranks.alive():
+            for process in [*psutil.Process(ranks.pids[rank]).children(), psutil.Process(ranks.pids[rank])]:
+                process.send_signal(signal.SIGTERM)
+        codes = ranks.wait()
+        demand(set(codes.values()) == {75}, f"exit statuses {codes} instead of 75", ranks)
+        self.go_on(output)
+
+    def cut(self, steps: Sequence[int]) -> None:
+        """A run that begins anew at each of its steps."""
+        every = self.output()
+        ranks = self.start(every, "trainer.save_steps=1", f"trainer.save_total_limit={STEPS}")
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        self.wholes.setdefault(self.stage, outcome(every))  # saving does not change a run
+        for step in steps:
+            output = self.output()
+            shutil.copytree(every / f"checkpoint-{step}", output / f"checkpoint-{step}")
+            self.go_on(output, "trainer.save_steps=1")
+
+    def damage(self, flip: bool) -> None:
+        output = self.output()
+        self.whole()
+        ranks = self.start(output)
+        ranks.wait_for_step(self.random.randrange(2 * SAVE_STEPS, STEPS + 1, SAVE_STEPS))
+        ranks.send(signal.SIGKILL)
+        ranks.wait()
+        last = checkpoints(output)[-1]
+        file = self.random.choice(sorted(p for p in last.rglob("*") if p.is_file() and p.stat().st_size))
+        content = bytearray(file.read_bytes())
+        if flip:
+            content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
+        else:
+            del content[self.random.randrange(len(content)) :]
+        file.write_bytes(content)
+        ranks = self.start(output, "--resume")
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        demand(f"{last.name} is broken" in ranks.said(), f"nothing was said of {file}", ranks)
+        demand((output / f"broken-{last.name}").is_dir(), "the broken checkpoint was not set aside")
+        found = differences(output, self.whole())
+        demand(not found, found)
+        shutil.rmtree(output)
+
+    def disk_full(self) -> None:
+        output = self.output()
+        self.whole()
+        if not memory_disk(output, "4m"):
+            raise NotPossible("a disk in memory cannot be mounted here (root is needed)")
+        try:
+            ranks = self.start(output, f"trainer.save_total_limit={STEPS}")
+            codes = ranks.wait()
+            demand(any(codes.values()), "the disk did not fill up", ranks)
+            said = ranks.said()
+            demand("could not be written" in said and "no space left" in said.lower(), "it was not said", ranks)
+            demand("is untouched" in said and bool(checkpoints(output)), "no earlier checkpoint is left", ranks)
+            demand(not list(output.glob(".unfinished*")), "the unfinished checkpoint was not deleted")
+            bigger = ["mount", "-o", "remount,size=64m", str(output)]
+            subprocess.run(bigger, check=True)
+            ranks = self.start(output, "--resume")
+            demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+            found = differences(output, self.whole())
+            demand(not found, found)
+        finally:
+            subprocess.run(["umount", "--lazy", str(output)], check=True)
+
+    def standstill(self, rank: int) -> None:
+        output = self.output()
+        self.whole()
+        ranks = self.start(output, "trainer.stall_timeout=2")
+        ranks.wait_for_step(SAVE_STEPS)
+        ranks.send(signal.SIGSTOP, rank)
+        begun = time.monotonic()
+        ranks.wait(grace=0.5)
+        demand(time.monotonic() - begun < 30, "it took too long", ranks)
+        said = ranks.said()
+        demand(f"rank {rank}" in said and "has not" in said and " step " in said, "it was not named", ranks)
+        self.go_on(output)
+
+    def nonfinite(self, policy: str, value: float, last: int = 3) -> None:
+        output = self.output()
+
+        def before(rank: int) -> None:
+            spoil_loss(value, range(3, last + 1), rank)
+
+        ranks = self.start(output, f"trainer.nonfinite={policy}", "trainer.nonfinite_limit=3", before=before)
+        codes = ranks.wait()
+        said = ranks.said()
+        if policy == "stop":
+            demand(set(codes.values()) == {1} and "task 'cls' is not finite" in said, "it did not stop", ranks)
+            self.go_on(output)
+        elif last - 3 + 1 >= 3:
+            demand(set(codes.values()) == {1} and "3 steps in a row" in said, "it did not stop", ranks)
+        else:
+            demand(not any(codes.values()), "the run failed", ranks)
+            weights, history = outcome(output)
+            demand(all(bool(torch.isfinite(v).all()) for v in weights.values()), "weights are not finite")
+            counts = [entry["skipped/cls"] for entry in history if "skipped/cls" in entry]
+            demand(counts[-1] == last - 2, f"skipped/cls is {counts}")
+
+    def memory(self) -> None:
+        output = self.output()
+        ranks = self.start(output, before=exhaust_memory)
+        codes = ranks.wait()
+        said = ranks.said()
+        wanted = ("step 3, task 'cls', micro-step 1 of 1", "4 images of 32 x 32", "tasks.cls.batch_size")
+        demand(any(codes.values()) and all(word in said for word in wanted), "it was not said", ranks)
+        self.go_on(output)
+
+    def data_gone(self) -> None:
+        output = self.output()
+        self.whole()
+        data, away = self.home / "data" / "detection", self.home / "gone"
+        ranks = self.start(output)
+        ranks.wait_for_step(SAVE_STEPS)
+        ranks.send(signal.SIGSTOP)
+        data.rename(away)
+        ranks.send(signal.SIGCONT)
+        try:
+            codes = ranks.wait()
+        finally:
+            away.rename(data)
+        said = ranks.said()
+        if any(codes.values()):
+            demand("'det'" in said and "cannot be read" in said, "it was not said", ranks)
+        self.go_on(output)
+
+    def secrets(self) -> None:
+        output = self.output()
+        names = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+        ranks = self.start(output, before=lambda rank: os.environ.update({n: "s3cr3t-4711" for n in names}))
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        for file in [*output.rglob("*"), ranks.log]:
+            demand(not file.is_file() or b"s3cr3t-4711" not in file.read_bytes(), f"a secret is in {file}")
+
+    def reads_no_data(self) -> None:
+        output = self.output()
+        self.whole()
+        ranks = self.start(output)
+        ranks.wait_for_step(STEPS - SAVE_STEPS)
+        ranks.send(signal.SIGKILL)
+        ranks.wait()
+        first = last_step(output)
+        reads = self.home / "reads"
+        reads.unlink(missing_ok=True)
+        ranks = self.start(output, "--resume", before=lambda rank: count_reads(reads))
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        expected = (STEPS - first) * 2 * (2 * 2 + 2 + 4)  # ranks x images of a step
+        found = len(reads.read_text().splitlines()) if reads.exists() else 0
+        demand(found == expected, f"{found} samples were read, {expected} were needed")
+
+
+# ---- faults inside of a rank ----
+
+
+def spoil_loss(value: float, steps: range, rank: int) -> None:
+    """The classification loss of rank 1 is `value` in these steps."""
+    from allinone_ds.tasks.classification import ClassificationTask
+
+    forward, calls = ClassificationTask.forward, iter(range(10**9))
+
+    def spoilt(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training and next(calls) in steps and rank == 1:
+            out.loss = out.loss * value
+        return out
+
+    ClassificationTask.forward = spoilt
+
+
+def exhaust_memory(rank: int) -> None:
+    """The classification task of rank 1 runs out of memory in step 3."""
+    from allinone_ds.tasks.classification import ClassificationTask
+
+    forward, calls = ClassificationTask.forward, iter(range(10**9))
+
+    def greedy(self, *args, **kwargs):
+        if next(calls) == 3 and rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **kwargs)
+
+    ClassificationTask.forward = greedy
+
+
+def count_reads(file: Path) -> None:
+    """Every picture that is decoded adds a line to `file`."""
+    from allinone_ds.data import classified, coco, label_maps
+
+    for module in (classified, coco, label_maps):
+
+        def counted(path, *args, _read=module.read_image, **kwargs):
+            with file.open("a") as sink:
+                sink.write(f"{path}\n")
+            return _read(path, *args, **kwargs)
+
+        module.read_image = counted
+
+
+# ---- the table ----
+
+
+def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    steps = [bench.random.randrange(STEPS - 3, STEPS)] if once else range(1, STEPS)
+    how = "stopped after a random step" if once else f"stopped after each of its {STEPS} steps"
+    yield CUT, how, lambda: bench.cut(steps)
+    yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
+    yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
+    yield "kill -9 of all ranks", "SIGKILL at a random moment", lambda: bench.kill(True)
+    yield "kill -9 of one rank in a save", "0-60 ms after the save began", lambda: bench.kill_in_save(False)
+    yield "kill -9 of all ranks in a save", "0-60 ms after the save began", lambda: bench.kill_in_save(True)
+    yield "SIGTERM to all ranks", "at a random moment of training", lambda: bench.stop(signal.SIGTERM, True)
+    yield "SIGUSR1 to one rank", "at a random moment of training", lambda: bench.stop(signal.SIGUSR1, False)
+    yield "SIGTERM to ranks and data workers", "in mid-run", bench.stop_with_workers
+    yield "truncated checkpoint", "a random file of the last one cut", lambda: bench.damage(False)
+    yield "bit flip in a checkpoint", "a random bit of a random file of the last one", lambda: bench.damage(True)
+    yield "disk full while saving", "run folder on a 4 MiB disk in memory", bench.disk_full
+    yield "rank 0 stops answering", "SIGSTOP, stall_timeout 2 s", lambda: bench.standstill(0)
+    yield "rank 1 stops answering", "SIGSTOP, stall_timeout 2 s", lambda: bench.standstill(1)
+    yield "NaN loss, skip_task", "one task, rank 1, one step", lambda: bench.nonfinite("skip_task", float("nan"))
+    yield "inf loss, skip_step", "one task, rank 1, two steps", lambda: bench.nonfinite("skip_step", float("inf"), 4)
+    yield "NaN loss, stop", "one task, rank 1, one step", lambda: bench.nonfinite("stop", float("nan"))
+    yield "NaN loss for ever", "nonfinite_limit 3", lambda: bench.nonfinite("skip_task", float("nan"), STEPS)
+    yield "out of memory", "torch.OutOfMemoryError in a micro-step of rank 1", bench.memory
+    yield "data source vanishes", "its folder renamed in mid-run", bench.data_gone
+    yield "secrets in the environment", "every written file searched for them", bench.secrets
+    yield "resume reads old data", "samples read after a resume counted", bench.reads_no_data
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=100, help="random kills, signals and damages in all (100)")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--once", action="store_true", help="every row once, with ZeRO-2; the first with all stages")
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    import_everything()
+    table: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        bench = Bench(Path(folder), args.seed)
+        chosen = [row for row in rows(bench, args.once) if args.only in row[0]]
+        tries = 0
+        lucky = sum(any(word in row[0] for word in LUCKY) for row in chosen)
+        for fault, how, attempt in chosen:
+            row = Row(fault, how)
+            table.append(row)
+            random_moment = any(word in fault for word in LUCKY)
+            times = max(1, round(args.times / lucky)) if random_moment else len(args.stages)
+            if attempt == bench.reshard:
+                times = 1
+            if args.once and fault != CUT:
+                times = 1
+            for _ in range(times):
+                tries += 1
+                bench.stage = args.stages[tries % len(args.stages)] if fault == CUT or not args.once else 2
+                try:
+                    attempt()
+                    row.kept += 1
+                except NotPossible as error:
+                    row.notes.append(str(error))
+                    break
+                except (Lost, TimeoutError) as error:
+                    row.notes.append(f"ZeRO-{bench.stage}: {error}")
+                row.tried += 1
+            print(f"| {row.fault} | {row.how} | {row.tried} | {row.kept} |", flush=True)
+            for note in row.notes:
+                print(f"    {note}", flush=True)
+        if bench.in_save:
+            print(f"(of the kills in a save, {bench.in_save} left an unfinished checkpoint behind)")
+    if args.json:
+        args.json.write_text(json.dumps([vars(row) for row in table], indent=1))
+    return 0 if all(row.kept == row.tried for row in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train on the hosts of a hostfile: the DeepSpeed launcher starts every one over ssh (pdsh). Run it on the first host.
+#
+#   launch/ssh.sh HOSTFILE CONFIG RUN [KEY=VALUE...]
+#
+# All hosts need the same Python at the same place, the data, and RUN on a file system that they share. Variables for
+# the ranks go into ./.deepspeed_env (see deepspeed_env.example). Goes on from RUN's last whole checkpoint when it has one.
+set -euo pipefail
+hostfile=$1 config=$2 run=$3
+shift 3
+first=$(awk '!/^#/ && NF {print $1; exit}' "$hostfile")
+resume=()
+if compgen -G "$run/checkpoint-*" >/dev/null; then resume=(--resume); fi
+exec deepspeed --hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \
+    --module allinone_ds.train "$config" "output_dir=$run" "$@" "${resume[@]}"

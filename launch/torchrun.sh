@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train with torchrun: run it on every host, with the same arguments.
+#
+#   NNODES=2 MASTER_ADDR=gpu-node-1 launch/torchrun.sh CONFIG RUN [KEY=VALUE...]
+#
+# NPROC: ranks on this host (default: its GPUs). SIGTERM ends the step, saves and ends; GRACE is how many seconds the ranks
+# have for it. Goes on from RUN's last whole checkpoint when it has one.
+set -euo pipefail
+config=$1 run=$2
+shift 2
+resume=()
+if compgen -G "$run/checkpoint-*" >/dev/null; then resume=(--resume); fi
+exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" --shutdown_timeout "${GRACE:-120}" \
+    --rdzv_backend c10d --rdzv_id "${JOB:-allinone}" --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:${MASTER_PORT:-29500}" \
+    -m allinone_ds.train "$config" "output_dir=$run" "$@" "${resume[@]}"
