@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Weighting,
         weighting_from_config,
     )
+    from .export import load
     from .models import AllInOneModel
     from .training import AllInOneArguments, AllInOneTrainer
 
@@ -29,6 +30,7 @@ _HOMES = {
         "TBGC", "BalancerError", "GlobalClip", "GramWeighting", "StepRecord", "StepReport", "Sum", "TaskBalancer",
         "TaskClip", "Weighting", "weighting_from_config",
     ),
+    "export": ("load",),
     "models": ("AllInOneModel",),
     "training": ("AllInOneArguments", "AllInOneTrainer"),
 }  # fmt: skip
@@ -48,6 +50,7 @@ __all__ = [
     "TaskBalancer",
     "TaskClip",
     "Weighting",
+    "load",
     "weighting_from_config",
 ]
 

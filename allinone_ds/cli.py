@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check."""
+"""The command `allinone-ds`: train, demo, eval, predict, export, report, score, check."""
 
 from __future__ import annotations
 
@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
     predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="write a run's model as folders that load without it")
+    export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    export.add_argument("--output", type=Path, help="folder to write to (default RUN/export)")
+    export.add_argument("--onnx", action="store_true", help="also an ONNX graph for every task (extra `onnx`)")
+    export.set_defaults(run=_export)
 
     check = commands.add_parser("check", help="read every file of a run's data and report faults")
     check.add_argument("config", help="the run's YAML file")
@@ -208,7 +214,7 @@ def _metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
-# ---- eval, predict, check ----
+# ---- eval, predict, export, check ----
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -229,6 +235,20 @@ def _predict(args: argparse.Namespace) -> int:
         written = predict_images(args.folder, args.images, args.output)
     for file in written:
         console.print(str(file))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    with console.status("exporting"):
+        _quiet()
+        from allinone_ds.export import export_run
+
+        done = export_run(args.folder, args.output, args.onnx)
+    console.print(f"weights of {done.source}")
+    for folder in done.folders:
+        console.print(str(folder))
+    for note in done.notes:
+        console.print(note, style="yellow")
     return 0
 
 
