@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .folders import export_run
-    from .load import load
+    from .loading import load
 
 __all__ = ["export_run", "load"]
 
-_HOME_OF = {"export_run": "folders", "load": "load"}
+_HOME_OF = {"export_run": "folders", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from allinone_ds.export.facts import ExportFacts, Preprocessing
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.training.config import RunConfig
+from allinone_ds.training.evaluation import tasks_of
 from allinone_ds.training.folder import METRICS_FILE, TRAINER_STATE
 
 CARD_FILE = "README.md"
@@ -62,13 +63,14 @@ def model_card(facts: ExportFacts, about: RunFacts, model: AllInOneModel) -> str
         model: the whole model, for its sizes.
     """
     names = list(facts.tasks)
-    kinds = {name: model.tasks[name].kind for name in names}
+    tasks = tasks_of(model)
+    kinds = {name: tasks[name].kind for name in names}
     one = names[0] if len(names) == 1 else None
     front: dict[str, Any] = {"library_name": "allinone_ds", "tags": ["vision", "multi-task", "deepspeed"]}
     if one and kinds[one] in _PIPELINES:
         front["pipeline_tag"] = _PIPELINES[kinds[one]]
     heads = ", ".join(
-        f"`{name}` ({kinds[name]}, head {model.tasks[name].head_name or 'of its own'}, {_millions(model.tasks[name])})"
+        f"`{name}` ({kinds[name]}, head {tasks[name].head_name or 'of its own'}, {_millions(tasks[name])})"
         for name in names
     )
     others = [name for name in about.config.tasks if name not in names]
@@ -143,7 +145,10 @@ def _results(about: RunFacts, names: list[str]) -> str:
                 rows.append(f"| {name} | {key.removeprefix(start)} | {value:.4f} | {samples} |")
     if not rows:
         return "## Results\n\nThese weights were not evaluated."
-    return "## Results\n\nOn the test data below.\n\n| task | metric | value | samples |\n|---|---|---|---|\n" + "\n".join(rows)
+    return (
+        "## Results\n\nOn the test data below.\n\n| task | metric | value | samples |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+    )
 
 
 def _data(about: RunFacts, names: list[str]) -> str:

@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor
 from allinone_ds.data.transforms import MEAN, STD
 from allinone_ds.export.card import CARD_FILE, RunFacts, backbone_card, model_card, run_facts
 from allinone_ds.export.facts import ExportedTask, ExportFacts
-from allinone_ds.export.load import build_exported
+from allinone_ds.export.loading import build_exported
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.training.config import ModelFacts, RunConfig, read_run_files
 from allinone_ds.training.folder import EXPORT, WEIGHTS_FILE
@@ -108,7 +108,8 @@ def _write_backbone(model: AllInOneModel, facts: ExportFacts, about: RunFacts, f
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier export
         done.notes.append(
             f"no {folder}: the backbone has a convolutional stem (model.backbone.stem: conv), which no class of "
-            f"transformers has, so AutoBackbone could not load it; take allinone_ds.load('{folder.parent / 'model'}').backbone"
+            "transformers has, so AutoBackbone could not load it; take "
+            f"allinone_ds.load('{folder.parent / 'model'}').backbone"
         )
         return
     _clear(folder)

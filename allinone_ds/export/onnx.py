@@ -7,7 +7,9 @@ import importlib.util
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.training.evaluation import tasks_of
 
 PACKAGES = ("onnx", "onnxscript")
 INPUT = "pixel_values"
@@ -40,7 +43,7 @@ class TaskGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(self.task, pixel_values)
-        task = self.model.tasks[self.task]
+        task: Any = self.model.tasks[self.task]
         if isinstance(task, DetectionTask):
             boxes, scores = task.detector.decode(outputs)
             named = {"boxes": boxes, "scores": scores}
@@ -67,7 +70,7 @@ def write_onnx(model: AllInOneModel, task: str, target: Path) -> Path:
         target: the file.
     """
     graph = TaskGraph(model, task).eval()
-    H, W = model.tasks[task].image_size
+    H, W = tasks_of(model)[task].image_size
     example = torch.zeros(2, 3, H, W, device=next(model.parameters()).device)
     graph(example)  # names its outputs
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent("torch.onnx", "onnxscript"):
@@ -87,7 +90,7 @@ def write_onnx(model: AllInOneModel, task: str, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _silent(*names: str):  # type: ignore[no-untyped-def]
+def _silent(*names: str) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

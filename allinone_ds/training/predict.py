@@ -22,7 +22,7 @@ from allinone_ds.tasks import Prediction, Task
 from allinone_ds.tasks.drawing import to_pil
 from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import RunConfig, read_run_files
-from allinone_ds.training.evaluation import evaluate_tasks, tasks_of, to_device
+from allinone_ds.training.evaluation import evaluate_tasks, tasks_of
 from allinone_ds.training.weights import read_weights
 
 AnyImage = str | Path | Image.Image | Tensor
@@ -79,10 +79,10 @@ class Predictor:
             Segmentation: "mask" (H, W) of labels. Classification: "label", "scores" (K,).
         """
         given = [images] if isinstance(images, str | Path | Image.Image | Tensor) else list(images)
+        found = self._task(task)
         opened = [open_image(image) for image in given]
         pixels = self.preprocess(opened, task)
-        found = self._task(task)
-        return found.predict(self.model(found.name, pixels), [tuple(image.shape[-2:]) for image in opened])
+        return found.predict(self.model(found.name, pixels), [(image.shape[1], image.shape[2]) for image in opened])
 
     def _task(self, name: str | None) -> Task:
         if name is None and len(self.tasks) == 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
 import torch
@@ -33,7 +31,7 @@ def read_weights(folder: str | Path, prefer_shards: bool = False) -> tuple[dict[
     for place in [Path(folder), *reversed(checkpoints(folder))]:
         file, shards = place / WEIGHTS_FILE, shards_of(place)
         if shards is not None and (prefer_shards or not file.is_file()):
-            return _from_shards(place, shards), shards
+            return _from_shards(shards), shards
         if file.is_file():
             return {name: _full(value) for name, value in load_file(file).items()}, file
     raise ConfigError(f"{folder}: neither {WEIGHTS_FILE} nor ZeRO shards in it or in its checkpoints")
@@ -48,16 +46,13 @@ def shards_of(checkpoint: Path) -> Path | None:
     return shards if any(shards.glob("*_optim_states.pt")) else None
 
 
-def _from_shards(checkpoint: Path, shards: Path) -> dict[str, Tensor]:
-    """DeepSpeed's own consolidation, on the CPU, without what it prints."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def _from_shards(shards: Path) -> dict[str, Tensor]:
+    from allinone_ds.zero.consolidate import consolidate
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=shards.name, lazy_mode=True)
+        return {name: _full(value) for name, value in consolidate(shards).items()}
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigError(f"{shards}: its ZeRO shards cannot be put together: {error}") from error
-    return {name: _full(value.contiguous()) for name, value in lazy.items()}
 
 
 def _full(value: Tensor) -> Tensor:
