@@ -18,9 +18,11 @@ PAGE_FILE = "predictions.html"
 PICTURES = "predictions"
 PLOTS = "plots"
 EXPORT = "export"
+TENSORBOARD = "tensorboard"
+WANDB_FILE = "wandb.json"
 TRAINER_STATE = "trainer_state.json"
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, "training_args.bin",
-             PAGE_FILE, PICTURES, PLOTS, EXPORT)  # fmt: skip
+             PAGE_FILE, PICTURES, PLOTS, EXPORT, TENSORBOARD, WANDB_FILE)  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -18,8 +18,10 @@ from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
-from allinone_ds.training.meters import Means
+from allinone_ds.training.meters import Means, Pace, shares
 from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.pages import collect_drawings
+from allinone_ds.training.tracking import use_own_trackers
 
 
 class RunShare(TrainerCallback):
@@ -35,8 +37,9 @@ class AllInOneTrainer(Trainer):
     Callbacks, logs, schedules, saving, resuming and `report_to` are those of Trainer. A step runs every task's
     micro-steps and then one optimizer step. Logged beside Trainer's own values, as means over the steps since the last
     log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
-    it got) and grad_norm/TASK/scaled; and epoch/TASK, skipped/TASK (steps that left the task out because it was not
-    finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run).
+    it got), grad_norm/TASK/scaled and grad_norm/TASK/share (of the squared norm of the update); and epoch/TASK,
+    skipped/TASK (steps that left the task out because it was not finite, since training was started or resumed),
+    broken_images (unreadable ones, all ranks, whole run) and what `Pace` measures.
 
     Args:
         model: an AllInOneModel.
@@ -86,6 +89,11 @@ class AllInOneTrainer(Trainer):
             world_size=args.world_size,
         )
         self.balancer: TaskBalancer | None = None
+        self.trackers = use_own_trackers(self)
+        self._pace = Pace(
+            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
+            args.device,
+        )
         self._means = Means(args.device)
         self._broken: list[str] = []
         self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
@@ -98,7 +106,8 @@ class AllInOneTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step's data. There is no item count: every task averages its own losses."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        with self._pace.waiting():
+            return [next(epoch_iterator) for _ in range(num_batches)], None
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -125,6 +134,10 @@ class AllInOneTrainer(Trainer):
         Returns:
             The sum of the tasks' losses on this rank.
         """
+        with self._pace.working():
+            return self._balanced_step(model, inputs)
+
+    def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
         model.train()
         if self.balancer is None or self.balancer.engine is not model:
             self.balancer = TaskBalancer(model, self.schedule.tasks, "backbone", self.weighting)
@@ -138,12 +151,14 @@ class AllInOneTrainer(Trainer):
                     outputs = model(task=task, **to_device(batch, self.args.device))
                     self.balancer.backward(outputs.loss)
         report = self.balancer.step()
+        share = shares(report.norms, report.scales)
         values: dict[str, Tensor] = {}
         for task in self.schedule.tasks:
             values[f"loss/{task}"] = report.losses[task]
             values[f"grad_norm/{task}/raw"] = report.norms[task]
             values[f"grad_norm/{task}/scale"] = report.scales[task]
             values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
+            values[f"grad_norm/{task}/share"] = share[task]
         self._means.add(values)
         return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
 
@@ -156,7 +171,9 @@ class AllInOneTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training log also gets the values of every task, averaged over the steps since the last one."""
         if "loss" in logs:
-            logs.update(self._means.drain())
+            with self._pace.working():
+                logs.update(self._means.drain())
+            logs.update(self._pace.drain())
             for task in self.schedule.tasks:
                 logs[f"epoch/{task}"] = self.schedule.epoch(task, self.state.global_step)
                 if self.balancer is not None:
@@ -214,8 +231,17 @@ class AllInOneTrainer(Trainer):
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
+        self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
+        """A few predictions of every task for the trackers. Trackers are the same on all ranks."""
+        if self.trackers:
+            draws = self.is_world_process_zero()
+            pictures = collect_drawings(self._evaluable_model(), data, self.args.device, 4, draws)
+            for tracker in self.trackers if draws else []:
+                tracker.show(pictures, self.state.global_step)
 
     def _evaluable_model(self) -> nn.Module:
         if self.deepspeed is not None:
