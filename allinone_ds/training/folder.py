@@ -15,6 +15,7 @@ EVENTS_FILE = "log.jsonl"
 LOG_FILE = "train.log"
 WEIGHTS_FILE = "model.safetensors"
 PAGE_FILE = "predictions.html"
+REPORT_FILE = "report.html"
 PICTURES = "predictions"
 PLOTS = "plots"
 EXPORT = "export"
@@ -22,7 +23,7 @@ TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.json"
 TRAINER_STATE = "trainer_state.json"
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, "training_args.bin",
-             PAGE_FILE, PICTURES, PLOTS, EXPORT, TENSORBOARD, WANDB_FILE)  # fmt: skip
+             PAGE_FILE, PICTURES, PLOTS, REPORT_FILE, EXPORT, TENSORBOARD, WANDB_FILE)  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
