@@ -19,7 +19,7 @@ from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
 from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, caption, enlarge, palette
 
-# COCO's, in float64. torchmetrics' own (1.9) are rounded to float32, some of them to above the recall they stand for: on
+# COCO's, in float64. Those of torchmetrics (1.9) are rounded to float32, some to above the recall they stand for: on
 # random boxes that moved mAP by 4e-4 away from pycocotools.
 _IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 _RECALLS = np.linspace(0.0, 1.0, 101).tolist()

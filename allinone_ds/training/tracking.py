@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -98,8 +99,8 @@ class WandbTracker(WandbCallback):
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
-        if self._log_model.is_enabled:
-            self.trainer.save_model()  # every rank
+        if _any_rank(self._log_model.is_enabled, args.device):
+            self.trainer.save_model()  # collective
             if state.is_world_process_zero:
                 self._log_files(args, "model", "model", (WEIGHTS_FILE, CONFIG_FILE, MODEL_FILE), ["final_model"])
         if state.is_world_process_zero:
@@ -128,6 +129,14 @@ class WandbTracker(WandbCallback):
             for file in files:
                 artifact.add_file(str(file))
             self._wandb.run.log_artifact(artifact, aliases=list(aliases) if aliases else None)
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any rank: launchers do not hand environment variables to other machines."""
+    flags = torch.tensor(float(flag), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
 class TensorBoardTracker(TensorBoardCallback):

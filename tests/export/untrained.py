@@ -22,7 +22,7 @@ RF_DETR = {
     "self_attention_heads": 4,
     "cross_attention_heads": 4,
     "ffn_dim": 32,
-    "decoder_layers": 2,
+    "decoder_layers": 1,
 }
 
 
