@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 
 from allinone_ds.training.meters import Pace, shares
+from tests.launcher import run_ranks
 
-from .tiny_run import TEST_SAMPLES, launch
+from .tiny_run import TEST_SAMPLES
 
 wandb = pytest.importorskip("wandb", reason="needs the extra `tracking`")
 pytest.importorskip("tensorboard", reason="needs the extra `tracking`")
@@ -23,12 +23,9 @@ MAIN = {"det": "map50", "seg": "miou", "cls": "top1"}
 @pytest.fixture(scope="module")
 def tracked(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """The run's folder, and W&B's files of the first start and of the resumed one."""
-    from _pytest.monkeypatch import MonkeyPatch
-
     place = tmp_path_factory.mktemp("tracked")
     folder = place / "run"
-    arguments = (f"output_dir={folder}", "trainer.report_to=[wandb,tensorboard]")
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_RUN_ID"):
             patch.delenv(name, raising=False)
         patch.setenv("NETRC", str(place / "netrc"))  # no key anywhere
@@ -36,9 +33,10 @@ def tracked(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         patch.setenv("WANDB_DIR", str(place))
         patch.setenv("WANDB_LOG_MODEL", "end")
         patch.setenv("WANDB_SILENT", "true")
-        launch(home, "torchrun", *arguments)
-        shutil.rmtree(folder / "checkpoint-4")  # as if it had been broken off after step 2
-        launch(home, "torchrun", *arguments, "--resume")
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        script = Path(__file__).parent / "ranks_tracking.py"
+        results = run_ranks(script, 2, place, str(home), str(folder))
+    assert set(results.values()) == {""}, results
     files = sorted((place / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)
     return folder, files
 
