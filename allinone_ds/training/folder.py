@@ -21,9 +21,11 @@ PLOTS = "plots"
 EXPORT = "export"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.json"
+SUBMISSION = "submission_{}.json"
 TRAINER_STATE = "trainer_state.json"
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, "training_args.bin",
-             PAGE_FILE, PICTURES, PLOTS, REPORT_FILE, EXPORT, TENSORBOARD, WANDB_FILE)  # fmt: skip
+             PAGE_FILE, PICTURES, PLOTS, REPORT_FILE, EXPORT, TENSORBOARD, WANDB_FILE,
+             SUBMISSION.format("A"), SUBMISSION.format("B"))  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -21,6 +21,7 @@ from allinone_ds.tasks import Prediction, Sample, Task
 from allinone_ds.training.build import open_test_data
 from allinone_ds.training.config import read_run_files
 from allinone_ds.training.evaluation import evaluate_task, score, tasks_of
+from allinone_ds.training.folder import SUBMISSION
 from allinone_ds.training.predict import default_device, load_run
 
 Leaderboard = Literal["A", "B"]
@@ -66,7 +67,7 @@ def score_run(folder: str | Path, leaderboard: Leaderboard, output: str | Path |
         written[name] = {"kind": kind, "classes": tasks[name].classes, "predictions": rows}
     main = [metrics[name][metric] for name, metric in zip(chosen.values(), KINDS[leaderboard].values(), strict=True)]
     facts_of_score = {"leaderboard": leaderboard, "score": score(main), "metrics": metrics}
-    target = Path(output) if output is not None else Path(folder) / f"submission_{leaderboard}.json"
+    target = Path(output) if output is not None else Path(folder) / SUBMISSION.format(leaderboard)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"version": 1, "run": config.name, **facts_of_score, "tasks": written}) + "\n")
     return {**facts_of_score, "file": str(target)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -41,7 +42,7 @@ def use_own_trackers(trainer: AllInOneTrainer) -> list[Tracker]:
     if trainer.pop_callback(WandbCallback):
         trackers.append(WandbTracker(trainer))
     if trainer.pop_callback(TensorBoardCallback):
-        trackers.append(TensorBoardTracker())
+        trackers.append(TensorBoardTracker(str(trainer.args.output_dir)))
     for tracker in trackers:
         trainer.add_callback(tracker)  # type: ignore[arg-type]
     return trackers
@@ -55,8 +56,8 @@ class WandbTracker(WandbCallback):
     - every metric has one x axis, the optimizer step. W&B's own counter only rises, over resumes too: rows below it
       would be dropped;
     - in the run's summary a task's main metric and the score are the best they were;
-    - the run's config.yaml and model.json are an artifact, and with WANDB_LOG_MODEL=end or checkpoint the final weights
-      too.
+    - config.yaml is `run` in the run's config, and with model.json an artifact; with WANDB_LOG_MODEL=end or checkpoint
+      the final weights are one too.
 
     Args:
         trainer: whose weights are saved at the end. transformers' own callback would build a second Trainer around the
@@ -83,18 +84,20 @@ class WandbTracker(WandbCallback):
             )
         super().setup(args, state, model, **kwargs)
         run = self._wandb.run
+        config = Path(args.output_dir) / CONFIG_FILE
+        if config.is_file():
+            run.config.update({"run": yaml.safe_load(config.read_text())}, allow_val_change=True)
         for name, task in tasks_of(model).items():
             run.define_metric(f"eval/{name}_{task.main_metric}", step_metric=STEP, summary="max")
         run.define_metric("eval/score", step_metric=STEP, summary="max")
         if run.step < before.get("rows", 0):  # an offline run cannot ask the server where it stood
             run.log({STEP: state.global_step}, step=before["rows"])
-        self._remember(args)
         self._log_files(args, "config", "config", (CONFIG_FILE, MODEL_FILE))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_save(args, state, control, **kwargs)
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         if state.is_world_process_zero:
-            self._remember(args)
+            self._remember()
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
@@ -103,8 +106,6 @@ class WandbTracker(WandbCallback):
             self.trainer.save_model()  # collective
             if state.is_world_process_zero:
                 self._log_files(args, "model", "model", (WEIGHTS_FILE, CONFIG_FILE, MODEL_FILE), ["final_model"])
-        if state.is_world_process_zero:
-            self._remember(args)
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         named = {
@@ -112,12 +113,16 @@ class WandbTracker(WandbCallback):
             for task, drawn in pictures.items()
         }
         self._wandb.log({**named, STEP: step})
+        self._remember()
 
-    def _remember(self, args: Any) -> None:
+    def _remember(self) -> None:
+        """Keep id and row counter after every row, for a run that is killed before its next checkpoint too."""
         run = self._wandb.run
-        memory = Path(args.output_dir) / WANDB_FILE
+        memory = Path(str(self.trainer.args.output_dir)) / WANDB_FILE
         memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps({"id": run.id, "rows": run.step}) + "\n")
+        scratch = memory.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"id": run.id, "rows": run.step}) + "\n")
+        scratch.replace(memory)  # whole or not at all
 
     def _log_files(
         self, args: Any, what: str, kind: str, names: Sequence[str], aliases: Sequence[str] | None = None
@@ -141,13 +146,20 @@ def _any_rank(flag: bool, device: torch.device) -> bool:
 
 class TensorBoardTracker(TensorBoardCallback):
     """TensorBoard: transformers' callback, in RUN/tensorboard; a resumed run goes on there, and what the run had logged
-    beyond the checkpoint is replaced."""
+    beyond the checkpoint is replaced.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        if self.logging_dir is None:  # TENSORBOARD_LOGGING_DIR
+            self.logging_dir = str(Path(folder) / TENSORBOARD)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        if self.logging_dir is None:
-            self.logging_dir = str(Path(args.output_dir) / TENSORBOARD)
         if self.tb_writer is None:
             purge = state.global_step + 1 if state.global_step else None
             self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge)

@@ -89,7 +89,7 @@ def test_an_offline_run_holds_everything_under_one_step_metric(tracked: tuple[Pa
     assert metrics["*"].step_metric == "train/global_step"
     for name in ("score", *(f"{task}_{key}" for task, key in MAIN.items())):
         assert metrics[f"eval/{name}"].summary.max and metrics[f"eval/{name}"].step_metric == "train/global_step"
-    assert config["learning_rate"] == 1e-3
+    assert config["learning_rate"] == 1e-3 and config["run"]["tasks"]["det"]["micro_steps"] == 2
     assert sorted(artifacts["config"]) == ["config.yaml", "model.json"]
     assert sorted(artifacts["model"]) == ["config.yaml", "model.json", "model.safetensors"]
 
