@@ -147,7 +147,7 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
-            if max(positive) < 1.2 * min(positive):  # do not blow rounding up to a curve
+            if max(positive) < 1.02 * min(positive):  # do not blow rounding up to a curve
                 axis.set_ylim(min(positive) / 2, max(positive) * 2)
     if data:
         axis.legend(frameon=False, fontsize=9)

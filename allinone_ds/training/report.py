@@ -33,7 +33,7 @@ p { margin: .4rem 0; max-width: 75ch; } .note { color: #555; }
 table { border-collapse: collapse; } caption { text-align: left; color: #555; padding: .2rem 0; }
 th, td { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code, pre { font-size: .85rem; } td code { overflow-wrap: anywhere; } pre { overflow-x: auto; }
+code, pre { font-size: .85rem; } td code { overflow-wrap: break-word; } pre { overflow-x: auto; }
 .plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .pictures { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(45%, 200px), 1fr)); }
@@ -41,6 +41,7 @@ code, pre { font-size: .85rem; } td code { overflow-wrap: anywhere; } pre { over
 .beside.small { grid-template-columns: repeat(auto-fit, minmax(min(45%, 150px), 320px)); }
 figure { margin: 0; } figcaption { font-size: .85rem; color: #555; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
+@media (max-width: 500px) { body { padding: .7rem; } th, td { padding-right: .55rem; font-size: .85rem; } }
 .plots img { width: 100%; max-width: 640px; }
 """
 PICTURES_ALONE, PICTURES_BESIDE = 12, 4
@@ -172,7 +173,7 @@ def _results(runs: Sequence[Run]) -> str:
     table = [[name, *values] for name, values in rows.items()]
     for key in metrics:
         values = [run.evaluation().get(key) for run in runs]
-        name = "score, the mean of the tasks' main metrics" if key == "eval_score" else _readable(key, runs)
+        name = "score (mean of main metrics)" if key == "eval_score" else _readable(key, runs)
         table.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
     return "<h2>Results</h2>" + _table(["", *(run.label for run in runs)], table)
 

@@ -118,6 +118,8 @@ class WandbTracker(WandbCallback):
     def _remember(self) -> None:
         """Keep id and row counter after every row, for a run that is killed before its next checkpoint too."""
         run = self._wandb.run
+        if run.disabled:  # WANDB_MODE=disabled counts nothing
+            return
         memory = Path(str(self.trainer.args.output_dir)) / WANDB_FILE
         memory.parent.mkdir(parents=True, exist_ok=True)
         scratch = memory.with_suffix(".tmp")
