@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,tracking]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,tracking,onnx]"
 	touch $@
 
 demo: setup

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Weighting,
         weighting_from_config,
     )
+    from .export import load
     from .models import AllInOneModel
     from .training import AllInOneArguments, AllInOneTrainer
 
@@ -35,6 +36,7 @@ _HOMES = {
         "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
         "weighting_from_config",
     ),
+    "export": ("load",),
     "models": ("AllInOneModel",),
     "training": ("AllInOneArguments", "AllInOneTrainer"),
 }  # fmt: skip
@@ -59,6 +61,7 @@ __all__ = [
     "TaskClip",
     "Uncertainty",
     "Weighting",
+    "load",
     "weighting_from_config",
 ]
 

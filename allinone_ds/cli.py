@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check, preview, doctor."""
+"""The command `allinone-ds`: train, demo, eval, predict, export, report, score, check, preview, doctor."""
 
 from __future__ import annotations
 
@@ -82,6 +82,25 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
     predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="write a run's model as folders that load without it")
+    export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    export.add_argument("--output", type=Path, help="folder to write to (default RUN/export)")
+    export.add_argument("--onnx", action="store_true", help="also an ONNX graph for every task (extra `onnx`)")
+    export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="one page of HTML about one run or several side by side")
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default report.html in the first RUN)")
+    report.set_defaults(run=_report)
+
+    score = commands.add_parser("score", help="the challenge's leaderboard score and the predictions behind it")
+    score.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="B: the second data, e.g. data_root=/other")
+    score.add_argument("--leaderboard", choices=("A", "B"), default="A", help="B trains the run on other data first")
+    score.add_argument("--output", type=Path, help="A: the submission file; B: folder of the second run (RUN/B)")
+    score.add_argument("--nproc", type=_positive, help="B: ranks (default: the GPUs, or 2 without any)")
+    score.set_defaults(run=_score)
 
     check = commands.add_parser("check", help="read every file of a run's data and report faults")
     check.add_argument("config", help="the run's YAML file")
@@ -200,12 +219,18 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
 
 
 def _summary(folder: Path, seconds: float) -> None:
-    from allinone_ds.training.folder import METRICS_FILE, PAGE_FILE, PLOTS, WEIGHTS_FILE
+    from allinone_ds.training.folder import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
     from allinone_ds.training.text import clock
 
     metrics = json.loads((folder / METRICS_FILE).read_text())
     console.print(_metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
-    named = {"weights": WEIGHTS_FILE, "metrics": METRICS_FILE, "plots": PLOTS, "predictions": PAGE_FILE}
+    named = {
+        "weights": WEIGHTS_FILE,
+        "metrics": METRICS_FILE,
+        "plots": PLOTS,
+        "predictions": PAGE_FILE,
+        "report": REPORT_FILE,
+    }
     for what, name in named.items():
         if (folder / name).exists():
             console.print(f"{what:12} {folder / name}")
@@ -227,7 +252,7 @@ def _metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
-# ---- eval, predict, check, preview ----
+# ---- eval, predict, export, report, score, check, preview, doctor ----
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -249,6 +274,65 @@ def _predict(args: argparse.Namespace) -> int:
     for file in written:
         console.print(str(file))
     return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    with console.status("exporting"):
+        _quiet()
+        from allinone_ds.export import export_run
+
+        done = export_run(args.folder, args.output, args.onnx)
+    console.print(f"weights of {done.source}")
+    for folder in done.folders:
+        console.print(str(folder))
+    for note in done.notes:
+        console.print(note, style="yellow")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from allinone_ds.training.report import write_report
+
+    console.print(str(write_report(args.folders, args.output)))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    folder, output = args.folder, args.output
+    if args.leaderboard == "B":
+        folder, output = _train_on_other_data(args), None
+    elif args.overrides:
+        raise ConfigError(f"leaderboard A scores the run as it is; leave out {' '.join(args.overrides)}")
+    with console.status("scoring"):
+        _quiet()
+        from allinone_ds.training.score import score_run
+
+        done = score_run(folder, args.leaderboard, output)
+    for task, metrics in done["metrics"].items():
+        console.print(f"{task:16} {'  '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
+    console.print(f"leaderboard {args.leaderboard}    {done['score']:.6f}", style="bold")
+    console.print(f"{'predictions':16} {done['file']}")
+    return 0
+
+
+def _train_on_other_data(args: argparse.Namespace) -> Path:
+    """The run's configuration, from its weights, on the data that the overrides name."""
+    from allinone_ds.training.files import read_yaml
+    from allinone_ds.training.folder import CONFIG_FILE
+    from allinone_ds.training.launch import default_ranks
+
+    if not args.overrides:
+        raise ConfigError("leaderboard B trains on other data of the same kinds; give it, for example data_root=/other")
+    folder = args.output or args.folder / "B"
+    own = [f"output_dir={folder}", f"model.start_from={args.folder}", "trainer.resume_from_checkpoint=false"]
+    overrides = [*own, *args.overrides]
+    config = args.folder / CONFIG_FILE
+    if not config.is_file():
+        raise ConfigError(
+            f"{args.folder}: no {CONFIG_FILE} in it; give the folder of a run or of one of its checkpoints"
+        )
+    _run(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
+    return folder
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -131,6 +131,12 @@ class FCOSDetector(nn.Module):
             out.loss_parts = {key: value.detach() for key, value in parts.items()}
         return out
 
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Every location's box (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K), before NMS."""
+        boxes = self.fcos.box_coder.decode(outputs.bbox_regression, torch.cat(list(outputs.anchors)))
+        scores = (outputs.cls_logits.sigmoid() * outputs.bbox_ctrness.sigmoid()).sqrt()
+        return boxes, scores
+
     def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
         """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first, after NMS."""
         counts = [len(level) for level in outputs.anchors]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from transformers import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 from transformers.models.rf_detr.modeling_rf_detr import (
@@ -152,6 +153,12 @@ class RFDetrDetector(nn.Module):
             enc_boxes,
         )[0]
         return loss + sum((value * 0.0).sum() for value in raw)
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Every query's box (B, Q, 4) XYXY in pixels of the network's input and scores (B, Q, K)."""
+        limit = outputs.pred_boxes.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * limit
+        return boxes.clamp(min=0).minimum(limit), outputs.logits.sigmoid()
 
     def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
         """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +18,10 @@ from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
 from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
 
+# COCO's, in float64. Those of torchmetrics (1.9) are rounded to float32, some to above the recall they stand for: on
+# random boxes that moved mAP by 4e-4 away from pycocotools.
+_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
+_RECALLS = np.linspace(0.0, 1.0, 101).tolist()
 _HEADS: dict[str, Any] = {"fcos": (FCOSDetector, FCOSOptions), "rf_detr": (RFDetrDetector, RFDetrOptions)}
 
 
@@ -142,7 +147,13 @@ class DetectionMetric:
             images = [image for rank in gathered for image in rank]
         if not images:
             return {"map50": 0.0, "map": 0.0}
-        metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", sync_on_compute=False)
+        metric = MeanAveragePrecision(
+            box_format="xyxy",
+            iou_type="bbox",
+            iou_thresholds=_IOU_THRESHOLDS,
+            rec_thresholds=_RECALLS,
+            sync_on_compute=False,
+        )
         metric.warn_on_many_detections = False
         metric.update([found for found, _ in images], [truth for _, truth in images])
         result = metric.compute()

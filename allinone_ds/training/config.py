@@ -31,6 +31,9 @@ class ModelConfig(Strict):
     """What all tasks share."""
 
     backbone: BackboneConfig
+    start_from: Path | None = None
+    """Folder of an earlier run (or checkpoint) with the same backbone: weights to start from. Heads whose task has
+    another name or other classes start fresh."""
 
 
 class TaskConfig(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from allinone_ds.data.loader import TaskData, eval_loader
-from allinone_ds.tasks import Task
+from allinone_ds.tasks import Prediction, Sample, Task
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -40,6 +40,7 @@ def evaluate_task(
     world_size: int = 1,
     num_workers: int = 0,
     around: Callable[[str], AbstractContextManager[None]] | None = None,
+    record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
 ) -> dict[str, float]:
     """Metrics of one task on its data, the same on every rank.
 
@@ -53,6 +54,7 @@ def evaluate_task(
         world_size: number of ranks; every sample is counted on exactly one.
         num_workers: processes that read images.
         around: entered with the task's name around each forward, such as `TaskBalancer.evaluation`.
+        record: gets the samples and predictions of every batch of this rank.
 
     Returns:
         Values by metric name, and over all ranks `samples`, the number of samples counted, and `broken`, that of
@@ -67,7 +69,10 @@ def evaluate_task(
             outputs = model(task=name, pixel_values=to_device(batch.batch["pixel_values"], device))
         if batch.count:
             sizes = [tuple(sample["image"].shape[-2:]) for sample in batch.samples]
-            metric.update(task.predict(outputs, sizes), batch.samples)
+            predictions = task.predict(outputs, sizes)
+            metric.update(predictions, batch.samples)
+            if record is not None:
+                record(batch.samples, predictions)
         counted += torch.tensor([batch.count, len(batch.broken)], device=device)
     if world_size > 1:
         torch.distributed.all_reduce(counted)

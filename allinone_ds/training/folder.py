@@ -17,14 +17,20 @@ EVENTS_FILE = "log.jsonl"
 LOG_FILE = "train.log"
 WEIGHTS_FILE = "model.safetensors"
 PAGE_FILE = "predictions.html"
+REPORT_FILE = "report.html"
 PICTURES = "predictions"
 PLOTS = "plots"
+EXPORT = "export"
+TENSORBOARD = "tensorboard"
+WANDB_FILE = "wandb.json"
+SUBMISSION = "submission_{}.json"
+TRAINER_STATE = "trainer_state.json"
 UNFINISHED = ".unfinished-"
 """Start of the name that a checkpoint has until all of it is on the disk."""
 BROKEN = "broken-"
 """Start of the name that a checkpoint gets when its files are not what was written."""
-OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES,
-             PLOTS)  # fmt: skip
+OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
+             REPORT_FILE, EXPORT, TENSORBOARD, WANDB_FILE, SUBMISSION.format("A"), SUBMISSION.format("B"))  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

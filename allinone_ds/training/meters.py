@@ -1,8 +1,11 @@
-"""Running means of what a balanced step reports; nothing waits for the device until a log is written."""
+"""What is measured in every step and read once a log: nothing waits for the device until then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,3 +59,80 @@ class Means:
             torch.distributed.all_reduce(table)
         sums, counts = table.tolist()
         return {n: s / c if c else float("nan") for n, s, c in zip(self._names, sums, counts, strict=True)}
+
+
+class Pace:
+    """Where the time of the steps since the last log went, by the host's clock; the device is never waited for.
+
+    On a GPU the host runs ahead of the device and catches up when a log is drained, so time a log is right and time a
+    single step would not be. Evaluation and saving are not in it.
+
+    Args:
+        images: images of one step over all ranks, by task.
+        device: of this rank.
+    """
+
+    def __init__(self, images: Mapping[str, int], device: torch.device) -> None:
+        self.images = dict(images)
+        self.device = device
+        self._seconds = {"wait": 0.0, "work": 0.0}
+        self._steps = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which the step's data is waited for; begins a step."""
+        self._steps += 1
+        yield from self._timed("wait")
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Time in which the step is computed, or its log read from the device."""
+        yield from self._timed("work")
+
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[what] += time.perf_counter() - start
+
+    def drain(self) -> dict[str, float]:
+        """Values of the slowest rank since the last call; then start anew. Every rank must call it.
+
+        Returns:
+            seconds/step, seconds/data_wait (part of it), images_per_second/TASK (over all ranks), and memory/peak_gib
+            (allocated on the device, or on a CPU resident, since the process began).
+        """
+        if not self._steps:
+            return {}
+        wait, work = self._seconds["wait"], self._seconds["work"]
+        worst = torch.tensor([wait + work, wait, _peak_gib(self.device)], dtype=torch.float64, device=self.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        seconds, wait, memory = worst.tolist()
+        steps, self._steps, self._seconds = self._steps, 0, {"wait": 0.0, "work": 0.0}
+        return {
+            "seconds/step": seconds / steps,
+            "seconds/data_wait": wait / steps,
+            **{f"images_per_second/{task}": count * steps / seconds for task, count in self.images.items()},
+            "memory/peak_gib": memory,
+        }
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def shares(norms: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each task's share in the sum of squared scaled backbone norms, on the device.
+
+    Args:
+        norms: raw norms by task, 0-dim.
+        scales: the factors they got; a task that was left out has factor 0.
+
+    Returns:
+        0-dim tensors from 0 to 1 by task; NaN when no task moved the backbone.
+    """
+    squares = {task: torch.where(scales[task] > 0, norms[task] * scales[task], 0.0).square() for task in norms}
+    total = torch.stack(list(squares.values())).sum()
+    return {task: square / total for task, square in squares.items()}

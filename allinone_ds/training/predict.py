@@ -1,4 +1,4 @@
-"""Use a trained run without DeepSpeed: load it, evaluate it, predict on images."""
+"""Use a trained model without DeepSpeed: load a run, evaluate it, predict on images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,110 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from allinone_ds.data.base import BrokenSample
 from allinone_ds.data.images import read_image
-from allinone_ds.data.transforms import eval_transform, stack_pixels
+from allinone_ds.data.transforms import eval_transform
 from allinone_ds.models.model import AllInOneModel
-from allinone_ds.strict import ConfigError
+from allinone_ds.strict import ConfigError, did_you_mean
+from allinone_ds.tasks import Prediction, Task
 from allinone_ds.tasks.drawing import to_pil
 from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import RunConfig, read_run_files
-from allinone_ds.training.evaluation import evaluate_tasks, tasks_of, to_device
-from allinone_ds.training.folder import WEIGHTS_FILE, checkpoints
+from allinone_ds.training.evaluation import evaluate_tasks, tasks_of
+from allinone_ds.training.weights import read_weights
+
+AnyImage = str | Path | Image.Image | Tensor
+"""A file, a PIL image, or a uint8 RGB tensor (3, H, W)."""
+
+
+class Predictor:
+    """A trained model with what it needs to see images: resizing, normalisation, class names.
+
+    Args:
+        model: left in evaluation mode.
+
+    Attributes:
+        model: the `AllInOneModel`; `model(task, pixel_values)` gives raw outputs.
+        backbone: its shared backbone; `backbone(pixel_values).feature_maps`.
+        tasks: its tasks by name; `tasks["det"].classes` are class names by label.
+    """
+
+    def __init__(self, model: AllInOneModel) -> None:
+        self.model = model.eval()
+        self.tasks: dict[str, Task] = tasks_of(model)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.backbone
+
+    def preprocess(self, images: Sequence[AnyImage], task: str | None = None) -> Tensor:
+        """The network's input for a task: images resized (without padding) and normalised.
+
+        Args:
+            images: B images of any size.
+            task: its name; None when there is one only.
+
+        Returns:
+            float32 (B, 3, H, W) on the model's device.
+
+        Raises:
+            ConfigError: an image cannot be read, or the task does not exist.
+        """
+        transform = eval_transform(self._task(task).image_size)
+        samples = [transform({"image": open_image(image)}) for image in images]
+        return stack_images(samples).to(next(self.model.parameters()).device)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[AnyImage] | AnyImage, task: str | None = None) -> list[Prediction]:
+        """What a task finds in images, in pixels of the images as they were given.
+
+        Args:
+            images: one or several, of any size.
+            task: its name; None when there is one only.
+
+        Returns:
+            One prediction an image. Detection: "boxes" (n, 4) XYXY, "scores" (n,), "labels" (n,), best first.
+            Segmentation: "mask" (H, W) of labels. Classification: "label", "scores" (K,).
+        """
+        given = [images] if isinstance(images, str | Path | Image.Image | Tensor) else list(images)
+        found = self._task(task)
+        opened = [open_image(image) for image in given]
+        pixels = self.preprocess(opened, task)
+        return found.predict(self.model(found.name, pixels), [(image.shape[1], image.shape[2]) for image in opened])
+
+    def _task(self, name: str | None) -> Task:
+        if name is None and len(self.tasks) == 1:
+            return next(iter(self.tasks.values()))
+        if name not in self.tasks:
+            raise ConfigError(f"task = {name!r}: {did_you_mean(str(name), self.tasks)}")
+        return self.tasks[name]
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(f"{name}: {task.kind}" for name, task in self.tasks.items())
+        return f"Predictor({type(self.backbone.net).__name__}; {tasks})"
+
+
+def open_image(image: AnyImage) -> Tensor:
+    """An image as uint8 RGB (3, H, W).
+
+    Raises:
+        ConfigError: it cannot be read, or the tensor is not uint8 (3, H, W).
+    """
+    if isinstance(image, str | Path):
+        try:
+            return read_image(str(image))
+        except BrokenSample as error:
+            raise ConfigError(str(error)) from error
+    if isinstance(image, Image.Image):
+        return tv_tensors.Image(pil_to_tensor(image.convert("RGB")))
+    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
+        raise ConfigError(f"an image tensor is uint8 (3, H, W) in RGB, found {image.dtype} {tuple(image.shape)}")
+    return tv_tensors.Image(image)
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[AllInOneModel, RunConfig]:
@@ -36,12 +128,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Al
         ConfigError: there are no weights in the folder.
     """
     config, facts = read_run_files(folder)
-    places = [Path(folder), *reversed(checkpoints(folder))]
-    weights = next((p / WEIGHTS_FILE for p in places if (p / WEIGHTS_FILE).is_file()), None)
-    if weights is None:
-        raise ConfigError(f"{folder}: no {WEIGHTS_FILE} in it or in its checkpoints")
+    state, _ = read_weights(folder)
     model = build_model(config, facts)
-    state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(weights).items()}
     model.load_state_dict(state)
     return model.eval().to(device), config
 
@@ -59,7 +147,6 @@ def evaluate_run(folder: str | Path) -> dict[str, float]:
     return evaluate_tasks(model, open_test_data(config, facts.classes), device)
 
 
-@torch.no_grad()
 def predict_images(folder: str | Path, images: Sequence[str | Path], output: str | Path) -> list[Path]:
     """Run every task of a run on images and write what it sees.
 
@@ -74,23 +161,16 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
     Raises:
         ConfigError: an image cannot be read.
     """
-    device = default_device()
-    model, config = load_run(folder, device)
+    predictor = Predictor(load_run(folder, default_device())[0])
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     names = _distinct_names([Path(image) for image in images])
     written: list[Path] = []
     for name, file in names.items():
-        try:
-            image = read_image(str(file))
-        except BrokenSample as error:
-            raise ConfigError(str(error)) from error
-        sample = {"image": image, "path": str(file), "index": 0}
+        image = open_image(file)
         found: dict[str, Any] = {}
-        for task_name, task in tasks_of(model).items():
-            transform = eval_transform(config.tasks[task_name].image_size)
-            pixels = to_device(stack_pixels([transform(dict(sample))]), device)
-            prediction = task.predict(model(task=task_name, pixel_values=pixels), [tuple(image.shape[-2:])])[0]
+        for task_name, task in predictor.tasks.items():
+            prediction = predictor.predict(image, task_name)[0]
             found[task_name] = task.to_json(prediction)
             picture = output / f"{name}-{task_name}.png"
             to_pil(task.draw(image, prediction)).save(picture)

@@ -15,14 +15,16 @@ from allinone_ds.training.folder import METRICS_FILE, PLOTS, check_resume
 from allinone_ds.training.pages import collect_drawings, write_page
 from allinone_ds.training.plots import write_plots
 from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
+from allinone_ds.training.report import write_report
+from allinone_ds.training.start import start_from
 from allinone_ds.training.trainer import AllInOneTrainer
 
 
 def train_run(config: RunConfig) -> dict[str, float] | None:
     """Train, evaluate and write the run's folder; every rank calls it.
 
-    The folder gets checkpoints, the weights alone (model.safetensors), config.yaml, model.json, metrics.json, plots/
-    and predictions.html.
+    The folder gets checkpoints, the weights alone (model.safetensors), config.yaml, model.json, metrics.json, plots/,
+    predictions.html and report.html.
 
     Args:
         config: the run; `trainer.resume_from_checkpoint` is true (the last checkpoint) or a checkpoint's folder.
@@ -43,6 +45,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
+    if config.model.start_from is not None and resume is None:
+        start_from(model, config.model.start_from)
     facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
     weighting, balancer_options = balancer_from_config(config.balancer)
     events = EventLog(config.run_dir)
@@ -74,6 +78,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         write_plots(trainer.state.log_history, folder / PLOTS)
         if test_data:
             write_page(drawings, folder, title=config.name, metrics=metrics)
+        write_report([folder])
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics

@@ -17,11 +17,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
-from allinone_ds.training.folder import UNFINISHED, WEIGHTS_FILE
+from allinone_ds.training.folder import TRAINER_STATE, UNFINISHED, WEIGHTS_FILE
 from allinone_ds.training.manifest import read_manifest
 from allinone_ds.zero import load_resharded, own_checkpoint_files, save_engine
 
-STATE_FILE = "trainer_state.json"
 SCHEDULER_FILE = "scheduler.pt"
 
 
@@ -74,7 +73,7 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
             if not args.save_only_model and not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
                 torch.save(trainer.lr_scheduler.state_dict(), writer.folder / SCHEDULER_FILE)
             _note_callbacks(trainer)
-            state.save_to_json(str(writer.folder / STATE_FILE))
+            state.save_to_json(str(writer.folder / TRAINER_STATE))
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, RunCallback):
                     callback.on_checkpoint(writer.folder)

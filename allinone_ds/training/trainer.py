@@ -24,8 +24,9 @@ from allinone_ds.training.errors import RunError, out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
 from allinone_ds.training.folder import check_resume, clear_unfinished
 from allinone_ds.training.manifest import faults_of
-from allinone_ds.training.meters import Means
+from allinone_ds.training.meters import Means, Pace, shares
 from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.pages import collect_drawings
 from allinone_ds.training.saving import (
     RunCallback,
     load_engine,
@@ -35,6 +36,7 @@ from allinone_ds.training.saving import (
     save_weights,
 )
 from allinone_ds.training.signals import StopOnSignal
+from allinone_ds.training.tracking import use_own_trackers
 from allinone_ds.training.watch import StallWatch
 
 
@@ -55,10 +57,10 @@ class AllInOneTrainer(Trainer):
 
     Logged beside Trainer's own values, as means over the steps since the last
     log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
-    it got) and grad_norm/TASK/scaled; and epoch/TASK, skipped/TASK (steps that left the task out because it was not
-    finite, since training was started or resumed) and broken_images (unreadable ones, all ranks, whole run). With
-    `cosines_every`, of the last step that measured them: cosine/TASK/TASK and conflict_rate, the share of pairs of
-    tasks whose backbone gradients point apart.
+    it got), grad_norm/TASK/scaled and grad_norm/TASK/share (of the squared norm of the update); and epoch/TASK,
+    skipped/TASK (steps that left the task out because it was not finite), broken_images (unreadable ones, all ranks,
+    whole run) and what `Pace` measures. With `cosines_every`, of the last step that measured them: cosine/TASK/TASK and
+    conflict_rate, the share of pairs of tasks whose backbone gradients point apart.
 
     Args:
         model: an AllInOneModel.
@@ -113,6 +115,11 @@ class AllInOneTrainer(Trainer):
             world_size=args.world_size,
         )
         self.balancer: TaskBalancer | None = None
+        self.trackers = use_own_trackers(self)
+        self._pace = Pace(
+            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
+            args.device,
+        )
         self._means = Means(args.device)
         self._watched: StepReport | None = None  # the last one with cosines
         self._watch: StallWatch | None = None
@@ -232,7 +239,8 @@ class AllInOneTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step's data. There is no item count: every task averages its own losses."""
         self.mark(f"the data of step {self.state.global_step}")
-        return list(itertools.islice(epoch_iterator, num_batches)), None  # none when a run that had ended is resumed
+        with self._pace.waiting():  # none when a run that had ended is resumed
+            return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
@@ -259,6 +267,10 @@ class AllInOneTrainer(Trainer):
         Returns:
             The sum of the tasks' losses on this rank.
         """
+        with self._pace.working():
+            return self._balanced_step(model, inputs)
+
+    def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
         model.train()
         if self.balancer is None or self.balancer.engine is not model:
             self.balancer = TaskBalancer(
@@ -292,12 +304,14 @@ class AllInOneTrainer(Trainer):
                         raise clear from error
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
+        share = shares(report.norms, report.scales)
         values: dict[str, Tensor] = {}
         for task in self.schedule.tasks:
             values[f"loss/{task}"] = report.losses[task]
             values[f"grad_norm/{task}/raw"] = report.norms[task]
             values[f"grad_norm/{task}/scale"] = report.scales[task]
             values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
+            values[f"grad_norm/{task}/share"] = share[task]
         self._means.add(values)
         if report.gram is not None:
             self._watched = report
@@ -338,7 +352,9 @@ class AllInOneTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training log also gets the values of every task, averaged over the steps since the last one."""
         if "loss" in logs:
-            logs.update(self._means.drain())
+            with self._pace.working():
+                logs.update(self._means.drain())
+            logs.update(self._pace.drain())
             for task in self.schedule.tasks:
                 logs[f"epoch/{task}"] = self.schedule.epoch(task, self.state.global_step)
                 if self.balancer is not None:
@@ -401,8 +417,17 @@ class AllInOneTrainer(Trainer):
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
+        self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
+        """A few predictions of every task for the trackers. Trackers are the same on all ranks."""
+        if self.trackers:
+            draws = self.is_world_process_zero()
+            pictures = collect_drawings(self._evaluable_model(), data, self.args.device, 4, draws)
+            for tracker in self.trackers if draws else []:
+                tracker.show(pictures, self.state.global_step)
 
     def _evaluable_model(self) -> nn.Module:
         if self.deepspeed is not None:

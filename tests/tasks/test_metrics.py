@@ -1,7 +1,10 @@
-"""Metrics against hand-made cases."""
+"""Metrics against hand-made cases and references."""
 
+import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks import build_task, task_class
@@ -62,6 +65,100 @@ def test_top1_counts_images():
     metric.update([], [])
     metric.update([{"label": 2}], [{"label": 2}])
     assert metric.compute()["top1"] == pytest.approx(3 / 4)
+
+
+def random_scenes(count=40, classes=4):
+    """Truths with crowds, and predictions near them, beside them and of the wrong class; more than COCO counts."""
+    generator = torch.Generator().manual_seed(11)
+
+    def boxes(n):
+        corner = torch.rand(n, 2, generator=generator) * 80
+        return torch.cat([corner, corner + 4 + torch.rand(n, 2, generator=generator) * 40], dim=1)
+
+    def whole(high, n):
+        return torch.randint(0, high, (n,), generator=generator)
+
+    truths, found = [], []
+    for i in range(count):
+        n = int(whole(6, 1))
+        truth = {"boxes": boxes(n), "labels": whole(classes, n), "iscrowd": whole(5, n) == 0}
+        near = truth["boxes"] + torch.randn(n, 4, generator=generator) * 1.5
+        more = 130 if i == 0 else int(whole(8, 1))
+        wrong = torch.where(whole(4, n) == 0, whole(classes, n), truth["labels"])
+        truths.append(truth)
+        found.append(
+            {
+                "boxes": torch.cat([near, boxes(more)]),
+                "labels": torch.cat([wrong, whole(classes, more)]),
+                "scores": torch.cat(
+                    [torch.rand(n, generator=generator) * 0.6 + 0.4, torch.rand(more, generator=generator)]
+                ),
+            }
+        )
+    return truths, found
+
+
+def coco_map50(truths, found, classes=4):
+    """mAP50 and mAP of pycocotools, fed by hand."""
+
+    def rows(things):
+        for image, thing in enumerate(things):
+            for k in range(len(thing["labels"])):
+                x0, y0, x1, y1 = thing["boxes"][k].double().tolist()
+                yield image, thing, k, [x0, y0, x1 - x0, y1 - y0]
+
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": image} for image in range(len(truths))],
+        "categories": [{"id": k} for k in range(classes)],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": int(thing["labels"][k]),
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": int(thing["iscrowd"][k]),
+            }
+            for number, (image, thing, k, box) in enumerate(rows(truths), 1)
+        ],
+    }
+    truth.createIndex()
+    results = [
+        {"image_id": image, "category_id": int(t["labels"][k]), "bbox": box, "score": float(t["scores"][k])}
+        for image, t, k, box in rows(found)
+    ]
+    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {"map": evaluation.stats[0], "map50": evaluation.stats[1]}
+
+
+def test_map50_is_that_of_pycocotools():
+    truths, found = random_scenes()
+    metric = DetectionMetric()
+    for start in range(0, 40, 7):
+        metric.update(found[start : start + 7], truths[start : start + 7])
+    result, expected = metric.compute(), coco_map50(truths, found)
+    assert 0.05 < expected["map"] < expected["map50"] < 0.95
+    assert result == pytest.approx(expected, abs=1e-6)
+
+
+def test_miou_is_that_of_one_confusion_matrix_of_all_images():
+    generator = np.random.default_rng(5)
+    K, matrix = 7, np.zeros((7, 7), dtype=np.int64)
+    metric = SegmentationMetric(K)
+    for size in ((20, 30), (31, 17), (8, 8)):  # class 6 never appears; per-image means would differ
+        truth = generator.choice([0, 0, 0, 1, 2, 3, 4, 5, 255], size).astype(np.uint8)
+        found = np.where(generator.random(size) < 0.6, np.minimum(truth, 5), generator.integers(0, 6, size))
+        valid = truth != 255
+        np.add.at(matrix, (truth[valid], found[valid]), 1)
+        metric.update([{"mask": torch.from_numpy(found.astype(np.uint8))}], [{"mask": torch.from_numpy(truth)}])
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    expected = float((matrix.diagonal()[union > 0] / union[union > 0]).mean())
+    assert 0.1 < expected < 0.9
+    assert metric.compute()["miou"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "main"), [("det", "map50"), ("seg", "miou"), ("cls", "top1")])

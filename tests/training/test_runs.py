@@ -33,7 +33,15 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_its_folder_complete(run: Path, home: Path) -> None:
-    for name in ("config.yaml", "model.json", "metrics.json", "model.safetensors", "log.jsonl", "predictions.html"):
+    for name in (
+        "config.yaml",
+        "model.json",
+        "metrics.json",
+        "model.safetensors",
+        "log.jsonl",
+        "predictions.html",
+        "report.html",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert {path.name for path in (run / "plots").iterdir()} == {"loss.png", "norms.png", "metrics.png"}
     assert {path.name.split("-")[0] for path in (run / "predictions").iterdir()} == set(TEST_SAMPLES)

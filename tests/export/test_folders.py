@@ -1,0 +1,148 @@
+"""Exported folders give what the run's model gives, load without the run, and say what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import allinone_ds
+from allinone_ds import cli
+from allinone_ds.export import export_run
+from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.strict import ConfigError
+from tests.tiny import CLASSES
+
+from .untrained import untrained_run
+
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def assert_same_outputs(found, expected, task: str) -> None:
+    """Two models' raw outputs of a task are the same bits."""
+    ours, theirs = found(task, PIXELS), expected(task, PIXELS)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(ours[key], value), (task, key)
+
+
+@pytest.mark.parametrize(("stem", "strong"), [("conv", False), ("patch", True)])
+def test_every_folder_gives_what_the_run_gives(tmp_path: Path, stem: str, strong: bool) -> None:
+    model = untrained_run(tmp_path / "run", stem, strong)
+    done = export_run(tmp_path / "run", tmp_path / "out")
+    assert done.source == tmp_path / "run" / "model.safetensors"
+    (tmp_path / "run").rename(tmp_path / "gone")
+    whole = allinone_ds.load(tmp_path / "out" / "model")
+    assert list(whole.tasks) == ["det", "seg", "cls"]
+    photo = Image.effect_noise((50, 40), 90).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    for name in whole.tasks:
+        alone = allinone_ds.load(tmp_path / "out" / "tasks" / name)
+        assert list(alone.tasks) == [name] and alone.tasks[name].classes == CLASSES
+        assert not alone.model.training
+        assert_same_outputs(alone.model, model, name)
+        assert_same_outputs(whole.model, model, name)
+        first, again = alone.predict(photo)[0], whole.predict([tmp_path / "photo.png"], name)[0]
+        assert first.keys() == again.keys()
+        assert all(torch.equal(torch.as_tensor(first[key]), torch.as_tensor(again[key])) for key in first)
+    assert tuple(whole.predict(photo, "seg")[0]["mask"].shape) == (40, 50)
+    from_run = allinone_ds.load(tmp_path / "gone")
+    assert_same_outputs(from_run.model, model, "seg")
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit", "vitdet"])
+def test_the_backbone_loads_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": 32}
+    more = {"dinov3_vit": {"intermediate_size": 64}, "vitdet": {"pretrain_image_size": 32}}.get(model_type, {})
+    model = untrained_run(tmp_path, model_type=model_type, config={**sizes, **more})
+    expected = model.backbone(PIXELS).feature_maps
+    folder = tmp_path / "export" / "backbone"
+    assert folder in export_run(tmp_path).folders
+    name = type(model.backbone.net).__name__
+    assert f"{name}.from_pretrained" in (folder / "README.md").read_text()
+    direct = getattr(transformers, name).from_pretrained(folder)
+    # AutoBackbone asks the hub for the name before it looks at the folder; a hub that has it stands in here
+    hub = SimpleNamespace(repo_exists=lambda name: True)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.hf_api", lambda: hub)
+    auto = transformers.AutoBackbone.from_pretrained(folder)
+    again = build_backbone(BackboneConfig(model_type=model_type, checkpoint=str(folder)))  # type: ignore[arg-type]
+    for loaded in (direct, auto, again):
+        for ours, theirs in zip(loaded.eval()(PIXELS).feature_maps, expected, strict=True):
+            assert torch.equal(ours, theirs)
+    pixels = transformers.ViTImageProcessor.from_pretrained(folder)(
+        torch.full((3, 8, 8), 124, dtype=torch.uint8), return_tensors="pt"
+    )["pixel_values"]
+    assert pixels.shape[-2:] == (8, 8)
+    torch.testing.assert_close(pixels[0, 0, 0, 0].item(), (124 / 255 - 0.485) / 0.229, atol=1e-4, rtol=0)
+
+
+def test_a_conv_stem_has_no_transformers_folder_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = untrained_run(tmp_path, "conv")
+    stale = tmp_path / "export" / "backbone"
+    stale.mkdir(parents=True)
+    assert cli.main(["export", str(tmp_path)]) == 0
+    assert "convolutional stem" in capsys.readouterr().out
+    assert not stale.exists()
+    backbone = allinone_ds.load(tmp_path / "export" / "model").backbone
+    assert torch.equal(backbone(PIXELS).feature_maps[-1], model.backbone(PIXELS).feature_maps[-1])
+
+
+def test_the_card_says_what_how_good_and_on_what(tmp_path: Path) -> None:
+    untrained_run(tmp_path)
+    metrics = {"steps": 7, "eval_det_map50": 0.25, "eval_det_samples": 9, "eval_cls_top1": 0.5, "eval_score": 0.3}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    export_run(tmp_path)
+    card = (tmp_path / "export" / "tasks" / "det" / "README.md").read_text()
+    for part in (
+        "pipeline_tag: object-detection",
+        "| det | map50 | 0.2500 | 9 |",
+        "detection/train.json",
+        ", ".join(CLASSES),
+        "32 x 32 pixels",
+        "allinone_ds.load(",
+        "learning_rate: 0.001",
+        "for 7 steps",
+    ):
+        assert part in card, part
+    assert "top1" not in card and str(tmp_path) not in card
+    whole = (tmp_path / "export" / "model" / "README.md").read_text()
+    assert "| cls | top1 | 0.5000 |" in whole and 'task="det"' in whole
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="allinone.json"):
+        allinone_ds.load(tmp_path)
+    untrained_run(tmp_path)
+    export_run(tmp_path)
+    folder = tmp_path / "export" / "tasks" / "seg"
+    facts = json.loads((folder / "allinone.json").read_text())
+
+    def change(**values: object) -> None:
+        (folder / "allinone.json").write_text(json.dumps({**facts, **values}))
+
+    change(preprocessing={**facts["preprocessing"], "mean": [0.5, 0.5, 0.5]})
+    with pytest.raises(ConfigError, match="preprocessing"):
+        allinone_ds.load(folder)
+    seg = facts["tasks"]["seg"]
+    change(tasks={"seg": {**seg, "classes": [*seg["classes"], "more"]}})
+    with pytest.raises(ConfigError, match="do not fit together"):
+        allinone_ds.load(folder)
+    change(bakbone={})
+    with pytest.raises(ConfigError, match="did you mean 'backbone'"):
+        allinone_ds.load(folder)
+    model = allinone_ds.load(tmp_path / "export" / "model")
+    with pytest.raises(ConfigError, match="did you mean 'seg'"):
+        model.predict(tmp_path / "x.png", "segm")
+    with pytest.raises(ConfigError, match="x.png"):
+        model.predict(tmp_path / "x.png", "seg")
+    with pytest.raises(ConfigError, match="uint8"):
+        model.predict(torch.zeros(3, 8, 8), "seg")

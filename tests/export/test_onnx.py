@@ -1,0 +1,54 @@
+"""ONNX graphs give in onnxruntime what PyTorch gives, for every head and any batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from allinone_ds.export.onnx import TaskGraph, write_onnx
+
+from .untrained import untrained_run
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
+pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
+
+
+ONE_LAYER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "image_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("strong", "outputs"),
+    [(False, {"det": ["boxes", "scores"], "seg": ["logits"], "cls": ["logits"]}),
+     (True, {"det": ["boxes", "scores"], "seg": ["logits"]})],
+)  # fmt: skip
+def test_graphs_equal_the_model(tmp_path: Path, strong: bool, outputs: dict[str, list[str]]) -> None:
+    model = untrained_run(tmp_path, "conv" if strong else "patch", strong, config=ONE_LAYER)  # a graph grows with depth
+    generator = torch.Generator().manual_seed(1)
+    for name, names in outputs.items():
+        session = onnxruntime.InferenceSession(write_onnx(model, name, tmp_path / f"{name}.onnx"))
+        assert [value.name for value in session.get_inputs()] == ["pixel_values"]
+        assert [value.name for value in session.get_outputs()] == names
+        for batch in (1, 3):
+            pixels = torch.randn(batch, 3, 32, 32, generator=generator)
+            found = session.run(None, {"pixel_values": pixels.numpy()})
+            with torch.no_grad():
+                expected = TaskGraph(model, name)(pixels)
+            for ours, theirs in zip(found, expected, strict=True):  # boxes in pixels, scores and logits around 1
+                torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_decoded_boxes_are_those_of_predict(tmp_path: Path, strong: bool) -> None:
+    model = untrained_run(tmp_path, strong=strong)
+    task = model.tasks["det"]
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        boxes, scores = TaskGraph(model, "det")(pixels)
+        predictions = task.predict(model("det", pixels), [(32, 32)] * 2)
+    for row, prediction in enumerate(predictions):
+        best = int(scores[row].max(dim=1).values.argmax())
+        torch.testing.assert_close(scores[row].max(), prediction["scores"][0])
+        torch.testing.assert_close(boxes[row, best].clamp(0, 32), prediction["boxes"][0])
+        assert int(scores[row, best].argmax()) == int(prediction["labels"][0])

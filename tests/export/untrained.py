@@ -1,0 +1,60 @@
+"""A run's folder without a run: its configuration, its model with fresh weights, its safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from allinone_ds.models.model import AllInOneModel
+from allinone_ds.training.build import build_model, open_train_data
+from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
+from allinone_ds.training.folder import WEIGHTS_FILE
+from tests.tiny import CLASSES
+from tests.training.tiny_run import tiny_run
+
+RF_DETR = {
+    "width": 32,
+    "num_queries": 10,
+    "groups": 2,
+    "self_attention_heads": 4,
+    "cross_attention_heads": 4,
+    "ffn_dim": 32,
+    "decoder_layers": 1,
+}
+
+
+def untrained_run(
+    folder: Path, stem: str = "patch", strong: bool = False, home: Path | None = None, **backbone: Any
+) -> AllInOneModel:
+    """Write a run's folder and return its model.
+
+    Args:
+        folder: of the run.
+        stem: of the backbone.
+        strong: the heads rf_detr and upernet in place of the light ones.
+        home: folder of the demo data whose classes the heads have; None: no data, and the classes of tests.tiny.
+        backbone: further fields of BackboneConfig.
+    """
+    content = tiny_run(home or folder)
+    content["output_dir"] = str(folder)
+    content["model"]["backbone"].update(stem=stem, **backbone)
+    if strong:
+        content["tasks"]["det"].update(head="rf_detr", options=RF_DETR)
+        content["tasks"]["seg"].update(head="upernet", options={"width": 32})
+    config = RunConfig.model_validate(content)
+    classes = dict.fromkeys(config.tasks, CLASSES)
+    if home is not None:
+        classes = {name: data.dataset.classes for name, data in open_train_data(config).items()}
+    facts = ModelFacts(backbone=config.model.backbone, classes=classes)
+    torch.manual_seed(3)
+    model = build_model(config, facts).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # heads start at zero: nothing could differ
+            if parameter.requires_grad and name.endswith(("classifier.weight", "cls_logits.weight")):
+                parameter.normal_(std=0.5)
+    save_run_files(config, facts, folder)
+    save_file(model.state_dict(), folder / WEIGHTS_FILE)
+    return model
