@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from allinone_ds.data.base import BrokenSample
 from allinone_ds.data.images import read_image
-from allinone_ds.data.transforms import eval_transform
+from allinone_ds.data.transforms import eval_transform, stack_images
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError, did_you_mean
 from allinone_ds.tasks import Prediction, Task
