@@ -127,13 +127,15 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
-    """Logs by step. What a resumed run did a second time counts, what it had done before does not."""
+    """Logs by step. Where a run is resumed, what it had logged beyond that step no longer counts."""
     last: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in _text(file).splitlines():
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed
+        if event.get("event") == "begin":
+            last = {key: entry for key, entry in last.items() if key[0] <= event["step"]}
         if event.get("event") == "log" and ("loss" in event or "eval_score" in event):
             last[event["step"], "loss" in event] = {
                 key: math.nan if value is None else value

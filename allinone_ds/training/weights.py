@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def _from_shards(shards: Path) -> dict[str, Tensor]:
 
     try:
         return {name: _full(value) for name, value in consolidate(shards).items()}
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{shards}: its ZeRO shards cannot be put together: {error}") from error
 
 

@@ -18,17 +18,16 @@ _MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 1 and 2
 def consolidate(shards: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint of ZeRO stage 1, 2 or 3: float32 masters, frozen parameters, buffers.
 
-    Stages 2 and 3 are DeepSpeed's own `zero_to_fp32`. It leaves out the frozen parameters of stage 1, and refuses the
-    shards of bf16 training with float32 accumulation, whose optimizer does not write its stage down.
+    Most of it is DeepSpeed's own `zero_to_fp32`. It leaves out the frozen parameters of stage 1, and refuses the shards
+    of bf16 training with float32 accumulation, whose optimizer does not write its stage down: those two are read here.
 
     Args:
         shards: the folder (global_stepN) in which every rank's file lies.
 
     Raises:
-        ValueError, KeyError, OSError, RuntimeError: the files are incomplete or of another kind.
+        ValueError, KeyError: files of ranks are missing, or of another kind; and what `torch.load` raises.
     """
-    optimizers = [_read(file)["optimizer_state_dict"] for file in _optimizer_files(shards)[:1]]
-    if "zero_stage" in optimizers[0]:
+    if "zero_stage" in _read(_optimizer_files(shards)[0])["optimizer_state_dict"]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             lazy = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
         state = {name: value.contiguous() for name, value in lazy.items()}
