@@ -27,9 +27,11 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_runs import (  # noqa: E402
+    LOGGING_STEPS,
     SAVE_STEPS,
     STEPS,
     Ranks,
@@ -109,6 +111,10 @@ class Bench:
             demand(not any(ranks.wait().values()), "the unbroken run failed", ranks)
             self.seconds[self.stage] = time.monotonic() - begun
             self.wholes[self.stage] = outcome(output)
+            kept = [path.name for path in checkpoints(output)]
+            demand(
+                kept == [f"checkpoint-{STEPS - SAVE_STEPS}", f"checkpoint-{STEPS}"], f"save_total_limit 2 kept {kept}"
+            )
         return self.wholes[self.stage]
 
     def go_on(self, output: Path, *overrides: str) -> Ranks:
@@ -312,7 +318,8 @@ class Bench:
         def before(rank: int) -> None:
             spoil_loss(value, range(3, last + 1), rank)
 
-        ranks = self.start(output, f"trainer.nonfinite={policy}", "trainer.nonfinite_limit=3", before=before)
+        flags = (f"trainer.nonfinite={policy}", "trainer.nonfinite_limit=3", "trainer.save_steps=1")
+        ranks = self.start(output, *flags, f"trainer.save_total_limit={STEPS}", before=before)
         codes = ranks.wait()
         said = ranks.said()
         if policy == "stop":
@@ -326,6 +333,12 @@ class Bench:
             demand(all(bool(torch.isfinite(v).all()) for v in weights.values()), "weights are not finite")
             counts = [entry["skipped/cls"] for entry in history if "skipped/cls" in entry]
             demand(counts[-1] == last - 2, f"skipped/cls is {counts}")
+            earlier, later = (load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (3, last + 1))
+            moved = {
+                name.split(".")[1 if "tasks" in name else 0] for name in later if (earlier[name] != later[name]).any()
+            }
+            expected = set() if policy == "skip_step" else {"backbone", "det", "seg"}
+            demand(moved == expected, f"the steps left out moved {moved} instead of {expected}")
 
     def memory(self) -> None:
         output = self.output()
@@ -447,8 +460,8 @@ def count_reads(file: Path) -> None:
 
 
 def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    steps = [bench.random.randrange(STEPS - 3, STEPS)] if once else range(1, STEPS)
-    how = "stopped after a random step" if once else f"stopped after each of its {STEPS} steps"
+    steps = [LOGGING_STEPS + 2] if once else range(1, STEPS)
+    how = "stopped between two logs" if once else f"stopped after each of its {STEPS} steps"
     yield CUT, how, lambda: bench.cut(steps)
     yield "run cut, fp16 loss scale falling", "stopped after half of its steps, ZeRO-2", bench.cut_fp16
     yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
