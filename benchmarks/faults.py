@@ -27,9 +27,11 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_runs import (  # noqa: E402
+    LOGGING_STEPS,
     SAVE_STEPS,
     STEPS,
     Ranks,
@@ -41,6 +43,7 @@ from fault_runs import (  # noqa: E402
     outcome,
 )
 
+from allinone_ds.training.files import find_config  # noqa: E402
 from allinone_ds.training.folder import checkpoints  # noqa: E402
 
 CUT = "run cut in pieces"
@@ -108,6 +111,10 @@ class Bench:
             demand(not any(ranks.wait().values()), "the unbroken run failed", ranks)
             self.seconds[self.stage] = time.monotonic() - begun
             self.wholes[self.stage] = outcome(output)
+            kept = [path.name for path in checkpoints(output)]
+            demand(
+                kept == [f"checkpoint-{STEPS - SAVE_STEPS}", f"checkpoint-{STEPS}"], f"save_total_limit 2 kept {kept}"
+            )
         return self.wholes[self.stage]
 
     def go_on(self, output: Path, *overrides: str) -> Ranks:
@@ -159,6 +166,28 @@ class Bench:
         wanted, found = ([e["loss"] for e in outcome(o)[1] if "loss" in e] for o in (whole, output))
         off = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
         demand(off < 5e-6 * max(wanted), f"the losses differ by {off:.1e}")
+
+    def cut_fp16(self) -> None:
+        """The loss scale, which falls in most of these steps, goes on where it was."""
+        content = json.loads(find_config("configs/deepspeed/zero2.json").read_text())
+        content.pop("bf16")
+        content["fp16"] = {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2, "hysteresis": 1}
+        file = self.home / "fp16.json"
+        file.write_text(json.dumps(content))
+        flags = (f"deepspeed={file}", "trainer.fp16=true", f"trainer.save_total_limit={STEPS}")
+        whole, output = self.output(), self.output()
+        scales: list[list[str]] = []
+        for place in (whole, output):
+            resume = ["--resume"] if place == output else []
+            ranks = Ranks(self.file, place, *flags, *resume, before=allow_fp16)
+            demand(not any(ranks.wait().values()), "the run failed", ranks)
+            scales.append([line for line in ranks.said().splitlines() if line.startswith("loss scale")])
+            if place == whole:
+                shutil.copytree(whole / f"checkpoint-{STEPS // 2}", output / f"checkpoint-{STEPS // 2}")
+        demand(len(set(scales[0])) > 2, f"the loss scale hardly moved: {scales[0]}")
+        demand(scales[1] == scales[0][STEPS // 2 :], f"other loss scales: {scales}")
+        found = differences(output, outcome(whole))
+        demand(not found, found)
 
     def kill(self, everyone: bool) -> None:
         output, moment = self.output(), self.moment()
@@ -289,7 +318,8 @@ class Bench:
         def before(rank: int) -> None:
             spoil_loss(value, range(3, last + 1), rank)
 
-        ranks = self.start(output, f"trainer.nonfinite={policy}", "trainer.nonfinite_limit=3", before=before)
+        flags = (f"trainer.nonfinite={policy}", "trainer.nonfinite_limit=3", "trainer.save_steps=1")
+        ranks = self.start(output, *flags, f"trainer.save_total_limit={STEPS}", before=before)
         codes = ranks.wait()
         said = ranks.said()
         if policy == "stop":
@@ -303,6 +333,12 @@ class Bench:
             demand(all(bool(torch.isfinite(v).all()) for v in weights.values()), "weights are not finite")
             counts = [entry["skipped/cls"] for entry in history if "skipped/cls" in entry]
             demand(counts[-1] == last - 2, f"skipped/cls is {counts}")
+            earlier, later = (load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (3, last + 1))
+            moved = {
+                name.split(".")[1 if "tasks" in name else 0] for name in later if (earlier[name] != later[name]).any()
+            }
+            expected = set() if policy == "skip_step" else {"backbone", "det", "seg"}
+            demand(moved == expected, f"the steps left out moved {moved} instead of {expected}")
 
     def memory(self) -> None:
         output = self.output()
@@ -359,6 +395,24 @@ class Bench:
 # ---- faults inside of a rank ----
 
 
+def allow_fp16(rank: int) -> None:
+    """Let DeepSpeed take a CPU for fp16, and rank 0 say its loss scale after every step."""
+    from deepspeed.accelerator import get_accelerator
+
+    from allinone_ds.training.trainer import AllInOneTrainer
+
+    get_accelerator().is_fp16_supported = lambda: True
+    step = AllInOneTrainer._step
+
+    def told(self, number):
+        report = step(self, number)
+        if rank == 0:
+            print(f"loss scale {self.deepspeed.optimizer.loss_scale} after step {number}", flush=True)
+        return report
+
+    AllInOneTrainer._step = told
+
+
 def spoil_loss(value: float, steps: range, rank: int) -> None:
     """The classification loss of rank 1 is `value` in these steps."""
     from allinone_ds.tasks.classification import ClassificationTask
@@ -406,9 +460,10 @@ def count_reads(file: Path) -> None:
 
 
 def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    steps = [bench.random.randrange(STEPS - 3, STEPS)] if once else range(1, STEPS)
-    how = "stopped after a random step" if once else f"stopped after each of its {STEPS} steps"
+    steps = [LOGGING_STEPS + 2] if once else range(1, STEPS)
+    how = "stopped between two logs" if once else f"stopped after each of its {STEPS} steps"
     yield CUT, how, lambda: bench.cut(steps)
+    yield "run cut, fp16 loss scale falling", "stopped after half of its steps, ZeRO-2", bench.cut_fp16
     yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
     yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
     yield "kill -9 of all ranks", "SIGKILL at a random moment", lambda: bench.kill(True)
@@ -453,7 +508,7 @@ def main() -> int:
             table.append(row)
             random_moment = any(word in fault for word in LUCKY)
             times = max(1, round(args.times / lucky)) if random_moment else len(args.stages)
-            if attempt == bench.reshard:
+            if attempt in (bench.reshard, bench.cut_fp16):
                 times = 1
             if args.once and fault != CUT:
                 times = 1

@@ -57,7 +57,10 @@ class AllInOneArguments(TrainingArguments):
     )
     stall_timeout: float = field(
         default=900.0,
-        metadata={"help": "Seconds without progress of a rank after which the run ends and names it. 0: never."},
+        metadata={
+            "help": "Seconds without progress of a rank after which the run ends and names it. 0: never. Longer "
+            "than any save, and than computing the metrics of an evaluation."
+        },
     )
     max_grad_norm: float = field(
         default=0.0,

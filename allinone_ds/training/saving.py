@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from allinone_ds.strict import ConfigError
 from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
 from allinone_ds.training.folder import TRAINER_STATE, UNFINISHED, WEIGHTS_FILE
 from allinone_ds.training.manifest import read_manifest
@@ -140,13 +141,21 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
     """Weights, optimizer, loss scale and schedule of a checkpoint, into the engine. Collective.
 
     A checkpoint of another number of ranks or another ZeRO stage is resharded.
+
+    Raises:
+        ConfigError: it cannot be, because one of the two is without ZeRO.
     """
     engine = trainer.deepspeed
     own_checkpoint_files(engine)
     written = read_manifest(checkpoint)
-    now = {"world_size": trainer.args.world_size, "zero_stage": int(engine.zero_optimization_stage())}
-    if all(written.get(key) == value for key, value in now.items()):
+    stage, stage_then = int(engine.zero_optimization_stage()), written["zero_stage"]
+    if stage == stage_then and (stage == 0 or written["world_size"] == trainer.args.world_size):
         deepspeed_load_checkpoint(engine, str(checkpoint))
+    elif 0 in (stage, stage_then):
+        raise ConfigError(
+            f"{checkpoint} was written with ZeRO stage {stage_then}, this run has stage {stage}: between stage 0 and "
+            f"the others nothing can be converted; use a DeepSpeed config of stage {stage_then}"
+        )
     else:
         scratch = Path(trainer.args.output_dir) / f"{UNFINISHED}resharded"
         if trainer.args.should_save:

@@ -142,7 +142,7 @@ class AllInOneTrainer(Trainer):
             RunError: a checkpoint could not be written, memory ran out, or a task was not finite too often.
         """
         run = Path(str(self.args.output_dir))
-        asked = resume_from_checkpoint
+        asked, self._resumed = resume_from_checkpoint, None
         if asked and str(asked).lower() != "false":
             check_resume(asked, run)
             self._resumed = pick_checkpoint(self, asked)
@@ -185,6 +185,8 @@ class AllInOneTrainer(Trainer):
             self.mark(f"an evaluation after step {self.state.global_step}, task '{kwargs.get('task')}'")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.balancer is None:  # a run that had ended was resumed: nothing is new
+            return
         self.mark(f"the checkpoint of step {self.state.global_step}")
         save_checkpoint(self, self._loop_state())
         self.mark(f"the end of the checkpoint of step {self.state.global_step}")
