@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for every pixel; heads light and UPerNet; mIoU."""
+"""Semantic segmentation: a class for every pixel; heads light, UPerNet and Mask2Former; mIoU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchvision.utils import draw_segmentation_masks
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.transforms import stack_images
+from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmenter
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
@@ -28,6 +29,7 @@ IGNORE = 255
 _HEADS: dict[str, Any] = {
     "light": (LightSegmenter, LightOptions),
     "upernet": (UPerNetSegmenter, UPerNetOptions),
+    "mask2former": (Mask2FormerSegmenter, Mask2FormerOptions),
 }
 
 
@@ -57,6 +59,8 @@ class SegmentationTask(Task):
         self.segmenter = _HEADS[str(self.head_name)][0](len(self.classes), self.channels, self.num_levels, self.options)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        if isinstance(self.segmenter, Mask2FormerSegmenter):
+            return self.segmenter(features, labels, IGNORE)
         logits = self.segmenter(features)
         out = SegmentationOutput(logits=logits)
         if labels is not None:
@@ -72,10 +76,12 @@ class SegmentationTask(Task):
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """For each image a "mask" (H, W) uint8 of class ids."""
+        queries = isinstance(self.segmenter, Mask2FormerSegmenter)
+        maps = self.segmenter.scores(outputs) if queries else outputs.logits
         return [
-            {"mask": F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+            {"mask": F.interpolate(scores[None].float(), size=size, mode="bilinear", align_corners=False)[0]
              .argmax(0).to(torch.uint8)}
-            for logits, size in zip(outputs.logits, sizes, strict=True)
+            for scores, size in zip(maps, sizes, strict=True)
         ]  # fmt: skip
 
     def metric(self) -> SegmentationMetric:
