@@ -106,7 +106,7 @@ class Mask2FormerSegmenter(nn.Module):
         self.num_classes = num_classes
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
-        self.net = _Decoders(self.config)
+        self.net = _Decoders(self.config, num_classes)
 
     def forward(self, features: tuple[Tensor, ...], masks: Tensor | None = None, ignore: int = 255) -> ModelOutput:
         """Raw predictions, and the loss when label maps are given.
@@ -142,7 +142,7 @@ class Mask2FormerSegmenter(nn.Module):
             (masks[i][None] == classes[:, None, None]).float() for i, classes in zip(used, class_labels, strict=True)
         ]
         unknown = (~known[used])[:, None].float()
-        unknown = F.adaptive_avg_pool2d(unknown, mask_logits[-1].shape[-2:]) >= 0.5  # (B, 1, h, w)
+        unknown = F.interpolate(unknown, mask_logits[-1].shape[-2:], mode="area") >= 0.5  # (B, 1, h, w)
         layers = [
             {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _SURELY_NOT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
@@ -173,7 +173,7 @@ class Mask2FormerSegmenter(nn.Module):
 class _Decoders(Mask2FormerPreTrainedModel):
     """Pixel decoder, transformer decoder and classifier: Mask2Former without its backbone."""
 
-    def __init__(self, config: Mask2FormerConfig) -> None:
+    def __init__(self, config: Mask2FormerConfig, num_classes: int) -> None:
         super().__init__(config)
         width = config.feature_size
         self.pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=[width] * 4)
@@ -183,7 +183,7 @@ class _Decoders(Mask2FormerPreTrainedModel):
         self.transformer = Mask2FormerTransformerModule(in_features=width, config=config)
         self.transformer.position_embedder = _Float32Positions(width // 2, normalize=True)
         self.transformer.decoder.layerdrop = 0.0  # each rank would skip layers of its own: a hang under ZeRO-3
-        self.class_predictor = nn.Linear(width, config.num_labels + 1)
+        self.class_predictor = nn.Linear(width, num_classes + 1)
         self.post_init()
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -38,9 +38,9 @@ class Task(nn.Module, ABC):
         main_metric: the key of `metric().compute()` that stands for the task in the run's score.
         unit: what a micro-loss averages over. The average is taken within the micro-batch of one rank: the mean over
             its "objects" (their positive locations for FCOS; RF-DETR alone divides by the objects of all ranks, as
-            `transformers` does), its "valid pixels" (Mask2Former: its masks) or its "images". A task's gradient is the plain mean of its
-            micro-losses over micro-steps and ranks. So 1 x 8 equals 4 x 2 exactly for "images"; for the others only
-            when the micro-batches hold equally many objects or valid pixels.
+            `transformers` does), its "valid pixels" (Mask2Former: its masks) or its "images". A task's gradient is the
+            plain mean of its micro-losses over micro-steps and ranks. So 1 x 8 equals 4 x 2 exactly for "images"; for
+            the others only when the micro-batches hold equally many objects or valid pixels.
     """
 
     kind: ClassVar[str]

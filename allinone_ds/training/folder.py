@@ -17,8 +17,9 @@ WEIGHTS_FILE = "model.safetensors"
 PAGE_FILE = "predictions.html"
 PICTURES = "predictions"
 PLOTS = "plots"
+AVERAGED = "ema"
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, "training_args.bin",
-             PAGE_FILE, PICTURES, PLOTS)  # fmt: skip
+             PAGE_FILE, PICTURES, PLOTS, AVERAGED)  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from allinone_ds.balance import TBGC, StepReport, TaskBalancer
 from allinone_ds.data.base import DataError
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
 from allinone_ds.training.meters import Means
 from allinone_ds.training.optimizer import parameter_groups
@@ -91,10 +94,32 @@ class AllInOneTrainer(Trainer):
             world_size=args.world_size,
         )
         self.balancer: TaskBalancer | None = None
+        self.ema: ShardEMA | None = None
+        self.resumed_from: str | None = None
+        if args.ema_decay is not None:
+            self.add_callback(AverageWeights(self))
         self._means = Means(args.device)
         self._watched: StepReport | None = None  # the last one with cosines
         self._broken: list[str] = []
         self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train; see `transformers.Trainer.train`."""
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self.resumed_from = str(last) if last else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside this block the model's weights are their average over the run (`ema_decay`): evaluate or save them.
+
+        Collective.
+
+        Raises:
+            RuntimeError: no average is kept, or nothing was trained yet.
+        """
+        if self.ema is None:
+            raise RuntimeError("there is no average of the weights: set ema_decay, e.g. 0.9998, and train first")
+        return self.ema.applied()
 
     # ---- data ----
 
@@ -116,7 +141,9 @@ class AllInOneTrainer(Trainer):
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
-            groups = parameter_groups(module, args.learning_rate, args.weight_decay, args.backbone_lr_factor)
+            groups = parameter_groups(
+                module, args.learning_rate, args.weight_decay, args.backbone_lr_factor, args.layer_lr_decay
+            )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer

@@ -3,6 +3,7 @@
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
 from .local import LocalGradients
+from .masters import master_shards, publish_masters
 from .shards import GradientShards, Piece, Span, cut
 from .traces import ParameterTraces
 
@@ -17,6 +18,8 @@ __all__ = [
     "UnsupportedEngine",
     "checked_release",
     "cut",
+    "master_shards",
     "open_shards",
+    "publish_masters",
     "refuse_unsupported",
 ]
