@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, check."""
+"""The command `allinone-ds`: train, demo, eval, predict, check, plan."""
 
 from __future__ import annotations
 
@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", help="the run's YAML file")
     check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
     check.set_defaults(run=_check)
+
+    plan = commands.add_parser("plan", help="memory and messages that a run needs of each GPU, before there is any")
+    plan.add_argument("config", help="the run's YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    plan.add_argument("--gpus", type=_positive, required=True, help="ranks of the job")
+    plan.add_argument("--classes", nargs="*", default=[], metavar="TASK:N", help="classes of tasks without data here")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -252,6 +260,57 @@ def _check(args: argparse.Namespace) -> int:
     errors = sum(problem.level == "error" for problem in problems)
     console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
     return 1 if errors else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _quiet()
+    from allinone_ds.training.config import load_config
+    from allinone_ds.training.plan import plan_run
+
+    classes = {}
+    for item in args.classes:
+        task, _, count = item.partition(":")
+        if not count.isdigit() or int(count) < 1:
+            raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45")
+        classes[task] = int(count)
+    plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=1))
+        return 0
+    where = f"{args.config} on {plan.gpus} GPUs, ZeRO-{plan.stage}, norm={plan.norm}"
+    sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items() if count)
+    console.print(f"parameters: {sizes}")
+    console.print(_bytes_table(plan.memory, f"{where}: memory of a GPU"))
+    if plan.host:
+        console.print(_bytes_table(plan.host, "memory of the host for each GPU"))
+    console.print(_bytes_table(plan.activations, "activations of a micro-step by task", total=False))
+    console.print(_bytes_table(plan.moved, "sent by a GPU in an optimizer step"))
+    table = Table(title="the same run otherwise", title_justify="left", box=None, pad_edge=False)
+    for column in ("ZeRO", "norm", "memory GiB", "sent GiB"):
+        table.add_column(column, justify="right" if "GiB" in column else "left")
+    for row in plan.choices:
+        mine = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
+        cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
+        table.add_row(*cells, style="bold" if mine else None)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    return 0
+
+
+def _bytes_table(parts: dict[str, int], title: str, total: bool = True) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, count in parts.items():
+        table.add_row(name, _gib(count))
+    if total:
+        table.add_row("in all", _gib(sum(parts.values())), style="bold")
+    return table
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.3f}"
 
 
 def _quiet() -> None:

@@ -1,6 +1,7 @@
 """Averaged weights on every engine kind, and large backbones born partitioned. Started by test_strength.py."""
 
 import sys
+import tempfile
 import weakref
 from functools import partial
 
@@ -44,6 +45,11 @@ def check_average(case: str) -> None:
     assert moved > 2e-3, moved  # the average is not the weights
     after = weights(engine)
     assert all(torch.equal(before[name], after[name]) for name in before), case
+    with tempfile.TemporaryDirectory() as folder:
+        ema.save(folder, 0, 2)
+        again = ShardEMA(engine, decay)
+        assert not again.load(folder, 0, 3) and again.load(folder, 0, 2) and again.steps == 3
+        assert all(torch.equal(mine, saved) for mine, saved in zip(again.shards, ema.shards, strict=True))
     held = sum(shard.numel() for shard in ema.shards)
     if not case.startswith("zero0"):
         assert held < 0.6 * elements, (case, held, elements)
