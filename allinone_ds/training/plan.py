@@ -256,14 +256,16 @@ def memory_parts(
     copies = 0 if engine.stage == 0 and engine.weight_bytes == 4 else 1
     optimizer = 4 * part * (copies + moments)
     average = {"average of the weights": 4 * part} if averaged else {}
-    balancer = 4 * part * (kept if norm == "exact" else 1)
+    balancer = 4 * part * (1 if norm == "sketch" else kept)  # delayed: its first step is exact
     if norm == "sketch":
         balancer += sizes.backbone * engine.gradient_bytes + 2 * 4 * sketch
-    elif norm == "delayed":  # the first step is exact, with shards of its own
-        balancer += 4 * part * kept + 2 * 4 * sketch * len(sizes.heads)
+    elif norm == "delayed":
+        balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
-    buffers = min(buffers, engine.buckets * engine.weight_bytes * P) + engine.weight_bytes * min(engine.gathered, P)
+    buffers += engine.weight_bytes * min(engine.gathered, P)
+    if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
+        buffers += 4 * part
     beside = {"optimizer": optimizer, "balancer": balancer, **average}
     if engine.offload:
         return {**memory, "buffers": buffers}, beside
@@ -275,8 +277,8 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> int:
     shard = part * engine.gradient_bytes
     if engine.wraps_bf16:  # the whole gradient in both dtypes
         return P * 4 + sizes.largest_task * engine.weight_bytes
-    if norm != "exact":
-        return P * engine.gradient_bytes + (shard if engine.stage > 1 or engine.fp32_accumulation else 0)
+    if norm != "exact":  # whole, on every rank, and the buffer that ZeRO-3 always has
+        return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
     if engine.stage == 0:
         return P * engine.weight_bytes
     if engine.stage == 1:  # local until the task's last micro-step
@@ -335,8 +337,9 @@ def activation_bytes(
         notes: gets a line for each task whose loss is left out.
     """
     found = {}
+    model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to(dtype).to_empty(device="cpu")
+        model.to_empty(device="cpu")
         for name, count in batches.items():
             task: Any = model.tasks[name]
             labels = _fake_labels(task, count)
