@@ -75,12 +75,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a trained run on its test data")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tasks.NAME.test_time.flip=true")
     evaluate.set_defaults(run=_eval)
 
     predict = commands.add_parser("predict", help="run a trained model on images: pictures and json")
     predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
+    predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
+                         help="overrides of the run's configuration, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=_predict)
 
     check = commands.add_parser("check", help="read every file of a run's data and report faults")
@@ -224,7 +227,7 @@ def _eval(args: argparse.Namespace) -> int:
         _quiet()
         from allinone_ds.training.predict import evaluate_run
 
-        metrics = evaluate_run(args.folder)
+        metrics = evaluate_run(args.folder, args.overrides)
     console.print(_metrics_table(metrics, str(args.folder)))
     return 0
 
@@ -234,7 +237,7 @@ def _predict(args: argparse.Namespace) -> int:
         _quiet()
         from allinone_ds.training.predict import predict_images
 
-        written = predict_images(args.folder, args.images, args.output)
+        written = predict_images(args.folder, args.images, args.output, args.settings)
     for file in written:
         console.print(str(file))
     return 0

@@ -20,14 +20,18 @@ from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import RunConfig, read_run_files
 from allinone_ds.training.evaluation import evaluate_tasks, tasks_of, to_device
 from allinone_ds.training.folder import WEIGHTS_FILE, checkpoints
+from allinone_ds.training.inference import predict_batch
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[AllInOneModel, RunConfig]:
+def load_run(
+    folder: str | Path, device: str | torch.device = "cpu", overrides: Sequence[str] = ()
+) -> tuple[AllInOneModel, RunConfig]:
     """Load a trained model for evaluation; no DeepSpeed, no launcher.
 
     Args:
         folder: of a run (its final weights, or those of the last checkpoint when it has not ended) or of a checkpoint.
         device: where to put the model.
+        overrides: dotted keys laid over the run's configuration.
 
     Returns:
         The model in evaluation mode, in float32, and the run's configuration.
@@ -35,7 +39,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Al
     Raises:
         ConfigError: there are no weights in the folder.
     """
-    config, facts = read_run_files(folder)
+    config, facts = read_run_files(folder, overrides)
     places = [Path(folder), *reversed(checkpoints(folder))]
     weights = next((p / WEIGHTS_FILE for p in places if (p / WEIGHTS_FILE).is_file()), None)
     if weights is None:
@@ -51,22 +55,30 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def evaluate_run(folder: str | Path) -> dict[str, float]:
-    """Metrics of a run's model on its test data, in this process."""
+def evaluate_run(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Metrics of a run's model on its test data, in this process.
+
+    Args:
+        folder: of the run.
+        overrides: dotted keys laid over its configuration, for example ["tasks.seg.test_time.flip=true"].
+    """
     device = default_device()
-    model, config = load_run(folder, device)
+    model, config = load_run(folder, device, overrides)
     _, facts = read_run_files(folder)
     return evaluate_tasks(model, open_test_data(config, facts.classes), device)
 
 
 @torch.no_grad()
-def predict_images(folder: str | Path, images: Sequence[str | Path], output: str | Path) -> list[Path]:
+def predict_images(
+    folder: str | Path, images: Sequence[str | Path], output: str | Path, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Run every task of a run on images and write what it sees.
 
     Args:
         folder: of the run.
         images: image files.
         output: folder that gets NAME-TASK.png for every task and NAME.json, {task: prediction}, for every image.
+        overrides: dotted keys laid over the run's configuration.
 
     Returns:
         The files written.
@@ -75,7 +87,7 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
         ConfigError: an image cannot be read.
     """
     device = default_device()
-    model, config = load_run(folder, device)
+    model, config = load_run(folder, device, overrides)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     names = _distinct_names([Path(image) for image in images])
@@ -90,7 +102,7 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
         for task_name, task in tasks_of(model).items():
             transform = eval_transform(config.tasks[task_name].image_size)
             pixels = to_device(stack_images([transform(dict(sample))]), device)
-            prediction = task.predict(model(task=task_name, pixel_values=pixels), [tuple(image.shape[-2:])])[0]
+            prediction = predict_batch(model, task, pixels, [sample], config.tasks[task_name].test_time)[0]
             found[task_name] = task.to_json(prediction)
             picture = output / f"{name}-{task_name}.png"
             to_pil(task.draw(image, prediction)).save(picture)
