@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, export, report, score, check, preview, doctor."""
+"""The command `allinone-ds`: train, demo, eval, predict, export, report, score, check, preview, plan, doctor."""
 
 from __future__ import annotations
 
@@ -75,12 +75,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a trained run on its test data")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
+    evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tasks.NAME.test_time.flip=true")
     evaluate.set_defaults(run=_eval)
 
     predict = commands.add_parser("predict", help="run a trained model on images: pictures and json")
     predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
+    predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
+                         help="overrides of the run's configuration, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=_predict)
 
     export = commands.add_parser("export", help="write a run's model as folders that load without it")
@@ -123,6 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
     doctor.set_defaults(run=_doctor)
+
+    plan = commands.add_parser("plan", help="memory and messages that a run needs of each GPU, before there is any")
+    plan.add_argument("config", help="the run's YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    plan.add_argument("--gpus", type=_positive, required=True, help="ranks of the job")
+    plan.add_argument("--classes", nargs="*", default=[], metavar="TASK:N", help="classes of tasks without data here")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -260,7 +271,7 @@ def _eval(args: argparse.Namespace) -> int:
         _quiet()
         from allinone_ds.training.predict import evaluate_run
 
-        metrics = evaluate_run(args.folder)
+        metrics = evaluate_run(args.folder, args.overrides)
     console.print(_metrics_table(metrics, str(args.folder)))
     return 0
 
@@ -270,7 +281,7 @@ def _predict(args: argparse.Namespace) -> int:
         _quiet()
         from allinone_ds.training.predict import predict_images
 
-        written = predict_images(args.folder, args.images, args.output)
+        written = predict_images(args.folder, args.images, args.output, args.settings)
     for file in written:
         console.print(str(file))
     return 0
@@ -381,6 +392,57 @@ def _doctor(args: argparse.Namespace) -> int:
         if finding.advice:
             console.print(f"{'':28}{finding.advice}", markup=False)
     return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _quiet()
+    from allinone_ds.training.config import load_config
+    from allinone_ds.training.plan import plan_run
+
+    classes = {}
+    for item in args.classes:
+        task, _, count = item.partition(":")
+        if not count.isdigit() or int(count) < 1:
+            raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45")
+        classes[task] = int(count)
+    plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=1))
+        return 0
+    where = f"{args.config} on {plan.gpus} GPUs, ZeRO-{plan.stage}, norm={plan.norm}"
+    sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items() if count)
+    console.print(f"parameters: {sizes}")
+    console.print(_bytes_table(plan.memory, f"{where}: memory of a GPU"))
+    if plan.host:
+        console.print(_bytes_table(plan.host, "memory of the host for each GPU"))
+    console.print(_bytes_table(plan.activations, "activations of a micro-step by task", total=False))
+    console.print(_bytes_table(plan.moved, "sent by a GPU in an optimizer step"))
+    table = Table(title="the same run otherwise", title_justify="left", box=None, pad_edge=False)
+    for column in ("ZeRO", "norm", "memory GiB", "sent GiB"):
+        table.add_column(column, justify="right" if "GiB" in column else "left")
+    for row in plan.choices:
+        mine = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
+        cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
+        table.add_row(*cells, style="bold" if mine else None)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    return 0
+
+
+def _bytes_table(parts: dict[str, int], title: str, total: bool = True) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, count in parts.items():
+        table.add_row(name, _gib(count))
+    if total:
+        table.add_row("in all", _gib(sum(parts.values())), style="bold")
+    return table
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.3f}"
 
 
 def _quiet() -> None:

@@ -40,6 +40,8 @@ class TaskData:
     """Micro-batches per optimizer step."""
     cache: bool = False
     """Keep decoded samples in memory (see `CachedDataset`)."""
+    test_time: Any = None
+    """Views that an evaluation predicts, a `TestTime`; None: the image alone."""
 
 
 class StepBatch(NamedTuple):

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
@@ -36,11 +36,29 @@ _PATCH_PROJECTION = {
     "dinov3_vit": "embeddings.patch_embeddings",
     "vitdet": "embeddings.projection",
 }
+# Architecture and sizes of ViTs that go by a name; those of Meta are as in their published configurations.
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    # DINOv3's ViT-L/16: 0.30 G parameters, rotary positions (any image size)
+    "vit_l": ("dinov3_vit", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                             "intermediate_size": 4096, "num_register_tokens": 4}),
+    # ViT-g/14 of https://arxiv.org/abs/2106.04560 with rotary positions: 1.01 G parameters
+    "vit_g": ("dinov3_vit", {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 16,
+                             "intermediate_size": 6144, "patch_size": 14, "num_register_tokens": 4}),
+    # https://arxiv.org/abs/2304.07193: 1.14 G parameters
+    "dinov2_g": ("dinov2", {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24,
+                            "use_swiglu_ffn": True, "patch_size": 14, "image_size": 518}),
+    # https://arxiv.org/abs/2508.10104: 6.72 G parameters
+    "dinov3_7b": ("dinov3_vit", {"hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32,
+                                 "intermediate_size": 8192, "use_gated_mlp": True, "hidden_act": "silu",
+                                 "query_bias": False, "value_bias": False, "num_register_tokens": 4}),
+}  # fmt: skip
 
 
 class BackboneConfig(Strict):
     """Which ViT, its size, where its weights come from and which layers the heads see."""
 
+    name: str | None = None
+    """A large ViT by name, one of `NAMED`: fills `model_type` and `config` in, and is gone once the file is read."""
     model_type: Literal["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"] = "dinov2"
     """Architecture, a `model_type` of `transformers`."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -51,6 +69,20 @@ class BackboneConfig(Strict):
     """Layers whose outputs the heads see, 1 = first layer; None: four spread evenly, the last included."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: one strided convolution, or a stack of 3x3 convolutions of the same total stride."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("name") is None:
+            return data
+        if data["name"] not in NAMED:
+            raise ValueError(f"unknown name '{data['name']}'; {did_you_mean(str(data['name']), NAMED)}")
+        model_type, sizes = NAMED[data["name"]]
+        if data.get("model_type", model_type) != model_type:
+            raise ValueError(
+                f"'{data['name']}' is a {model_type}, model_type says '{data['model_type']}'; leave it out"
+            )
+        return {**data, "name": None, "model_type": model_type, "config": {**sizes, **(data.get("config") or {})}}
 
 
 class ConvStem(nn.Module):

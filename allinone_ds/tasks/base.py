@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from allinone_ds.strict import ConfigError, Strict, did_you_mean, explain
+from allinone_ds.tasks.test_time import TestTime, View
 
 Sample = dict[str, Any]
 Prediction = dict[str, Any]
@@ -38,9 +40,9 @@ class Task(nn.Module, ABC):
         main_metric: the key of `metric().compute()` that stands for the task in the run's score.
         unit: what a micro-loss averages over. The average is taken within the micro-batch of one rank: the mean over
             its "objects" (their positive locations for FCOS; RF-DETR alone divides by the objects of all ranks, as
-            `transformers` does), its "valid pixels" or its "images". A task's gradient is the plain mean of its
-            micro-losses over micro-steps and ranks. So 1 x 8 equals 4 x 2 exactly for "images"; for the others only
-            when the micro-batches hold equally many objects or valid pixels.
+            `transformers` does), its "valid pixels" (Mask2Former: its masks) or its "images". A task's gradient is the
+            plain mean of its micro-losses over micro-steps and ranks. So 1 x 8 equals 4 x 2 exactly for "images"; for
+            the others only when the micro-batches hold equally many objects or valid pixels.
     """
 
     kind: ClassVar[str]
@@ -111,6 +113,32 @@ class Task(nn.Module, ABC):
             outputs: what `forward` returned.
             sizes: (H, W) of each original image, in pixels.
         """
+
+    def check_test_time(self, options: TestTime) -> None:
+        """Raise `ConfigError` for views that this task cannot predict or merge; a task that can, overrides it."""
+        raise ConfigError(f"tasks.{self.name}.test_time: '{self.kind}' cannot merge views; remove it")
+
+    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """What `predict` gives, from several views of the same images.
+
+        Args:
+            views: outputs for every view.
+            sizes: (H, W) of each original image, in pixels.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.predict_views")
+
+    @contextlib.contextmanager
+    def at_size(self, size: tuple[int, int]) -> Iterator[None]:
+        """Inside this block the network's input is of another size.
+
+        Args:
+            size: (H, W) in pixels, multiples of the stride.
+        """
+        before, self.image_size = self.image_size, size
+        try:
+            yield
+        finally:
+            self.image_size = before
 
     @abstractmethod
     def metric(self) -> Any:

@@ -1,4 +1,4 @@
-"""Image classification: one class for an image; a linear head; top-1."""
+"""Image classification: one class for an image; heads linear and ArcFace; top-1."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.transforms import stack_pixels
+from allinone_ds.models.arcface import ArcFace, ArcFaceOptions
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
 from allinone_ds.tasks.drawing import caption, enlarge
@@ -34,7 +35,7 @@ class ClassificationOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy over images, float32.
-        logits: (B, K).
+        logits: (B, K); without ArcFace's margins.
     """
 
     loss: Tensor | None = None
@@ -42,25 +43,35 @@ class ClassificationOutput(ModelOutput):
 
 
 class ClassificationTask(Task):
-    """Gives an image one of `classes`: mean over all cells of all maps, LayerNorm, linear. Labels: (B,) long."""
+    """Gives an image one of `classes`: mean over all cells of all maps, LayerNorm, then a linear classifier, or one by
+    angles (ArcFace). Labels: (B,) long."""
 
     kind = "classification"
     main_metric = "top1"
     unit = "images"
-    HEADS = {"linear": LinearOptions}
+    HEADS = {"linear": LinearOptions, "arcface": ArcFaceOptions}
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
         width = self.channels * self.num_levels
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(self.options.dropout)
+        self.classifier: nn.Module
+        if self.head_name == "arcface":
+            self.classifier = ArcFace(len(self.classes), width, self.options)
+            return
         self.classifier = nn.Linear(width, len(self.classes))
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         pooled = torch.cat([level.mean(dim=(-2, -1)) for level in features], dim=1)  # (B, L * C)
-        logits = self.classifier(self.dropout(self.norm(pooled)))
+        pooled = self.dropout(self.norm(pooled))
+        if isinstance(self.classifier, ArcFace):
+            logits, hardened = self.classifier(pooled, labels if self.training else None)
+            loss = None if labels is None else F.cross_entropy(hardened, labels)
+            return ClassificationOutput(loss=loss, logits=logits)
+        logits = self.classifier(pooled)
         out = ClassificationOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import batched_nms
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.transforms import stack_pixels
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
+from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
+from allinone_ds.tasks.test_time import TestTime, View, view_size
+
+_SAME_OBJECT = 0.6
+"""IoU above which boxes of one class, seen in different views, are one object."""
 
 # COCO's, in float64. Those of torchmetrics (1.9) are rounded to float32, some to above the recall they stand for: on
 # random boxes that moved mAP by 4e-4 away from pycocotools.
@@ -78,6 +85,52 @@ class DetectionTask(Task):
             scale = prediction["boxes"].new_tensor([W / self.image_size[1], H / self.image_size[0]]).repeat(2)
             prediction["boxes"] = prediction["boxes"] * scale
         return predictions
+
+    def check_test_time(self, options: TestTime) -> None:
+        """Windows are for label maps, and RF-DETR needs a cell a query.
+
+        Raises:
+            ConfigError: what is wrong, and what is allowed.
+        """
+        where = f"tasks.{self.name}.test_time"
+        if options.windows:
+            raise ConfigError(f"{where}.windows: an object may be cut by a window; for segmentation only")
+        queries = self.detector.num_queries if isinstance(self.detector, RFDetrDetector) else 0
+        for scale in options.scales:
+            H, W = view_size(self.image_size, scale, self.stride)
+            if H * W < queries * self.stride**2:
+                raise ConfigError(f"{where}.scales: {scale} gives {H * W // self.stride**2} cells for {queries} "
+                                  "queries; use a larger scale")  # fmt: skip
+
+    @torch.no_grad()
+    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Boxes of all views; of two of a class that overlap by more than an IoU of 0.6 the weaker one goes."""
+        found: list[list[Prediction]] = [[] for _ in sizes]
+        for view in views:
+            with self.at_size(view.size):
+                predictions = self.predict(view.outputs[0], sizes)
+            for image, prediction, (_, W) in zip(found, predictions, sizes, strict=True):
+                if view.flipped:
+                    x0, y0, x1, y1 = prediction["boxes"].unbind(-1)
+                    prediction["boxes"] = torch.stack([W - x1, y0, W - x0, y1], dim=-1)
+                image.append(prediction)
+        merged = []
+        for image in found:
+            every = {key: torch.cat([view[key] for view in image]) for key in ("boxes", "scores", "labels")}
+            keep = batched_nms(every["boxes"], every["scores"], every["labels"], _SAME_OBJECT)
+            keep = keep[: max(len(view["scores"]) for view in image)]  # no more than one view may give
+            merged.append({key: value[keep] for key, value in every.items()})
+        return merged
+
+    @contextlib.contextmanager
+    def at_size(self, size: tuple[int, int]) -> Iterator[None]:
+        before = self.detector.image_size
+        with super().at_size(size):
+            self.detector.image_size = size
+            try:
+                yield
+            finally:
+                self.detector.image_size = before
 
     def metric(self) -> DetectionMetric:
         return DetectionMetric()

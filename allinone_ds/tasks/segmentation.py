@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for every pixel; heads light and UPerNet; mIoU."""
+"""Semantic segmentation: a class for every pixel; heads light, UPerNet and Mask2Former; mIoU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.transforms import stack_pixels
+from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmenter
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
@@ -22,11 +23,13 @@ from allinone_ds.models.segmenters import (
 )
 from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
 from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
+from allinone_ds.tasks.test_time import TestTime, View
 
 IGNORE = 255
 _HEADS: dict[str, Any] = {
     "light": (LightSegmenter, LightOptions),
     "upernet": (UPerNetSegmenter, UPerNetOptions),
+    "mask2former": (Mask2FormerSegmenter, Mask2FormerOptions),
 }
 
 
@@ -56,6 +59,8 @@ class SegmentationTask(Task):
         self.segmenter = _HEADS[str(self.head_name)][0](len(self.classes), self.channels, self.num_levels, self.options)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        if isinstance(self.segmenter, Mask2FormerSegmenter):
+            return self.segmenter(features, labels, IGNORE)
         logits = self.segmenter(features)
         out = SegmentationOutput(logits=logits)
         if labels is not None:
@@ -71,11 +76,41 @@ class SegmentationTask(Task):
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """For each image a "mask" (H, W) uint8 of class ids."""
-        return [
-            {"mask": F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-             .argmax(0).to(torch.uint8)}
-            for logits, size in zip(outputs.logits, sizes, strict=True)
-        ]  # fmt: skip
+        queries = isinstance(self.segmenter, Mask2FormerSegmenter)
+        maps = self.segmenter.scores(outputs) if queries else outputs.logits
+        return [_argmax(_resize(scores[None], size)) for scores, size in zip(maps, sizes, strict=True)]
+
+    def check_test_time(self, options: TestTime) -> None:
+        """Every view can be merged."""
+
+    @torch.no_grad()
+    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Masks of the mean class probabilities: over the windows that see a pixel, then over views."""
+        total: list[Tensor | float] = [0.0] * len(sizes)
+        for view in views:
+            scores = self._view_scores(view)
+            if view.flipped:
+                scores = scores.flip(-1)
+            total = [t + _resize(s[None], size) for t, s, size in zip(total, scores, sizes, strict=True)]
+        return [_argmax(scores) for scores in total if isinstance(scores, Tensor)]
+
+    def _view_scores(self, view: View) -> Tensor:
+        """(B, K, H, W) class probabilities of a whole view; (B, K, h, w) as the head gives them without windows."""
+        parts = [self._probabilities(outputs) for outputs in view.outputs]
+        if len(parts) == 1:
+            return parts[0]
+        H, W = (min(side, window) for side, window in zip(view.size, self.image_size, strict=True))
+        canvas = parts[0].new_zeros(*parts[0].shape[:2], *view.size)
+        seen = canvas.new_zeros(view.size)
+        for part, (top, left) in zip(parts, view.corners, strict=True):
+            canvas[..., top : top + H, left : left + W] += _resize(part, (H, W))
+            seen[top : top + H, left : left + W] += 1
+        return canvas / seen
+
+    def _probabilities(self, outputs: Any) -> Tensor:
+        if isinstance(self.segmenter, Mask2FormerSegmenter):
+            return self.segmenter.scores(outputs)
+        return outputs.logits.float().softmax(1)
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(len(self.classes))
@@ -98,6 +133,15 @@ class SegmentationTask(Task):
         mask = prediction["mask"]
         counts = torch.bincount(mask.flatten().long().cpu(), minlength=len(self.classes)) / mask.numel()
         return {"share": {self.classes[k]: round(float(s), 4) for k, s in enumerate(counts.tolist()) if s > 0}}
+
+
+def _resize(scores: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(scores.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _argmax(scores: Tensor) -> Prediction:
+    """Scores (1, K, H, W) as a prediction."""
+    return {"mask": scores[0].argmax(0).to(torch.uint8)}
 
 
 class SegmentationMetric(MulticlassConfusionMatrix):

@@ -42,6 +42,14 @@ class AllInOneArguments(TrainingArguments):
     backbone_lr_factor: float = field(
         default=0.1, metadata={"help": "Learning rate of the backbone as a part of `learning_rate`."}
     )
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={"help": "Learning rate of a backbone layer as a part of that of the layer above it; 1: all alike."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep an exponential moving average of the weights, of this decay a step, e.g. 0.9998."},
+    )
     max_broken_images: int = field(
         default=100, metadata={"help": "Images of a run, over all ranks, that may be unreadable before it stops."}
     )
@@ -105,6 +113,10 @@ class AllInOneArguments(TrainingArguments):
             )
         if self.hub_token:
             raise ConfigError("hub_token: a token does not belong into a run's files; set HF_TOKEN in the environment")
+        if not 0 < self.layer_lr_decay <= 1:
+            raise ConfigError(f"layer_lr_decay = {self.layer_lr_decay}: allowed are values above 0 up to 1, e.g. 0.8")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: allowed are values from 0 to below 1, e.g. 0.9998")
         if self.auto_find_batch_size:
             raise ConfigError("auto_find_batch_size: not possible here, batch sizes belong to the tasks")
         if self.deepspeed is None:

@@ -25,6 +25,9 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()
     }
+    for name, task in config.tasks.items():  # now, not after the training
+        if task.test_time is not None:
+            tasks[name].check_test_time(task.test_time)
     return AllInOneModel(backbone, tasks)
 
 
@@ -67,6 +70,7 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
                 collate=task_class(task.type).collate,
                 batch_size=task.eval_batch_size or task.batch_size,
                 cache=task.cache,
+                test_time=task.test_time,
             )
     return data
 

@@ -15,6 +15,7 @@ from allinone_ds.data.sources import Source
 from allinone_ds.data.transforms import train_transform
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.strict import ConfigError, Strict, explain
+from allinone_ds.tasks.test_time import TestTime
 from allinone_ds.training.files import read_deepspeed, read_yaml
 from allinone_ds.training.folder import CONFIG_FILE, MODEL_FILE
 
@@ -53,6 +54,8 @@ class TaskConfig(Strict):
     """Images in one evaluation batch of one rank; None is `batch_size`."""
     micro_steps: PositiveInt = 1
     """Micro-batches in one optimizer step."""
+    test_time: TestTime | None = None
+    """Views of an image that are predicted and merged in evaluation and prediction; None: the image alone."""
     train: Source
     test: Source | None = None
     """A task without test data is trained and not evaluated."""
@@ -148,8 +151,12 @@ def save_run_files(config: RunConfig, facts: ModelFacts, folder: str | Path) -> 
     (Path(folder) / MODEL_FILE).write_text(facts.model_dump_json(indent=1) + "\n")
 
 
-def read_run_files(folder: str | Path) -> tuple[RunConfig, ModelFacts]:
+def read_run_files(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, ModelFacts]:
     """Configuration and model of a run (or of one of its checkpoints).
+
+    Args:
+        folder: the run's.
+        overrides: dotted keys laid over its configuration.
 
     Raises:
         ConfigError: the folder is not that of a run.
@@ -159,4 +166,4 @@ def read_run_files(folder: str | Path) -> tuple[RunConfig, ModelFacts]:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} in it; give the folder of a run or of one of its checkpoints")
     facts = ModelFacts.model_validate_json((folder / MODEL_FILE).read_text())
-    return load_config(folder / CONFIG_FILE), facts
+    return load_config(folder / CONFIG_FILE, overrides), facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from allinone_ds.data.loader import TaskData, eval_loader
 from allinone_ds.tasks import Prediction, Sample, Task
+from allinone_ds.training.inference import predict_batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -65,11 +66,9 @@ def evaluate_task(
     counted = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank, world_size, num_workers)
     for batch in loader:
-        with around(name) if around else nullcontext():
-            outputs = model(task=name, pixel_values=to_device(batch.batch["pixel_values"], device))
+        pixels = to_device(batch.batch["pixel_values"], device)
+        predictions = predict_batch(model, task, pixels, batch.samples, data.test_time, around)
         if batch.count:
-            sizes = [tuple(sample["image"].shape[-2:]) for sample in batch.samples]
-            predictions = task.predict(outputs, sizes)
             metric.update(predictions, batch.samples)
             if record is not None:
                 record(batch.samples, predictions)

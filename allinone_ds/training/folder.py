@@ -20,6 +20,7 @@ PAGE_FILE = "predictions.html"
 REPORT_FILE = "report.html"
 PICTURES = "predictions"
 PLOTS = "plots"
+AVERAGED = "ema"
 EXPORT = "export"
 TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.json"
@@ -30,7 +31,8 @@ UNFINISHED = ".unfinished-"
 BROKEN = "broken-"
 """Start of the name that a checkpoint gets when its files are not what was written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
-             REPORT_FILE, EXPORT, TENSORBOARD, WANDB_FILE, SUBMISSION.format("A"), SUBMISSION.format("B"))  # fmt: skip
+             REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, SUBMISSION.format("A"),
+             SUBMISSION.format("B"))  # fmt: skip
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

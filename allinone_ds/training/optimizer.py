@@ -1,7 +1,8 @@
-"""Parameter groups: one component (backbone or one head) and one weight decay each."""
+"""Parameter groups: one component (backbone or one head), one weight decay and one learning rate each."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -28,27 +29,52 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
+def backbone_layer(name: str, depth: int) -> int:
+    """Layer of a backbone parameter: 0 embeddings, 1 to `depth` the transformer layers, `depth` + 1 what follows.
+
+    Args:
+        name: of the parameter, for example "backbone.net.layer.3.norm1.weight" (layer 4).
+        depth: how many transformer layers there are.
+    """
+    if ".embeddings." in name:  # before numbers are looked at: a convolutional stem has layers of its own
+        return 0
+    found = re.search(r"\.layer\.(\d+)\.", name)
+    return int(found[1]) + 1 if found else depth + 1
+
+
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, backbone_lr_factor: float
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    backbone_lr_factor: float,
+    layer_lr_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of an AllInOneModel.
 
     Every group is wholly backbone or wholly one head, because ZeRO cuts its shards along groups.
+
+    With layer-wise decay d, layer i of a backbone of L layers learns with d ** (L + 1 - i) times the backbone's rate:
+    what follows the last layer with all of it, the embeddings (i = 0) with the least (BEiT,
+    https://arxiv.org/abs/2106.08254).
 
     Args:
         model: has `backbone` and `tasks`.
         learning_rate: of the heads.
         weight_decay: of matrices and kernels.
         backbone_lr_factor: learning rate of the backbone divided by that of the heads.
+        layer_lr_decay: learning rate of a backbone layer divided by that of the layer above it; 1: all alike.
 
     Returns:
-        Groups with `name` ("head/NAME/decay", "backbone/no_decay", ...), `params`, `lr` and `weight_decay`; heads
-        first, so the learning rate that Trainer logs, which is the first group's, is the one that was configured.
+        Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
+        `params`, `lr` and `weight_decay`; heads first, so the learning rate that Trainer logs, which is the first
+        group's, is the one that was configured.
 
     Raises:
         ValueError: a trainable parameter belongs to neither backbone nor task, or to two of them.
     """
     exempt = without_decay(model)
+    backbone: Any = model.backbone
+    depth = backbone.config.num_hidden_layers if layer_lr_decay != 1.0 else 0
     groups: dict[str, dict[str, Any]] = {}
     owner: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,6 +83,9 @@ def parameter_groups(
         parts = name.split(".")
         if parts[0] == "backbone":
             component, lr = "backbone", learning_rate * backbone_lr_factor
+            if layer_lr_decay != 1.0:
+                layer = backbone_layer(name, depth)
+                component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
         elif parts[0] == "tasks" and len(parts) > 2:
             component, lr = f"head/{parts[1]}", learning_rate
         else:

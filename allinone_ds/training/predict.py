@@ -20,9 +20,11 @@ from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError, did_you_mean
 from allinone_ds.tasks import Prediction, Task
 from allinone_ds.tasks.drawing import to_pil
+from allinone_ds.tasks.test_time import TestTime
 from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import RunConfig, read_run_files
 from allinone_ds.training.evaluation import evaluate_tasks, tasks_of
+from allinone_ds.training.inference import predict_batch
 from allinone_ds.training.weights import read_weights
 
 AnyImage = str | Path | Image.Image | Tensor
@@ -67,12 +69,15 @@ class Predictor:
         return stack_images(samples).to(next(self.model.parameters()).device)
 
     @torch.no_grad()
-    def predict(self, images: Sequence[AnyImage] | AnyImage, task: str | None = None) -> list[Prediction]:
+    def predict(
+        self, images: Sequence[AnyImage] | AnyImage, task: str | None = None, test_time: TestTime | None = None
+    ) -> list[Prediction]:
         """What a task finds in images, in pixels of the images as they were given.
 
         Args:
             images: one or several, of any size.
             task: its name; None when there is one only.
+            test_time: further views (scales, flips, windows) to merge; None: the images as they are.
 
         Returns:
             One prediction an image. Detection: "boxes" (n, 4) XYXY, "scores" (n,), "labels" (n,), best first.
@@ -82,7 +87,7 @@ class Predictor:
         found = self._task(task)
         opened = [open_image(image) for image in given]
         pixels = self.preprocess(opened, task)
-        return found.predict(self.model(found.name, pixels), [(image.shape[1], image.shape[2]) for image in opened])
+        return predict_batch(self.model, found, pixels, [{"image": image} for image in opened], test_time)
 
     def _task(self, name: str | None) -> Task:
         if name is None and len(self.tasks) == 1:
@@ -114,12 +119,15 @@ def open_image(image: AnyImage) -> Tensor:
     return tv_tensors.Image(image)
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[AllInOneModel, RunConfig]:
+def load_run(
+    folder: str | Path, device: str | torch.device = "cpu", overrides: Sequence[str] = ()
+) -> tuple[AllInOneModel, RunConfig]:
     """Load a trained model for evaluation; no DeepSpeed, no launcher.
 
     Args:
         folder: of a run (its final weights, or those of the last checkpoint when it has not ended) or of a checkpoint.
         device: where to put the model.
+        overrides: dotted keys laid over the run's configuration.
 
     Returns:
         The model in evaluation mode, in float32, and the run's configuration.
@@ -127,7 +135,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Al
     Raises:
         ConfigError: there are no weights in the folder.
     """
-    config, facts = read_run_files(folder)
+    config, facts = read_run_files(folder, overrides)
     state, _ = read_weights(folder)
     model = build_model(config, facts)
     model.load_state_dict(state)
@@ -139,21 +147,29 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def evaluate_run(folder: str | Path) -> dict[str, float]:
-    """Metrics of a run's model on its test data, in this process."""
+def evaluate_run(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Metrics of a run's model on its test data, in this process.
+
+    Args:
+        folder: of the run.
+        overrides: dotted keys laid over its configuration, for example ["tasks.seg.test_time.flip=true"].
+    """
     device = default_device()
-    model, config = load_run(folder, device)
+    model, config = load_run(folder, device, overrides)
     _, facts = read_run_files(folder)
     return evaluate_tasks(model, open_test_data(config, facts.classes), device)
 
 
-def predict_images(folder: str | Path, images: Sequence[str | Path], output: str | Path) -> list[Path]:
+def predict_images(
+    folder: str | Path, images: Sequence[str | Path], output: str | Path, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Run every task of a run on images and write what it sees.
 
     Args:
         folder: of the run.
         images: image files.
         output: folder that gets NAME-TASK.png for every task and NAME.json, {task: prediction}, for every image.
+        overrides: dotted keys laid over the run's configuration.
 
     Returns:
         The files written.
@@ -161,7 +177,8 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
     Raises:
         ConfigError: an image cannot be read.
     """
-    predictor = Predictor(load_run(folder, default_device())[0])
+    model, config = load_run(folder, default_device(), overrides)
+    predictor = Predictor(model)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     names = _distinct_names([Path(image) for image in images])
@@ -170,7 +187,8 @@ def predict_images(folder: str | Path, images: Sequence[str | Path], output: str
         image = open_image(file)
         found: dict[str, Any] = {}
         for task_name, task in predictor.tasks.items():
-            prediction = predictor.predict(image, task_name)[0]
+            test_time = config.tasks[task_name].test_time
+            prediction = predictor.predict(image, task_name, test_time)[0]
             found[task_name] = task.to_json(prediction)
             picture = output / f"{name}-{task_name}.png"
             to_pil(task.draw(image, prediction)).save(picture)

@@ -11,7 +11,7 @@ from allinone_ds.balance import balancer_from_config
 from allinone_ds.training.arguments import arguments_from_config
 from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
-from allinone_ds.training.folder import METRICS_FILE, PLOTS, check_resume
+from allinone_ds.training.folder import AVERAGED, METRICS_FILE, PLOTS, check_resume
 from allinone_ds.training.pages import collect_drawings, write_page
 from allinone_ds.training.plots import write_plots
 from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
@@ -24,7 +24,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     """Train, evaluate and write the run's folder; every rank calls it.
 
     The folder gets checkpoints, the weights alone (model.safetensors), config.yaml, model.json, metrics.json, plots/,
-    predictions.html and report.html.
+    predictions.html and report.html; with `ema_decay` also ema/, a run's folder whose weights are the averaged ones.
 
     Args:
         config: the run; `trainer.resume_from_checkpoint` is true (the last checkpoint) or a checkpoint's folder.
@@ -71,6 +71,13 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             metrics["best_step"] = trainer.state.best_global_step
         drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draw=trainer.is_world_process_zero())
+    if args.ema_decay is not None:
+        with trainer.averaged_weights():
+            trainer.save_model(str(config.run_dir / AVERAGED))
+            if test_data:
+                metrics.update(trainer.evaluate(metric_key_prefix="eval_ema"))
+        if trainer.is_world_process_zero():
+            save_run_files(config, facts, config.run_dir / AVERAGED)
     if trainer.is_world_process_zero():
         folder = config.run_dir
         save_run_files(config, facts, folder)

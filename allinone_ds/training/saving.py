@@ -68,6 +68,9 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
             trainer._save_rng_state(str(writer.folder))
         with writer.noting("the state of the loop"):
             torch.save(loop_state, writer.folder / loop_file(args.process_index))
+        if trainer.ema is not None:
+            with writer.noting("the averaged weights"):
+                trainer.ema.save(writer.folder, args.process_index, args.world_size)
     if args.should_save:
         with writer.noting("weights and trainer state"):
             save_weights(weights, writer.folder)

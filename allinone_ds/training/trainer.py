@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
 from allinone_ds.training.checkpoint import gather
+from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.errors import RunError, out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
 from allinone_ds.training.folder import check_resume, clear_unfinished
@@ -120,6 +122,9 @@ class AllInOneTrainer(Trainer):
             {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
             args.device,
         )
+        self.ema: ShardEMA | None = None
+        if args.ema_decay is not None:
+            self.add_callback(AverageWeights(self))
         self._means = Means(args.device)
         self._watched: StepReport | None = None  # the last one with cosines
         self._watch: StallWatch | None = None
@@ -156,6 +161,11 @@ class AllInOneTrainer(Trainer):
             self.stop_signal.close()
             if self._watch is not None:
                 self._watch.close()
+
+    @property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint that training goes on from, until its first step."""
+        return self._resumed
 
     def warn(self, step: int, message: str) -> None:
         """Tell of something that the run got over."""
@@ -232,6 +242,18 @@ class AllInOneTrainer(Trainer):
         self._broken = list(state["broken"])
         self._nonfinite.update(state["nonfinite"])
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside this block the model's weights are their average over the run (`ema_decay`): evaluate or save them.
+
+        Collective.
+
+        Raises:
+            RuntimeError: no average is kept, or nothing was trained yet.
+        """
+        if self.ema is None:
+            raise RuntimeError("there is no average of the weights: set ema_decay, e.g. 0.9998, and train first")
+        return self.ema.applied()
+
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -254,7 +276,9 @@ class AllInOneTrainer(Trainer):
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
-            groups = parameter_groups(module, args.learning_rate, args.weight_decay, args.backbone_lr_factor)
+            groups = parameter_groups(
+                module, args.learning_rate, args.weight_decay, args.backbone_lr_factor, args.layer_lr_decay
+            )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer

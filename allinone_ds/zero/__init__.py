@@ -4,6 +4,7 @@ from .files import load_resharded, own_checkpoint_files, save_engine
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
 from .local import LocalGradients
+from .masters import master_shards, publish_masters
 from .shards import GradientShards, Piece, Span, cut
 from .traces import ParameterTraces
 
@@ -19,8 +20,10 @@ __all__ = [
     "checked_release",
     "cut",
     "load_resharded",
+    "master_shards",
     "open_shards",
     "own_checkpoint_files",
+    "publish_masters",
     "refuse_unsupported",
     "save_engine",
 ]

@@ -61,6 +61,7 @@ def check_float32() -> None:
 def check_bfloat16() -> None:
     train(heads(), bf16=True)
     train({"det": HEADS["fcos-pyramid"][1:], "seg": HEADS["light"][1:], "cls": HEADS["linear"][1:]}, bf16=True)
+    train({"det": HEADS["fcos"][1:], "seg": HEADS["mask2former"][1:], "cls": HEADS["sub-center"][1:]}, bf16=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,23 @@ HEADS = {
     ),
     "light": ("seg", *LIGHT["seg"]),
     "upernet": ("seg", "upernet", {"width": 16, "scales": [2.0, 1.0, 0.5]}),
+    "mask2former": (
+        "seg",
+        "mask2former",
+        {
+            "width": 32,
+            "num_queries": 8,
+            "encoder_layers": 1,
+            "decoder_layers": 4,
+            "attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "ffn_dim": 64,
+            "points": 256,
+        },
+    ),
     "linear": ("cls", *LIGHT["cls"]),
+    "arcface": ("cls", "arcface", {"width": 32, "scale": 16.0}),
+    "sub-center": ("cls", "arcface", {"width": 32, "scale": 16.0, "sub_centers": 3, "class_counts": [50, 10, 2]}),
 }
 # head -> steps, learning rate, largest share of the first loss that may be left
 OVERFIT = {
@@ -32,7 +48,10 @@ OVERFIT = {
     "rf_detr": (80, 2e-3, 0.5),
     "light": (60, 3e-3, 0.25),
     "upernet": (30, 3e-3, 0.4),
+    "mask2former": (60, 2e-3, 0.5),
     "linear": (25, 3e-3, 0.1),
+    "arcface": (40, 3e-3, 0.1),
+    "sub-center": (40, 3e-3, 0.1),
 }
 
 
@@ -98,7 +117,7 @@ def test_every_weight_of_the_head_gets_a_gradient_even_without_targets(head):
         assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize("head", ["fcos", "rf_detr", "light"])
+@pytest.mark.parametrize("head", ["fcos", "rf_detr", "light", "mask2former"])
 def test_a_diverged_backbone_gives_a_non_finite_loss_instead_of_a_crash(head):
     model, name, task = build(head)
     batch = task.collate(samples())

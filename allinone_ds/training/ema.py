@@ -1,0 +1,104 @@
+"""An exponential moving average of the weights, kept in shards like the optimizer's own copy."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from allinone_ds.zero import master_shards, publish_masters
+
+
+class ShardEMA:
+    """Average of the weights over optimizer steps: each rank averages its shard of the fp32 masters, S elements more.
+
+    After step t (from 1 on) average = d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)), so
+    that the first weights are soon forgotten.
+
+    Args:
+        engine: what `deepspeed.initialize` returned; the average starts from its weights.
+        decay: d, from 0 (the weights themselves) to below 1.
+    """
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.engine = engine
+        self.decay = decay
+        self.steps = 0
+        self.shards: list[Tensor] = [master.detach().clone() for master in master_shards(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of one more step into the average; local to this rank."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        masters = [master.detach() for master in master_shards(self.engine)]
+        torch._foreach_lerp_(self.shards, masters, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the model's weights are the average; every rank must enter it. Train not in there."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for mine, master in zip(self.shards, master_shards(self.engine), strict=True):
+            kept = master.detach().clone()
+            master.data.copy_(mine)
+            mine.copy_(kept)
+        publish_masters(self.engine)
+
+    def save(self, folder: str | Path, rank: int, world_size: int) -> None:
+        """Write this rank's part of the average into a checkpoint's folder."""
+        state = {"steps": self.steps, "shards": self.shards}
+        torch.save(state, Path(folder) / _file(rank, world_size))
+
+    def load(self, folder: str | Path, rank: int, world_size: int) -> bool:
+        """Go on from a checkpoint's average; False, and nothing changes, when it has none for so many ranks."""
+        file = Path(folder) / _file(rank, world_size)
+        if not file.is_file():
+            return False
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if [s.shape for s in state["shards"]] != [s.shape for s in self.shards]:
+            return False
+        for mine, saved in zip(self.shards, state["shards"], strict=True):
+            mine.copy_(saved)
+        self.steps = state["steps"]
+        return True
+
+
+class AverageWeights(TrainerCallback):
+    """Keeps `trainer.ema` up to date over a run, and goes on from a checkpoint's.
+
+    Args:
+        trainer: an AllInOneTrainer whose `ema_decay` is set.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ema = self.trainer.ema = ShardEMA(self.trainer.deepspeed, args.ema_decay)
+        folder = self.trainer.resumed_from
+        if folder is not None and not ema.load(folder, args.process_index, args.world_size):
+            warnings.warn(
+                f"{folder} holds no average of the weights for {args.world_size} ranks; it begins anew from the "
+                "weights",
+                stacklevel=2,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.ema.update()
+
+
+def _file(rank: int, world_size: int) -> str:
+    return f"ema_rank_{rank:05}_of_{world_size:05}.pt"

@@ -1,0 +1,467 @@
+"""What a run needs of every GPU, before any is there: memory by part and bytes moved a step, from its configuration.
+
+Nothing of the model's size is allocated. Weights, gradients, optimizer and balancer are counted from the number of
+parameters; activations are the tensors that autograd keeps in a forward on fake tensors, which have shapes only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from allinone_ds.balance import balancer_from_config
+from allinone_ds.balance.sketch import default_size
+from allinone_ds.data.base import DataError
+from allinone_ds.data.sources import open_source
+from allinone_ds.models.model import AllInOneModel
+from allinone_ds.strict import ConfigError
+from allinone_ds.training.arguments import check_trainer_keys
+from allinone_ds.training.build import build_model
+from allinone_ds.training.config import ModelFacts, RunConfig
+
+CLASSES = 100
+"""Classes of a task whose data cannot be read, and which the caller does not tell."""
+NORMS = ("exact", "sketch", "delayed")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What of a DeepSpeed configuration decides memory and messages.
+
+    Attributes:
+        stage: ZeRO stage.
+        weight_bytes: of one element of the model's weights.
+        fp32_accumulation: gradients of 16-bit weights accumulate in float32.
+        offload: the optimizer lives in the host's memory.
+        bucket: elements of a reduce bucket.
+        buckets: how many there are.
+        gathered: elements of weights that ZeRO-3 holds whole at once, at most.
+    """
+
+    stage: int
+    weight_bytes: int = 4
+    fp32_accumulation: bool = False
+    offload: bool = False
+    bucket: int = 500_000_000
+    buckets: int = 1
+    gathered: int = 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element of an accumulated gradient."""
+        return 4 if self.fp32_accumulation else self.weight_bytes
+
+    @property
+    def wraps_bf16(self) -> bool:
+        """DeepSpeed's `BF16_Optimizer`: ZeRO-1 whose every rank keeps the whole fp32 gradient."""
+        return self.stage == 1 and self.weight_bytes == 2 and self.fp32_accumulation and not self.offload
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model that are trained, in elements.
+
+    Attributes:
+        backbone: of the shared backbone.
+        heads: of each task's head.
+        frozen: parameters that are not trained.
+        micro_steps: of each task in a step.
+    """
+
+    backbone: int
+    heads: Mapping[str, int]
+    micro_steps: Mapping[str, int]
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        return self.backbone + sum(self.heads.values())
+
+    @property
+    def largest_task(self) -> int:
+        return self.backbone + max(self.heads.values())
+
+
+@dataclass
+class Plan:
+    """Needs of one GPU of a run; all sizes in bytes.
+
+    Attributes:
+        gpus: N.
+        stage: ZeRO stage.
+        norm: how the balancer takes norms.
+        parameters: trained elements by component, and "frozen".
+        memory: on the GPU, by part.
+        host: in the host's memory, for each GPU, by part.
+        moved: sent by a GPU in one optimizer step, by purpose.
+        activations: of each task in one micro-step; `memory` has the largest.
+        choices: for every stage and norm {"stage", "norm", "memory", "moved"}, in all.
+        notes: what was assumed.
+    """
+
+    gpus: int
+    stage: int
+    norm: str
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    host: dict[str, int]
+    moved: dict[str, int]
+    activations: dict[str, int]
+    choices: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain numbers and lists, with totals."""
+        totals = {"memory_total": sum(self.memory.values()), "moved_total": sum(self.moved.values())}
+        return {**dataclasses.asdict(self), **totals}
+
+
+def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = None) -> Plan:
+    """Needs of a run on `gpus` GPUs; touches no GPU and allocates no weights.
+
+    Args:
+        config: the run.
+        gpus: N, ranks of the job.
+        classes: number of classes by task; of tasks left out the data is asked.
+
+    Raises:
+        ConfigError: a configuration that cannot be used.
+    """
+    notes: list[str] = []
+    trainer = check_trainer_keys(config.trainer)
+    counts = {name: _class_count(config, name, classes or {}, notes) for name in config.tasks}
+    with torch.device("meta"):
+        names = {name: [str(k) for k in range(count)] for name, count in counts.items()}
+        backbone = config.model.backbone.model_copy(update={"checkpoint": None})
+        if config.model.backbone.checkpoint is not None:
+            notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
+        model = build_model(config, ModelFacts(backbone=backbone, classes=names))
+    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
+    sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
+    checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
+    dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
+    batches = {name: task.batch_size for name, task in config.tasks.items()}
+    activations = activation_bytes(model, batches, dtype, checkpointing, notes)
+    weighting, options = balancer_from_config(config.balancer)
+    norm = options.get("norm", "exact")
+    moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
+    kept = 1 if weighting.streams else len(sizes.heads)
+    size = options.get("sketch_size") or default_size(sizes.trained)
+    averaged = trainer.get("ema_decay") is not None
+
+    def parts(engine: Engine, norm: str) -> tuple[dict[str, int], dict[str, int]]:
+        return memory_parts(engine, sizes, gpus, norm, moments, kept, size, averaged)
+
+    peak = max(activations.values())
+    choices = []
+    for stage in range(4):
+        other = dataclasses.replace(engine, stage=stage, offload=engine.offload and stage > 0)
+        for kind in NORMS:
+            if not _allowed(other, kind, weighting.streams):
+                continue
+            total = sum(parts(other, kind)[0].values()) + peak
+            moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
+            choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
+    memory, host = parts(engine, norm)
+    return Plan(
+        gpus=gpus,
+        stage=engine.stage,
+        norm=norm,
+        parameters={
+            "backbone": sizes.backbone,
+            **{f"head {name}": count for name, count in sizes.heads.items()},
+            "frozen": sizes.frozen,
+        },
+        memory={**memory, "activations": peak},
+        host=host,
+        moved=moved_parts(engine, sizes, gpus, norm, size),
+        activations=activations,
+        choices=choices,
+        notes=notes,
+    )
+
+
+def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bool = False) -> Engine:
+    """What of a DeepSpeed configuration counts here.
+
+    Args:
+        deepspeed: content of the file.
+        bf16: what the trainer's arguments say, for "auto" in the file.
+        fp16: likewise.
+    """
+    if isinstance(deepspeed, str):
+        raise ConfigError("deepspeed: give the content of the file; load_config reads it")
+    zero = deepspeed.get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    half = any(
+        deepspeed.get(kind, {}).get("enabled") is True or (deepspeed.get(kind, {}).get("enabled") == "auto" and asked)
+        for kind, asked in (("bf16", bf16), ("fp16", fp16))
+    )
+    offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
+    accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    overlap = bool(zero.get("overlap_comm", stage == 3))
+    return Engine(
+        stage=stage,
+        weight_bytes=2 if half else 4,
+        fp32_accumulation=half and accumulation == "fp32",
+        offload=offload,
+        bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
+        buckets=2 if overlap and stage in (1, 2) else 1,
+        gathered=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
+    )
+
+
+def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
+    """Elements of a model's parameters, wherever they are (the meta device too)."""
+
+    def trained(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    return Sizes(
+        backbone=trained(model.backbone),
+        heads={name: trained(task) for name, task in model.tasks.items()},
+        micro_steps=micro_steps,
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+    )
+
+
+def memory_parts(
+    engine: Engine, sizes: Sizes, gpus: int, norm: str, moments: int, kept: int, sketch: int, averaged: bool = False
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of one GPU, and of the host for each GPU, by part; without activations. P trained elements, N GPUs.
+
+    Args:
+        engine: see `Engine`.
+        sizes: see `Sizes`.
+        gpus: N.
+        norm: "exact", "sketch" or "delayed".
+        moments: tensors of P elements that the optimizer keeps in float32 beside its copy of the weights.
+        kept: shards the balancer keeps with exact norms: 1, or T for weightings that see all tasks first.
+        sketch: elements of a sketch.
+        averaged: an average of the weights is kept (`ema_decay`).
+    """
+    P = sizes.trained
+    part = P if engine.stage == 0 else -(-P // gpus)
+    whole_weights = P + sizes.frozen
+    weights = engine.weight_bytes * (-(-whole_weights // gpus) if engine.stage == 3 else whole_weights)
+    # the optimizer's fp32 copy is a copy even of fp32 weights, but for ZeRO-0
+    copies = 0 if engine.stage == 0 and engine.weight_bytes == 4 else 1
+    optimizer = 4 * part * (copies + moments)
+    average = {"average of the weights": 4 * part} if averaged else {}
+    balancer = 4 * part * (1 if norm == "sketch" else kept)  # delayed: its first step is exact
+    if norm == "sketch":
+        balancer += sizes.backbone * engine.gradient_bytes + 2 * 4 * sketch
+    elif norm == "delayed":
+        balancer += 2 * 4 * sketch * len(sizes.heads)
+    memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
+    buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
+    buffers += engine.weight_bytes * min(engine.gathered, P)
+    if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
+        buffers += 4 * part
+    beside = {"optimizer": optimizer, "balancer": balancer, **average}
+    if engine.offload:
+        return {**memory, "buffers": buffers}, beside
+    return {**memory, **beside, "buffers": buffers}, {}
+
+
+def _gradients(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> int:
+    P, part = sizes.trained, -(-sizes.trained // gpus)
+    shard = part * engine.gradient_bytes
+    if engine.wraps_bf16:  # the whole gradient in both dtypes
+        return P * 4 + sizes.largest_task * engine.weight_bytes
+    if norm != "exact":  # whole, on every rank, and the buffer that ZeRO-3 always has
+        return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
+    if engine.stage == 0:
+        return P * engine.weight_bytes
+    if engine.stage == 1:  # local until the task's last micro-step
+        return sizes.largest_task * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
+    return shard
+
+
+def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int) -> dict[str, int]:
+    """Bytes that one GPU sends in an optimizer step, by purpose.
+
+    A ring's figures: (N - 1) / N of the elements for a reduce-scatter or an all-gather, twice that for an all-reduce.
+
+    Args:
+        engine: see `Engine`.
+        sizes: see `Sizes`.
+        gpus: N.
+        norm: "exact", "sketch" or "delayed".
+        sketch: elements of a sketch.
+    """
+    share = (gpus - 1) / gpus
+    w, P = engine.weight_bytes, sizes.trained
+    of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
+    reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
+    if norm != "exact":
+        reduced = P  # once
+    elif engine.stage == 0:  # DeepSpeed fills in zeros for the other heads
+        reduced = P * len(of_task)
+    elif engine.stage == 1:
+        reduced = sum(of_task.values())
+    else:
+        reduced = reduced_each
+    factor = 2 if engine.stage == 0 else 1
+    accumulated = 4 if engine.wraps_bf16 else w
+    moved = {"gradients": round(share * factor * reduced * accumulated)}
+    if engine.stage in (1, 2):
+        moved["new weights"] = round(share * P * w)
+    if engine.stage == 3:  # forward and backward of every micro-step
+        moved["weights"] = round(share * 2 * reduced_each * w)
+    message = 3 * 8 if norm == "exact" else (2 * sketch + 1) * 4
+    moved["norms"] = round(share * 2 * message * len(of_task))
+    return moved
+
+
+def activation_bytes(
+    model: AllInOneModel, batches: Mapping[str, int], dtype: torch.dtype, checkpointing: bool, notes: list[str]
+) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward of one micro-step of each task.
+
+    With activation checkpointing a layer of the backbone keeps its input alone, and one layer is whole at a time.
+
+    Args:
+        model: on the meta device; it is left there in `dtype`, with fake weights.
+        batches: images of a micro-batch by task.
+        dtype: of the weights.
+        checkpointing: whether the backbone's layers are recomputed.
+        notes: gets a line for each task whose loss is left out.
+    """
+    found = {}
+    model.to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        for name, count in batches.items():
+            task: Any = model.tasks[name]
+            labels = _fake_labels(task, count)
+            # some heads look at values: a matcher in the loss, a check for infinities in training
+            for training, given in ((True, labels), (True, None), (False, None)):
+                model.train(training)
+                kept = SavedBytes(model, checkpointing)
+                try:
+                    with kept:
+                        model(name, torch.empty(count, 3, *task.image_size), given)
+                except DataDependentOutputException:
+                    continue
+                found[name] = kept.bytes
+                if given is None:
+                    notes.append(f"{name}: without the loss's own activations, which depend on values")
+                break
+            else:
+                notes.append(f"{name}: its head's activations depend on values; only the backbone's are counted")
+                kept = SavedBytes(model, checkpointing)
+                with kept:
+                    model.backbone(torch.empty(count, 3, *task.image_size))
+                found[name] = kept.bytes
+    return found
+
+
+def _fake_labels(task: Any, count: int) -> Any:
+    if task.kind == "segmentation":
+        return torch.zeros(count, *task.image_size, dtype=torch.uint8)
+    if task.kind == "classification":
+        return torch.zeros(count, dtype=torch.long)
+    return None
+
+
+class SavedBytes:
+    """Inside this context: the bytes of the tensors that autograd keeps, each storage once, weights not counted.
+
+    Args:
+        model: whose weights are not counted.
+        checkpointing: count as if the layers of the backbone were checkpointed (they must not be).
+
+    Attributes:
+        bytes: how many.
+    """
+
+    def __init__(self, model: AllInOneModel, checkpointing: bool = False) -> None:
+        self._own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+        self._kept: dict[int, Any] = {}  # storages stay alive, or their addresses would come again
+        self._layer: int | None = None
+        self._inside: list[int] = []
+        self._inputs = 0
+        self._outside = 0
+        self._layers = _backbone_layers(model) if checkpointing else []
+        self._hooks: list[Any] = []
+
+    @property
+    def bytes(self) -> int:
+        return self._outside + self._inputs + max(self._inside, default=0)
+
+    def __enter__(self) -> SavedBytes:
+        for index, layer in enumerate(self._layers):
+            self._inside.append(0)
+            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter_layer, index)))
+            self._hooks.append(layer.register_forward_hook(self._leave_layer))
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._saving.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._saving.__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter_layer(self, index: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._layer = index
+        storage = inputs[0].untyped_storage()
+        if storage._cdata not in self._kept:
+            self._kept[storage._cdata] = storage
+            self._inputs += storage.nbytes()
+
+    def _leave_layer(self, *_: Any) -> None:
+        self._layer = None
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._kept and storage._cdata not in self._own:
+            self._kept[storage._cdata] = storage
+            if self._layer is None:
+                self._outside += storage.nbytes()
+            else:
+                self._inside[self._layer] += storage.nbytes()
+        return tensor
+
+
+def _backbone_layers(model: AllInOneModel) -> list[nn.Module]:
+    """The layers that activation checkpointing recomputes."""
+    return [m for m in model.backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
+    if name in given:
+        return given[name]
+    try:
+        return len(open_source(config.tasks[name].train, config.data_root).classes)
+    except DataError:
+        notes.append(f"{name}: its data cannot be read, {CLASSES} classes assumed")
+        return CLASSES
+
+
+def _moments(optim: str, notes: list[str]) -> int:
+    if optim == "sgd":
+        return 0
+    if not optim.startswith("adamw"):
+        notes.append(f"optim '{optim}': counted like AdamW, with two moments of every weight")
+    return 2
+
+
+def _number(value: Any, default: int) -> int:
+    return default if value is None or value == "auto" else int(value)
+
+
+def _allowed(engine: Engine, norm: str, streams: bool) -> bool:
+    """Whether the balancer serves the combination: local gradients need ZeRO and no BF16_Optimizer."""
+    if norm == "exact":
+        return True
+    return engine.stage > 0 and not engine.wraps_bf16 and (norm == "delayed" or streams)

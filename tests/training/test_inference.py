@@ -1,0 +1,152 @@
+"""Test-time augmentation: views come back to the image's own pixels, and the number of forwards is fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from allinone_ds.data.transforms import eval_transform, stack_images
+from allinone_ds.strict import ConfigError
+from allinone_ds.tasks.segmentation import SegmentationOutput
+from allinone_ds.tasks.test_time import TestTime, view_size, window_corners
+from allinone_ds.training.inference import predict_batch
+from tests.tasks.test_learning import build
+from tests.tiny import SIZE, samples, tiny_model
+
+EVERY = {"scales": [0.75, 1.0, 2.0], "flip": True}
+
+
+def test_windows_cover_the_view_and_share_a_third() -> None:
+    assert window_corners((32, 32), (32, 32)) == [(0, 0)]
+    assert window_corners((16, 70), (32, 32)) == [(0, 0), (0, 22), (0, 38)]
+    for size in ((64, 64), (65, 100), (33, 32)):
+        seen = torch.zeros(size)
+        for top, left in window_corners(size, (32, 32)):
+            assert top + 32 <= size[0] and left + 32 <= size[1]
+            seen[top : top + 32, left : left + 32] += 1
+        assert seen.min() >= 1
+
+
+def test_views_are_whole_patches() -> None:
+    assert view_size((32, 48), 0.75, 16) == (32, 32)
+    assert view_size((32, 48), 2.0, 16) == (64, 96)
+    assert view_size((32, 32), 0.1, 16) == (16, 16)
+
+
+class PixelModel:
+    """Class scores of a pixel from its colour alone: whatever the view, the same pixel has the same class."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, task: str, pixel_values: Tensor) -> SegmentationOutput:
+        self.shapes.append(tuple(pixel_values.shape[-2:]))
+        return SegmentationOutput(logits=4 * pixel_values)
+
+
+def scene() -> list[dict[str, Any]]:
+    """Red left of blue, in the lower half green: no symmetry a wrong flip could hide behind."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[0, :32, :20] = image[2, :32, 20:] = image[1, 32:] = 255
+    return [{"image": image, "path": "0.png", "index": 0}]
+
+
+@pytest.mark.parametrize(
+    "options", [{"flip": True}, {"scales": [2.0]}, {"scales": [2.0], "windows": True}, {**EVERY, "windows": True}]
+)
+def test_masks_of_views_fall_onto_each_other(options: dict[str, Any]) -> None:
+    task = tiny_model().tasks["seg"]
+    image = scene()[0]["image"]
+    pixels = stack_images([eval_transform(SIZE)(sample) for sample in scene()])
+    mask = predict_batch(PixelModel(), task, pixels, scene(), TestTime(**options))[0]["mask"]
+    truth = torch.where(image[1] > 0, 1, torch.where(image[0] > 0, 0, 2))
+    assert mask.shape == (64, 64) and mask.dtype == torch.uint8
+    assert (mask == truth).float().mean() > 0.95  # all but the seams
+
+
+def test_windows_see_parts_of_the_larger_view_at_the_network_size() -> None:
+    task = tiny_model().tasks["seg"]
+    model = PixelModel()
+    predict_batch(model, task, torch.zeros(1, 3, *SIZE), scene(), TestTime(scales=[2.0], windows=True))
+    assert model.shapes == [SIZE] * 9
+
+
+class BoxModel(nn.Module):
+    """Finds the bright rectangle of an image, in pixels of its input, and a weaker object in a corner."""
+
+    image_size = SIZE
+
+    def forward(self, task: str, pixel_values: Tensor) -> Tensor:
+        return pixel_values
+
+    def postprocess(self, outputs: Tensor) -> list[dict[str, Tensor]]:
+        found = []
+        for pixels in outputs:
+            y, x = torch.nonzero(pixels.amax(0) > 0.5, as_tuple=True)
+            box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+            width = pixels.shape[-1]
+            boxes, scores, labels = [box], [0.5 + width / 1000], [1]
+            if width == 64:
+                boxes, scores, labels = [*boxes, torch.tensor([0.0, 0, 4, 4])], [*scores, 0.1], [*labels, 0]
+            found.append({"boxes": torch.stack(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(labels)})
+        return found
+
+
+def test_boxes_of_views_become_one_in_the_images_own_pixels() -> None:
+    task = tiny_model().tasks["det"]
+    model = BoxModel()
+    task.detector = model
+    image = torch.zeros(3, 128, 64, dtype=torch.uint8)
+    image[:, 16:64, 8:24] = 255
+    sample = {"image": image, "path": "0.png", "index": 0}
+    found = predict_batch(model, task, torch.zeros(1, 3, *SIZE) - 2, [sample], TestTime(scales=[2.0], flip=True))[0]
+    assert found["labels"].tolist() == [1, 0]  # one object of both views; of the weak one two corners, one too many
+    torch.testing.assert_close(found["boxes"][0], torch.tensor([8.0, 16.0, 24.0, 64.0]), atol=1.01, rtol=0)
+    assert task.image_size == SIZE and task.detector.image_size == SIZE
+
+
+@pytest.mark.parametrize("head", ["fcos", "fcos-pyramid", "rf_detr", "light", "upernet", "mask2former"])
+def test_every_head_predicts_several_views(head: str) -> None:
+    model, name, task = build(head)
+    model.eval()
+    options = TestTime(**EVERY, windows=name == "seg")
+    batch = task.collate(samples(2))
+    predictions = predict_batch(model, task, batch["pixel_values"], samples(2), options)
+    metric = task.metric()
+    metric.update(predictions, samples(2))
+    assert len(predictions) == 2 and task.main_metric in metric.compute()
+    plain = predict_batch(model, task, batch["pixel_values"], samples(2))
+    alone = predict_batch(model, task, batch["pixel_values"], samples(2), TestTime())
+    for before, after in zip(plain, alone, strict=True):  # one view is no augmentation
+        if name == "seg":
+            assert (before["mask"] == after["mask"]).float().mean() > 0.98
+        else:
+            assert len(after["boxes"]) <= len(before["boxes"])
+            best = slice(0, min(1, len(after["boxes"])))
+            torch.testing.assert_close(before["scores"][best], after["scores"][best])
+
+
+def test_a_rank_without_samples_runs_as_many_forwards() -> None:
+    task = tiny_model().tasks["seg"]
+    options = TestTime(**EVERY, windows=True)
+    busy, idle = PixelModel(), PixelModel()
+    predict_batch(busy, task, torch.zeros(1, 3, *SIZE), scene(), options)
+    assert predict_batch(idle, task, torch.zeros(1, 3, *SIZE), [], options) == []
+    assert busy.shapes == idle.shapes and len(idle.shapes) == 2 * (1 + 1 + 9)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        ("linear", {}, "cannot merge views"),
+        ("fcos", {"windows": True}, "for segmentation only"),
+        ("rf_detr", {"scales": [0.25]}, "4 cells for 16 queries"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(head: str, options: dict[str, Any], message: str) -> None:
+    model, name, task = build(head)
+    with pytest.raises(ConfigError, match=message):
+        predict_batch(model, task, torch.zeros(1, 3, *SIZE), samples(1), TestTime(**options))
