@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from allinone_ds.strict import ConfigError
+from allinone_ds.tables import metrics_table, plan_tables
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
@@ -234,7 +234,7 @@ def _summary(folder: Path, seconds: float) -> None:
     from allinone_ds.training.text import clock
 
     metrics = json.loads((folder / METRICS_FILE).read_text())
-    console.print(_metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
+    console.print(metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
     named = {
         "weights": WEIGHTS_FILE,
         "metrics": METRICS_FILE,
@@ -247,22 +247,6 @@ def _summary(folder: Path, seconds: float) -> None:
             console.print(f"{what:12} {folder / name}")
 
 
-def _metrics_table(metrics: dict[str, Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("samples", justify="right")
-    for name in [k.removeprefix("eval_").removesuffix("_samples") for k in metrics if k.endswith("_samples")]:
-        start = f"eval_{name}_"
-        for key, value in metrics.items():
-            if key.startswith(start) and not key.endswith(("_samples", "_broken")):
-                table.add_row(name, key.removeprefix(start), f"{value:.3f}", str(metrics[f"{start}samples"]))
-    if "eval_score" in metrics:
-        table.add_row("score", "mean of main metrics", f"{metrics['eval_score']:.3f}", "", style="bold")
-    return table
-
-
 # ---- eval, predict, export, report, score, check, preview, doctor ----
 
 
@@ -272,7 +256,7 @@ def _eval(args: argparse.Namespace) -> int:
         from allinone_ds.training.predict import evaluate_run
 
         metrics = evaluate_run(args.folder, args.overrides)
-    console.print(_metrics_table(metrics, str(args.folder)))
+    console.print(metrics_table(metrics, str(args.folder)))
     return 0
 
 
@@ -409,40 +393,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
         return 0
-    where = f"{args.config} on {plan.gpus} GPUs, ZeRO-{plan.stage}, norm={plan.norm}"
-    sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items() if count)
-    console.print(f"parameters: {sizes}")
-    console.print(_bytes_table(plan.memory, f"{where}: memory of a GPU"))
-    if plan.host:
-        console.print(_bytes_table(plan.host, "memory of the host for each GPU"))
-    console.print(_bytes_table(plan.activations, "activations of a micro-step by task", total=False))
-    console.print(_bytes_table(plan.moved, "sent by a GPU in an optimizer step"))
-    table = Table(title="the same run otherwise", title_justify="left", box=None, pad_edge=False)
-    for column in ("ZeRO", "norm", "memory GiB", "sent GiB"):
-        table.add_column(column, justify="right" if "GiB" in column else "left")
-    for row in plan.choices:
-        mine = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
-        cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
-        table.add_row(*cells, style="bold" if mine else None)
-    console.print(table)
+    for part in plan_tables(plan, args.config):
+        console.print(part)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     return 0
-
-
-def _bytes_table(parts: dict[str, int], title: str, total: bool = True) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
-    for name, count in parts.items():
-        table.add_row(name, _gib(count))
-    if total:
-        table.add_row("in all", _gib(sum(parts.values())), style="bold")
-    return table
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.3f}"
 
 
 def _quiet() -> None:
