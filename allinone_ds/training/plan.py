@@ -43,7 +43,9 @@ class Engine:
         offload: the optimizer lives in the host's memory.
         bucket: elements of a reduce bucket.
         buckets: how many there are.
-        gathered: elements of weights that ZeRO-3 holds whole at once, at most.
+        prefetched: elements of weights that ZeRO-3 gathers ahead of their use.
+        retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
+        all_reduces: gradients go to every rank, not to their owner alone: DeepSpeed's default below ZeRO-3.
     """
 
     stage: int
@@ -52,7 +54,9 @@ class Engine:
     offload: bool = False
     bucket: int = 500_000_000
     buckets: int = 1
-    gathered: int = 0
+    prefetched: int = 0
+    retained: int = 0
+    all_reduces: bool = True
 
     @property
     def gradient_bytes(self) -> int:
@@ -207,6 +211,8 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
     )
     offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
     accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    live = _number(zero.get("stage3_max_live_parameters"), 10**9)
+    reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # there and back: half of it each way
     overlap = bool(zero.get("overlap_comm", stage == 3))
     return Engine(
         stage=stage,
@@ -215,7 +221,9 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
         offload=offload,
         bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
         buckets=2 if overlap and stage in (1, 2) else 1,
-        gathered=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
+        all_reduces=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+        prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
+        retained=min(live, reuse // 2) if stage == 3 else 0,
     )
 
 
@@ -263,7 +271,7 @@ def memory_parts(
         balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
-    buffers += engine.weight_bytes * min(engine.gathered, P)
+    buffers += engine.weight_bytes * min(engine.prefetched + engine.retained, sizes.largest_task)
     if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
         buffers += 4 * part
     beside = {"optimizer": optimizer, "balancer": balancer, **average}
@@ -304,19 +312,19 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
     if norm != "exact":
         reduced = P  # once
-    elif engine.stage == 0:  # DeepSpeed fills in zeros for the other heads
+    elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed fills in zeros for the other heads
         reduced = P * len(of_task)
     elif engine.stage == 1:
         reduced = sum(of_task.values())
     else:
         reduced = reduced_each
-    factor = 2 if engine.stage == 0 else 1
-    accumulated = 4 if engine.wraps_bf16 else w
-    moved = {"gradients": round(share * factor * reduced * accumulated)}
+    factor = 2 if engine.stage == 0 or engine.wraps_bf16 or (engine.stage < 3 and engine.all_reduces) else 1
+    moved = {"gradients": round(share * factor * reduced * w)}
     if engine.stage in (1, 2):
         moved["new weights"] = round(share * P * w)
-    if engine.stage == 3:  # forward and backward of every micro-step
-        moved["weights"] = round(share * 2 * reduced_each * w)
+    if engine.stage == 3:  # for the forward of every micro-step, and again for its backward what was let go
+        again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
+        moved["weights"] = round(share * (reduced_each + again) * w)
     message = 3 * 8 if norm == "exact" else (2 * sketch + 1) * 4
     moved["norms"] = round(share * 2 * message * len(of_task))
     return moved

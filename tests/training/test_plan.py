@@ -87,11 +87,14 @@ def test_bytes_moved_follow_the_collectives() -> None:
 
     # a ring of 4: 3/4 of the elements a pass, two bytes each; tasks have 960 and 940 parameters
     assert moved(0) == {"gradients": 0.75 * 2 * 2 * 1000 * 2}  # an all-reduce of everything a task
-    assert moved(1) == {"gradients": 0.75 * (960 + 940) * 2, "new weights": 0.75 * 1000 * 2}
-    assert moved(2) == {"gradients": 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(1) == {"gradients": 2 * 0.75 * (960 + 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(2) == {"gradients": 2 * 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(3)["gradients"] == 0.75 * (960 + 3 * 940) * 2  # a reduce-scatter
     assert moved(3)["weights"] == 2 * 0.75 * (960 + 3 * 940) * 2  # forward and backward
+    kept = moved_parts(Engine(3, weight_bytes=2, retained=10_000), sizes, 4, "exact", sketch=8)
+    assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered in between
     for norm in ("sketch", "delayed"):
-        assert moved(1, norm)["gradients"] == 0.75 * 1000 * 2  # once a step
+        assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
     assert set(moved(3, gpus=1).values()) == {0}
 
 
