@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from allinone_ds import cli
+from allinone_ds.training.activations import SavedBytes, activation_bytes
 from allinone_ds.training.config import load_config
-from allinone_ds.training.plan import Engine, SavedBytes, Sizes, activation_bytes, moved_parts, plan_run, read_engine
+from allinone_ds.training.plan import Engine, Sizes, moved_parts, plan_run, read_engine
 from tests.launcher import run_ranks
 from tests.tasks.test_learning import HEADS
 from tests.tiny import samples, tiny_model
