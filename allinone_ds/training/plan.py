@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import nn
 
 from allinone_ds.balance import balancer_from_config
 from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.base import DataError
 from allinone_ds.data.sources import open_source
 from allinone_ds.models.model import AllInOneModel
-from allinone_ds.strict import ConfigError
+from allinone_ds.strict import ConfigError, did_you_mean
+from allinone_ds.training.activations import activation_bytes
 from allinone_ds.training.arguments import check_trainer_keys
 from allinone_ds.training.build import build_model
 from allinone_ds.training.config import ModelFacts, RunConfig
@@ -43,7 +41,9 @@ class Engine:
         offload: the optimizer lives in the host's memory.
         bucket: elements of a reduce bucket.
         buckets: how many there are.
-        gathered: elements of weights that ZeRO-3 holds whole at once, at most.
+        prefetched: elements of weights that ZeRO-3 gathers ahead of their use.
+        retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
+        all_reduces: gradients go to every rank, not to their owner alone: DeepSpeed's default below ZeRO-3.
     """
 
     stage: int
@@ -52,7 +52,9 @@ class Engine:
     offload: bool = False
     bucket: int = 500_000_000
     buckets: int = 1
-    gathered: int = 0
+    prefetched: int = 0
+    retained: int = 0
+    all_reduces: bool = True
 
     @property
     def gradient_bytes(self) -> int:
@@ -135,6 +137,9 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     Raises:
         ConfigError: a configuration that cannot be used.
     """
+    for name in classes or {}:
+        if name not in config.tasks:
+            raise ConfigError(f"classes: the run has no task '{name}'; {did_you_mean(name, config.tasks)}")
     notes: list[str] = []
     trainer = check_trainer_keys(config.trainer)
     counts = {name: _class_count(config, name, classes or {}, notes) for name in config.tasks}
@@ -207,6 +212,8 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
     )
     offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
     accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    live = _number(zero.get("stage3_max_live_parameters"), 10**9)
+    reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # there and back: half of it each way
     overlap = bool(zero.get("overlap_comm", stage == 3))
     return Engine(
         stage=stage,
@@ -215,7 +222,9 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
         offload=offload,
         bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
         buckets=2 if overlap and stage in (1, 2) else 1,
-        gathered=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
+        all_reduces=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+        prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
+        retained=min(live, reuse // 2) if stage == 3 else 0,
     )
 
 
@@ -263,7 +272,7 @@ def memory_parts(
         balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
-    buffers += engine.weight_bytes * min(engine.gathered, P)
+    buffers += engine.weight_bytes * min(engine.prefetched + engine.retained, sizes.largest_task)
     if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
         buffers += 4 * part
     beside = {"optimizer": optimizer, "balancer": balancer, **average}
@@ -304,138 +313,22 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
     if norm != "exact":
         reduced = P  # once
-    elif engine.stage == 0:  # DeepSpeed fills in zeros for the other heads
+    elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed fills in zeros for the other heads
         reduced = P * len(of_task)
     elif engine.stage == 1:
         reduced = sum(of_task.values())
     else:
         reduced = reduced_each
-    factor = 2 if engine.stage == 0 else 1
-    accumulated = 4 if engine.wraps_bf16 else w
-    moved = {"gradients": round(share * factor * reduced * accumulated)}
+    factor = 2 if engine.stage == 0 or engine.wraps_bf16 or (engine.stage < 3 and engine.all_reduces) else 1
+    moved = {"gradients": round(share * factor * reduced * w)}
     if engine.stage in (1, 2):
         moved["new weights"] = round(share * P * w)
-    if engine.stage == 3:  # forward and backward of every micro-step
-        moved["weights"] = round(share * 2 * reduced_each * w)
+    if engine.stage == 3:  # for the forward of every micro-step, and again for its backward what was let go
+        again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
+        moved["weights"] = round(share * (reduced_each + again) * w)
     message = 3 * 8 if norm == "exact" else (2 * sketch + 1) * 4
     moved["norms"] = round(share * 2 * message * len(of_task))
     return moved
-
-
-def activation_bytes(
-    model: AllInOneModel, batches: Mapping[str, int], dtype: torch.dtype, checkpointing: bool, notes: list[str]
-) -> dict[str, int]:
-    """Bytes that autograd keeps for the backward of one micro-step of each task.
-
-    With activation checkpointing a layer of the backbone keeps its input alone, and one layer is whole at a time.
-
-    Args:
-        model: on the meta device; it is left there in `dtype`, with fake weights.
-        batches: images of a micro-batch by task.
-        dtype: of the weights.
-        checkpointing: whether the backbone's layers are recomputed.
-        notes: gets a line for each task whose loss is left out.
-    """
-    found = {}
-    model.to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        for name, count in batches.items():
-            task: Any = model.tasks[name]
-            labels = _fake_labels(task, count)
-            # some heads look at values: a matcher in the loss, a check for infinities in training
-            for training, given in ((True, labels), (True, None), (False, None)):
-                model.train(training)
-                kept = SavedBytes(model, checkpointing)
-                try:
-                    with kept:
-                        model(name, torch.empty(count, 3, *task.image_size), given)
-                except DataDependentOutputException:
-                    continue
-                found[name] = kept.bytes
-                if given is None:
-                    notes.append(f"{name}: without the loss's own activations, which depend on values")
-                break
-            else:
-                notes.append(f"{name}: its head's activations depend on values; only the backbone's are counted")
-                kept = SavedBytes(model, checkpointing)
-                with kept:
-                    model.backbone(torch.empty(count, 3, *task.image_size))
-                found[name] = kept.bytes
-    return found
-
-
-def _fake_labels(task: Any, count: int) -> Any:
-    if task.kind == "segmentation":
-        return torch.zeros(count, *task.image_size, dtype=torch.uint8)
-    if task.kind == "classification":
-        return torch.zeros(count, dtype=torch.long)
-    return None
-
-
-class SavedBytes:
-    """Inside this context: the bytes of the tensors that autograd keeps, each storage once, weights not counted.
-
-    Args:
-        model: whose weights are not counted.
-        checkpointing: count as if the layers of the backbone were checkpointed (they must not be).
-
-    Attributes:
-        bytes: how many.
-    """
-
-    def __init__(self, model: AllInOneModel, checkpointing: bool = False) -> None:
-        self._own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-        self._kept: dict[int, Any] = {}  # storages stay alive, or their addresses would come again
-        self._layer: int | None = None
-        self._inside: list[int] = []
-        self._inputs = 0
-        self._outside = 0
-        self._layers = _backbone_layers(model) if checkpointing else []
-        self._hooks: list[Any] = []
-
-    @property
-    def bytes(self) -> int:
-        return self._outside + self._inputs + max(self._inside, default=0)
-
-    def __enter__(self) -> SavedBytes:
-        for index, layer in enumerate(self._layers):
-            self._inside.append(0)
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter_layer, index)))
-            self._hooks.append(layer.register_forward_hook(self._leave_layer))
-        self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._saving.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._saving.__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-
-    def _enter_layer(self, index: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._layer = index
-        storage = inputs[0].untyped_storage()
-        if storage._cdata not in self._kept:
-            self._kept[storage._cdata] = storage
-            self._inputs += storage.nbytes()
-
-    def _leave_layer(self, *_: Any) -> None:
-        self._layer = None
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._kept and storage._cdata not in self._own:
-            self._kept[storage._cdata] = storage
-            if self._layer is None:
-                self._outside += storage.nbytes()
-            else:
-                self._inside[self._layer] += storage.nbytes()
-        return tensor
-
-
-def _backbone_layers(model: AllInOneModel) -> list[nn.Module]:
-    """The layers that activation checkpointing recomputes."""
-    return [m for m in model.backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:

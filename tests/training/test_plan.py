@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from allinone_ds import cli
+from allinone_ds.training.activations import SavedBytes, activation_bytes
 from allinone_ds.training.config import load_config
-from allinone_ds.training.plan import Engine, SavedBytes, Sizes, activation_bytes, moved_parts, plan_run, read_engine
+from allinone_ds.training.plan import Engine, Sizes, moved_parts, plan_run, read_engine
 from tests.launcher import run_ranks
 from tests.tasks.test_learning import HEADS
 from tests.tiny import samples, tiny_model
@@ -87,11 +88,14 @@ def test_bytes_moved_follow_the_collectives() -> None:
 
     # a ring of 4: 3/4 of the elements a pass, two bytes each; tasks have 960 and 940 parameters
     assert moved(0) == {"gradients": 0.75 * 2 * 2 * 1000 * 2}  # an all-reduce of everything a task
-    assert moved(1) == {"gradients": 0.75 * (960 + 940) * 2, "new weights": 0.75 * 1000 * 2}
-    assert moved(2) == {"gradients": 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(1) == {"gradients": 2 * 0.75 * (960 + 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(2) == {"gradients": 2 * 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
+    assert moved(3)["gradients"] == 0.75 * (960 + 3 * 940) * 2  # a reduce-scatter
     assert moved(3)["weights"] == 2 * 0.75 * (960 + 3 * 940) * 2  # forward and backward
+    kept = moved_parts(Engine(3, weight_bytes=2, retained=10_000), sizes, 4, "exact", sketch=8)
+    assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered in between
     for norm in ("sketch", "delayed"):
-        assert moved(1, norm)["gradients"] == 0.75 * 1000 * 2  # once a step
+        assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
     assert set(moved(3, gpus=1).values()) == {0}
 
 
