@@ -39,6 +39,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     """
     args = arguments_from_config(config)  # before the model: ZeRO-3 partitions it while it is built
     resume = config.trainer.get("resume_from_checkpoint")
+    if str(resume).lower() == "false":
+        resume = None
     check_resume(resume, config.run_dir)
     set_seed(args.seed)
     train_data = open_train_data(config)

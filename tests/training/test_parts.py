@@ -121,4 +121,4 @@ def test_command_line_names_what_is_wrong(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "config.yaml" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["eval", str(tmp_path), "a=b"])
+        cli.main(["doctor", "a=b"])
