@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
 
-        if train_run(config) is None:
-            return REQUEUE
+        status = 0 if train_run(config) is not None else REQUEUE
+        leave()
     except RunError as error:
         if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -50,7 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
+    return status
+
+
+def leave() -> None:
+    """Leave the process group after a run that ended well: with gloo, a rank that just exits may abort.
+
+    Not after an error: other ranks may still be in a collective, and this one would wait for them.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,3 +55,4 @@ for step in range(args.steps):
     report = balancer.step()  # instead of optimizer.step
     if step % 20 == 0:
         accelerator.print(step, {t: f"loss {report.losses[t]:.3f}, norm {report.norms[t]:.3g}" for t in TASKS})
+accelerator.end_training()

@@ -55,3 +55,4 @@ for step in range(args.steps):
     report = balancer.step()
     if engine.global_rank == 0 and step % 20 == 0:
         print(step, {t: f"norm {report.norms[t]:.3g} x {report.scales[t]:.3g}" for t in balancer.tasks}, flush=True)
+torch.distributed.destroy_process_group()

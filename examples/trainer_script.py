@@ -22,9 +22,8 @@ KINDS = {"boxes": "detection", "labels": "classification"}  # the tasks, by thei
 
 class Show(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
-        shown = {k: round(v, 4) for k, v in logs.items() if k.startswith(("loss/", "grad_norm/", "eval_"))}
-        if state.is_world_process_zero and shown:
-            print(state.global_step, shown)
+        if state.is_world_process_zero:
+            print(state.global_step, {k: v for k, v in logs.items() if k.startswith(("loss/", "grad_norm/", "eval_"))})
 
 
 parser = argparse.ArgumentParser()
@@ -36,8 +35,8 @@ args = AllInOneArguments(  # starts the process group; under ZeRO-3 it must exis
     deepspeed="configs/deepspeed/zero2.json", save_strategy="no", per_device_train_batch_size=16,
 )  # fmt: skip
 set_seed(args.seed)
-sizes = DemoSizes(detection=(200, 41), segmentation=(1, 1), classification=(200, 41))
 with args.main_process_first():
+    sizes = DemoSizes(detection=(200, 41), segmentation=(1, 1), classification=(200, 41))
     demo = make_demo_data(Path(script.output) / "data", sizes=sizes, progress=False)
 
 
@@ -57,3 +56,4 @@ trainer = AllInOneTrainer(
 )  # fmt: skip
 trainer.train()
 trainer.evaluate()
+trainer.accelerator.end_training()
