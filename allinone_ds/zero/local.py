@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -90,9 +89,3 @@ class LocalGradients:
     @property
     def _attribute(self) -> str:
         return "grad_accum" if getattr(self.optimizer, "use_grad_accum_attribute", False) else "grad"
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of gradient on this rank."""
-        held = [self.get(index) for index in range(len(self.params))]
-        return sum(g.numel() * g.element_size() for g in held if isinstance(g, torch.Tensor))
