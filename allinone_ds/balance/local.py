@@ -32,8 +32,8 @@ class LocalCombiner(Combiner):
     def __init__(self, shards: GradientShards, weighting: Weighting, size: int | None):
         super().__init__(shards, weighting)
         self.local = LocalGradients(shards.engine, shards)
-        elements = [_elements(p) for p in self.local.params]
-        self.sketcher = Sketcher(elements, size or default_size(sum(elements)), shards.engine.device)
+        sizes = self.local.sizes
+        self.sketcher = Sketcher(sizes, size or default_size(sum(sizes)), shards.engine.device)
         self.shared = [id(p) in shards.shared for p in self.local.params]
         self._flats: list[Tensor] = []
         self._steps = 0
@@ -98,7 +98,7 @@ class SketchCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        shared = sum(_elements(p) for p, is_shared in zip(self.local.params, self.shared, strict=True) if is_shared)
+        shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
         return super().bytes + shared * self.local.dtype.itemsize + 2 * 4 * self.sketcher.size
 
     def add(self, task: str, loss: Tensor) -> None:
@@ -275,11 +275,6 @@ class DelayedCombiner(LocalCombiner):
         for hook in self._hooks:
             hook.remove()
         super().close()
-
-
-def _elements(param: Any) -> int:
-    """Elements of a parameter, partitioned or not."""
-    return int(getattr(param, "ds_numel", param.numel()))
 
 
 def combiner(

@@ -46,6 +46,7 @@ class LocalGradients:
         self.optimizer = engine.optimizer
         self.shards = shards
         self.params: list[Parameter] = [p for p in engine.module.parameters() if p.requires_grad]
+        self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.params]  # elements, partitioned or not
         self.dtype = self.optimizer.gradient_accumulation_dtype
         self._open: contextlib.ExitStack | None = None
 
