@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -47,10 +48,15 @@ def join_ranks() -> None:
 
 
 def run_checks(checks: dict[str, Callable[[], None]], out: str) -> None:
-    """On each rank: call all checks in order, gather what each raised, write it on rank 0. Collective."""
+    """On each rank: call all checks in order, gather what each raised, write it on rank 0. Collective.
+
+    A check that raises on one rank alone leaves the others in a collective that it never joins. The gathering has a
+    group of its own, so the two never meet: it gives up after two minutes and the rank ends with what it raised.
+    """
     import torch.distributed as dist
 
     join_ranks()
+    gathering = dist.new_group(backend="gloo", timeout=timedelta(minutes=2))
     results = {}
     for name, check in checks.items():
         try:
@@ -59,7 +65,10 @@ def run_checks(checks: dict[str, Callable[[], None]], out: str) -> None:
         except Exception:
             problem = f"rank {dist.get_rank()}: {traceback.format_exc()}"
         every: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(every, problem)
+        try:
+            dist.all_gather_object(every, problem, group=gathering)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: a rank did not come out of it. {problem or 'This rank passed.'}") from error
         results[name] = next((p for p in every if p), "")
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))

@@ -49,7 +49,8 @@ def check_average(case: str) -> None:
         ema.save(folder, 0, 2)
         again = ShardEMA(engine, decay)
         assert not again.load(folder, 0, 3) and again.load(folder, 0, 2) and again.steps == 3
-        assert all(torch.equal(mine, saved) for mine, saved in zip(again.shards, ema.shards, strict=True))
+        for mine, saved in zip(again.shards, ema.shards, strict=True):  # padding is never set, so it may be nan
+            torch.testing.assert_close(mine, saved, rtol=0, atol=0, equal_nan=True)
     held = sum(shard.numel() for shard in ema.shards)
     if not case.startswith("zero0"):
         assert held < 0.6 * elements, (case, held, elements)
