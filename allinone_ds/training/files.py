@@ -42,6 +42,8 @@ def find_config(path: str | Path) -> Path:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a run's YAML file and lay dotted overrides over it, without looking at names or types.
 
+    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced.
+
     Args:
         path: the file, or the name of one that comes with the package.
         overrides: for example ["trainer.max_steps=50"].
@@ -51,7 +53,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             raise ConfigError(f"override '{item}': write KEY=VALUE, for example trainer.max_steps=50")
     file = find_config(path)
     try:
-        base: Any = OmegaConf.load(file)
+        base = _with_bases(file)
         single_keys = any(item.startswith("deepspeed.") for item in overrides)
         if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
@@ -62,6 +64,18 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
+
+
+def _with_bases(file: Path) -> Any:
+    content: Any = OmegaConf.load(file)
+    files = [file.resolve()]
+    while isinstance(content, DictConfig) and "base" in content:
+        file = find_config(content.pop("base"))
+        if file.resolve() in files:
+            raise ConfigError(f"{files[0]}: base leads back to {file}; a chain of bases must end")
+        files.append(file.resolve())
+        content = OmegaConf.merge(OmegaConf.load(file), content)
+    return content
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:

@@ -97,9 +97,22 @@ def test_shipped_deepspeed_files_never_clip() -> None:
 
 
 def test_shipped_runs_are_valid() -> None:
-    for name in ("demo", "demo_full", "traffic"):
+    for name in ("demo", "demo_full", "traffic_8gpu", "traffic_64gpu"):
         config = load_config(find_config(f"configs/runs/{name}.yaml"))
         assert check_trainer_keys(config.trainer)["max_steps"] > 0
+
+
+def test_a_file_is_laid_over_its_base(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "middle.yaml").write_text(yaml.safe_dump({"base": str(file), "trainer": {"learning_rate": 5e-4}}))
+    last = tmp_path / "last.yaml"
+    last.write_text(yaml.safe_dump({"base": str(tmp_path / "middle.yaml"), "name": "last"}))
+    assert load_config(last) == load_config(file, ["trainer.learning_rate=5e-4", "name=last"])
+    (tmp_path / "middle.yaml").write_text(yaml.safe_dump({"base": str(last)}))
+    with pytest.raises(ConfigError, match="base leads back to"):
+        load_config(last)
+    last.write_text("base: nowhere.yaml")
+    with pytest.raises(ConfigError, match="no configuration file 'nowhere.yaml'"):
+        load_config(last)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from allinone_ds.training.files import find_config
 
 from .tiny_run import launch
 
-RUN = "configs/runs/traffic.yaml"
+RUN = "configs/runs/traffic_8gpu.yaml"
+LARGE = "configs/runs/traffic_64gpu.yaml"
 SAMPLES = 5
 SIGNS = [f"sign {i}" for i in range(45)]
 
@@ -169,31 +170,47 @@ def full_size(config: RunConfig) -> torch.nn.Module:
         return build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
 
 
-def test_the_model_is_built_at_full_size_without_memory() -> None:
-    model = full_size(load_config(RUN))
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert 295e6 < sum(p.numel() for p in model.backbone.parameters()) < 310e6  # ViT-L/16
+@pytest.mark.parametrize(("run", "millions", "channels"), [(RUN, 303, 1024), (LARGE, 6716, 4096)])
+def test_the_model_is_built_at_full_size_without_memory(run: str, millions: float, channels: int) -> None:
+    model = full_size(load_config(run))
+    made = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    assert made == ["tasks.streets.segmenter.net.pixel_decoder.level_embed"]  # transformers' torch.Tensor(3, width)
+    assert sum(p.numel() for p in model.backbone.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
     assert set(model.tasks) == {"signs", "streets", "cars"}
     with torch.device("meta"):
         features = model.backbone(torch.empty(1, 3, 512, 512)).feature_maps
-    assert [tuple(f.shape) for f in features] == [(1, 1024, 32, 32)] * 4
+    assert [tuple(f.shape) for f in features] == [(1, channels, 32, 32)] * 4
 
 
-def test_two_steps_of_it_at_reduced_size(data: Path, tmp_path: Path) -> None:
+def test_the_larger_run_differs_from_the_papers_where_its_file_says_so() -> None:
+    paper, larger = load_config(RUN), load_config(LARGE)
+    assert larger.tasks == paper.tasks and larger.balancer == paper.balancer
+    assert larger.deepspeed["zero_optimization"]["stage"] == 3
+    assert larger.trainer == paper.trainer | {
+        "max_steps": 5500, "warmup_steps": 275, "gradient_checkpointing": True, "layer_lr_decay": 0.95,
+        "backbone_lr_factor": 1.0, "save_steps": 275, "eval_steps": 275,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [RUN, LARGE])
+def test_two_steps_of_it_at_reduced_size(data: Path, tmp_path: Path, run: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    head = {"num_queries": 10, "groups": 2, "width": 32, "ffn_dim": 32, "self_attention_heads": 2}
-    head |= {"cross_attention_heads": 2, "decoder_layers": 1}
+    signs = {"num_queries": 10, "groups": 2, "width": 32, "ffn_dim": 32, "self_attention_heads": 2}
+    signs |= {"cross_attention_heads": 2, "decoder_layers": 1}
+    streets = {"width": 32, "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2, "attention_heads": 2}
+    streets |= {"encoder_ffn_dim": 32, "ffn_dim": 32, "points": 64}
     overrides = [
         *small(data),
         f"output_dir={tmp_path / 'run'}",
         *(f"model.backbone.config.{key}={value}" for key, value in sizes.items()),
-        *(f"tasks.signs.options.{key}={value}" for key, value in head.items()),
-        "tasks.streets.options.width=32",
+        *(f"tasks.signs.options.{key}={value}" for key, value in signs.items()),
+        *(f"tasks.streets.options.{key}={value}" for key, value in streets.items()),
+        "tasks.cars.options.width=32",
         *(f"tasks.{task}.image_size=64" for task in ("signs", "streets", "cars")),
         "trainer.max_steps=2", "trainer.warmup_steps=1", "trainer.logging_steps=1", "trainer.dataloader_num_workers=0",
         "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.load_best_model_at_end=false",
     ]  # fmt: skip
-    launch(tmp_path, "torchrun", *overrides, config=RUN)
+    launch(tmp_path, "torchrun", *overrides, config=run)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["steps"] == 2
     for task, name in (("signs", "map50"), ("streets", "miou"), ("cars", "top1")):
