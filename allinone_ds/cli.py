@@ -387,7 +387,8 @@ def _plan(args: argparse.Namespace) -> int:
     for item in args.classes:
         task, _, count = item.partition(":")
         if not count.isdigit() or int(count) < 1:
-            raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45")
+            hint = "; KEY=VALUE overrides go before --classes" if "=" in item else ""
+            raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45{hint}")
         classes[task] = int(count)
     plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
     if args.json:
