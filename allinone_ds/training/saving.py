@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from allinone_ds.strict import ConfigError
-from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
-from allinone_ds.training.folder import TRAINER_STATE, UNFINISHED, WEIGHTS_FILE
+from allinone_ds.training.checkpoint import CheckpointWriter, choose_checkpoint
+from allinone_ds.training.folder import TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.training.manifest import read_manifest
+from allinone_ds.training.weights import shards_of
 from allinone_ds.zero import load_resharded, own_checkpoint_files, save_engine
 
 SCHEDULER_FILE = "scheduler.pt"
@@ -160,15 +160,10 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             f"the others nothing can be converted; use a DeepSpeed config of stage {stage_then}"
         )
     else:
-        scratch = Path(trainer.args.output_dir) / f"{UNFINISHED}resharded"
-        if trainer.args.should_save:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        barrier()
-        load_resharded(engine, checkpoint, load_file(checkpoint / WEIGHTS_FILE), scratch)
-        barrier()
-        if trainer.args.should_save:
-            shutil.rmtree(scratch)
+        shards = shards_of(checkpoint)
+        if shards is None:
+            raise ConfigError(f"{checkpoint} holds no ZeRO shards, only weights (save_only_model); give another one")
+        load_resharded(engine, shards)
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
