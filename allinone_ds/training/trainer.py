@@ -20,6 +20,7 @@ from allinone_ds.data.base import DataError
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.background import BackgroundSaver
 from allinone_ds.training.checkpoint import gather
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.errors import RunError, out_of_memory
@@ -122,6 +123,7 @@ class AllInOneTrainer(Trainer):
             {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
             args.device,
         )
+        self.saver: BackgroundSaver | None = None
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -154,9 +156,14 @@ class AllInOneTrainer(Trainer):
         if self.args.should_save:
             clear_unfinished(run)
         self.stop_signal.listen()
+        if self.args.async_save and self.saver is None:
+            self.saver = self.stop_signal.saver = BackgroundSaver()
         try:
             resumed = None if self._resumed is None else str(self._resumed)
             return super().train(resumed, *args, **kwargs)
+        except BaseException:
+            self._finish_save(quietly=True)
+            raise
         finally:
             self.stop_signal.close()
             if self._watch is not None:
@@ -200,6 +207,21 @@ class AllInOneTrainer(Trainer):
         self.mark(f"the checkpoint of step {self.state.global_step}")
         save_checkpoint(self, self._loop_state())
         self.mark(f"the end of the checkpoint of step {self.state.global_step}")
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_save()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _finish_save(self, quietly: bool = False) -> None:
+        """Wait for a checkpoint that is still being written."""
+        if self.saver is None:
+            return
+        try:
+            self.saver.finish()
+        except RunError as error:
+            if not quietly:
+                raise
+            self.warn(self.state.global_step, str(error))  # another error already ends the run
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

@@ -1,6 +1,6 @@
 """The only room that knows DeepSpeed's private fields: gradient shards in and out of every engine kind."""
 
-from .files import own_checkpoint_files, save_engine
+from .files import Take, own_checkpoint_files, save_engine
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
 from .local import LocalGradients
@@ -17,6 +17,7 @@ __all__ = [
     "ParameterTraces",
     "Piece",
     "Span",
+    "Take",
     "UnsupportedEngine",
     "checked_release",
     "cut",
