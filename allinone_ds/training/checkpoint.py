@@ -86,7 +86,10 @@ class CheckpointWriter:
             RunError: names the ranks, what they could not write, and what is left.
         """
         found = [
-            f"rank {rank}: {error}" for rank, errors in enumerate(gather(self._errors, self.group)) for error in errors[:1] if error
+            f"rank {rank}: {error}"
+            for rank, errors in enumerate(gather(self._errors, self.group))
+            for error in errors[:1]
+            if error
         ]
         if not found:
             return

@@ -1,8 +1,8 @@
 """Where the elements of each parameter lie: in this rank's optimizer shards, and in the files of a checkpoint's ranks.
 
-Private fields and file keys of DeepSpeed 0.19.8. Stages 1 and 2 (`BF16_Optimizer` too) lay the parameters of a group one
-after the other and cut the whole into equal parts; stage 3 cuts every parameter. The end of a part may be padding, which
-nobody ever sets: it belongs to no fragment, so it is never copied.
+Private fields and file keys of DeepSpeed 0.19.8. Stages 1 and 2 (`BF16_Optimizer` too) lay the parameters of a group
+one after the other and cut the whole into equal parts; stage 3 cuts every parameter. The end of a part may be padding,
+which nobody ever sets: it belongs to no fragment, so it is never copied.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor
 
 from .gate import UnsupportedEngine
 from .layout import Fragment, SavedShards, engine_fragments
 from .masters import master_shards, publish_masters
+from .params import whole_on_rank_0
 
 
 @torch.no_grad()
@@ -100,9 +100,10 @@ def _kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
                     flat.add(key)
                 else:
                     raise UnsupportedEngine(
-                        f"{saved.folder}: the optimizer keeps '{key}' of shape {tuple(value.shape)} for {master.numel()} "
-                        "weights. Such a state cannot be cut for other ranks or another ZeRO stage: go on with "
-                        f"{saved.world} ranks and the same stage, or use an element-wise optimizer such as AdamW"
+                        f"{saved.folder}: the optimizer keeps '{key}' of shape {tuple(value.shape)} for "
+                        f"{master.numel()} weights. Such a state cannot be cut for other ranks or another ZeRO stage: "
+                        f"go on with {saved.world} ranks and the same stage, or use an element-wise optimizer such as "
+                        "AdamW"
                     )
     return flat, plain
 
@@ -114,6 +115,6 @@ def _load_untrained(module: torch.nn.Module, values: dict[str, Tensor]) -> None:
             buffer.copy_(values[name])
     for name, param in module.named_parameters():
         if not param.requires_grad and name in values:
-            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-                if param.numel():  # of a partitioned one only rank 0's change counts
+            with whole_on_rank_0(param):
+                if param.numel():  # else not this rank's to fill
                     param.copy_(values[name].view(param.shape))
