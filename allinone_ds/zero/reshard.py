@@ -63,7 +63,7 @@ def _load_states(engine: Any, saved: SavedShards, wanted: Sequence[Fragment]) ->
     """The optimizer's state of this rank's masters: moments, and counters such as AdamW's `step`."""
     masters = master_shards(engine)
     state = engine.optimizer.optimizer.state
-    flat, plain = _kinds_of_state(saved)
+    flat, plain = kinds_of_state(saved)
     first = {fragment.group: fragment for fragment in reversed(wanted)}
     filled: dict[str, set[int]] = {key: set() for key in flat}  # groups by key
     for group, master in enumerate(masters):
@@ -87,8 +87,12 @@ def _load_states(engine: Any, saved: SavedShards, wanted: Sequence[Fragment]) ->
         saved.fill(targets, [fragment for fragment in wanted if fragment.group in groups], sources)
 
 
-def _kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
-    """Names of what the optimizer keeps for every element, and of its single numbers."""
+def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
+    """Names of what the optimizer keeps for every element, and of its single numbers.
+
+    Raises:
+        UnsupportedEngine: it keeps something else.
+    """
     flat: set[str] = set()
     plain: set[str] = set()
     for masters, states in zip(saved.masters, saved.states, strict=True):
