@@ -201,6 +201,21 @@ class Bench:
         found = differences(output, outcome(whole))
         demand(not found, found)
 
+    def cut_between_logs(self) -> None:
+        """Cosines that were measured before the cut are logged after it; a task left out before it stays counted."""
+        flags = ("balancer.cosines_every=2", "trainer.save_steps=1", f"trainer.save_total_limit={STEPS}")
+        whole, output = self.output(), self.output()
+        ranks = self.start(whole, *flags, before=lambda rank: spoil_loss(float("nan"), range(1, 2), rank))
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        step = LOGGING_STEPS + 2  # the last measured step before the next log
+        shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        ranks = self.start(output, *flags, "--resume")
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        log = [entry for entry in outcome(whole)[1] if "loss" in entry and entry["step"] > step][0]
+        demand("cosine/det/seg" in log and log["skipped/cls"] == 1, f"cosines or the skipped task are missing: {log}")
+        found = differences(output, outcome(whole))
+        demand(not found, found)
+
     def kill(self, everyone: bool) -> None:
         output, moment = self.output(), self.moment()
         ranks = self.start(output)
@@ -503,6 +518,7 @@ def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None
     steps = [LOGGING_STEPS + 2] if once else range(1, STEPS)
     how = "stopped between two logs" if once else f"stopped after each of its {STEPS} steps"
     yield CUT, how, lambda: bench.cut(steps)
+    yield "run cut between two logs", "cosines measured, a task left out before it", bench.cut_between_logs
     yield "run cut, fp16 loss scale falling", "stopped after half of its steps, ZeRO-2", bench.cut_fp16
     yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
     yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
