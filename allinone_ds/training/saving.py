@@ -203,6 +203,8 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
 
 def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     """What `save_checkpoint` was given as this rank's `loop_state`; rank 0's for a rank that was not there then."""
-    if not (checkpoint / loop_file(rank)).exists():
-        rank = 0
-    return torch.load(checkpoint / loop_file(rank), map_location="cpu", weights_only=True)
+    new = not (checkpoint / loop_file(rank)).exists()
+    state = torch.load(checkpoint / loop_file(0 if new else rank), map_location="cpu", weights_only=True)
+    if new:
+        state["logs"]["broken"] = []  # counted on rank 0
+    return state

@@ -54,6 +54,7 @@ def check_average(case: str) -> None:
     assert save_engine(engine, folder) == []
     again = ShardEMA(engine, decay)
     assert not again.load(folder)
+    dist.barrier()
     torch.save(ema.state_dict(), ema_file(folder, dist.get_rank(), 2))
     dist.barrier()
     assert again.load(folder) and again.steps == 3
