@@ -39,7 +39,7 @@ def write_config(home: Path, steps: int, width: int, layers: int) -> Path:
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": 8,
-            "patch_size": 8,
+            "patch_size": 16,
             "image_size": 32,
         }
     }
