@@ -178,7 +178,8 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
     A checkpoint of another number of ranks or another ZeRO stage is resharded.
 
     Raises:
-        ConfigError: it cannot be, because one of the two is without ZeRO.
+        ConfigError: it cannot be: one of the two is without ZeRO, it is of another model, or its optimizer's state is
+            not as large as the weights.
     """
     engine = trainer.deepspeed
     own_checkpoint_files(engine)
@@ -195,7 +196,10 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
         shards = shards_of(checkpoint)
         if shards is None:
             raise ConfigError(f"{checkpoint} holds no ZeRO shards, only weights (save_only_model); give another one")
-        load_resharded(engine, shards)
+        try:
+            load_resharded(engine, shards)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
