@@ -2,10 +2,12 @@
 
     python benchmarks/faults.py --times 100             # the table of docs/reliability.md, about 20 minutes on 2 cores
     python benchmarks/faults.py --times 2 --only kill   # rows whose name holds the word
+    python benchmarks/faults.py --async                 # with checkpoints that are written in the background
 
 "Lost nothing" means: the run was found and resumed without help and ended with the same weights and the same logged
 losses, norms and rates as the unbroken run, bit for bit (2 ranks, CPU, fp32), and, where the fault is to be named, it
-was. Faults that need no luck are tried once for each ZeRO stage.
+was. Faults that need no luck are tried once for each ZeRO stage. With `--async` the unbroken run saves in the step, the
+others in the background, where a checkpoint is written only after the next step has been trained.
 """
 
 from __future__ import annotations
@@ -80,10 +82,12 @@ class Bench:
     Args:
         home: an empty folder.
         seed: of the moments at which faults strike.
+        background: checkpoints are written while training goes on.
     """
 
-    def __init__(self, home: Path, seed: int) -> None:
+    def __init__(self, home: Path, seed: int, background: bool = False) -> None:
         self.home = home
+        self.background = background
         self.file = make_home(home)
         self.random = random.Random(seed)
         self.stage = 1
@@ -96,7 +100,15 @@ class Bench:
 
     def start(self, output: Path, *overrides: str, before: Callable[[int], None] | None = None) -> Ranks:
         stage = f"deepspeed=configs/deepspeed/zero{self.stage}.json"
-        return Ranks(self.file, output, stage, *overrides, before=before)
+        if not self.background:
+            return Ranks(self.file, output, stage, *overrides, before=before)
+
+        def before_both(rank: int) -> None:
+            write_late()
+            if before is not None:
+                before(rank)
+
+        return Ranks(self.file, output, stage, "trainer.async_save=true", *overrides, before=before_both)
 
     def output(self) -> Path:
         self.count += 1
@@ -107,7 +119,7 @@ class Bench:
         if self.stage not in self.wholes:
             output = self.output()
             begun = time.monotonic()
-            ranks = self.start(output)
+            ranks = Ranks(self.file, output, f"deepspeed=configs/deepspeed/zero{self.stage}.json")
             demand(not any(ranks.wait().values()), "the unbroken run failed", ranks)
             self.seconds[self.stage] = time.monotonic() - begun
             self.wholes[self.stage] = outcome(output)
@@ -189,6 +201,21 @@ class Bench:
         found = differences(output, outcome(whole))
         demand(not found, found)
 
+    def cut_between_logs(self) -> None:
+        """Cosines that were measured before the cut are logged after it; a task left out before it stays counted."""
+        flags = ("balancer.cosines_every=2", "trainer.save_steps=1", f"trainer.save_total_limit={STEPS}")
+        whole, output = self.output(), self.output()
+        ranks = self.start(whole, *flags, before=lambda rank: spoil_loss(float("nan"), range(1, 2), rank))
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        step = LOGGING_STEPS + 2  # the last measured step before the next log
+        shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        ranks = self.start(output, *flags, "--resume")
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        log = [entry for entry in outcome(whole)[1] if "loss" in entry and entry["step"] > step][0]
+        demand("cosine/det/seg" in log and log["skipped/cls"] == 1, f"cosines or the skipped task are missing: {log}")
+        found = differences(output, outcome(whole))
+        demand(not found, found)
+
     def kill(self, everyone: bool) -> None:
         output, moment = self.output(), self.moment()
         ranks = self.start(output)
@@ -248,6 +275,9 @@ class Bench:
         every = self.output()
         ranks = self.start(every, "trainer.save_steps=1", f"trainer.save_total_limit={STEPS}")
         demand(not any(ranks.wait().values()), "the run failed", ranks)
+        if self.background:
+            found = differences(every, self.whole())
+            demand(not found, found)
         self.wholes.setdefault(self.stage, outcome(every))  # saving does not change a run
         for step in steps:
             output = self.output()
@@ -413,6 +443,31 @@ def allow_fp16(rank: int) -> None:
     AllInOneTrainer._step = told
 
 
+def write_late() -> None:
+    """A checkpoint in the background is written after the step that follows it; at the end of a run after a second."""
+    from allinone_ds.balance import TaskBalancer
+    from allinone_ds.training.background import BackgroundSaver
+
+    step, start, steps = TaskBalancer.step, BackgroundSaver.start, []
+
+    def counted(self, *args, **kwargs):
+        steps.append(step(self, *args, **kwargs))
+        return steps[-1]
+
+    def late(self, number, work):
+        before = len(steps)
+
+        def wait_and_work():
+            end = time.monotonic() + 1
+            while len(steps) == before and time.monotonic() < end:
+                time.sleep(0.002)
+            work()
+
+        start(self, number, wait_and_work)
+
+    TaskBalancer.step, BackgroundSaver.start = counted, late
+
+
 def spoil_loss(value: float, steps: range, rank: int) -> None:
     """The classification loss of rank 1 is `value` in these steps."""
     from allinone_ds.tasks.classification import ClassificationTask
@@ -463,6 +518,7 @@ def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None
     steps = [LOGGING_STEPS + 2] if once else range(1, STEPS)
     how = "stopped between two logs" if once else f"stopped after each of its {STEPS} steps"
     yield CUT, how, lambda: bench.cut(steps)
+    yield "run cut between two logs", "cosines measured, a task left out before it", bench.cut_between_logs
     yield "run cut, fp16 loss scale falling", "stopped after half of its steps, ZeRO-2", bench.cut_fp16
     yield "other ranks and ZeRO stage", "2 ranks ZeRO-2, 4 ranks ZeRO-2, 1 rank ZeRO-3", bench.reshard
     yield "kill -9 of one rank", "SIGKILL at a random moment", lambda: bench.kill(False)
@@ -490,7 +546,8 @@ def rows(bench: Bench, once: bool) -> Iterator[tuple[str, str, Callable[[], None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=100, help="random kills, signals and damages in all (100)")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
+    parser.add_argument("--async", action="store_true", dest="background", help="save in the background")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--once", action="store_true", help="every row once, with ZeRO-2; the first with all stages")
@@ -499,8 +556,8 @@ def main() -> int:
     import_everything()
     table: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), args.seed)
-        chosen = [row for row in rows(bench, args.once) if args.only in row[0]]
+        bench = Bench(Path(folder), args.seed, args.background)
+        chosen = [row for row in rows(bench, args.once) if any(word in row[0] for word in args.only)]
         tries = 0
         lucky = sum(any(word in row[0] for word in LUCKY) for row in chosen)
         for fault, how, attempt in chosen:

@@ -70,6 +70,13 @@ class AllInOneArguments(TrainingArguments):
             "than any save, and than computing the metrics of an evaluation."
         },
     )
+    async_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Write checkpoints while training goes on: the step only copies this rank's part to host memory, "
+            "as much as its part of a checkpoint."
+        },
+    )
     max_grad_norm: float = field(
         default=0.0,
         metadata={"help": "0: the balancer alone decides the gradient's size, nothing clips it again."},
@@ -110,6 +117,11 @@ class AllInOneArguments(TrainingArguments):
             raise ConfigError(
                 f"nonfinite_limit = {self.nonfinite_limit}, stall_timeout = {self.stall_timeout}: the first must be 1 "
                 "step or more, the second 0 (never) or more seconds"
+            )
+        if self.async_save and self.save_only_model:
+            raise ConfigError(
+                "async_save with save_only_model: the weights are put together from the ranks' shards, which "
+                "save_only_model leaves out; use one of the two"
             )
         if self.hub_token:
             raise ConfigError("hub_token: a token does not belong into a run's files; set HF_TOKEN in the environment")

@@ -33,6 +33,7 @@ class CheckpointWriter:
     Args:
         run: folder of the run, on a file system that all ranks share.
         step: of the checkpoint.
+        group: process group of its collectives; None is that of training.
 
     Attributes:
         folder: where the files are written.
@@ -42,9 +43,10 @@ class CheckpointWriter:
         RunError: the folder cannot be made, or not all ranks see it.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, group: Any = None) -> None:
         self.run = run
         self.step = step
+        self.group = group
         self.target = run / f"checkpoint-{step}"
         self.folder = run / f"{UNFINISHED}{self.target.name}"
         self._errors: list[str] = []
@@ -84,7 +86,10 @@ class CheckpointWriter:
             RunError: names the ranks, what they could not write, and what is left.
         """
         found = [
-            f"rank {rank}: {error}" for rank, errors in enumerate(gather(self._errors)) for error in errors[:1] if error
+            f"rank {rank}: {error}"
+            for rank, errors in enumerate(gather(self._errors, self.group))
+            for error in errors[:1]
+            if error
         ]
         if not found:
             return
@@ -109,18 +114,18 @@ class CheckpointWriter:
         Raises:
             RunError: as `agree`.
         """
-        barrier()
+        barrier(self.group)
         names: list[str] = []
         if _rank() == 0:
             names = files_of(self.folder)
-        names = share(names)
+        names = share(names, self.group)
         mine: dict[str, dict[str, Any]] = {}
         with self.noting("the manifest"):
             for name in names[_rank() :: _world()]:
                 sync(self.folder / name)
                 mine[name] = measure(self.folder / name)
         self.agree()
-        files = {name: facts for part in gather(mine) for name, facts in part.items()}
+        files = {name: facts for part in gather(mine, self.group) for name, facts in part.items()}
         if _rank() == 0:
             with self.noting("the manifest"):
                 write_manifest(self.folder, files, step=self.step, world_size=_world(), **facts)
@@ -166,26 +171,26 @@ def choose_checkpoint(asked: Any, run: Path) -> tuple[Path | None, list[str]]:
     return found, words
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, in the order of ranks. Collective."""
     every = [value] * _world()
     if _world() > 1:
-        dist.all_gather_object(every, value)
+        dist.all_gather_object(every, value, group=group)
     return every
 
 
-def share(value: Any) -> Any:
+def share(value: Any, group: Any = None) -> Any:
     """Rank 0's value. Collective."""
     box = [value]
     if _world() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def barrier() -> None:
+def barrier(group: Any = None) -> None:
     """Wait for all ranks."""
     if _world() > 1:
-        dist.barrier()
+        dist.barrier(group=group)
 
 
 def _rank() -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from allinone_ds.zero import master_shards, publish_masters
+from allinone_ds.training.weights import shards_of
+from allinone_ds.zero import master_shards, publish_masters, reshard_flats
 
 
 class ShardEMA:
@@ -57,22 +58,28 @@ class ShardEMA:
             mine.copy_(kept)
         publish_masters(self.engine)
 
-    def save(self, folder: str | Path, rank: int, world_size: int) -> None:
-        """Write this rank's part of the average into a checkpoint's folder."""
-        state = {"steps": self.steps, "shards": self.shards}
-        torch.save(state, Path(folder) / _file(rank, world_size))
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of the average, for `ema_file`; its tensors are the ones that `update` changes."""
+        return {"steps": self.steps, "shards": self.shards}
 
-    def load(self, folder: str | Path, rank: int, world_size: int) -> bool:
-        """Go on from a checkpoint's average; False, and nothing changes, when it has none for so many ranks."""
-        file = Path(folder) / _file(rank, world_size)
-        if not file.is_file():
+    @torch.no_grad()
+    def load(self, checkpoint: str | Path) -> bool:
+        """Go on from a checkpoint's average; False, and nothing changes, when it has none.
+
+        Args:
+            checkpoint: of any number of ranks and any ZeRO stage that the engine itself can go on from.
+        """
+        files = sorted(Path(checkpoint).glob("ema_rank_*_of_*.pt"))
+        if not files:
             return False
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if [s.shape for s in state["shards"]] != [s.shape for s in self.shards]:
-            return False
-        for mine, saved in zip(self.shards, state["shards"], strict=True):
-            mine.copy_(saved)
-        self.steps = state["steps"]
+        written = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        shards = shards_of(Path(checkpoint))
+        if shards is None:  # without ZeRO every rank keeps the whole average
+            for mine, saved in zip(self.shards, written[0]["shards"], strict=True):
+                mine.copy_(saved)
+        else:
+            reshard_flats(self.engine, shards, [state["shards"] for state in written], self.shards)
+        self.steps = written[0]["steps"]
         return True
 
 
@@ -89,16 +96,13 @@ class AverageWeights(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ema = self.trainer.ema = ShardEMA(self.trainer.deepspeed, args.ema_decay)
         folder = self.trainer.resumed_from
-        if folder is not None and not ema.load(folder, args.process_index, args.world_size):
-            warnings.warn(
-                f"{folder} holds no average of the weights for {args.world_size} ranks; it begins anew from the "
-                "weights",
-                stacklevel=2,
-            )
+        if folder is not None and not ema.load(folder):
+            warnings.warn(f"{folder} holds no average of the weights; it begins anew from them", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.ema.update()
 
 
-def _file(rank: int, world_size: int) -> str:
-    return f"ema_rank_{rank:05}_of_{world_size:05}.pt"
+def ema_file(folder: Path, rank: int, world_size: int) -> Path:
+    """Where a rank's part of the average lies in a checkpoint."""
+    return folder / f"ema_rank_{rank:05}_of_{world_size:05}.pt"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from allinone_ds.zero.params import whole_shape
+
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 TOKENS = ("cls_token", "mask_token", "register_tokens", "position_embedding", "pos_embed", "query")
 
@@ -22,7 +24,7 @@ def without_decay(model: nn.Module) -> set[str]:
     for prefix, module in model.named_modules():
         whole = isinstance(module, (*NORMS, nn.Embedding)) or "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned parameter is flat and empty
+            shape = whole_shape(parameter)
             full = f"{prefix}.{name}" if prefix else name
             if whole or len(shape) <= 1 or name.endswith("bias") or any(token in name for token in TOKENS):
                 names.add(full)

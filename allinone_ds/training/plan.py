@@ -176,6 +176,9 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
             moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
             choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
     memory, host = parts(engine, norm)
+    if trainer.get("async_save"):
+        copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]  # as rank 0 does
+        host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
     return Plan(
         gpus=gpus,
         stage=engine.stage,

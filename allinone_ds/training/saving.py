@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from allinone_ds.strict import ConfigError
-from allinone_ds.training.checkpoint import CheckpointWriter, barrier, choose_checkpoint
-from allinone_ds.training.folder import TRAINER_STATE, UNFINISHED, WEIGHTS_FILE
+from allinone_ds.training.checkpoint import CheckpointWriter, choose_checkpoint
+from allinone_ds.training.ema import ema_file
+from allinone_ds.training.folder import TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.training.manifest import read_manifest
-from allinone_ds.zero import load_resharded, own_checkpoint_files, save_engine
+from allinone_ds.training.weights import shards_of
+from allinone_ds.zero import Take, load_resharded, own_checkpoint_files, save_engine
+from allinone_ds.zero.consolidate import trained_weights
 
 SCHEDULER_FILE = "scheduler.pt"
 
@@ -44,33 +46,40 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
     """Write RUN/checkpoint-STEP, whole or not at all, then delete older ones by `save_total_limit`. Collective.
 
     It holds what `Trainer._save_checkpoint` would have written (but training_args.bin, a pickle), the files of
-    `RunCallback`s, `loop_state` of every rank, and the manifest.
+    `RunCallback`s, `loop_state` of every rank, and the manifest. With a `trainer.saver` the large files are copied
+    here and written by its thread, which also publishes the checkpoint.
 
     Args:
         trainer: an AllInOneTrainer.
         loop_state: what this rank's loop knows, tensors and plain values.
 
     Raises:
-        RunError: a rank could not write; nothing of the checkpoint is left, earlier ones are untouched.
+        RunError: a rank could not write this checkpoint, or the one before it in the background; nothing of that
+            checkpoint is left, earlier ones are untouched.
     """
-    args, state = trainer.args, trainer.state
+    args, state, saver = trainer.args, trainer.state, trainer.saver
     run = Path(args.output_dir)
+    take: Take = torch.save
+    group = None
+    if saver is not None:
+        saver.finish()
+        take, group = saver.take, saver.group
     trainer.store_flos()
-    writer = CheckpointWriter(run, state.global_step)
-    weights = whole_weights(trainer)
+    writer = CheckpointWriter(run, state.global_step, group)
+    weights = None if saver is not None else whole_weights(trainer)
     if state.best_global_step:
         best = run / f"checkpoint-{state.best_global_step}"
         if best.exists() or best == writer.target:
             state.best_model_checkpoint = str(best)
     if not args.save_only_model:
-        writer.note(*save_engine(trainer.deepspeed, writer.folder))
+        writer.note(*save_engine(trainer.deepspeed, writer.folder, None if saver is None else take))
         with writer.noting("the random state"):
             trainer._save_rng_state(str(writer.folder))
         with writer.noting("the state of the loop"):
             torch.save(loop_state, writer.folder / loop_file(args.process_index))
         if trainer.ema is not None:
             with writer.noting("the averaged weights"):
-                trainer.ema.save(writer.folder, args.process_index, args.world_size)
+                take(trainer.ema.state_dict(), ema_file(writer.folder, args.process_index, args.world_size))
     if args.should_save:
         with writer.noting("weights and trainer state"):
             save_weights(weights, writer.folder)
@@ -81,11 +90,34 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, RunCallback):
                     callback.on_checkpoint(writer.folder)
-    writer.publish(zero_stage=int(trainer.deepspeed.zero_optimization_stage()))
-    if args.push_to_hub:
-        trainer._push_from_checkpoint(str(writer.target))
-    if args.should_save:
-        rotate_checkpoints(str(run), args.save_total_limit, state.best_model_checkpoint)
+    stage, best_kept = int(trainer.deepspeed.zero_optimization_stage()), state.best_model_checkpoint
+
+    def publish() -> None:
+        writer.publish(zero_stage=stage)
+        if args.push_to_hub:
+            trainer._push_from_checkpoint(str(writer.target))
+        if args.should_save:
+            rotate_checkpoints(str(run), args.save_total_limit, best_kept)
+
+    if saver is None:
+        publish()
+        return
+    gathers = stage != 3 or trainer.deepspeed.zero_gather_16bit_weights_on_model_save()
+    dtype = next(trainer.deepspeed.module.parameters()).dtype
+
+    def write_and_publish() -> None:
+        for path, content in saver.taken:
+            with writer.noting(path.name):
+                torch.save(content, path)
+        writer.agree()
+        if args.should_save and gathers:
+            # gathering them in the run would hold up the step: they are put together from the files of all ranks
+            with writer.noting(WEIGHTS_FILE):
+                shards = writer.folder / (writer.folder / "latest").read_text()
+                save_weights(trained_weights(shards, dtype), writer.folder)
+        publish()
+
+    saver.start(state.global_step, write_and_publish)
 
 
 def whole_weights(trainer: Any) -> Mapping[str, torch.Tensor] | None:
@@ -146,7 +178,8 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
     A checkpoint of another number of ranks or another ZeRO stage is resharded.
 
     Raises:
-        ConfigError: it cannot be, because one of the two is without ZeRO.
+        ConfigError: it cannot be: one of the two is without ZeRO, it is of another model, or its optimizer's state is
+            not as large as the weights.
     """
     engine = trainer.deepspeed
     own_checkpoint_files(engine)
@@ -160,15 +193,13 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             f"the others nothing can be converted; use a DeepSpeed config of stage {stage_then}"
         )
     else:
-        scratch = Path(trainer.args.output_dir) / f"{UNFINISHED}resharded"
-        if trainer.args.should_save:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        barrier()
-        load_resharded(engine, checkpoint, load_file(checkpoint / WEIGHTS_FILE), scratch)
-        barrier()
-        if trainer.args.should_save:
-            shutil.rmtree(scratch)
+        shards = shards_of(checkpoint)
+        if shards is None:
+            raise ConfigError(f"{checkpoint} holds no ZeRO shards, only weights (save_only_model); give another one")
+        try:
+            load_resharded(engine, shards)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
@@ -176,6 +207,8 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
 
 def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     """What `save_checkpoint` was given as this rank's `loop_state`; rank 0's for a rank that was not there then."""
-    if not (checkpoint / loop_file(rank)).exists():
-        rank = 0
-    return torch.load(checkpoint / loop_file(rank), map_location="cpu", weights_only=True)
+    new = not (checkpoint / loop_file(rank)).exists()
+    state = torch.load(checkpoint / loop_file(0 if new else rank), map_location="cpu", weights_only=True)
+    if new:
+        state["logs"]["broken"] = []  # counted on rank 0
+    return state

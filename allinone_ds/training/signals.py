@@ -1,4 +1,4 @@
-"""A run that is asked to stop: SIGTERM or SIGUSR1 on any rank ends the step, then it saves and exits."""
+"""What ranks tell each other at the end of a step: that one was asked to stop, that all have finished a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from allinone_ds.training.background import BackgroundSaver
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in which any rank got SIGTERM or SIGUSR1, with a checkpoint of that step.
 
-    Ranks compare notes at the end of every step with one CPU message of 8 bytes. Until `close` the two signals do
-    nothing else, so a launcher may send them to all ranks, and more than once.
+    Ranks compare notes at the end of every step with one CPU message of 16 bytes. Until `close` the two signals do
+    nothing else, so a launcher may send them to all ranks, and more than once. The same message tells whether every
+    rank has finished a checkpoint in the background, so that all of them take note of it in the same step.
 
     Attributes:
         caught: name of the signal that ended training, on whichever rank; None while there was none.
+        saver: the run's, where it saves in the background.
     """
 
     def __init__(self) -> None:
         self.caught: str | None = None
+        self.saver: BackgroundSaver | None = None
         self._mine = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -47,10 +52,13 @@ class StopOnSignal(TrainerCallback):
         self._mine = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(self._mine)
+        notes = torch.tensor([self._mine, int(self.saver is not None and self.saver.working)])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(notes, op=dist.ReduceOp.MAX, group=self._group)
+        asked, working = notes.tolist()
         if asked and state.global_step < state.max_steps:
-            self.caught = signal.Signals(int(asked)).name
+            self.caught = signal.Signals(asked).name
             control.should_save = True
             control.should_training_stop = True
+        if self.saver is not None and not working:
+            self.saver.finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.config import read_run_files
 from allinone_ds.training.weights import read_weights
+from allinone_ds.zero.params import whole_on_rank_0, whole_shape
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     _, facts = read_run_files(folder)
     state, source = read_weights(folder)
     ours: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in ours.items()}
+    shapes = {name: tuple(whole_shape(value)) for name, value in ours.items()}
     fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
     wrong = [
         name for name in shapes if name.startswith("backbone.") and name in model.state_dict() and name not in fits
@@ -51,15 +51,6 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
         fresh += [] if same else [name]
     for name, value in ours.items():
         if name in fits and name.startswith(tuple(taken)):
-            with _whole(value):
+            with whole_on_rank_0(value):
                 value.copy_(state[name])
     return fresh
-
-
-def _whole(value: Any) -> contextlib.AbstractContextManager[Any]:
-    """A parameter that ZeRO-3 has partitioned, gathered to be written to."""
-    if not hasattr(value, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([value], modifier_rank=0)

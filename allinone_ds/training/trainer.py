@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from allinone_ds.balance import TBGC, NonFinite, StepReport, TaskBalancer
-from allinone_ds.data.base import DataError
-from allinone_ds.data.loader import StepBatch, TaskData, train_loader
+from allinone_ds.balance import TBGC, StepReport, TaskBalancer
+from allinone_ds.data.loader import StepBatch, TaskData
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.background import BackgroundSaver
 from allinone_ds.training.checkpoint import gather
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.errors import RunError, out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
 from allinone_ds.training.folder import check_resume, clear_unfinished
+from allinone_ds.training.logs import TaskLogs
 from allinone_ds.training.manifest import faults_of
-from allinone_ds.training.meters import Means, Pace, shares
+from allinone_ds.training.nonfinite import Streaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.pages import collect_drawings
 from allinone_ds.training.saving import (
@@ -38,8 +38,10 @@ from allinone_ds.training.saving import (
     save_weights,
 )
 from allinone_ds.training.signals import StopOnSignal
+from allinone_ds.training.steps import Steps
 from allinone_ds.training.tracking import use_own_trackers
 from allinone_ds.training.watch import StallWatch
+from allinone_ds.zero.params import cast_unpartitioned
 
 
 class RunShare(TrainerCallback):
@@ -57,12 +59,8 @@ class AllInOneTrainer(Trainer):
     whole one as if the run had never stopped. SIGTERM or SIGUSR1 on any rank ends training after the step with a
     checkpoint; `stop_signal.caught` then names it.
 
-    Logged beside Trainer's own values, as means over the steps since the last
-    log: loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor
-    it got), grad_norm/TASK/scaled and grad_norm/TASK/share (of the squared norm of the update); and epoch/TASK,
-    skipped/TASK (steps that left the task out because it was not finite), broken_images (unreadable ones, all ranks,
-    whole run) and what `Pace` measures. With `cosines_every`, of the last step that measured them: cosine/TASK/TASK and
-    conflict_rate, the share of pairs of tasks whose backbone gradients point apart.
+    Logged beside Trainer's own values: what `TaskLogs` gathers, and skipped/TASK (steps that left the task out because
+    it was not finite).
 
     Args:
         model: an AllInOneModel.
@@ -107,7 +105,7 @@ class AllInOneTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
-            _one_dtype(model, plugin.hf_ds_config.dtype())
+            cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
@@ -118,20 +116,19 @@ class AllInOneTrainer(Trainer):
         )
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
-        self._pace = Pace(
+        self._logs = TaskLogs(
+            self.schedule,
             {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
             args.device,
+            args.max_broken_images,
         )
+        self.saver: BackgroundSaver | None = None
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._means = Means(args.device)
-        self._watched: StepReport | None = None  # the last one with cosines
         self._watch: StallWatch | None = None
         self._resumed: Path | None = None
-        self._nonfinite = dict.fromkeys(self.schedule.tasks, 0)  # steps in a row
-        self._broken: list[str] = []
-        self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
+        self._streaks = Streaks(self.schedule.tasks, args.nonfinite_limit)
 
     # ---- the run ----
 
@@ -154,9 +151,14 @@ class AllInOneTrainer(Trainer):
         if self.args.should_save:
             clear_unfinished(run)
         self.stop_signal.listen()
+        if self.args.async_save and self.saver is None:
+            self.saver = self.stop_signal.saver = BackgroundSaver()
         try:
             resumed = None if self._resumed is None else str(self._resumed)
             return super().train(resumed, *args, **kwargs)
+        except BaseException:
+            self._finish_save(quietly=True)
+            raise
         finally:
             self.stop_signal.close()
             if self._watch is not None:
@@ -201,6 +203,21 @@ class AllInOneTrainer(Trainer):
         save_checkpoint(self, self._loop_state())
         self.mark(f"the end of the checkpoint of step {self.state.global_step}")
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_save()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _finish_save(self, quietly: bool = False) -> None:
+        """Wait for a checkpoint that is still being written."""
+        if self.saver is None:
+            return
+        try:
+            self.saver.finish()
+        except RunError as error:
+            if not quietly:
+                raise
+            self.warn(self.state.global_step, str(error))  # another error already ends the run
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             save_weights(state_dict, str(output_dir or self.args.output_dir))
@@ -225,22 +242,20 @@ class AllInOneTrainer(Trainer):
         assert self.balancer is not None
         return {
             "balancer": self.balancer.state_dict(),
-            "means": self._means.state_dict(),
+            "logs": self._logs.state_dict(),
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
-            "broken": list(self._broken),
-            "nonfinite": dict(self._nonfinite),
+            "nonfinite": self._streaks.state_dict(),
         }
 
     def _load_loop_state(self, state: dict[str, Any]) -> None:
         assert self.balancer is not None
         self.balancer.load_state_dict(state["balancer"])
-        self._means.load_state_dict(state["means"])
+        self._logs.load_state_dict(state["logs"])
         self._tr_loss += state["loss"].to(self._tr_loss.device)
         self._total_loss_scalar -= float(state["loss"])  # not of the steps that this call of train() took
         self._globalstep_last_logged = state["last_logged"]
-        self._broken = list(state["broken"])
-        self._nonfinite.update(state["nonfinite"])
+        self._streaks.load_state_dict(state["nonfinite"])
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside this block the model's weights are their average over the run (`ema_decay`): evaluate or save them.
@@ -258,12 +273,12 @@ class AllInOneTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Steps from the current one on; each rank reads its own samples, so accelerate has nothing to shard."""
-        return _Steps(self)  # type: ignore[return-value]
+        return Steps(self)  # type: ignore[return-value]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The next step's data. There is no item count: every task averages its own losses."""
         self.mark(f"the data of step {self.state.global_step}")
-        with self._pace.waiting():  # none when a run that had ended is resumed
+        with self._logs.pace.waiting():  # none when a run that had ended is resumed
             return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -293,7 +308,7 @@ class AllInOneTrainer(Trainer):
         Returns:
             The sum of the tasks' losses on this rank.
         """
-        with self._pace.working():
+        with self._logs.pace.working():
             return self._balanced_step(model, inputs)
 
     def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
@@ -312,7 +327,7 @@ class AllInOneTrainer(Trainer):
             self._resumed = None
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"data of step {inputs.step} came at step {self.state.global_step}")
-        self._broken += inputs.broken
+        self._logs.add_broken(inputs.broken)
         for task in self.schedule.order(inputs.step):
             batches = inputs.batches[task]
             with self.balancer.task(task, micro_steps=len(batches)):
@@ -330,44 +345,12 @@ class AllInOneTrainer(Trainer):
                         raise clear from error
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
-        share = shares(report.norms, report.scales)
-        values: dict[str, Tensor] = {}
-        for task in self.schedule.tasks:
-            values[f"loss/{task}"] = report.losses[task]
-            values[f"grad_norm/{task}/raw"] = report.norms[task]
-            values[f"grad_norm/{task}/scale"] = report.scales[task]
-            values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
-            values[f"grad_norm/{task}/share"] = share[task]
-        self._means.add(values)
-        if report.gram is not None:
-            self._watched = report
+        self._logs.add(report)
         return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
 
     def _step(self, step: int) -> StepReport:
-        """The optimizer step; ends the run when a task was not finite too often."""
         assert self.balancer is not None
-        advice = (
-            "No weight was changed by it. Look at its data and loss, lower learning_rate, or use bf16 instead of fp16; "
-            "then go on from the last checkpoint with --resume"
-        )
-        try:
-            report = self.balancer.step()
-        except NonFinite as error:
-            tasks = ", ".join(f"'{task}'" for task in error.tasks)
-            raise RunError(
-                f"step {step}: loss or gradient of task {tasks} is not finite (trainer.nonfinite is 'stop'). " + advice,
-                on_all_ranks=True,
-            ) from error
-        for task in self.schedule.tasks:
-            self._nonfinite[task] = self._nonfinite[task] + 1 if task in report.skipped else 0
-        worst = max(self.schedule.tasks, key=lambda task: self._nonfinite[task])
-        if self._nonfinite[worst] >= self.args.nonfinite_limit:
-            raise RunError(
-                f"loss or gradient of task '{worst}' was not finite in {self._nonfinite[worst]} steps in a row, the "
-                f"last of them step {step} (trainer.nonfinite_limit). {advice}",
-                on_all_ranks=True,
-            )
-        return report
+        return self._streaks.step(self.balancer, step)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Trainer's own waits for the device in every step
@@ -378,37 +361,10 @@ class AllInOneTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training log also gets the values of every task, averaged over the steps since the last one."""
         if "loss" in logs:
-            with self._pace.working():
-                logs.update(self._means.drain())
-            logs.update(self._pace.drain())
-            for task in self.schedule.tasks:
-                logs[f"epoch/{task}"] = self.schedule.epoch(task, self.state.global_step)
-                if self.balancer is not None:
-                    logs[f"skipped/{task}"] = self.balancer.skipped_steps[task]
-            logs["broken_images"] = self._count_broken()
-            if self._watched is not None:
-                logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._watched.cosines().items()})
-                logs["conflict_rate"] = self._watched.conflict_rate()
-                self._watched = None
+            logs.update(self._logs.drain(self.state.global_step, self.state.log_history))
+            if self.balancer is not None:
+                logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
-
-    def _count_broken(self) -> int:
-        if self._broken_total is None:  # a resumed run goes on counting
-            earlier = [entry["broken_images"] for entry in self.state.log_history if "broken_images" in entry]
-            self._broken_total = int(earlier[-1]) if earlier else 0
-        fresh = torch.tensor(len(self._broken), device=self.args.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(fresh)
-        self._broken_total += int(fresh)
-        if self._broken_total > self.args.max_broken_images:
-            found = "; ".join(self._broken[:3])
-            raise DataError(
-                f"{self._broken_total} images could not be read, max_broken_images allows "
-                f"{self.args.max_broken_images}; on this rank since the last log: {found or 'none'}. "
-                "`allinone-ds check CONFIG` lists all of them"
-            )
-        self._broken.clear()
-        return self._broken_total
 
     # ---- evaluation ----
 
@@ -465,37 +421,3 @@ class AllInOneTrainer(Trainer):
             )
         module: Any = self.model
         return module.to(self.args.device)
-
-
-def _one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is not yet partitioned to the engine's dtype.
-
-    Under ZeRO-3 the ViT is born partitioned, in the engine's dtype. DeepSpeed (0.19.8) then leaves all other parameters
-    as they are, and fails on the mixture.
-    """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(dtype)
-
-
-@dataclass
-class _Steps:
-    """The train loader, opened only when the loop starts and the step to start from is known. It has no length."""
-
-    trainer: AllInOneTrainer
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        trainer = self.trainer
-        args = trainer.args
-        data: Any = trainer.train_dataset
-        return iter(
-            train_loader(
-                data,
-                trainer.schedule,
-                args.process_index,
-                trainer.state.global_step,
-                trainer.state.max_steps,
-                args.dataloader_num_workers,
-                args.max_broken_images,
-            )
-        )

@@ -1,10 +1,11 @@
 """The only room that knows DeepSpeed's private fields: gradient shards in and out of every engine kind."""
 
-from .files import load_resharded, own_checkpoint_files, save_engine
+from .files import Take, own_checkpoint_files, save_engine
 from .gate import CHECKED_RELEASES, UnsupportedEngine, checked_release, open_shards, refuse_unsupported
 from .guard import EngineGuard
 from .local import LocalGradients
 from .masters import master_shards, publish_masters
+from .reshard import load_resharded, reshard_flats
 from .shards import GradientShards, Piece, Span, cut
 from .traces import ParameterTraces
 
@@ -16,6 +17,7 @@ __all__ = [
     "ParameterTraces",
     "Piece",
     "Span",
+    "Take",
     "UnsupportedEngine",
     "checked_release",
     "cut",
@@ -25,5 +27,6 @@ __all__ = [
     "own_checkpoint_files",
     "publish_masters",
     "refuse_unsupported",
+    "reshard_flats",
     "save_engine",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .gate import UnsupportedEngine
+from .params import whole_shape
 from .releases import COALESCES, RELEASE
 from .shards import GradientShards
 
@@ -46,7 +47,7 @@ class LocalGradients:
         self.optimizer = engine.optimizer
         self.shards = shards
         self.params: list[Parameter] = [p for p in engine.module.parameters() if p.requires_grad]
-        self.sizes = [int(getattr(p, "ds_numel", p.numel())) for p in self.params]  # elements, partitioned or not
+        self.sizes = [whole_shape(p).numel() for p in self.params]  # elements, partitioned or not
         self.dtype = self.optimizer.gradient_accumulation_dtype
         self._open: contextlib.ExitStack | None = None
 

@@ -33,8 +33,11 @@ FAULTS = re.findall(r'^    yield "([^"]+)"', (ROOT / "benchmarks" / "faults.py")
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    target = tmp_path_factory.mktemp("faults") / "table.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--once", "--json", str(target)]
+    return run_faults(tmp_path_factory.mktemp("faults") / "table.json")
+
+
+def run_faults(target: Path, *flags: str) -> dict[str, dict]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--once", "--json", str(target), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert target.exists(), done.stdout[-3000:] + done.stderr[-3000:]

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +13,15 @@ from torch import nn
 
 from allinone_ds import cli
 from allinone_ds.data.base import DataError
+from allinone_ds.data.schedule import Schedule
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.training.build import spelled_out
 from allinone_ds.training.evaluation import score
 from allinone_ds.training.launch import RunFailed, follow_run
+from allinone_ds.training.logs import TaskLogs
 from allinone_ds.training.meters import Means
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.plots import series, write_plots
-from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import TINY, tiny_model
 
 
@@ -69,15 +69,14 @@ def test_means_leave_out_what_is_not_finite() -> None:
 
 
 def test_broken_images_are_counted_over_the_run_and_limited() -> None:
-    state = SimpleNamespace(log_history=[{"broken_images": 2}])  # what a resumed run finds
-    arguments = SimpleNamespace(device="cpu", max_broken_images=4)
-    trainer = SimpleNamespace(_broken=["a.jpg: cut off"], _broken_total=None, state=state, args=arguments)
-    count = AllInOneTrainer._count_broken
-    assert count(trainer) == 3  # type: ignore[arg-type]
-    assert count(trainer) == 3  # type: ignore[arg-type]
-    trainer._broken += ["b.jpg: cut off", "c.jpg: cut off"]
+    logs = TaskLogs(Schedule(0, {"a": 4}, {"a": (2, 1)}, 1), {"a": 2}, torch.device("cpu"), max_broken_images=4)
+    earlier = [{"broken_images": 2}]  # what a resumed run finds
+    logs.add_broken(["a.jpg: cut off"])
+    assert logs.drain(1, earlier)["broken_images"] == 3
+    assert logs.drain(2, [])["broken_images"] == 3
+    logs.add_broken(["b.jpg: cut off", "c.jpg: cut off"])
     with pytest.raises(DataError, match="(?s)5 images.*max_broken_images allows 4.*b.jpg"):
-        count(trainer)  # type: ignore[arg-type]
+        logs.drain(3, [])
 
 
 def test_a_task_without_a_value_counts_zero() -> None:

@@ -146,3 +146,11 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
     assert memory("trainer.ema_decay=0.99")["average of the weights"] * 3 == pytest.approx(plain["optimizer"], rel=1e-6)
     assert memory("deepspeed=configs/deepspeed/zero3.json")["weights"] < 0.2 * plain["weights"]
     assert memory("balancer.name=db_mtl")["balancer"] == 3 * plain["balancer"]  # a shard a task
+
+
+def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:
+    for stage, weights in ((2, True), (3, False)):
+        overrides = [f"deepspeed=configs/deepspeed/zero{stage}.json", "trainer.async_save=true"]
+        plan = plan_run(load_config(file, overrides), 8)
+        copied = plan.memory["optimizer"] + (plan.memory["weights"] if weights else 0)  # rank 0 writes whole weights
+        assert plan.host == {"copy of a checkpoint": copied}
