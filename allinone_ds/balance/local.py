@@ -38,6 +38,11 @@ class LocalCombiner(Combiner):
         self._flats: list[Tensor] = []
         self._steps = 0
 
+    @property
+    def norm_error(self) -> float:
+        """Bound of the norms' relative standard error."""
+        return norm_error(self.sketcher.size)
+
     def begin(self, task: str) -> None:
         self.local.begin()
 
@@ -59,7 +64,7 @@ class LocalCombiner(Combiner):
             self.shards.release()
         else:
             self.local.discard()
-        return self._combined(self._flats, skipped, overflow, usable, norm_error(self.sketcher.size))
+        return self._combined(self._flats, skipped, overflow, usable, self.norm_error)
 
     def clear(self) -> None:
         super().clear()
@@ -275,14 +280,3 @@ class DelayedCombiner(LocalCombiner):
         for hook in self._hooks:
             hook.remove()
         super().close()
-
-
-def combiner(
-    shards: GradientShards, weighting: Weighting, norm: str, sketch_size: int | None, tasks: tuple[str, ...]
-) -> Combiner:
-    """The combiner that takes norms as `norm` says: "exact", "sketch" or "delayed"."""
-    if norm == "sketch":
-        return SketchCombiner(shards, weighting, sketch_size)
-    if norm == "delayed":
-        return DelayedCombiner(shards, weighting, sketch_size, tasks)
-    return exact_combiner(shards, weighting)
