@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch.distributed as dist
 from torch.nn import Module, Parameter
 
 from ..strict import did_you_mean
 from ..zero import GradientShards
 from .agreement import Agreement
 from .combine import Combiner, exact_combiner
-from .groups import TaskGroups
+from .groups import TaskGroups, everyone, task_groups
 from .local import DelayedCombiner, SketchCombiner
 from .parallel import GroupedCombiner
 from .weighting import Weighting
@@ -71,6 +72,17 @@ def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[
     if not trainable:
         raise ValueError(f"shared: {where} has no trainable parameter, so there is nothing to balance")
     return trainable
+
+
+def groups_for(
+    parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, names: tuple[str, ...]
+) -> TaskGroups:
+    world = dist.get_world_size()
+    if parallel == "tasks":
+        return task_groups(groups, names, world)
+    if groups is not None:
+        raise ValueError(f"groups = {groups!r} with parallel = {parallel!r}; groups are for parallel='tasks'")
+    return everyone(names, world)
 
 
 def combiner(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..strict import did_you_mean
-from ..zero import CHECKED_RELEASES, EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
+from ..zero import EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
 from .agreement import Agreement
-from .arguments import NONFINITE, combiner, norm_kind, shared_parameters, task_names, whole
+from .arguments import NONFINITE, combiner, groups_for, norm_kind, shared_parameters, task_names, whole
 from .errors import BalancerError, NonFinite
-from .groups import TaskGroups, everyone, task_groups
+from .groups import TaskGroups, task_groups
 from .parallel import GroupedCombiner
 from .report import StepReport
+from .self_test import run_self_test
 from .weighting import Weighting, as_weighting
 
 _STEP = "balancer.step()"
@@ -112,8 +114,8 @@ class TaskBalancer:
         backbone = shared_parameters(engine.module, shared)
         self._shards = open_shards(engine, backbone)
         if self_test or (self_test is None and not checked_release()):
-            _run_self_test(engine)
-        self.groups = _groups(parallel, groups, names)
+            run_self_test(engine, norm, parallel)
+        self.groups = groups_for(parallel, groups, names)
         apart = parallel == "tasks"
         self._agreement = Agreement((*names, _STEP)) if check_ranks or apart else None
         self._combiner = combiner(
@@ -123,6 +125,7 @@ class TaskBalancer:
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = [p for p in engine.module.parameters() if p.requires_grad and id(p) not in backbone]
         self._touched: dict[str, set[int]] = {}
+        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._hooks = [p.register_hook(self._touch(index)) for index, p in enumerate(self._heads)]
         self._cosines_every, self._steps = whole("cosines_every", cosines_every), 0
         self.skipped_steps = dict.fromkeys(names, 0)
@@ -156,13 +159,53 @@ class TaskBalancer:
             ValueError: groups that cannot be used, or that are not the same on all ranks.
             BalancerError: in the middle of a step, or parallel is not "tasks".
         """
-        if not isinstance(self._combiner, GroupedCombiner):
-            raise BalancerError("regroup() is for parallel='tasks'; here every rank runs every task")
-        if self._task is not None or self._combiner.tasks:
-            raise BalancerError("regroup() in the middle of a step; call it after balancer.step()")
+        grouped = self._between_steps("regroup")
         found = task_groups(groups, self.groups.tasks, self.groups.world)
-        self._combiner.regroup(found)
+        grouped.regroup(found)
         self.groups = found
+
+    def measure(self, loss_of: Callable[[str], Tensor], repeats: int = 3) -> dict[str, float]:
+        """Seconds of one micro-batch of every task, for `plan_groups`; between steps, no weight changes. Collective.
+
+        Every rank runs every task, also those that are another's, so give it data of all.
+
+        Args:
+            loss_of: task -> loss of one micro-batch, from a forward of the engine.
+            repeats: micro-batches a task after one to warm up.
+
+        Returns:
+            Task -> seconds of forward and backward: median of the repeats, mean over ranks; the same on all ranks.
+
+        Raises:
+            BalancerError: in the middle of a step, or parallel is not "tasks".
+        """
+        self._between_steps("measure")
+        seconds = []
+        for task in self.groups.tasks:
+            times = []
+            for _ in range(repeats + 1):
+                self._combiner.begin(task)
+                self.engine.set_gradient_accumulation_boundary(False)
+                get_accelerator().synchronize()
+                start = time.perf_counter()
+                loss = loss_of(task)
+                with self._guard.allowed():
+                    self.engine.backward(loss, scale_wrt_gas=False)
+                get_accelerator().synchronize()
+                times.append(time.perf_counter() - start)
+                self._combiner.drop()
+            seconds.append(statistics.median(times[1:]))
+        self._combiner.close()
+        found = torch.tensor(seconds, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(found)
+        return dict(zip(self.groups.tasks, (found / self.groups.world).tolist(), strict=True))
+
+    def _between_steps(self, method: str) -> GroupedCombiner:
+        if not isinstance(self._combiner, GroupedCombiner):
+            raise BalancerError(f"{method}() is for parallel='tasks'; here every rank runs every task")
+        if self._task is not None or self._combiner.tasks:
+            raise BalancerError(f"{method}() in the middle of a step; call it after balancer.step()")
+        return self._combiner
 
     @property
     def extra_bytes(self) -> int:
@@ -255,8 +298,8 @@ class TaskBalancer:
         missing = [task for task in names if task not in ran]
         if missing and (require_all or len(missing) == len(names)):
             raise BalancerError(
-                f"balancer.step() before task(s) {', '.join(missing)} ran (ran: {', '.join(ran) or 'none'}); run every task, or ask for a "
-                "partial step of at least one task with require_all=False"
+                f"balancer.step() before task(s) {', '.join(missing)} ran (ran: {', '.join(ran) or 'none'}); run every "
+                "task, or ask for a partial step of at least one task with require_all=False"
             )
         if self._agreement and self.parallel == "data":
             self._agreement.check(_STEP, -len(missing) - 1)
@@ -382,26 +425,3 @@ class TaskBalancer:
         self._touched, self._ran = {}, {}
         self._task, self._micro_steps, self._done = None, 0, 0
         self._loss = torch.zeros((), device=self.engine.device)
-
-
-def _groups(
-    parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, names: tuple[str, ...]
-) -> TaskGroups:
-    world = dist.get_world_size()
-    if parallel == "tasks":
-        return task_groups(groups, names, world)
-    if groups is not None:
-        raise ValueError(f"groups = {groups!r} with parallel = {parallel!r}; groups are for parallel='tasks'")
-    return everyone(names, world)
-
-
-def _run_self_test(engine: Any) -> None:
-    from .self_test import self_test
-
-    if not checked_release():
-        warnings.warn(
-            f"DeepSpeed {deepspeed.__version__} was not checked with this release of allinone_ds "
-            f"(checked: {', '.join(CHECKED_RELEASES)}); running a self-test of balanced steps",
-            stacklevel=4,
-        )
-    self_test(engine)

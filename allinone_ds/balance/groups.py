@@ -94,7 +94,7 @@ def task_groups(
     return TaskGroups(ranks, world)
 
 
-def _evenly(tasks: tuple[str, ...], world: int) -> dict[str, int] | dict[str, tuple[int, ...]]:
+def _evenly(tasks: tuple[str, ...], world: int) -> dict[str, int | Sequence[int]]:
     """As many ranks a task as go round, the first tasks one more; with more tasks than ranks, tasks share ranks."""
     if len(tasks) > world:
         return {task: (number % world,) for number, task in enumerate(tasks)}
