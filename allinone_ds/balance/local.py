@@ -49,6 +49,11 @@ class LocalCombiner(Combiner):
     def reduces(self, last: bool) -> bool:
         return False
 
+    def _kept_bytes(self, backbones: int) -> int:
+        """Bytes of one whole gradient, and of further ones of the backbone."""
+        shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
+        return self.local.bytes + backbones * shared * self.local.dtype.itemsize
+
     def _scales(self, index: int) -> bool:
         """Whether a parameter's gradient gets its task's factor."""
         return self.shared[index] or self.weighting.heads == "same"
@@ -103,8 +108,7 @@ class SketchCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
-        return super().bytes + shared * self.local.dtype.itemsize + 2 * 4 * self.sketcher.size
+        return super().bytes + self._kept_bytes(1) + 2 * 4 * self.sketcher.size
 
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
@@ -175,7 +179,7 @@ class DelayedCombiner(LocalCombiner):
     @property
     def bytes(self) -> int:
         sketches = 2 * 4 * self.sketcher.size * len(self.every)
-        return super().bytes + sketches + (self._exact.bytes if self._exact else 0)
+        return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:
         if self._exact:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..strict import ConfigError, did_you_mean
-from .adaptive import DBMTL, DWA, GradNorm, RandomWeights, Uncertainty
+from .adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
 from .weighting import TBGC, GlobalClip, GramWeighting, Sum, TaskClip, Weighting
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC, "db_mtl": DBMTL, "gradnorm": GradNorm,
-    "uncertainty": Uncertainty, "dwa": DWA, "random": RandomWeights,
+    "uncertainty": Uncertainty, "dwa": DWA, "famo": FAMO, "random": RandomWeights,
 }  # fmt: skip
 
 TORCHJD: dict[str, str] = {
@@ -25,7 +25,7 @@ TORCHJD: dict[str, str] = {
 }  # fmt: skip
 """Names of gradient-balancing methods that `torchjd` (the extra `gram`) computes from the tasks' Gram matrix."""
 
-OPTIONS = ("norm", "sketch_size", "task_traces", "cosines_every")
+OPTIONS = ("norm", "sketch_size", "parallel", "groups", "task_traces", "cosines_every")
 """Keys of a `balancer:` block that are options of `TaskBalancer`, not of the weighting."""
 
 

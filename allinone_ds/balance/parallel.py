@@ -83,8 +83,7 @@ class GroupedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        most = len(self.groups.of(self.rank)) * sum(self.local.sizes) * self.local.dtype.itemsize
-        return super().bytes + most
+        return super().bytes + self._kept_bytes(len(self.groups.of(self.rank)) - 1)
 
     def add(self, task: str, loss: Tensor) -> None:
         held = {}
