@@ -144,7 +144,7 @@ def measure(stage: int, cost: str, args: argparse.Namespace) -> dict:
         quarter = len(ratios) // 4
         others = [p.detach().double() for p in balancer.engine.module.parameters()]
         results[name] = {
-            "seconds": statistics.median(slowest[number].tolist()),
+            "seconds": statistics.median(slowest[number].tolist()), "every_step": slowest[number].tolist(),
             "ratio": statistics.median(ratios), "quartiles": [ratios[quarter], ratios[-1 - quarter]],
             "idle": float(1 - table[:, number, :, 1].mean(0).div(slowest[number]).mean()),
             "sent": int(table[0, number, -1, 2]), "extra_bytes": balancer.extra_bytes,

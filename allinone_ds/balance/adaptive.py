@@ -148,8 +148,8 @@ class FAMO(_PerTask):
     """FAMO (arXiv 2306.03792): weights under which all losses fall at the same relative rate, from losses alone.
 
     With z = softmax(w), a step follows the gradient of c * sum_t z_t log(L_t): factors are c z_t / L_t, where c makes
-    them add up to 1. Then w moves against softmax(w)^T (log L before - log L after), by Adam with weight decay, as in the
-    authors' code. Theirs evaluates the step's own batch once more to learn the losses after it; here they are the
+    them add up to 1. Then w moves against softmax(w)^T (log L before - log L after), by Adam with weight decay, as in
+    the authors' code. Theirs evaluates the step's own batch once more to learn the losses after it; here they are the
     losses of the next step, on its own batches: that costs no further forward and adds the batches' noise.
 
     Losses must be above 0; below 1e-8 they count as 1e-8. A task that was absent is compared with its last loss.

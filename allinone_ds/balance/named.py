@@ -25,7 +25,7 @@ TORCHJD: dict[str, str] = {
 }  # fmt: skip
 """Names of gradient-balancing methods that `torchjd` (the extra `gram`) computes from the tasks' Gram matrix."""
 
-OPTIONS = ("norm", "sketch_size", "parallel", "groups", "task_traces", "cosines_every")
+OPTIONS = ("norm", "sketch_size", "task_traces", "cosines_every")
 """Keys of a `balancer:` block that are options of `TaskBalancer`, not of the weighting."""
 
 
