@@ -20,6 +20,7 @@ NONFINITE = ("skip_task", "skip_step", "stop")
 
 
 def task_names(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The tasks' names, each once."""
     names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"tasks = {names!r}; pass at least one name, each once, each a non-empty string")
@@ -27,12 +28,14 @@ def task_names(tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def whole(field: str, value: int) -> int:
+    """A number from 0 on."""
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{field} = {value!r}; allowed: a whole number from 0 on")
     return value
 
 
 def norm_kind(norm: str, sketch_size: int | None, parallel: str) -> str:
+    """`norm`, when it can be had with the two others."""
     if parallel not in ("data", "tasks"):
         raise ValueError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), ('data', 'tasks'))}")
     kinds = ("exact", "sketch", "delayed")
@@ -77,6 +80,7 @@ def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[
 def groups_for(
     parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, names: tuple[str, ...]
 ) -> TaskGroups:
+    """Which ranks run which task."""
     world = dist.get_world_size()
     if parallel == "tasks":
         return task_groups(groups, names, world)

@@ -66,7 +66,7 @@ class TaskBalancer:
         cosines_every: in each so many'th step the report holds the tasks' Gram matrix, for cosines between their
             gradients (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
-            in different tasks are an error and not a hang.
+            in different tasks are an error and not a hang. (parallel="tasks": they compare once a step in any case.)
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss or gradient is not finite: "skip_task" leaves the task out,
             "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.

@@ -61,6 +61,7 @@ class GroupedCombiner(LocalCombiner):
         self._losses: dict[str, Tensor] = {}
         self._ran: tuple[str, ...] = ()
         self._parts: dict[str, float] = {}  # own task -> this rank's part of its micro-steps
+        self._made: dict[tuple[int, ...], Any] = {}  # process groups, by ranks
         self.regroup(groups)
 
     def regroup(self, groups: TaskGroups) -> None:
@@ -68,10 +69,9 @@ class GroupedCombiner(LocalCombiner):
         if not self.agreement.same([r in ranks for ranks in groups.ranks.values() for r in range(groups.world)]):
             raise ValueError("groups are not the same on all ranks; derive them from nothing that differs between them")
         self.groups = groups
-        self._group: Any = None
-        for ranks in groups.members if self.exact else ():
-            made = dist.new_group(list(ranks)) if 1 < len(ranks) < self.world else None
-            self._group = made if self.rank in ranks else self._group
+        for ranks in groups.members:  # every rank makes all of them, in the same order
+            if self.exact and 1 < len(ranks) < self.world and ranks not in self._made:
+                self._made[ranks] = dist.new_group(list(ranks))
 
     @property
     def norm_error(self) -> float:
@@ -146,28 +146,29 @@ class GroupedCombiner(LocalCombiner):
             mine = [(self.shared[index], gradient.reshape(-1)) for index, gradient in held.items()]
             shared, other = ([g for is_shared, g in mine if is_shared == kind] for kind in (True, False))
             return square_norm(shared, self.sketcher.device), square_norm(other, self.sketcher.device)
+        group = self._made.get(self.groups.ranks[task])  # None: all ranks
         there = torch.tensor([index in held for index in range(len(self.shared))], dtype=torch.int32)
         there = there.to(self.sketcher.device)
-        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=self._group)
-        wanted = [index for index, is_there in enumerate(there.tolist()) if is_there]
-        part = self._parts[task]
-        return tuple(  # type: ignore[return-value]
-            self._scattered(
-                held[i].reshape(-1).float() * part if i in held else torch.zeros(size, device=self.sketcher.device)
-                for i, size in ((i, self.local.sizes[i]) for i in wanted if self.shared[i] == kind)
-            )
-            for kind in (True, False)
-        )
+        dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
 
-    def _scattered(self, gradients: Iterable[Tensor]) -> Tensor:
+        def contribution(index: int) -> Tensor:
+            if index in held:
+                return held[index].reshape(-1).float() * self._parts[task]
+            return torch.zeros(self.local.sizes[index], device=self.sketcher.device)
+
+        found = [index for index, is_there in enumerate(there.tolist()) if is_there]
+        shared, other = ([index for index in found if self.shared[index] == kind] for kind in (True, False))
+        return self._scattered(map(contribution, shared), group), self._scattered(map(contribution, other), group)
+
+    def _scattered(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
         """Squared norm of this rank's part of the group's sum; collective in the group, in buckets."""
         square = torch.zeros((), dtype=torch.float64, device=self.sketcher.device)
-        count = dist.get_world_size(self._group)
+        count = dist.get_world_size(group)
         for bucket in _buckets(gradients):
             flat = torch.cat(bucket)
             flat = torch.nn.functional.pad(flat, (0, -len(flat) % count))
             mine = flat.new_empty(len(flat) // count)
-            dist.reduce_scatter(mine, list(flat.chunk(count)), group=self._group)
+            dist.reduce_scatter(mine, list(flat.chunk(count)), group=group)
             square += square_norm([mine], self.sketcher.device)
         return square
 
