@@ -157,8 +157,8 @@ class GroupedCombiner(LocalCombiner):
             return torch.zeros(self.local.sizes[index], device=self.sketcher.device)
 
         found = [index for index, is_there in enumerate(there.tolist()) if is_there]
-        shared, other = ([index for index in found if self.shared[index] == kind] for kind in (True, False))
-        return self._scattered(map(contribution, shared), group), self._scattered(map(contribution, other), group)
+        backbone, heads = ([index for index in found if self.shared[index] == kind] for kind in (True, False))
+        return self._scattered(map(contribution, backbone), group), self._scattered(map(contribution, heads), group)
 
     def _scattered(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
         """Squared norm of this rank's part of the group's sum; collective in the group, in buckets."""
