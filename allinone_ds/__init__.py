@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .balance import (
         DBMTL,
         DWA,
+        FAMO,
         TBGC,
         BalancerError,
         GlobalClip,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         TaskClip,
         Uncertainty,
         Weighting,
+        plan_groups,
         weighting_from_config,
     )
     from .export import load
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "balance": (
-        "DBMTL", "DWA", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
+        "DBMTL", "DWA", "FAMO", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
         "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
-        "weighting_from_config",
+        "plan_groups", "weighting_from_config",
     ),
     "export": ("load",),
     "models": ("AllInOneModel",),
@@ -45,6 +47,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "DBMTL",
     "DWA",
+    "FAMO",
     "TBGC",
     "AllInOneArguments",
     "AllInOneModel",
@@ -62,6 +65,7 @@ __all__ = [
     "Uncertainty",
     "Weighting",
     "load",
+    "plan_groups",
     "weighting_from_config",
 ]
 

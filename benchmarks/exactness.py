@@ -36,6 +36,13 @@ WEIGHTINGS = {
 }
 LADDER = ("sum", "global_clip", "task_clip", "tbgc")
 MICRO_STEPS = {"1/1/1": (1, 1, 1), "1/2/4": (1, 2, 4)}
+GROUPS = {
+    1: [{"det": (0,), "seg": (0,), "cls": (0,)}],
+    2: [{"det": (0,), "seg": (1,), "cls": (0,)}, {"det": (1,), "seg": (0,), "cls": (1,)},
+        {"det": (0, 1), "seg": (0, 1), "cls": (0, 1)}],
+    4: [{"det": 2, "seg": 1, "cls": 1}, {"det": (1,), "seg": (0, 2, 3), "cls": (1,)}, {"det": 1, "seg": 1, "cls": 2}],
+}  # fmt: skip
+"""Divisions of R ranks among the tasks; those of "tasks apart" change from step to step."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Case:
     one_group: bool = False
     checkpointing: bool = False
     zero: dict = field(default_factory=dict)
+    apart: bool = False
+    """Tasks on different ranks; `GROUPS` of the world size, in turns."""
 
     def config(self) -> dict:
         """The DeepSpeed config."""
@@ -95,6 +104,18 @@ def all_cases() -> list[Case]:
             Case(f"zero{stage} fp16 offload", stage, "fp16", offload=True),
             Case(f"zero{stage} fp32 offload one param group", stage, offload=True, one_group=True),
         ]
+    for stage in (1, 2):
+        cases += [
+            Case(f"zero{stage} fp32 tasks apart", stage, apart=True),
+            Case(f"zero{stage} bf16 tasks apart", stage, "bf16", apart=True),
+            Case(f"zero{stage} fp16 tasks apart", stage, "fp16", apart=True),
+            Case(f"zero{stage} fp32 offload tasks apart", stage, offload=True, apart=True),
+            Case(f"zero{stage} fp32 one param group tasks apart", stage, one_group=True, apart=True),
+            Case(f"zero{stage} fp32 checkpointing tasks apart", stage, checkpointing=True, apart=True),
+            Case(f"zero{stage} fp32 overlap=1 contiguous=0 tasks apart", stage, apart=True,
+                 zero={"overlap_comm": True, "contiguous_gradients": False}),
+        ]  # fmt: skip
+    cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
     return cases
@@ -102,7 +123,7 @@ def all_cases() -> list[Case]:
 
 def weightings_for(case: Case) -> tuple[str, ...]:
     """All weightings on fp32 engines with defaults, the ladder on every precision and offload, TBGC on variants."""
-    if case.name == f"zero{case.stage} fp32":
+    if case.name.removesuffix(" tasks apart") == f"zero{case.stage} fp32":
         return tuple(WEIGHTINGS)
     variant = case.zero or case.one_group or case.checkpointing
     return ("tbgc",) if variant else LADDER
@@ -117,18 +138,22 @@ def run_case(case: Case, weighting: dict, micro_steps: tuple[int, ...]) -> dict:
 
     from allinone_ds import TaskBalancer, weighting_from_config
 
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
     counts = dict(zip(toy.TASKS, micro_steps, strict=True))
     model = toy.make_model(checkpointing=case.checkpointing).float()
     optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.rate(weighting))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
-    balancer = TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting))
+    parallel = "tasks" if case.apart else "data"
+    balancer = TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting), parallel=parallel)
     reports = []
     for step in range(STEPS):
+        if case.apart:
+            balancer.regroup(GROUPS[world][step % len(GROUPS[world])])
         for task in balancer.tasks:
-            with balancer.task(task, micro_steps=counts[task]):
-                for k in range(counts[task]):
+            mine = balancer.share(task, counts[task])
+            with balancer.task(task, micro_steps=len(mine)):
+                for k, rank in mine:
                     x = toy.inputs(task, step, k, rank).to(engine.device, dtype)
                     balancer.backward(engine(task, x, k == counts[task] - 1))
         reports.append(balancer.step())

@@ -144,6 +144,50 @@ class DWA(_PerTask):
         return len(losses) * torch.softmax(means["short"] / (means["long"] + EPS) / self.temperature, dim=0)
 
 
+class FAMO(_PerTask):
+    """FAMO (arXiv 2306.03792): weights under which all losses fall at the same relative rate, from losses alone.
+
+    With z = softmax(w), a step follows the gradient of c * sum_t z_t log(L_t): factors are c z_t / L_t, where c makes
+    them add up to 1. Then w moves against softmax(w)^T (log L before - log L after), by Adam with weight decay, as in
+    the authors' code. Theirs evaluates the step's own batch once more to learn the losses after it; here they are the
+    losses of the next step, on its own batches: that costs no further forward and adds the batches' noise.
+
+    Losses must be above 0; below 1e-8 they count as 1e-8. A task that was absent is compared with its last loss.
+
+    Args:
+        lr: step size of w.
+        gamma: weight decay of w.
+    """
+
+    streams = False
+
+    def __init__(self, lr: float = 0.025, gamma: float = 1e-3):
+        super().__init__()
+        self.lr = _at_least_zero("FAMO", "lr", lr)
+        self.gamma = _at_least_zero("FAMO", "gamma", gamma)
+
+    def factors(self, record: StepRecord) -> Tensor:
+        losses = record.losses.to(record.gram).clamp(min=1e-8)
+        zeros = torch.zeros_like(losses)
+        before = self._get(record, "loss", losses)
+        w = self._get(record, "logit", zeros)
+        z = torch.softmax(w, dim=0)
+        if any(f"loss/{task}" in self._kept for task in record.tasks):
+            delta = before.log() - losses.log()
+            gradient = z * (delta - (z * delta).sum()) + self.gamma * w
+            count = self._get(record, "count", zeros) + 1
+            mean = 0.9 * self._get(record, "mean", zeros) + 0.1 * gradient
+            square = 0.999 * self._get(record, "square", zeros) + 0.001 * gradient.square()
+            step = (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+            w = w - self.lr * step
+            for name, values in (("logit", w), ("count", count), ("mean", mean), ("square", square)):
+                self._put(record, name, values, zeros)
+            z = torch.softmax(self._get(record, "logit", zeros), dim=0)
+        self._put(record, "loss", losses, losses)
+        parts = z / losses
+        return parts / parts.sum()
+
+
 class RandomWeights(Weighting):
     """Random loss weighting (arXiv 2111.10603): factors T softmax(z), z standard normal and anew in every step.
 

@@ -51,6 +51,17 @@ class Agreement:
             "micro-steps in the same order: derive the order from (seed, step), not from a rank's own data"
         )
 
+    def rows(self, numbers: list[int]) -> list[list[int]]:
+        """Every rank's numbers, by rank; each brings equally many."""
+        mine = torch.tensor(numbers)
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine, group=self.group)
+        return [row.tolist() for row in every]
+
+    def same(self, flags: list[bool]) -> bool:
+        """Whether every rank came with the same flags."""
+        return all(row == [int(flag) for flag in flags] for row in self.rows([int(flag) for flag in flags]))
+
     def union(self, flags: list[bool]) -> list[bool]:
         """Element-wise `or` of every rank's flags."""
         votes = torch.tensor(flags, dtype=torch.int32)

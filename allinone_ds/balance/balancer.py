@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Hashable, Iterable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from ..strict import did_you_mean
-from ..zero import CHECKED_RELEASES, EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
+from ..zero import EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
 from .agreement import Agreement
+from .arguments import NONFINITE, combiner, groups_for, norm_kind, shared_parameters, task_names, whole
 from .errors import BalancerError, NonFinite
-from .local import combiner
+from .groups import TaskGroups, task_groups
+from .parallel import GroupedCombiner
 from .report import StepReport
+from .self_test import run_self_test
 from .weighting import Weighting, as_weighting
 
 _STEP = "balancer.step()"
-NONFINITE = ("skip_task", "skip_step", "stop")
 
 
 class TaskBalancer:
@@ -35,7 +39,7 @@ class TaskBalancer:
                         balancer.backward(engine(task=task, **batch).loss)
             report = balancer.step()
 
-    The gradient of a task is the mean over its micro-steps and over all ranks. Its norm on the shared backbone is
+    The gradient of a task is the mean over its micro-steps and over all ranks that run it. Its norm on the backbone is
     computed from ZeRO shards with one small all-reduce; nothing of full-model size is built. While the balancer
     lives it owns the engine: `engine.backward` and `engine.step` raise until `detach()`. Collective to make.
 
@@ -52,12 +56,17 @@ class TaskBalancer:
             model; the first step is exact, and a step with a task that is not finite is not taken at all.
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); a norm's relative standard error is at
             most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
+        parallel: "data": every rank runs every task, one after another. "tasks": ranks are divided among the tasks,
+            `balancer.tasks` are those of this rank, and nothing is sent before `step`; ZeRO-1 and ZeRO-2, norm "exact"
+            or "sketch". Every rank keeps the gradients of its tasks. See `share` for the micro-batches of a rank.
+        groups: with parallel="tasks", task -> how many ranks run it, or task -> its ranks; None: evenly. See
+            `plan_groups`.
         task_traces: under ZeRO-3, prefetch parameters along one trace a task instead of one that every change of task
             throws away.
         cosines_every: in each so many'th step the report holds the tasks' Gram matrix, for cosines between their
             gradients (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
-            in different tasks are an error and not a hang.
+            in different tasks are an error and not a hang. (parallel="tasks": they compare once a step in any case.)
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss or gradient is not finite: "skip_task" leaves the task out,
             "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
@@ -65,7 +74,8 @@ class TaskBalancer:
             only with a DeepSpeed release that was not checked.
 
     Attributes:
-        tasks: the names, in the order given.
+        tasks: names of the tasks that this rank runs, in the order given: all, unless parallel is "tasks".
+        groups: which ranks run which task; `groups.tasks` are all names.
         skipped_steps: task -> how many steps left it out because it was not finite.
         extra_bytes: what the balancer keeps on this rank beside the engine.
 
@@ -81,6 +91,8 @@ class TaskBalancer:
         shared: str | Iterable[Parameter],
         weighting: Weighting | Any,
         *,
+        parallel: str = "data",
+        groups: Mapping[str, int | Sequence[int]] | TaskGroups | None = None,
         norm: str = "exact",
         sketch_size: int | None = None,
         task_traces: bool = True,
@@ -90,29 +102,110 @@ class TaskBalancer:
         nonfinite: str = "skip_task",
         self_test: bool | None = None,
     ):
-        self.tasks = _task_names(tasks)
+        names = task_names(tasks)
         if nonfinite not in NONFINITE:
             raise ValueError(f"nonfinite = {nonfinite!r}; allowed: {', '.join(NONFINITE)}")
         self.nonfinite = nonfinite
         self.weighting = as_weighting(weighting)
-        self.norm = _norm_kind(norm, sketch_size)
+        self.norm = norm_kind(norm, sketch_size, parallel)
+        self.parallel = parallel
         refuse_unsupported(engine, allow_gradient_clipping)
         self.engine = engine
-        backbone = _shared_parameters(engine.module, shared)
+        backbone = shared_parameters(engine.module, shared)
         self._shards = open_shards(engine, backbone)
         if self_test or (self_test is None and not checked_release()):
-            _run_self_test(engine)
-        self._combiner = combiner(self._shards, self.weighting, norm, sketch_size, self.tasks)
+            run_self_test(engine, norm, parallel)
+        self.groups = groups_for(parallel, groups, names)
+        apart = parallel == "tasks"
+        self._agreement = Agreement((*names, _STEP)) if check_ranks or apart else None
+        self._combiner = combiner(
+            self._shards, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
+        )
         self._traces = ParameterTraces(engine) if task_traces else None
-        self._agreement = Agreement((*self.tasks, _STEP)) if check_ranks else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = [p for p in engine.module.parameters() if p.requires_grad and id(p) not in backbone]
         self._touched: dict[str, set[int]] = {}
+        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._hooks = [p.register_hook(self._touch(index)) for index, p in enumerate(self._heads)]
-        self._cosines_every, self._steps = _whole("cosines_every", cosines_every), 0
-        self.skipped_steps = dict.fromkeys(self.tasks, 0)
+        self._cosines_every, self._steps = whole("cosines_every", cosines_every), 0
+        self.skipped_steps = dict.fromkeys(names, 0)
         self._task: str | None = None
         self._clear()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that this rank runs, in the order given."""
+        return self.groups.of(dist.get_rank())
+
+    def share(self, task: str, micro_steps: int = 1) -> list[tuple[int, int]]:
+        """The micro-batches of a task that are this rank's: (micro-step k, rank r) of each.
+
+        Where every rank runs every task they are its own: (0, r), (1, r), ... Where tasks live on different ranks, the
+        ranks of a task deal out those that all R ranks would have run, so that the samples of a step are the same.
+
+        Args:
+            task: one of `tasks`.
+            micro_steps: of one rank, if every rank ran every task.
+        """
+        return self.groups.share(task, micro_steps, dist.get_rank())
+
+    def regroup(self, groups: Mapping[str, int | Sequence[int]] | TaskGroups) -> None:
+        """Divide the ranks anew among the tasks, between steps. Collective.
+
+        Args:
+            groups: as when the balancer was made.
+
+        Raises:
+            ValueError: groups that cannot be used, or that are not the same on all ranks.
+            BalancerError: in the middle of a step, or parallel is not "tasks".
+        """
+        grouped = self._between_steps("regroup")
+        found = task_groups(groups, self.groups.tasks, self.groups.world)
+        grouped.regroup(found)
+        self.groups = found
+
+    def measure(self, loss_of: Callable[[str], Tensor], repeats: int = 3) -> dict[str, float]:
+        """Seconds of one micro-batch of every task, for `plan_groups`; between steps, no weight changes. Collective.
+
+        Every rank runs every task, also those that are another's, so give it data of all.
+
+        Args:
+            loss_of: task -> loss of one micro-batch, from a forward of the engine.
+            repeats: micro-batches a task after one to warm up.
+
+        Returns:
+            Task -> seconds of forward and backward: median of the repeats, mean over ranks; the same on all ranks.
+
+        Raises:
+            BalancerError: in the middle of a step, or parallel is not "tasks".
+        """
+        self._between_steps("measure")
+        seconds = []
+        for task in self.groups.tasks:
+            times = []
+            for _ in range(repeats + 1):
+                self._combiner.begin(task)
+                self.engine.set_gradient_accumulation_boundary(False)
+                get_accelerator().synchronize()
+                start = time.perf_counter()
+                loss = loss_of(task)
+                with self._guard.allowed():
+                    self.engine.backward(loss, scale_wrt_gas=False)
+                get_accelerator().synchronize()
+                times.append(time.perf_counter() - start)
+                self._combiner.drop()
+            seconds.append(statistics.median(times[1:]))
+        self._combiner.close()
+        found = torch.tensor(seconds, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(found)
+        return dict(zip(self.groups.tasks, (found / self.groups.world).tolist(), strict=True))
+
+    def _between_steps(self, method: str) -> GroupedCombiner:
+        if not isinstance(self._combiner, GroupedCombiner):
+            raise BalancerError(f"{method}() is for parallel='tasks'; here every rank runs every task")
+        if self._task is not None or self._combiner.tasks:
+            raise BalancerError(f"{method}() in the middle of a step; call it after balancer.step()")
+        return self._combiner
 
     @property
     def extra_bytes(self) -> int:
@@ -149,6 +242,7 @@ class TaskBalancer:
         with torch.no_grad():
             self._combiner.add(name, self._loss)
         self._task = None
+        self._ran[name] = micro_steps
 
     def evaluation(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Evaluate a task inside this block: under ZeRO-3 its forwards keep a parameter trace of their own."""
@@ -199,14 +293,15 @@ class TaskBalancer:
         """
         if self._task is not None:
             raise BalancerError(f"balancer.step() inside task '{self._task}'; leave its block first")
-        missing = [task for task in self.tasks if task not in self._combiner.tasks]
-        if missing and (require_all or len(missing) == len(self.tasks)):
-            ran = ", ".join(self._combiner.tasks) or "none"
+        names = self.groups.tasks
+        ran = self._combiner.agree(self._ran)
+        missing = [task for task in names if task not in ran]
+        if missing and (require_all or len(missing) == len(names)):
             raise BalancerError(
-                f"balancer.step() before task(s) {', '.join(missing)} ran (ran: {ran}); run every task, or ask for a "
-                "partial step of at least one task with require_all=False"
+                f"balancer.step() before task(s) {', '.join(missing)} ran (ran: {', '.join(ran) or 'none'}); run every "
+                "task, or ask for a partial step of at least one task with require_all=False"
             )
-        if self._agreement:
+        if self._agreement and self.parallel == "data":
             self._agreement.check(_STEP, -len(missing) - 1)
         with torch.no_grad():
             result = self._combiner.finish()
@@ -261,8 +356,8 @@ class TaskBalancer:
 
     def __repr__(self) -> str:
         stage = self.engine.zero_optimization_stage()
-        options = f"weighting={self.weighting!r}, norm={self.norm!r}"
-        return f"TaskBalancer(tasks={self.tasks}, {options}, zero_stage={int(stage)})"
+        options = f"weighting={self.weighting!r}, norm={self.norm!r}, parallel={self.parallel!r}"
+        return f"TaskBalancer(tasks={self.groups.tasks}, {options}, zero_stage={int(stage)})"
 
     def _trace(self, key: Hashable) -> contextlib.AbstractContextManager[None]:
         return self._traces.use(key) if self._traces else contextlib.nullcontext()
@@ -270,8 +365,13 @@ class TaskBalancer:
     def _enter(self, name: str, micro_steps: int) -> None:
         if self._task is not None:
             raise BalancerError(f"task '{name}' begins inside task '{self._task}'; tasks run one after another")
+        if name not in self.groups.tasks:
+            raise BalancerError(f"unknown task '{name}'; {did_you_mean(str(name), self.groups.tasks)}")
         if name not in self.tasks:
-            raise BalancerError(f"unknown task '{name}'; {did_you_mean(str(name), self.tasks)}")
+            raise BalancerError(
+                f"task '{name}' runs on rank(s) {list(self.groups.ranks[name])}, this is rank {dist.get_rank()}; loop "
+                "over balancer.tasks, which are those of this rank"
+            )
         if name in self._combiner.tasks:
             raise BalancerError(
                 f"task '{name}' runs a second time in this step; call balancer.step() first, or give it more "
@@ -279,7 +379,7 @@ class TaskBalancer:
             )
         if not isinstance(micro_steps, int) or micro_steps < 1:
             raise BalancerError(f"micro_steps = {micro_steps!r} for task '{name}'; allowed: a whole number from 1 on")
-        if self._agreement:
+        if self._agreement and self.parallel == "data":
             self._agreement.check(name, micro_steps)
         self._task, self._micro_steps, self._done = name, micro_steps, 0
         self._touched[name] = set()
@@ -322,66 +422,6 @@ class TaskBalancer:
     def _clear(self) -> None:
         self._combiner.clear()
         self._combiner.watch = self._watches(self._steps)
-        self._touched = {}
+        self._touched, self._ran = {}, {}
         self._task, self._micro_steps, self._done = None, 0, 0
         self._loss = torch.zeros((), device=self.engine.device)
-
-
-def _task_names(tasks: Iterable[str]) -> tuple[str, ...]:
-    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f"tasks = {names!r}; pass at least one name, each once, each a non-empty string")
-    return names
-
-
-def _whole(field: str, value: int) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{field} = {value!r}; allowed: a whole number from 0 on")
-    return value
-
-
-def _norm_kind(norm: str, sketch_size: int | None) -> str:
-    kinds = ("exact", "sketch", "delayed")
-    if norm not in kinds:
-        raise ValueError(f"norm = {norm!r}; {did_you_mean(str(norm), kinds)}")
-    if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
-        raise ValueError(
-            f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or a whole number from 1 on with "
-            "norm='sketch' or norm='delayed'"
-        )
-    return norm
-
-
-def _shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[int]:
-    """`id` of every trainable parameter of the backbone."""
-    if isinstance(shared, str):
-        modules = dict(module.named_modules())
-        if shared not in modules or not shared:
-            children = [name for name in modules if name and name.count(".") <= shared.count(".")]
-            raise ValueError(f"shared = '{shared}': the model has no such submodule; {did_you_mean(shared, children)}")
-        params = list(modules[shared].parameters())
-        where = f"submodule '{shared}'"
-    else:
-        params = list(shared)
-        where = "the iterable of parameters"
-        if not all(isinstance(p, Parameter) for p in params):
-            raise TypeError("shared must be a submodule's dotted name or an iterable of torch.nn.Parameter")
-        own = {id(p) for p in module.parameters()}
-        if any(id(p) not in own for p in params):
-            raise ValueError("shared holds parameters that are not the engine's module's; take them from engine.module")
-    trainable = {id(p) for p in params if p.requires_grad}
-    if not trainable:
-        raise ValueError(f"shared: {where} has no trainable parameter, so there is nothing to balance")
-    return trainable
-
-
-def _run_self_test(engine: Any) -> None:
-    from .self_test import self_test
-
-    if not checked_release():
-        warnings.warn(
-            f"DeepSpeed {deepspeed.__version__} was not checked with this release of allinone_ds "
-            f"(checked: {', '.join(CHECKED_RELEASES)}); running a self-test of balanced steps",
-            stacklevel=4,
-        )
-    self_test(engine)

@@ -84,6 +84,10 @@ class Combiner(ABC):
         """Forget the gradient of the task that is under way."""
         self.shards.discard()
 
+    def agree(self, micro_steps: dict[str, int]) -> tuple[str, ...]:
+        """The tasks that ran in this step, on any rank. `micro_steps`: task -> how many this rank ran."""
+        return self.tasks
+
     @abstractmethod
     def add(self, task: str, loss: Tensor) -> None:
         """Take a task's averaged gradient from the engine. `loss`: its mean over micro-steps on this rank, 0-dim."""

@@ -38,11 +38,21 @@ class LocalCombiner(Combiner):
         self._flats: list[Tensor] = []
         self._steps = 0
 
+    @property
+    def norm_error(self) -> float:
+        """Bound of the norms' relative standard error."""
+        return norm_error(self.sketcher.size)
+
     def begin(self, task: str) -> None:
         self.local.begin()
 
     def reduces(self, last: bool) -> bool:
         return False
+
+    def _kept_bytes(self, backbones: int) -> int:
+        """Bytes of one whole gradient, and of further ones of the backbone."""
+        shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
+        return self.local.bytes + backbones * shared * self.local.dtype.itemsize
 
     def _scales(self, index: int) -> bool:
         """Whether a parameter's gradient gets its task's factor."""
@@ -59,7 +69,7 @@ class LocalCombiner(Combiner):
             self.shards.release()
         else:
             self.local.discard()
-        return self._combined(self._flats, skipped, overflow, usable, norm_error(self.sketcher.size))
+        return self._combined(self._flats, skipped, overflow, usable, self.norm_error)
 
     def clear(self) -> None:
         super().clear()
@@ -98,8 +108,7 @@ class SketchCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
-        return super().bytes + shared * self.local.dtype.itemsize + 2 * 4 * self.sketcher.size
+        return super().bytes + self._kept_bytes(1) + 2 * 4 * self.sketcher.size
 
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
@@ -170,7 +179,7 @@ class DelayedCombiner(LocalCombiner):
     @property
     def bytes(self) -> int:
         sketches = 2 * 4 * self.sketcher.size * len(self.every)
-        return super().bytes + sketches + (self._exact.bytes if self._exact else 0)
+        return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:
         if self._exact:
@@ -275,14 +284,3 @@ class DelayedCombiner(LocalCombiner):
         for hook in self._hooks:
             hook.remove()
         super().close()
-
-
-def combiner(
-    shards: GradientShards, weighting: Weighting, norm: str, sketch_size: int | None, tasks: tuple[str, ...]
-) -> Combiner:
-    """The combiner that takes norms as `norm` says: "exact", "sketch" or "delayed"."""
-    if norm == "sketch":
-        return SketchCombiner(shards, weighting, sketch_size)
-    if norm == "delayed":
-        return DelayedCombiner(shards, weighting, sketch_size, tasks)
-    return exact_combiner(shards, weighting)

@@ -15,10 +15,10 @@ class StepReport:
     device; `float(report.norms["det"])` when logging.
 
     Args:
-        norms: task -> norm of its gradient on the shared backbone, mean over its micro-steps and all ranks, before
+        norms: task -> norm of its gradient on the shared backbone, mean over its micro-steps and all its ranks, before
             scaling (and without fp16 loss scale).
         scales: task -> factor its backbone gradient got; 0 for a skipped task.
-        losses: task -> loss, mean over its micro-steps and all ranks.
+        losses: task -> loss, mean over its micro-steps and all its ranks.
         whole_norms: task -> norm of its whole gradient, head included, before scaling.
         skipped: tasks left out of this step because their loss or gradient was not finite.
         overflow: True when fp16 gradients overflowed; the weights stay, DeepSpeed lowers its loss scale.

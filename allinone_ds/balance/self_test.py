@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..zero import CHECKED_RELEASES, checked_release
 from .errors import BalancerError
 from .weighting import TBGC
 
@@ -37,15 +39,16 @@ def _inputs(task: str, micro_step: int, rank: int) -> Tensor:
     return torch.randn(4, 5, generator=generator)
 
 
-def self_test(engine: Any, micro_steps: int = 2, steps: int = 2) -> float:
+def self_test(engine: Any, norm: str = "exact", parallel: str = "data", micro_steps: int = 2, steps: int = 3) -> float:
     """Train a toy model on an engine of the same kind and compare its weights with a float64 reference.
 
     Collective. `engine` itself is not touched.
 
     Args:
         engine: gives ZeRO stage, precision and offload settings.
+        norm, parallel: of the balancer. The toy is so small that a sketch of it is exact.
         micro_steps: micro-steps a task.
-        steps: balanced steps; the second shows what the first leaves behind.
+        steps: balanced steps; the later show what earlier ones leave behind.
 
     Returns:
         The largest difference of a weight, relative to the largest change of a weight.
@@ -61,15 +64,18 @@ def self_test(engine: Any, micro_steps: int = 2, steps: int = 2) -> float:
     start = copy.deepcopy(reference)
     toy = _engine_like(engine, copy.deepcopy(reference).float())
     dtype = next(toy.module.parameters()).dtype
-    balancer = TaskBalancer(toy, ("a", "b"), "backbone", TBGC(_TAU), self_test=False)
+    balancer = TaskBalancer(toy, ("a", "b"), "backbone", TBGC(_TAU), norm=norm, parallel=parallel, self_test=False)
+    factors: dict[str, Tensor] = {}
     for _ in range(steps):
         for task in balancer.tasks:
-            with balancer.task(task, micro_steps):
-                for k in range(micro_steps):
-                    x = _inputs(task, k, dist.get_rank()).to(toy.device, dtype)
+            mine = balancer.share(task, micro_steps)
+            with balancer.task(task, len(mine)):
+                for k, rank in mine:
+                    x = _inputs(task, k, rank).to(toy.device, dtype)
                     balancer.backward(toy(task, x))
         balancer.step()
-        _reference_step(reference, micro_steps)
+        found = _reference_step(reference, micro_steps, factors)
+        factors = found if norm == "delayed" else {}
     names = [name for name, _ in reference.named_parameters()]
     largest = max(
         float((p - q).detach().abs().max()) for p, q in zip(reference.parameters(), start.parameters(), strict=True)
@@ -84,15 +90,34 @@ def self_test(engine: Any, micro_steps: int = 2, steps: int = 2) -> float:
     limit = 1e-4 if dtype == torch.float32 else 0.1
     if not worst <= limit or math.isnan(worst):
         raise BalancerError(
-            f"self-test with DeepSpeed {deepspeed.__version__}, ZeRO stage {int(engine.zero_optimization_stage())}: a "
-            f"balanced step differs from its reference by {worst:.1e} of the largest update (allowed {limit:.0e}); "
-            "use a checked release of DeepSpeed"
+            f"self-test with DeepSpeed {deepspeed.__version__}, ZeRO stage {int(engine.zero_optimization_stage())}, "
+            f"norm={norm!r}, parallel={parallel!r}: a balanced step differs from its reference by {worst:.1e} of the "
+            f"largest update (allowed {limit:.0e}); use a checked release of DeepSpeed"
         )
     return worst
 
 
-def _reference_step(model: _Toy, micro_steps: int) -> None:
-    """One TBGC step with plain SGD on all ranks' inputs, in float64."""
+def run_self_test(engine: Any, norm: str, parallel: str) -> None:
+    """`self_test`, with a warning when the release of DeepSpeed was not checked."""
+    if not checked_release():
+        warnings.warn(
+            f"DeepSpeed {deepspeed.__version__} was not checked with this release of allinone_ds "
+            f"(checked: {', '.join(CHECKED_RELEASES)}); running a self-test of balanced steps",
+            stacklevel=4,
+        )
+    self_test(engine, norm, parallel)
+
+
+def _reference_step(model: _Toy, micro_steps: int, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One TBGC step with plain SGD on all ranks' inputs, in float64.
+
+    Args:
+        factors: of the step before, to be used in this one; empty: this step's own.
+
+    Returns:
+        This step's own factors.
+    """
+    own = {}
     total = [torch.zeros_like(p) for p in model.parameters()]
     backbone = len(list(model.backbone.parameters()))
     world = dist.get_world_size()
@@ -100,13 +125,15 @@ def _reference_step(model: _Toy, micro_steps: int) -> None:
         losses = [model(task, _inputs(task, k, r).double()) for k in range(micro_steps) for r in range(world)]
         gradients = torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters()), allow_unused=True)
         norm = torch.stack([g.norm() for g in gradients[:backbone] if g is not None]).norm()
-        factor = (_TAU / (norm + 1e-6)).clamp(max=1.0)
+        own[task] = (_TAU / (norm + 1e-6)).clamp(max=1.0)
+        factor = factors.get(task, own[task])
         for kept, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 kept += factor * gradient
     with torch.no_grad():
         for param, gradient in zip(model.parameters(), total, strict=True):
             param.sub_(_RATE * gradient)
+    return own
 
 
 def _engine_like(engine: Any, model: nn.Module) -> Any:

@@ -51,6 +51,13 @@ class LocalGradients:
         self.dtype = self.optimizer.gradient_accumulation_dtype
         self._open: contextlib.ExitStack | None = None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of one whole gradient on the rank, beyond what the engine keeps in any case: ZeRO-1 keeps one."""
+        if int(self.engine.zero_optimization_stage()) == 1:
+            return 0
+        return sum(size * param.dtype.itemsize for size, param in zip(self.sizes, self.params, strict=True))
+
     def begin(self) -> None:
         """From now on backwards leave their gradients on the rank."""
         if self._open is None:

@@ -164,6 +164,7 @@ def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: set[int]) -
                 runs.append([0, kind])
             elif runs[-1][1] != kind:
                 runs.append([span.start, kind])
+        runs = runs or [[0, 0]]  # of a small group the last ranks have nothing but padding
         ends = [start for start, _ in runs[1:]] + [size]
         pieces += [Piece(group, start, end - start, bool(kind)) for (start, kind), end in zip(runs, ends, strict=True)]
     return pieces

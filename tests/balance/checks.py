@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.named import TORCHJD
-from tests.balance import checks_local, checks_misuse, checks_partial
+from tests.balance import checks_apart, checks_local, checks_misuse, checks_partial
 from tests.balance.engines import (
     CASES,
     exactness,
@@ -198,7 +198,7 @@ def all_checks(world: int) -> dict:
                     exact, f"zero{stage} fp32", weighting, "1/2/4"
                 )
         checks |= _all_in(globals())
-        for module in (checks_partial, checks_misuse, checks_local):
+        for module in (checks_partial, checks_misuse, checks_local, checks_apart):
             checks |= _all_in(vars(module))
     else:
         for stage in range(4):
@@ -206,6 +206,9 @@ def all_checks(world: int) -> dict:
             checks[f"exact[zero{stage} bf16]"] = partial(exact, f"zero{stage} bf16", "tbgc", "1/1/1")
         checks["heads_of_absent_tasks_do_not_move"] = checks_partial.check_heads_of_absent_tasks_do_not_move
         checks["one_extra_shard_and_nothing_of_full_size"] = check_one_extra_shard_and_nothing_of_full_size
+        if world == 4:
+            checks |= {f"exact[{c}]": partial(exact, c, "tbgc", "1/2/4") for c in CASES if "fp32 tasks apart" in c}
+            checks |= _all_in(vars(checks_apart))
         checks["local_weights"] = partial(
             checks_local.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allinone_ds import DBMTL, DWA, GradNorm, RandomWeights, StepRecord, Uncertainty, Weighting
+from allinone_ds import DBMTL, DWA, FAMO, GradNorm, RandomWeights, StepRecord, Uncertainty, Weighting
 from allinone_ds.balance import GramWeighting, balancer_from_config
 from allinone_ds.balance.named import TORCHJD
 from allinone_ds.strict import ConfigError
@@ -83,7 +83,9 @@ def test_dwa_is_even_at_first_and_favours_what_falls_slowly() -> None:
     assert float(factors.sum()) == pytest.approx(3)
 
 
-@pytest.mark.parametrize("make", [lambda: DBMTL(0.5), GradNorm, Uncertainty, lambda: DWA(window=10), RandomWeights])
+@pytest.mark.parametrize(
+    "make", [lambda: DBMTL(0.5), GradNorm, Uncertainty, lambda: DWA(window=10), FAMO, RandomWeights]
+)
 def test_state_goes_on_where_it_was(make) -> None:
     first: Weighting = make()
     seen = [record(losses) for losses in ([4.0, 2.0, 1.0], [3.0, 2.5, 0.5], [2.0, 2.0, 0.1], [1.0, 2.0, 0.1])]
@@ -131,3 +133,43 @@ def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
 def test_mistakes_are_named(config: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         balancer_from_config(config)
+
+
+FALLING = ([4.0, 100.0, 0.1], [3.0, 99.0, 0.05], [2.0, 80.0, 0.06], [1.5, 79.0, 0.01])
+
+
+def test_famo_follows_the_gradient_of_its_log_losses_and_adam() -> None:
+    weighting = FAMO(lr=0.05, gamma=0.01)
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=0.05, weight_decay=0.01)
+    before = None
+    for values in FALLING:
+        losses = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        if before is not None:
+            (w.grad,) = torch.autograd.grad(torch.softmax(w, 0) @ (before.log() - losses.detach().log()), w)
+            adam.step()
+        z = torch.softmax(w.detach(), 0)
+        c = 1 / (z / losses.detach()).sum()
+        (wanted,) = torch.autograd.grad(c * (z * losses.log()).sum(), losses)
+        got = weighting.factors(record(values))
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+        assert float(got.sum()) == pytest.approx(1)
+        before = losses.detach()
+
+
+def test_famo_is_torchjd_s_when_its_second_evaluation_is_the_next_batch() -> None:
+    theirs = pytest.importorskip("torchjd.scalarization").FAMO(3, lr=0.025, weight_decay=1e-3)
+    ours = FAMO()
+    for number, values in enumerate(FALLING):
+        losses = torch.tensor(values, requires_grad=True)
+        if number:
+            theirs.update(losses.detach())
+        theirs(losses).backward()
+        torch.testing.assert_close(ours.factors(record(values)).float(), losses.grad, rtol=1e-4, atol=0)
+
+
+def test_famo_pulls_harder_on_what_does_not_fall() -> None:
+    weighting = FAMO(lr=0.1)
+    for step in range(10):
+        weights = weighting.factors(record([1.0, 0.9**step, 0.8**step])) * torch.tensor([1.0, 0.9**step, 0.8**step])
+    assert weights[0] > weights[1] > weights[2], "z, in the paper's letters"
