@@ -8,7 +8,8 @@ a block of steps each, so that what else the machine does falls on all of them. 
 tasks' micro-steps, as short as it can be written: it balances, logs and saves nothing. "balancer" is the loop of the
 README around `TaskBalancer`. "trainer" is `AllInOneTrainer` as `allinone-ds train` starts it, with its logs, callbacks
 and schedule. Reading and augmenting the pictures is in all three. A ratio is the median over rounds of one loop's
-seconds / another's.
+seconds / another's; ratios of processor seconds, of all ranks, stand beside them, since others on the machine touch
+those less.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
         model: of the same shape, not in any engine.
     """
     import deepspeed
-    import torch
 
     from allinone_ds import TaskBalancer
     from allinone_ds.data.loader import train_loader
@@ -89,12 +89,12 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
                     balancer.backward(engine(task=task, **to_device(batch, args.device)).loss)
         balancer.step()
 
-    assert torch.is_grad_enabled()
     return balanced
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Let the three loops take turns; collective. Seconds of every block by loop, and what was run."""
+    import torch
     import torch.distributed as dist
     from transformers import TrainerCallback, set_seed
 
@@ -116,29 +116,36 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     weighting, options = balancer_from_config(config.balancer)
     seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+    processor: dict[str, list[float]] = {loop: [] for loop in LOOPS}
 
     class TakeTurns(TrainerCallback):
         """Runs the bare loops between the trainer's blocks; the clock of the trainer stands meanwhile."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.loops = {way: bare_loop(way, trainer, build_model(config, facts)) for way in ("plain", "balancer")}
-            self.since = self._now()
+            self._start()
 
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step % args.block:
                 return
-            seconds["trainer"].append(self._now() - self.since)
+            self._stop("trainer")
             names = list(self.loops)
             for name in names if len(seconds["trainer"]) % 2 else reversed(names):
-                start = self._now()
+                self._start()
                 for _ in range(args.block):
                     self.loops[name]()
-                seconds[name].append(self._now() - start)
-            self.since = self._now()
+                self._stop(name)
+            self._start()
 
-        def _now(self) -> float:
+        def _start(self) -> None:
             dist.barrier()
-            return time.perf_counter()
+            self.since = time.perf_counter(), time.process_time()
+
+        def _stop(self, name: str) -> None:
+            used = torch.tensor(time.process_time() - self.since[1], dtype=torch.float64)
+            dist.all_reduce(used)  # waits for all ranks
+            seconds[name].append(time.perf_counter() - self.since[0])
+            processor[name].append(float(used))
 
     trainer = AllInOneTrainer(
         model=build_model(config, facts),
@@ -159,6 +166,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "images_a_step": images,
         "block": args.block,
         "seconds": {loop: values[1:] for loop, values in seconds.items()},  # the first block warms up
+        "processor_seconds": {loop: values[1:] for loop, values in processor.items()},
     }
 
 
@@ -205,13 +213,17 @@ def main() -> None:
         )
         found = json.loads((Path(folder) / "found.json").read_text())
     seconds, images = found["seconds"], found["images_a_step"] * found["block"]
-    print("| loop | images/s | of plain | quartiles | of the balancer's loop | quartiles |\n|---|---|---|---|---|---|")
+    print("| loop | images/s | of plain | quartiles | processor | of balancer | quartiles | processor |")
+    print("|---|---|---|---|---|---|---|---|")
     for loop in LOOPS:
-        plain, balancer = (ratio(seconds, loop, to) for to in ("plain", "balancer"))
-        rate = images / statistics.median(seconds[loop])
-        print(f"| {loop} | {rate:.1f} | {plain[0]:.3f} | {plain[1]:.3f}-{plain[2]:.3f} "
-              f"| {balancer[0]:.3f} | {balancer[1]:.3f}-{balancer[2]:.3f} |")  # fmt: skip
-        found[loop] = {"images_per_second": rate, "of_plain": plain, "of_balancer": balancer}
+        row: dict[str, Any] = {"images_per_second": images / statistics.median(seconds[loop])}
+        cells = [f"{row['images_per_second']:.1f}"]
+        for to in ("plain", "balancer"):
+            median, low, high = row[f"of_{to}"] = ratio(seconds, loop, to)
+            processor = row[f"processor_of_{to}"] = ratio(found["processor_seconds"], loop, to)
+            cells += [f"{median:.3f}", f"{low:.3f}-{high:.3f}", f"{processor[0]:.3f}"]
+        print(f"| {loop} | {' | '.join(cells)} |")
+        found[loop] = row
     if args.json:
         args.json.write_text(json.dumps({"machine": describe_machine(), **found}, indent=1) + "\n")
 
