@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import statistics
@@ -79,20 +80,28 @@ def rank(argv: list[str]) -> int:
             place = Path(os.environ["MARKS"])
             found = {"begun": begun, "launcher": launcher.user + launcher.system, "marks": marks}
             place.write_text(json.dumps({**found, "command": json.loads(place.read_text())}))
-        torch.distributed.barrier()
+        sys.modules["torch"].distributed.barrier()
         os._exit(0)
 
-    import torch
+    def imported() -> None:
+        """Called where `train.main` has imported everything and lets the collector work again."""
+        collect()
+        marks.append(("imports", time.time(), time.process_time()))
+        run = sys.modules["allinone_ds.training.run"]
+        trainer = run.AllInOneTrainer
+        for phase, owner, name in (
+            ("arguments", run, "arguments_from_config"),
+            ("data", run, "open_test_data"),
+            ("model", run, "build_model"),
+            ("trainer", trainer, "__init__"),
+            ("engine", trainer, "_prepare_for_training"),
+            ("first step", trainer, "training_step"),
+        ):
+            setattr(owner, name, then(phase, getattr(owner, name)))
 
     from allinone_ds import train
-    from allinone_ds.training import run
-    from allinone_ds.training.trainer import AllInOneTrainer
 
-    marks.append(("imports", time.time(), time.process_time()))
-    for phase, name in (("arguments", "arguments_from_config"), ("data", "open_test_data"), ("model", "build_model")):
-        setattr(run, name, then(phase, getattr(run, name)))
-    for phase, name in (("trainer", "__init__"), ("engine", "_prepare_for_training"), ("first step", "training_step")):
-        setattr(AllInOneTrainer, name, then(phase, getattr(AllInOneTrainer, name)))
+    collect, gc.enable = gc.enable, imported
     return train.main(argv)
 
 
