@@ -6,8 +6,8 @@ and every parameter is fetched when it is needed. Coordinators share one stream 
 flight and hold nothing once a backward is over, so each task gets its own.
 
 A coordinator lets weights go after the last use in its trace, though the next task needs the same backbone, which no
-optimizer step has moved. It spares a parameter while any name is in the parameter's `ds_active_sub_modules`; that is how
-weights are kept until `put_away`. So a step gathers the weights once, not once a micro-step.
+optimizer step has moved. It spares a parameter while any name is in the parameter's `ds_active_sub_modules`; that is
+how weights are kept until `put_away`. So a step gathers the weights once, not once a micro-step.
 """
 
 from __future__ import annotations
