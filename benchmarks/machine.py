@@ -1,4 +1,4 @@
-"""What a result was measured on, to stand beside the figures."""
+"""What a result was measured on, to stand beside the figures; and what its network sent."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in ("torch", "deepspeed", "transformers")},
     }
+
+
+def sent_bytes() -> int:
+    """Bytes sent in this process's network namespace since it began, over all devices."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines)

@@ -33,7 +33,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, sent_bytes
 from overhead import build_engine, build_model, two_hosts
 
 ENGINES = ("plain", "exact", "sketch", "delayed", "safe_get_full_grad")
@@ -175,12 +175,12 @@ def seconds_and_bytes(args: argparse.Namespace, count: int) -> dict[str, dict[st
     for round_ in range(args.rounds + 2):  # the first two warm up
         for way in [*list(steps)[round_ % len(steps) :], *list(steps)[: round_ % len(steps)]]:
             dist.barrier()
-            before, start = _sent(), time.perf_counter()
+            before, start = sent_bytes(), time.perf_counter()
             steps[way]()
             dist.barrier()
             if round_ >= 2:
                 found[way]["seconds"].append(time.perf_counter() - start)
-                found[way]["sent"] = torch.tensor(_sent() - before)
+                found[way]["sent"] = torch.tensor(sent_bytes() - before)
     for row in found.values():
         if args.rate:  # each host counts its own link
             dist.all_reduce(row["sent"])
@@ -208,12 +208,6 @@ def peak(args: argparse.Namespace, count: int, way: str, layers: int) -> dict[st
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
-def _sent() -> int:
-    """Bytes sent in this process's network namespace, over all devices."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[8]) for line in lines)
 
 
 # ---- ranks: forks of one process that has imported everything ----
