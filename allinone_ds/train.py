@@ -8,6 +8,7 @@ allinone-ds train configs/runs/demo.yaml --nproc 2
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
 
+    gc.disable()  # collecting while modules load finds nothing to free, and takes a fifth of the time
     from allinone_ds.data.base import DataError
     from allinone_ds.strict import ConfigError
     from allinone_ds.training.config import load_config
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
 
+        gc.freeze()  # modules stay for good: no later collection looks at them again
+        gc.enable()
         status = 0 if train_run(config) is not None else REQUEUE
         leave()
     except RunError as error:

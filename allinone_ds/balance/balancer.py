@@ -62,7 +62,8 @@ class TaskBalancer:
         groups: with parallel="tasks", task -> how many ranks run it, or task -> its ranks; None: evenly. See
             `plan_groups`.
         task_traces: under ZeRO-3, prefetch parameters along one trace a task instead of one that every change of task
-            throws away.
+            throws away; and gather weights once a step instead of once a micro-step, where the model is within
+            stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
         cosines_every: in each so many'th step the report holds the tasks' Gram matrix, for cosines between their
             gradients (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare the task on all ranks before it runs (a CPU message of 32 bytes a task), so that ranks
@@ -227,7 +228,7 @@ class TaskBalancer:
         """
         self._enter(name, micro_steps)
         try:
-            with self._trace(name):
+            with self._trace(name, keep=True):
                 yield
             if self._done != micro_steps:
                 raise BalancerError(
@@ -305,6 +306,8 @@ class TaskBalancer:
             self._agreement.check(_STEP, -len(missing) - 1)
         with torch.no_grad():
             result = self._combiner.finish()
+        if self._traces:
+            self._traces.put_away()
         left_out = set(missing) | set(result.skipped)
         if result.skipped and self.nonfinite == "stop":
             self._clear()
@@ -349,6 +352,8 @@ class TaskBalancer:
 
     def detach(self) -> None:
         """Give the engine its own `backward` and `step` back; the balancer can no longer be used."""
+        if self._traces:
+            self._traces.put_away()
         self._combiner.close()
         self._guard.remove()
         for hook in self._hooks:
@@ -359,8 +364,8 @@ class TaskBalancer:
         options = f"weighting={self.weighting!r}, norm={self.norm!r}, parallel={self.parallel!r}"
         return f"TaskBalancer(tasks={self.groups.tasks}, {options}, zero_stage={int(stage)})"
 
-    def _trace(self, key: Hashable) -> contextlib.AbstractContextManager[None]:
-        return self._traces.use(key) if self._traces else contextlib.nullcontext()
+    def _trace(self, key: Hashable, keep: bool = False) -> contextlib.AbstractContextManager[None]:
+        return self._traces.use(key, keep) if self._traces else contextlib.nullcontext()
 
     def _enter(self, name: str, micro_steps: int) -> None:
         if self._task is not None:

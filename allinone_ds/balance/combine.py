@@ -181,7 +181,9 @@ class Combiner(ABC):
     ) -> Combined:
         """Take `flats` as the step's sum, and scale it once more where the weighting does."""
         self._sum, scales = flats, self.factors
-        factor = self.weighting.sum_factor(self._norm(flats)) if usable and not overflow else None
+        factor = None
+        if usable and not overflow and type(self.weighting).sum_factor is not Weighting.sum_factor:
+            factor = self.weighting.sum_factor(self._norm(flats))  # a pass over the shard that most need not take
         if factor is not None:
             for flat in flats:
                 flat.mul_(factor)

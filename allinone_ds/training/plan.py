@@ -43,6 +43,7 @@ class Engine:
         buckets: how many there are.
         prefetched: elements of weights that ZeRO-3 gathers ahead of their use.
         retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
+        task_traces: as of TaskBalancer; a model of at most `retained` elements stays gathered over the whole step.
         all_reduces: gradients go to every rank, not to their owner alone: DeepSpeed's default below ZeRO-3.
     """
 
@@ -54,6 +55,7 @@ class Engine:
     buckets: int = 1
     prefetched: int = 0
     retained: int = 0
+    task_traces: bool = True
     all_reduces: bool = True
 
     @property
@@ -149,13 +151,14 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         if config.model.backbone.checkpoint is not None:
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
+    weighting, options = balancer_from_config(config.balancer)
     engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
+    engine = dataclasses.replace(engine, task_traces=options.get("task_traces", True))
     sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    weighting, options = balancer_from_config(config.balancer)
     norm = options.get("norm", "exact")
     moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
@@ -225,7 +228,8 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
         offload=offload,
         bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
         buckets=2 if overlap and stage in (1, 2) else 1,
-        all_reduces=zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True),
+        all_reduces=stage < 3
+        and (zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)),
         prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
         retained=min(live, reuse // 2) if stage == 3 else 0,
     )
@@ -275,13 +279,26 @@ def memory_parts(
         balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
-    buffers += engine.weight_bytes * min(engine.prefetched + engine.retained, sizes.largest_task)
+    buffers += engine.weight_bytes * _gathered(engine, sizes, norm)
     if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
         buffers += 4 * part
     beside = {"optimizer": optimizer, "balancer": balancer, **average}
     if engine.offload:
         return {**memory, "buffers": buffers}, beside
     return {**memory, **beside, "buffers": buffers}, {}
+
+
+def _gathered(engine: Engine, sizes: Sizes, norm: str) -> int:
+    """Elements of weights that ZeRO-3 holds gathered at most."""
+    if _stays_gathered(engine, sizes, norm):
+        return sizes.trained + sizes.frozen
+    return min(engine.prefetched + engine.retained, sizes.largest_task)
+
+
+def _stays_gathered(engine: Engine, sizes: Sizes, norm: str) -> bool:
+    """Whether ZeRO-3 gathers weights once a step."""
+    traced = engine.stage == 3 and engine.task_traces and norm != "plain"
+    return traced and sizes.trained + sizes.frozen <= engine.retained
 
 
 def _gradients(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> int:
@@ -307,14 +324,14 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
         engine: see `Engine`.
         sizes: see `Sizes`.
         gpus: N.
-        norm: "exact", "sketch" or "delayed".
+        norm: "exact", "sketch" or "delayed"; "plain" is DeepSpeed's accumulation of the same micro-steps, unbalanced.
         sketch: elements of a sketch.
     """
     share = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
-    if norm != "exact":
+    if norm in ("sketch", "delayed") or (norm == "plain" and engine.stage < 2):
         reduced = P  # once
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed fills in zeros for the other heads
         reduced = P * len(of_task)
@@ -322,14 +339,16 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
         reduced = sum(of_task.values())
     else:
         reduced = reduced_each
-    factor = 2 if engine.stage == 0 or engine.wraps_bf16 or (engine.stage < 3 and engine.all_reduces) else 1
+    factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
     moved = {"gradients": round(share * factor * reduced * w)}
     if engine.stage in (1, 2):
         moved["new weights"] = round(share * P * w)
-    if engine.stage == 3:  # for the forward of every micro-step, and again for its backward what was let go
+    if _stays_gathered(engine, sizes, norm):
+        moved["weights"] = round(share * (P + sizes.frozen) * w)
+    elif engine.stage == 3:  # for the forward of every micro-step, and again for its backward what was let go
         again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
         moved["weights"] = round(share * (reduced_each + again) * w)
-    message = 3 * 8 if norm == "exact" else (2 * sketch + 1) * 4
+    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4)
     moved["norms"] = round(share * 2 * message * len(of_task))
     return moved
 

@@ -1,9 +1,13 @@
-"""One parameter trace a task under ZeRO-3, so that prefetching survives the switch from one head to another.
+"""ZeRO-3 over the tasks of a step: one parameter trace a task, and weights that stay gathered from task to task.
 
 DeepSpeed 0.19.8, `runtime/zero/partitioned_param_coordinator.py`: a coordinator records the order of modules in one
 forward and backward, and prefetches along it from then on; a forward that takes another head throws the record away,
 and every parameter is fetched when it is needed. Coordinators share one stream and one registry of parameters in
 flight and hold nothing once a backward is over, so each task gets its own.
+
+A coordinator lets weights go after the last use in its trace, though the next task needs the same backbone, which no
+optimizer step has moved. It spares a parameter while any name is in the parameter's `ds_active_sub_modules`; that is
+how weights are kept until `put_away`. So a step gathers the weights once, not once a micro-step.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 from deepspeed.runtime.zero.config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from .releases import RELEASES_LEFTOVERS
+
+_KEPT = "kept until the step"
 
 
 class ParameterTraces:
@@ -28,13 +35,37 @@ class ParameterTraces:
     def __init__(self, engine: Any):
         self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
         self._of: dict[Hashable, PartitionedParameterCoordinator] = {}
+        self._params: list[Any] = [] if self._offload is None else list(self._offload.module.parameters())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether `use(key, keep=True)` keeps weights gathered.
+
+        So it does where DeepSpeed, too, may keep all of them: from their use in a forward to that in its backward, with
+        the whole model within stage3_max_live_parameters, and twice the model within stage3_max_reuse_distance.
+        """
+        if self._offload is None:
+            return False
+        return kept_gathered(
+            sum(int(p.ds_numel) for p in self._params),
+            self._offload._max_available_parameters_in_numel,
+            self._offload._max_reuse_distance_in_numel,
+        )
 
     @contextlib.contextmanager
-    def use(self, key: Hashable) -> Iterator[None]:
-        """Inside the block forwards and backwards are recorded, and prefetched, along the trace of `key`."""
+    def use(self, key: Hashable, keep: bool = False) -> Iterator[None]:
+        """Inside the block forwards and backwards are recorded, and prefetched, along the trace of `key`.
+
+        Args:
+            key: of the trace.
+            keep: leave weights gathered until `put_away`, where `keeps` allows it.
+        """
         if self._offload is None:
             yield
             return
+        kept = self._params if keep and self.keeps else []
+        for param in kept:
+            param.ds_active_sub_modules.add(_KEPT)
         before = self._offload.param_coordinator
         mine = self._of.pop(key, None) or self._new()
         self._offload.param_coordinator = mine
@@ -47,6 +78,16 @@ class ParameterTraces:
             raise
         finally:
             self._offload.param_coordinator = before
+            for param in kept:
+                param.ds_active_sub_modules.discard(_KEPT)
+
+    def put_away(self) -> None:
+        """Partition what is gathered: before the weights move, since a gathered copy would not."""
+        gathered = [p for p in self._params if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
+        for param in gathered:
+            param.ds_active_sub_modules.clear()  # a pass that broke off leaves its modules there
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
 
     def _new(self) -> PartitionedParameterCoordinator:
         like = self._offload
@@ -63,3 +104,14 @@ class ParameterTraces:
             fast_sharding_for_leaf_module=like.fast_sharding_for_leaf_module,
             log_trace_cache_warnings=like.log_trace_cache_warnings,
         )
+
+
+def kept_gathered(elements: int, live: int, reuse: int) -> bool:
+    """Whether a model of so many elements stays gathered over a step.
+
+    Args:
+        elements: of the whole model.
+        live: stage3_max_live_parameters.
+        reuse: stage3_max_reuse_distance.
+    """
+    return elements <= min(live, reuse // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -342,3 +344,53 @@ def check_traces_prefetch_across_tasks() -> None:
     assert late[False] > 20, late
     assert late[True] == 0, late
     assert largest_change(after[True], after[False]) == 0.0
+
+
+class _Gathers:
+    """Counts elements that are gathered on behalf of forwards and backwards."""
+
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+
+    def __enter__(self) -> _Gathers:
+        self.elements = 0
+        self._before = getattr(PartitionedParameterCoordinator, self.name)
+
+        def counting(coordinator, params, *args, before=self._before, **kwargs):
+            self.elements += sum(p.ds_numel for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+            return before(coordinator, params, *args, **kwargs)
+
+        setattr(PartitionedParameterCoordinator, self.name, counting)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(PartitionedParameterCoordinator, self.name, self._before)
+
+
+def check_weights_are_gathered_once_a_step() -> None:
+    """Where the live parameters allow it; else once a pass. The weights are the same, also after a broken task."""
+    base = {**CASES["zero3 fp32"].config()["zero_optimization"], "stage3_param_persistence_threshold": 0}
+    for norm in ("exact", "sketch"):
+        after, gathered = {}, {}
+        for kept in (True, False):
+            zero = base if kept else {**base, "stage3_max_live_parameters": 100}
+            engine = make_engine("zero3 fp32", zero_optimization=zero)
+            balancer = make_balancer(engine, norm=norm)
+            for step in range(4):
+                with _Gathers() as gathers:
+                    for task in toy.TASKS:
+                        run_task(balancer, task, step, micro_steps=2)
+                    balancer.step()
+                assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in engine.module.parameters())
+            gathered[kept] = gathers.elements
+            with contextlib.suppress(BalancerError), balancer.task("det", 2):
+                x = toy.inputs("det", 4, 0, dist.get_rank()).float()
+                balancer.backward(engine("det", x))  # one micro-step too few
+            for task in toy.TASKS:
+                run_task(balancer, task, 4)
+            balancer.step()
+            after[kept] = weights(engine)
+            finish(balancer)
+        used = sum(p.numel() for n, p in toy.make_model().named_parameters() if n != "backbone.unused")
+        assert gathered[True] <= used + 7, gathered  # `unused` comes with its module
+        assert gathered[False] > 5 * used, gathered
+        assert largest_change(after[True], after[False]) == 0.0

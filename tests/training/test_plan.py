@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_bytes_moved_follow_the_collectives() -> None:
     sizes = Sizes(backbone=900, heads={"a": 60, "b": 40}, micro_steps={"a": 1, "b": 3})
 
     def moved(stage: int, norm: str = "exact", gpus: int = 4) -> dict[str, int]:
-        parts = moved_parts(Engine(stage, weight_bytes=2), sizes, gpus, norm, sketch=8)
+        parts = moved_parts(Engine(stage, weight_bytes=2, all_reduces=stage < 3), sizes, gpus, norm, sketch=8)
         return {key: value for key, value in parts.items() if key != "norms"}
 
     # a ring of 4: 3/4 of the elements a pass, two bytes each; tasks have 960 and 940 parameters
@@ -92,8 +93,11 @@ def test_bytes_moved_follow_the_collectives() -> None:
     assert moved(2) == {"gradients": 2 * 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
     assert moved(3)["gradients"] == 0.75 * (960 + 3 * 940) * 2  # a reduce-scatter
     assert moved(3)["weights"] == 2 * 0.75 * (960 + 3 * 940) * 2  # forward and backward
-    kept = moved_parts(Engine(3, weight_bytes=2, retained=10_000), sizes, 4, "exact", sketch=8)
-    assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered in between
+    small = Engine(3, weight_bytes=2, retained=10_000, task_traces=False, all_reduces=False)
+    kept = moved_parts(small, sizes, 4, "exact", sketch=8)
+    assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered from forward to backward
+    small = dataclasses.replace(small, task_traces=True)
+    assert moved_parts(small, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 1000 * 2  # and over the whole step
     for norm in ("sketch", "delayed"):
         assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
     assert set(moved(3, gpus=1).values()) == {0}
