@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GradNorm,
         GramWeighting,
         RandomWeights,
+        Static,
         StepRecord,
         StepReport,
         Sum,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "balance": (
         "DBMTL", "DWA", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
-        "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
+        "Static", "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
         "weighting_from_config",
     ),
     "export": ("load",),
@@ -54,6 +55,7 @@ __all__ = [
     "GradNorm",
     "GramWeighting",
     "RandomWeights",
+    "Static",
     "StepRecord",
     "StepReport",
     "Sum",

@@ -5,7 +5,7 @@ from .balancer import TaskBalancer
 from .errors import BalancerError, NonFinite
 from .named import balancer_from_config, weighting_from_config
 from .report import StepReport
-from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting
+from .weighting import TBGC, GlobalClip, GramWeighting, Static, StepRecord, Sum, TaskClip, Weighting
 
 __all__ = [
     "DBMTL",
@@ -17,6 +17,7 @@ __all__ = [
     "GramWeighting",
     "NonFinite",
     "RandomWeights",
+    "Static",
     "StepRecord",
     "StepReport",
     "Sum",

@@ -1,0 +1,6 @@
+def print_report(records, blocks):
+    pass
+
+
+def write_plots(records, folder):
+    pass
