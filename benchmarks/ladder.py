@@ -36,7 +36,8 @@ from typing import Any
 import yaml
 from ladder_data import make_data
 from ladder_plan import METHODS, OPTIMIZERS, SINGLE, TASKS, Records, Spec
-from ladder_table import report, write_page, write_plots
+from ladder_plots import write_plots
+from ladder_table import report, write_page
 
 HERE = Path(__file__).parent
 
@@ -52,15 +53,16 @@ def run_file(records: Records, spec: Spec, data_root: Path, folder: Path) -> dic
     return {**run, "name": spec.name, "data_root": str(data_root), "output_dir": str(folder), "balancer": balancer}
 
 
-def command(file: Path, cuda: bool) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a run on one rank and one core."""
+def command(file: Path, gpu: bool) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a run on one rank, on the GPU or on one core."""
     from allinone_ds.training.launch import free_port, quiet_environment
 
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     one |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    threads = {"OMP_NUM_THREADS": "4" if cuda else "1", "TORCHDYNAMO_DISABLE": "1"}
     paths = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    environment = {**os.environ, **quiet_environment(), **threads, **one, **paths}
+    environment = {**os.environ, **quiet_environment(), **one, **paths, "TORCHDYNAMO_DISABLE": "1"}
+    if not gpu:
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return [sys.executable, "-m", "allinone_ds.train", str(file)], environment
 
 
@@ -114,8 +116,8 @@ class Bench:
         wheel: DeepForest's; None leaves the native check out.
     """
 
-    def __init__(self, records: Records, work: Path, wheel: Path | None, cuda: bool):
-        self.records, self.work, self.wheel, self.cuda = records, work, wheel, cuda
+    def __init__(self, records: Records, work: Path, wheel: Path | None, gpu: bool):
+        self.records, self.work, self.wheel, self.gpu = records, work, wheel, gpu
         self.jobs: dict[int, Job] = {}
 
     def next(self, blocks: list[tuple[str, str]]) -> Spec | None:
@@ -135,7 +137,7 @@ class Bench:
         folder.mkdir(parents=True)
         run = run_file(self.records, spec, data / spec.split, folder)
         (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-        words, environment = command(folder / "run.yaml", self.cuda)
+        words, environment = command(folder / "run.yaml", self.gpu)
         with (folder / "run.log").open("wb") as log:
             process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.jobs[process.pid] = Job(spec, process, folder, run, time.perf_counter())
@@ -161,7 +163,7 @@ class Bench:
             "logging_steps": self.records.base["trainer"]["logging_steps"],
             "wall_seconds": round(time.perf_counter() - job.start, 1),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-            "peak_mib": usage.ru_maxrss // 1024, "device": device(self.cuda), "versions": versions(),
+            "peak_mib": usage.ru_maxrss // 1024, "device": device(self.gpu), "versions": versions(),
             "settings": self.records.settings(spec.data),
         })  # fmt: skip
         shutil.rmtree(job.folder)
@@ -190,9 +192,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def device(cuda: bool) -> str:
+def device(gpu: bool) -> str:
     """What a run trained on."""
-    if cuda:
+    if gpu:
         import torch
 
         return torch.cuda.get_device_name()
@@ -214,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="write the tables into this page, and plots beside it")
     args = parser.parse_args(argv)
 
+    from allinone_ds.training.launch import gpu_count
+
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that runs under way end too
     base = yaml.safe_load((HERE / f"ladder_{args.size}.yaml").read_text())
     if args.steps:
@@ -223,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     blocks = [parts[name] for name in args.only or parts]
     if not args.table:
         doable = [(data, optimizer) for data, optimizer in blocks if data != "native" or args.deepforest is not None]
-        bench = Bench(records, args.work / args.size, args.deepforest, args.size == "gpu")
+        bench = Bench(records, args.work / args.size, args.deepforest, args.size == "gpu" and gpu_count() > 0)
         bench.run(doable, args.jobs)
     text = report(records, blocks)
     print(text)

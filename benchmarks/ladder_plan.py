@@ -24,6 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": {"name": "static"},  # its weights are measured, see `static_weights`
 }
 """The `balancer:` block of every multi-task method; max_norm is the paper's."""
+RATES = {"cpu": (5e-4, 1.5e-3, 4.5e-3), "gpu": (1e-4, 3e-4, 1e-3)}
+"""AdamW's learning rates to choose from, by size; all methods get the same, as it does not feel a gradient's size."""
+SGD_RATES = {True: (0.03, 0.1, 0.3), False: (0.003, 0.01, 0.03)}
+"""Those of SGD, which does: for gradients that are clipped to a norm of 0.1, and for raw ones."""
 SINGLE = {f"single_{task}": task for task in TASKS}
 CLIPPED = ("global_clip", "task_clip", "tbgc")
 BLOCKS: dict[tuple[str, str], list[str]] = {
@@ -39,17 +43,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 """What an optimizer changes in the `trainer:` block."""
 CHOICE_SEED = 100  # not one of the seeds that count
 SEEDS = range(5)
-
-
-def rates(optimizer: str, method: str) -> tuple[float, ...]:
-    """The three learning rates a method may choose from.
-
-    AdamW does not feel the size of a gradient, so all methods get the same. SGD does: a gradient clipped to a norm of
-    0.1 a task gets larger rates than a raw one.
-    """
-    if optimizer == "adamw":
-        return (5e-4, 1.5e-3, 4.5e-3)
-    return (0.03, 0.1, 0.3) if method in CLIPPED else (0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -112,9 +105,13 @@ class Records:
 
     # ---- what follows from them ----
 
+    def rates(self, optimizer: str, method: str) -> tuple[float, ...]:
+        """The three learning rates a method may choose from, rising."""
+        return RATES[self.size] if optimizer == "adamw" else SGD_RATES[method in CLIPPED]
+
     def choice(self, data: str, optimizer: str, method: str) -> list[Spec]:
         """The runs that decide a method's learning rate."""
-        return [Spec(data, optimizer, method, lr, CHOICE_SEED, "validation") for lr in rates(optimizer, method)]
+        return [Spec(data, optimizer, method, lr, CHOICE_SEED, "validation") for lr in self.rates(optimizer, method)]
 
     def chosen(self, data: str, optimizer: str, method: str) -> float | None:
         """The best of the three rates; None while one is missing."""

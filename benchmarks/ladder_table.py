@@ -1,91 +1,19 @@
-"""What the records of `ladder.py` say: tables, paired tests over seeds and plots."""
+"""What the records of `ladder.py` say, as tables in Markdown."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ladder_plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS, Records, Spec, rates
+from ladder_plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS, Records, Spec
+from ladder_stats import ALPHA, compare, holm, relative_change
 
 METRICS = {"detection": "mAP50", "segmentation": "mIoU", "classification": "top-1"}
-ALPHA = 0.05
 BEGIN, END = "<!-- written by benchmarks/ladder.py: begin -->", "<!-- written by benchmarks/ladder.py: end -->"
 REFERENCE = "tbgc"
-
-# ---- statistics ----
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Mean of paired differences and what a two-sided paired t-test says of it."""
-
-    n: int
-    mean: float
-    low: float
-    """Lower end of the 95 % confidence interval of the mean."""
-    high: float
-    p: float
-    detectable: float
-    """The smallest true mean difference that such a test finds with a probability of 80 % at level 0.05, given the
-    spread seen."""
-
-
-def compare(differences: Sequence[float]) -> Comparison:
-    """Test paired differences, one a seed, against 0.
-
-    Args:
-        differences: at least two.
-    """
-    from scipy import stats
-
-    n, mean = len(differences), statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    if error == 0:
-        return Comparison(n, mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0)
-    half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean / error), n - 1))
-    return Comparison(n, mean, mean - half, mean + half, p, smallest_effect(n) * error * math.sqrt(n))
-
-
-@lru_cache
-def smallest_effect(n: int, power: float = 0.8) -> float:
-    """The smallest mean difference, in standard deviations of the differences, that a two-sided paired t-test of n
-    pairs finds with this probability at level 0.05."""
-    import numpy as np
-    from scipy import stats
-    from scipy.optimize import brentq
-
-    edge = stats.t.ppf(1 - ALPHA / 2, n - 1)
-    # Power by quantiles of the standard deviation that n pairs may show; scipy's noncentral t gives NaN far out.
-    levels = (np.arange(4000) + 0.5) / 4000
-    limits = edge * np.sqrt(stats.chi2.ppf(levels, n - 1) / (n - 1))
-
-    def missing(effect: float) -> float:
-        shift = effect * math.sqrt(n)
-        return float(np.mean(stats.norm.sf(limits - shift) + stats.norm.cdf(-limits - shift))) - power
-
-    return float(brentq(missing, 0.01, 100))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values of a family of tests, in the order given."""
-    order = sorted(range(len(p)), key=p.__getitem__)
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = highest
-    return adjusted
-
-
-def relative_change(scores: Mapping[str, float], single: Mapping[str, float]) -> float:
-    """Mean over the tasks of `single` of (multi-task score - single-task score) / single-task score."""
-    return statistics.fmean((scores[task] - single[task]) / single[task] for task in single)
-
 
 # ---- a block of records ----
 
@@ -112,12 +40,19 @@ class Block:
         self.single: dict[int, dict[str, float]] = {}  # by seed, where all single-task models are there
         names = [method for method in self.methods if method in SINGLE]
         for seed in SEEDS:
-            if all(seed in self.runs[name] for name in names):
-                self.single[seed] = {SINGLE[n]: self.runs[n][seed]["metrics"][SINGLE[n]] for n in names}
+            found = {SINGLE[n]: self.runs[n][seed]["metrics"][SINGLE[n]] for n in names if seed in self.runs[n]}
+            if len(found) == len(names) and all(score > 0 for score in found.values()):  # nothing is relative to 0
+                self.single[seed] = found
 
     def choices(self, method: str) -> list[tuple[float, dict[str, Any] | None]]:
         """(rate, validation record) of a method."""
         return [(s.lr, self.records.read(s)) for s in self.records.choice(self.data, self.optimizer, method)]
+
+    def chosen_run(self, method: str) -> dict[str, Any] | None:
+        """The validation record at the chosen rate; None when there is none or it diverged."""
+        lr = self.records.chosen(self.data, self.optimizer, method)
+        record = next((record for rate, record in self.choices(method) if rate == lr), None)
+        return None if record is None or record["diverged"] else record
 
     def change(self, method: str) -> dict[int, float]:
         """Mean relative change against the single-task models, by seed."""
@@ -165,7 +100,7 @@ def rates_table(block: Block) -> list[str]:
             score = "missing" if record is None else _three(statistics.fmean(record["metrics"].values()))
             score = "diverged" if record is not None and record["diverged"] else score
             cells.append(f"**{lr:g}: {score}**" if lr == best else f"{lr:g}: {score}")
-        order = rates(block.optimizer, method)
+        order = block.records.rates(block.optimizer, method)
         place = (
             "not known"
             if best is None
@@ -321,83 +256,3 @@ def write_page(page: Path, text: str) -> None:
         raise SystemExit(f"{page}: no lines '{BEGIN}' and '{END}' to write between")
     head, tail = content[: content.index(BEGIN)], content[content.index(END) :]
     page.write_text(f"{head}{BEGIN}\n\n{text}\n{tail}")
-
-
-# ---- plots ----
-
-
-def write_plots(records: Records, folder: Path) -> None:
-    """Draw evidence-OPTIMIZER.png (scores by method and seed) and evidence-norms.png (norms and shares)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False})
-    for data, optimizer in BLOCKS:
-        block = Block(records, data, optimizer)
-        if any(block.runs[method] for method in block.multi):
-            figure = _scores(plt, block)
-            figure.savefig(folder / f"evidence-{data}-{optimizer}.png", dpi=110)
-            plt.close(figure)
-    block = Block(records, "composed", "adamw")
-    if all(block.runs[method] for method in ("sum", REFERENCE)):
-        figure = _norms(plt, block)
-        figure.savefig(folder / "evidence-norms.png", dpi=110)
-        plt.close(figure)
-
-
-def _scores(plt: Any, block: Block) -> Any:
-    figure, axes = plt.subplots(1, len(TASKS) + 1, figsize=(14, 0.45 * len(block.multi) + 1.6), sharey=True)
-    order = list(reversed(block.multi))
-    for axis, task in zip(axes, TASKS, strict=False):
-        for row, method in enumerate(order):
-            _row(axis, row, [run["metrics"][task] for run in block.runs[method].values()])
-        name = f"single_{task}"
-        alone = [run["metrics"][task] for run in block.runs.get(name, {}).values()]
-        if alone:
-            axis.axvline(statistics.fmean(alone), color="#444444", linewidth=1, linestyle="--", label="single-task")
-            axis.legend(frameon=False, fontsize=8)
-        axis.set_title(f"{task}, {METRICS[task]}", fontsize=10, loc="left")
-    for row, method in enumerate(order):
-        _row(axes[-1], row, [100 * value for value in block.change(method).values()])
-    axes[-1].axvline(0, color="#444444", linewidth=1, linestyle="--")
-    axes[-1].set_title("mean relative change, %", fontsize=10, loc="left")
-    axes[0].set_yticks(range(len(order)), order)
-    figure.tight_layout()
-    return figure
-
-
-def _row(axis: Any, row: int, values: Sequence[float]) -> None:
-    axis.plot(values, [row] * len(values), "o", color="#3366aa", alpha=0.45, markersize=5)
-    if values:
-        axis.plot([statistics.fmean(values)], [row], "|", color="#cc6633", markersize=16, markeredgewidth=2)
-
-
-def _norms(plt: Any, block: Block) -> Any:
-    colors = dict(zip(TASKS, ("#3366aa", "#cc6633", "#2f8f4e"), strict=True))
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6))
-    for axis, method in zip(axes, ("sum", REFERENCE), strict=False):
-        run = next(iter(block.runs[method].values()))
-        for task in TASKS:
-            curve = run["norms"][task]["curve"]
-            steps = [run["logging_steps"] * (i + 1) for i in range(len(curve))]
-            axis.plot(steps, curve, color=colors[task], label=task, linewidth=1.4)
-            axis.plot(steps, run["scaled"][task], color=colors[task], linewidth=1.2, linestyle=":")
-        axis.set_yscale("log")
-        axis.set_xlabel("optimizer step")
-        axis.set_title(f"{method}: backbone norm, raw (line) and as used (dots)", fontsize=10, loc="left")
-    axes[0].legend(frameon=False, fontsize=9)
-    axes[1].set_ylim(axes[0].get_ylim()[0] / 3, None)
-    methods = [m for m in block.multi if any(not run["diverged"] for run in block.runs[m].values())]
-    left = [0.0] * len(methods)
-    for task in TASKS:
-        part = [
-            statistics.fmean(r["shares"][task] for r in block.runs[m].values() if not r["diverged"]) for m in methods
-        ]
-        axes[2].barh(methods, part, left=left, color=colors[task])
-        left = [a + b for a, b in zip(left, part, strict=True)]
-    axes[2].invert_yaxis()
-    axes[2].set_title("share of the backbone's squared gradient", fontsize=10, loc="left")
-    figure.tight_layout()
-    return figure
