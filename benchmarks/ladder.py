@@ -232,8 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     text = report(records, blocks)
     print(text)
     if args.page:
-        write_page(args.page, text)
-        write_plots(records, args.page.parent)
+        plots = write_plots(records, args.page.parent)
+        pictures = "".join(f"\n![{shows}]({file.name})\n\n*{shows}.*\n" for file, shows in plots.items())
+        write_page(args.page, text + pictures)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ladder_plan import BLOCKS, SINGLE, TASKS, Records
-from ladder_table import METRICS, REFERENCE, Block
+from ladder_table import METRICS, REFERENCE, TITLES, Block
 
 
-def write_plots(records: Records, folder: Path) -> list[Path]:
+def write_plots(records: Records, folder: Path) -> dict[Path, str]:
     """Draw what the records allow.
 
     That is evidence-DATA-OPTIMIZER.png (scores by method and seed), evidence-rates-*.png (scores by learning rate) and
     evidence-norms-*.png (norms and shares of the validation runs at the chosen rates).
 
     Returns:
-        The files written.
+        {file written: what it shows}.
     """
     import matplotlib
 
@@ -26,22 +26,27 @@ def write_plots(records: Records, folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False})
-    written = []
+    written: dict[Path, str] = {}
 
-    def save(figure: Any, name: str) -> None:
+    def save(figure: Any, name: str, shows: str) -> None:
         figure.tight_layout()
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
-        written.append(folder / name)
+        written[folder / name] = shows
 
     for data, optimizer in BLOCKS:
-        block = Block(records, data, optimizer)
+        block, title = Block(records, data, optimizer), TITLES[data, optimizer]
         if any(block.runs[method] for method in block.multi):
-            save(_scores(plt, block), f"evidence-{data}-{optimizer}.png")
+            shows = f"Test scores by method, {title}: a dot a seed, the bar their mean, dashed the single-task models"
+            save(_scores(plt, block), f"evidence-{data}-{optimizer}.png", shows)
         if any(record for method in block.methods for _, record in block.choices(method)):
-            save(_rates(plt, block), f"evidence-rates-{data}-{optimizer}.png")
+            shows = f"Validation scores by learning rate, {title}"
+            save(_rates(plt, block), f"evidence-rates-{data}-{optimizer}.png", shows)
         if all(block.chosen_run(method) for method in ("sum", REFERENCE)):
-            save(_norms(plt, block), f"evidence-norms-{data}-{optimizer}.png")
+            shows = (
+                f"Backbone gradient norms over the validation run at the chosen rate, and every task's share, {title}"
+            )
+            save(_norms(plt, block), f"evidence-norms-{data}-{optimizer}.png", shows)
     return written
 
 

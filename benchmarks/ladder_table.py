@@ -39,6 +39,9 @@ class Block:
                     self.runs[method][seed] = record
         self.single: dict[int, dict[str, float]] = {}  # by seed, where all single-task models are there
         names = [method for method in self.methods if method in SINGLE]
+        self.measure = "mean relative change" if len(names) == len(TASKS) else "relative change of " + " and ".join(
+            METRICS[SINGLE[name]] for name in names
+        )  # fmt: skip
         for seed in SEEDS:
             found = {SINGLE[n]: self.runs[n][seed]["metrics"][SINGLE[n]] for n in names if seed in self.runs[n]}
             if len(found) == len(names) and all(score > 0 for score in found.values()):  # nothing is relative to 0
@@ -55,7 +58,7 @@ class Block:
         return None if record is None or record["diverged"] else record
 
     def change(self, method: str) -> dict[int, float]:
-        """Mean relative change against the single-task models, by seed."""
+        """Mean relative change against the single-task models that there are, by seed."""
         runs = self.runs[method]
         return {s: relative_change(runs[s]["metrics"], self.single[s]) for s in runs if s in self.single}
 
@@ -112,7 +115,7 @@ def rates_table(block: Block) -> list[str]:
 
 def results_table(block: Block) -> list[str]:
     """Metrics on the test split, mean relative change, shares and time of every method."""
-    names = " | ".join([*METRICS.values(), "mean relative change, %", "share of the update det / seg / cls, %"])
+    names = " | ".join([*METRICS.values(), f"{block.measure}, %", "share of the update det / seg / cls, %"])
     lines = [
         f"| method | seeds | {names} | wall s | CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -157,11 +160,10 @@ def tests_table(block: Block) -> list[str]:
         for method in block.multi
         if method != REFERENCE
     }
-    families = {f"{REFERENCE} against the other methods, mean relative change in percentage points": against}
-    if len(block.single and next(iter(block.single.values()))) == len(TASKS):
-        families["every method against single-task models, mean relative change in percentage points"] = {
-            f"{method} - single-task": list(block.change(method).values()) for method in block.multi
-        }
+    families = {f"{REFERENCE} against the other methods, {block.measure} in percentage points": against}
+    families[f"every method against single-task models, {block.measure} in percentage points"] = {
+        f"{method} - single-task": list(block.change(method).values()) for method in block.multi
+    }
     families[f"{REFERENCE} against the plain sum, task by task, metric in hundredths"] = {
         f"{METRICS[task]}: {REFERENCE} - sum": _paired(
             *({s: run["metrics"][task] for s, run in block.runs[m].items()} for m in (REFERENCE, "sum"))
