@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GradNorm,
         GramWeighting,
         RandomWeights,
+        Static,
         StepRecord,
         StepReport,
         Sum,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "balance": (
         "DBMTL", "DWA", "FAMO", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
-        "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
+        "Static", "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
         "plan_groups", "weighting_from_config",
     ),
     "export": ("load",),
@@ -57,6 +58,7 @@ __all__ = [
     "GradNorm",
     "GramWeighting",
     "RandomWeights",
+    "Static",
     "StepRecord",
     "StepReport",
     "Sum",

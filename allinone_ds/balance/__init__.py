@@ -7,7 +7,7 @@ from .groups import TaskGroups, task_groups
 from .named import balancer_from_config, weighting_from_config
 from .planner import GroupPlan, plan_groups
 from .report import StepReport
-from .weighting import TBGC, GlobalClip, GramWeighting, StepRecord, Sum, TaskClip, Weighting
+from .weighting import TBGC, GlobalClip, GramWeighting, Static, StepRecord, Sum, TaskClip, Weighting
 
 __all__ = [
     "DBMTL",
@@ -21,6 +21,7 @@ __all__ = [
     "GroupPlan",
     "NonFinite",
     "RandomWeights",
+    "Static",
     "StepRecord",
     "StepReport",
     "Sum",

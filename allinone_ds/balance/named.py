@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..strict import ConfigError, did_you_mean
 from .adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
-from .weighting import TBGC, GlobalClip, GramWeighting, Sum, TaskClip, Weighting
+from .weighting import TBGC, GlobalClip, GramWeighting, Static, Sum, TaskClip, Weighting
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC, "db_mtl": DBMTL, "gradnorm": GradNorm,
-    "uncertainty": Uncertainty, "dwa": DWA, "famo": FAMO, "random": RandomWeights,
+    "uncertainty": Uncertainty, "dwa": DWA, "famo": FAMO, "random": RandomWeights, "static": Static,
 }  # fmt: skip
 
 TORCHJD: dict[str, str] = {

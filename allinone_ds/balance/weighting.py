@@ -81,6 +81,30 @@ class Sum(Weighting):
         return "Sum()"
 
 
+class Static(Weighting):
+    """Fixed weights: task t's factor is weights[t], as if its loss were multiplied by it.
+
+    Args:
+        weights: task -> factor above 0, one for every task.
+    """
+
+    def __init__(self, weights: Mapping[str, float]):
+        wrong = {task: weight for task, weight in weights.items() if not 0 < float(weight) < math.inf}
+        if wrong or not weights:
+            raise ValueError(f"Static: weights = {dict(weights)!r}; allowed: a finite number above 0 for every task")
+        self.weights = {task: float(weight) for task, weight in weights.items()}
+
+    def factors(self, record: StepRecord) -> Tensor:
+        missing = [task for task in record.tasks if task not in self.weights]
+        if missing:
+            known = ", ".join(self.weights)
+            raise ValueError(f"Static: no weight for task '{missing[0]}'; weights has {known}: give one to every task")
+        return record.whole_norms.new_tensor([self.weights[task] for task in record.tasks])
+
+    def __repr__(self) -> str:
+        return f"Static(weights={self.weights})"
+
+
 class GlobalClip(Sum):
     """One clip after the sum: g = min(1, max_norm / ||sum_t g_t||) * sum_t g_t, the norm taken over all parameters.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -113,6 +114,7 @@ class Pool:
     labels: NDArray[np.int64]  # (n,)
     photos: tuple[Image.Image, ...]
     photo_names: tuple[str, ...]
+    classes: tuple[str, ...] = CLASSES
 
 
 @lru_cache(maxsize=2)
@@ -123,19 +125,36 @@ def load_pool(split: str) -> Pool:
         sheet = np.asarray(Image.open(file))
     rows, columns = sheet.shape[0] // TILE, sheet.shape[1] // TILE
     tiles = sheet.reshape(rows, TILE, columns, TILE).transpose(0, 2, 1, 3).reshape(-1, TILE, TILE)
-    # One labelling for all tiles: a frame of background joins every outside; what is not joined is a hole.
-    framed = np.pad(tiles > FOREGROUND, ((0, 0), (1, 1), (1, 1)))
-    side = TILE + 2
-    outside, _ = ndimage.label(~framed.reshape(-1, side))
-    alphas = (outside != outside[0, 0]).reshape(-1, side, side)[:, 1:-1, 1:-1].astype(np.uint8) * 255
-    labels = np.arange(len(tiles)) // (len(tiles) // len(CLASSES))
     photos, names = [], []
     for item in sorted(assets.iterdir(), key=lambda entry: entry.name):
         if item.name.startswith(f"photo-{split}-"):
             with item.open("rb") as file:
                 photos.append(Image.open(file).convert("RGB"))
             names.append(item.name)
-    return Pool(np.ascontiguousarray(tiles), alphas, labels, tuple(photos), tuple(names))
+    return make_pool(tiles, photos, names)
+
+
+def make_pool(
+    tiles: Bytes,
+    photos: Sequence[Image.Image],
+    photo_names: Sequence[str],
+    classes: Sequence[str] = CLASSES,
+) -> Pool:
+    """A pool of one's own: cuts the products out of their tiles.
+
+    Args:
+        tiles: (n, 28, 28) grey pictures on black, sorted by class, equally many of every class.
+        photos: what scenes have behind their products, RGB.
+        photo_names: of the photos.
+        classes: names of the classes.
+    """
+    # One labelling for all tiles: a frame of background joins every outside; what is not joined is a hole.
+    framed = np.pad(tiles > FOREGROUND, ((0, 0), (1, 1), (1, 1)))
+    side = TILE + 2
+    outside, _ = ndimage.label(~framed.reshape(-1, side))
+    alphas = (outside != outside[0, 0]).reshape(-1, side, side)[:, 1:-1, 1:-1].astype(np.uint8) * 255
+    labels = np.arange(len(tiles)) // (len(tiles) // len(classes))
+    return Pool(np.ascontiguousarray(tiles), alphas, labels, tuple(photos), tuple(photo_names), tuple(classes))
 
 
 def compose_scene(rng: np.random.Generator, pool: Pool, look: SceneLook, first_label: int | None = None) -> Scene:
@@ -202,8 +221,8 @@ def _background(rng: np.random.Generator, pool: Pool, size: int) -> NDArray[np.f
 
 
 def _draw_tile(rng: np.random.Generator, pool: Pool, label: int | None) -> int:
-    per_class = len(pool.tiles) // len(CLASSES)
-    label = int(rng.integers(len(CLASSES))) if label is None else label
+    per_class = len(pool.tiles) // len(pool.classes)
+    label = int(rng.integers(len(pool.classes))) if label is None else label
     return label * per_class + int(rng.integers(per_class))
 
 
@@ -235,7 +254,13 @@ def _free_spot(
     return None
 
 
-def make_demo_data(root: Path, seed: int = 0, sizes: DemoSizes | None = None, progress: bool = True) -> DemoData:
+def make_demo_data(
+    root: Path,
+    seed: int = 0,
+    sizes: DemoSizes | None = None,
+    progress: bool = True,
+    pools: Mapping[str, Pool] | None = None,
+) -> DemoData:
     """Write the demo data of the three tasks; does nothing when `root` already holds the same.
 
     Args:
@@ -243,15 +268,19 @@ def make_demo_data(root: Path, seed: int = 0, sizes: DemoSizes | None = None, pr
         seed: two seeds give different scenes; one seed always gives the same files.
         sizes: number of pictures and their look.
         progress: show a progress bar.
+        pools: what the scenes of "train" and "test" are made of; None is what comes with the package.
 
     Raises:
         FileExistsError: a folder to be written exists, and no marker says that it is demo data.
     """
     root, sizes = Path(root), sizes or DemoSizes()
+    data = DemoData(root, CLASSES if pools is None else pools["train"].classes)
     wanted = {"version": 1, "seed": seed, "sizes": sizes.model_dump(mode="json")}
+    if pools is not None:
+        wanted["pools"] = {split: [len(pool.tiles), *pool.classes, *pool.photo_names] for split, pool in pools.items()}
     marker = root / MARKER
     if marker.exists() and json.loads(marker.read_text()) == {**wanted, "complete": True}:
-        return DemoData(root)
+        return data
     for task in TASKS:
         if (root / task).exists():
             if not marker.exists():
@@ -271,9 +300,10 @@ def make_demo_data(root: Path, seed: int = 0, sizes: DemoSizes | None = None, pr
                 rngs = (np.random.default_rng([seed, task_number, split_number, i]) for i in range(count))
                 look = getattr(sizes, f"{task}_look")
                 tick = _Tick(bar, job)
-                _WRITERS[task](root / task, split, load_pool(split), look, rngs, tick)
+                pool = load_pool(split) if pools is None else pools[split]
+                _WRITERS[task](root / task, split, pool, look, rngs, tick)
     marker.write_text(json.dumps({**wanted, "complete": True}))
-    return DemoData(root)
+    return data
 
 
 class _Tick:
@@ -303,7 +333,7 @@ def _write_detection(where: Path, split: str, pool: Pool, look: SceneLook, rngs:
             entry = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0}
             annotations.append({**entry, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
         tick()
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(pool.classes)]
     table = {"images": images, "annotations": annotations, "categories": categories}
     (where / f"{split}.json").write_text(json.dumps(table))
 
@@ -311,7 +341,7 @@ def _write_detection(where: Path, split: str, pool: Pool, look: SceneLook, rngs:
 def _write_segmentation(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
     for kind in ("images", "label_maps"):
         (where / split / kind).mkdir(parents=True)
-    (where / "classes.txt").write_text("\n".join(["background", *CLASSES]) + "\n")
+    (where / "classes.txt").write_text("\n".join(["background", *pool.classes]) + "\n")
     for i, rng in enumerate(rngs):
         scene = compose_scene(rng, pool, look)
         _save(scene.image, where / split / "images" / f"{i:06d}.jpg")
@@ -321,10 +351,10 @@ def _write_segmentation(where: Path, split: str, pool: Pool, look: SceneLook, rn
 
 def _write_classification(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
     (where / split).mkdir(parents=True)
-    (where / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    (where / "classes.txt").write_text("\n".join(pool.classes) + "\n")
     lines = []
     for i, rng in enumerate(rngs):
-        label = i % len(CLASSES)
+        label = i % len(pool.classes)
         scene = compose_scene(rng, pool, look, first_label=label)
         name = f"{i:06d}.jpg"
         _save(scene.image, where / split / name)

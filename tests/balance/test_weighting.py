@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchjd.aggregation import IMTLG, AlignedMTL
 
-from allinone_ds import TBGC, GlobalClip, StepRecord, Sum, TaskClip, Weighting, weighting_from_config
+from allinone_ds import TBGC, GlobalClip, Static, StepRecord, Sum, TaskClip, Weighting, weighting_from_config
 from allinone_ds.balance.weighting import GramWeighting, as_weighting
 from allinone_ds.strict import ConfigError
 
@@ -116,6 +116,16 @@ def test_permuting_tasks_permutes_factors() -> None:
         torch.testing.assert_close(weighting.factors(record(gradients[order])), factors[order])
 
 
+def test_static_weights_scale_each_task_by_name() -> None:
+    gradients = jacobian()
+    weighting = weighting_from_config({"name": "static", "weights": {"task2": 0.5, "task0": 3, "task1": 1}})
+    wanted = torch.tensor([3, 1, 0.5], dtype=torch.float64) @ gradients
+    torch.testing.assert_close(update(weighting, gradients), wanted)
+    assert weighting.streams and weighting.heads == "same"
+    with pytest.raises(ValueError, match="no weight for task 'task3'"):
+        weighting.factors(record(jacobian(4)))
+
+
 def test_callable_on_a_gram_matrix_is_a_weighting() -> None:
     weighting = as_weighting(lambda gram: gram.diagonal().rsqrt())
     assert isinstance(weighting, GramWeighting) and weighting.heads == "none"
@@ -132,6 +142,9 @@ def test_callable_on_a_gram_matrix_is_a_weighting() -> None:
         (lambda: TBGC(rescale="clipp"), "did you mean 'clip'"),
         (lambda: TBGC(heads="some"), "heads = 'some'"),
         (lambda: TBGC(math.inf, rescale="always"), "finite target"),
+        (lambda: Static({}), "a finite number above 0 for every task"),
+        (lambda: Static({"det": 1, "seg": 0}), "'seg': 0"),
+        (lambda: weighting_from_config({"name": "static"}), "weights"),
         (lambda: weighting_from_config({"name": "tbcg"}), "did you mean 'tbgc'"),
         (lambda: weighting_from_config({"name": "sum", "max_norm": 1}), "'sum' has no such option"),
         (lambda: weighting_from_config({"name": "tbgc", "maxnorm": 1}), "did you mean 'max_norm'"),
