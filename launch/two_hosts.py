@@ -1,11 +1,12 @@
 """Two hosts on one machine: train on both through `deepspeed --hostfile`, lose one, go on from the checkpoint.
 
-    sudo python launch/two_hosts.py                   # about two minutes on 2 cores
+    sudo python launch/two_hosts.py                   # a minute or two on 2 cores
 
 The hosts are two network namespaces joined by a virtual cable, each with an sshd of its own; the shared file system is
 this machine's. The DeepSpeed launcher starts a shortened demo on both over ssh (pdsh). After the second checkpoint the
 cable of host B is cut and all of its processes are killed: the run must say that rank 1 is gone, and the second start
-must go on from the last checkpoint to the end. Everything made here (namespaces, keys, sshd) is removed again.
+must go on from the last checkpoint to the end. Everything made here (namespaces, what runs in them, keys) is removed
+again by a process of its own that waits for this one to end, however it ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from allinone_ds.data.demo import DemoSizes, make_demo_data
@@ -99,11 +101,35 @@ class Hosts:
         self.start_sshd(host)
 
     def remove(self) -> None:
-        known = run("ip", "netns", "list")
+        known = run("ip", "netns", "list").split()
         for host, name in self.names.items():
             if name in known:
                 self.kill_all(host)
                 run("ip", "netns", "del", name)
+
+    @contextlib.contextmanager
+    def removed_at_the_end(self) -> Iterator[None]:
+        """Remove the hosts and the folder at the end of the block, or of this process if it is killed before."""
+        ear, mouth = os.pipe()  # nothing is said: the pipe closes when this process ends
+        keeper = os.fork()
+        if keeper == 0:
+            status = 1
+            try:
+                os.setsid()  # a signal to this process's group is not for the keeper
+                os.close(mouth)
+                os.read(ear, 1)
+                self.daemons.clear()  # children of the other process
+                self.remove()
+                shutil.rmtree(self.folder)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(ear)
+        try:
+            yield
+        finally:
+            os.close(mouth)
+            os.waitpid(keeper, 0)
 
 
 def run(*command: str) -> str:
@@ -143,8 +169,8 @@ def start(hosts: Hosts, folder: Path, log: Path, *flags: str) -> subprocess.Pope
     (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in variables.items()))
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh_check"]
     deepspeed += ["--master_addr", ADDRESSES["a"], "--module", "allinone_ds.train", "configs/runs/demo.yaml"]
-    deepspeed += [f"data_root={folder / 'data'}", f"output_dir={folder / 'run'}", "trainer.max_steps=60"]
-    deepspeed += ["trainer.save_steps=10", "trainer.save_total_limit=2", "trainer.stall_timeout=8", *flags]
+    deepspeed += [f"data_root={folder / 'data'}", f"output_dir={folder / 'run'}", "trainer.max_steps=30"]
+    deepspeed += ["trainer.save_steps=5", "trainer.save_total_limit=2", "trainer.stall_timeout=8", *flags]
     environment = {
         **os.environ,
         **variables,
@@ -174,44 +200,46 @@ def main() -> int:
     if missing := what_is_missing():
         print(f"skipped: {missing}")
         return 0
-    with tempfile.TemporaryDirectory(prefix="two-hosts-") as name:
-        folder = Path(name)
-        make_demo_data(
-            folder / "data",
-            sizes=DemoSizes(detection=(48, 4), segmentation=(48, 4), classification=(48, 4)),
-            progress=False,
-        )
-        hosts, log, output = Hosts(folder), folder / "log", folder / "run"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    print("two hosts in two network namespaces", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="two-hosts-"))
+    hosts, log = Hosts(folder), folder / "log"
+    with hosts.removed_at_the_end():
         try:
-            hosts.make()
-            first = start(hosts, folder, log)
-            wait_for(
-                lambda: len(checkpoints(output)) >= 2 or first.poll() is not None, 180, "the second checkpoint", log
-            )
-            lost = time.monotonic()
-            killed = hosts.lose("b")
-            wait_for(lambda: first.poll() is not None, 120, "the end of the run that lost a host", log)
-            seconds = time.monotonic() - lost
-            at = checkpoints(output)[-1].name
-            said = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "nothing was said")
-            print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and said:\n  {said}")
-            hosts.kill_all("a")
-            hosts.start_sshd("a")
-            hosts.bring_back("b")
-            second = start(hosts, folder, log, "--resume")
-            wait_for(lambda: second.poll() is not None, 240, "the end of the resumed run", log)
-            events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-            begun = [event["step"] for event in events if event["event"] == "begin"]
-            whole = (output / "metrics.json").is_file() and second.returncode == 0
-            print(f"resumed from {at} at step {begun[-1]}; {'ended whole' if whole else 'FAILED'}")
-            good = whole and len(begun) == 2 and at == f"checkpoint-{begun[1]}" and "rank 1" in said
-            if not good:
-                print(log.read_text()[-3000:])
-            return 0 if good else 1
+            return lose_one_and_go_on(hosts, folder, log)
         finally:
             if args.keep and log.exists():
                 shutil.copy(log, args.keep)
-            hosts.remove()
+
+
+def lose_one_and_go_on(hosts: Hosts, folder: Path, log: Path) -> int:
+    begun, output = time.monotonic(), folder / "run"
+    sizes = DemoSizes(detection=(24, 4), segmentation=(24, 4), classification=(24, 4))
+    make_demo_data(folder / "data", sizes=sizes, progress=False)
+    hosts.make()
+    first = start(hosts, folder, log)
+    wait_for(lambda: len(checkpoints(output)) >= 2 or first.poll() is not None, 240, "the second checkpoint", log)
+    lost = time.monotonic()
+    killed = hosts.lose("b")
+    wait_for(lambda: first.poll() is not None, 120, "the end of the run that lost a host", log)
+    seconds = time.monotonic() - lost
+    at = checkpoints(output)[-1].name
+    said = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "nothing was said")
+    print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and said:\n  {said}")
+    hosts.kill_all("a")
+    hosts.start_sshd("a")
+    hosts.bring_back("b")
+    second = start(hosts, folder, log, "--resume")
+    wait_for(lambda: second.poll() is not None, 240, "the end of the resumed run", log)
+    events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [event["step"] for event in events if event["event"] == "begin"]
+    whole = (output / "metrics.json").is_file() and second.returncode == 0
+    print(f"resumed from {at} at step {steps[-1]}; {'ended whole' if whole else 'FAILED'}", end=" ")
+    print(f"after {time.monotonic() - begun:.0f} s in all")
+    good = whole and len(steps) == 2 and at == f"checkpoint-{steps[1]}" and "rank 1" in said
+    if not good:
+        print(log.read_text()[-3000:])
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
