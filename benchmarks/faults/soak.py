@@ -34,6 +34,8 @@ def soak(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
             ranks = bench.resumed(output)
             if not _wait_for_a_moment(bench, ranks, output, in_save):
                 demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+                if not in_save:
+                    bench.came_too_late()
                 break
             before = last_step(output)
             scratch = list(output.glob(".unfinished-checkpoint-*"))
