@@ -67,7 +67,8 @@ def main() -> int:
             for row, known in zip(chosen, record.pop("rows"), strict=True):
                 row.restore(known)
     record["starts"] += 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; the same command with --json goes on"))
+    asked_to_end: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
     import_everything()
     begun, earlier = time.monotonic(), record["seconds"]
 
@@ -87,6 +88,9 @@ def main() -> int:
                     clock = f"{record['seconds'] // 60}:{record['seconds'] % 60:02}"
                     print(f"{clock}  row {number} of {len(chosen)}  {row.fault}: {row.kept} of {row.tried}",
                           file=sys.stderr, flush=True)  # fmt: skip
+                    if asked_to_end:
+                        print("ended by SIGTERM; the same command with --json goes on", file=sys.stderr, flush=True)
+                        return 1
         finally:
             bench.close()
     save(True)

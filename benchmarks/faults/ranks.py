@@ -119,7 +119,8 @@ class Ranks:
             return pid
         status = 1
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the benchmark's own is not the rank's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.setsid()  # what ends the benchmark's group would look like a fault of the run
             sink = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
