@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fault_runs import Ranks, import_everything, make_home  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from ranks import Ranks, import_everything, make_home  # noqa: E402
 
 KINDS = ("none", "blocking", "none", "async")
 

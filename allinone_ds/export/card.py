@@ -112,8 +112,9 @@ def backbone_card(about: RunFacts, cls: str, backbone: Backbone) -> str:
         "## Use",
         f"From this folder:\n\n```python\nfrom transformers import {cls}\n\n"
         f'backbone = {cls}.from_pretrained("PATH/OF/THIS/FOLDER")\nbackbone(pixel_values).feature_maps\n```',
-        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads it once the folder is a repository on the hub: with plain '
-        "folders AutoBackbone of transformers 5 asks the hub first and fails.",
+        "Without naming the class: `type(AutoBackbone.from_config(AutoConfig.from_pretrained(FOLDER)))` is it. "
+        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads the folder once it is a repository on the hub; of a plain '
+        "folder AutoBackbone of transformers 5 asks the hub first and fails.",
         _results(about, names),
         _data(about, names),
         _preprocessing({}),

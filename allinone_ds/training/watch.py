@@ -98,6 +98,9 @@ class StallWatch:
                 f"rank 0, which keeps the ranks' meeting point, has not answered {limit}: its process is stopped, or "
                 f"its host is down or cut off. It was last seen at {where}; rank {self.rank} is at {self._place[1]}"
             )
+        silence = min(self.timeout, 6 * self.interval)
+        if now - self._answered > silence:  # what is known of the ranks is old, of this one too: it may be rank 0
+            return ""
         still = [rank for rank, seen in self._seen.items() if now - seen[2] > self.timeout]
         if not still:
             return ""
@@ -105,7 +108,7 @@ class StallWatch:
         late = [rank for rank in still if self._seen[rank][0] == lowest]
         if not late:  # only ranks that are ahead stand still, and wait for one that still moves
             return ""
-        silent = [rank for rank in late if now - self._seen[rank][4] > min(self.timeout, 6 * self.interval)]
+        silent = [rank for rank in late if now - self._seen[rank][4] > silence]
         live = [rank for rank in self._seen if rank not in silent]
         self._speaks = self.rank == min(live, default=self.rank)
         named = silent or late

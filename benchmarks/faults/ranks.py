@@ -119,6 +119,8 @@ class Ranks:
             return pid
         status = 1
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.setsid()  # what ends the benchmark's group would look like a fault of the run
             sink = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(sink, 1)
             os.dup2(sink, 2)
@@ -166,14 +168,18 @@ class Ranks:
             if failed is None and any(self.codes.values()):
                 failed = now
             if now > end or (failed is not None and now > failed + grace):
-                self.send(signal.SIGCONT)
-                self.send(signal.SIGKILL)
-                while self.alive():
-                    time.sleep(0.01)
+                self.end()
                 if failed is None:
                     raise TimeoutError(f"the ranks ran longer than {seconds} s:\n{self.said()[-3000:]}")
             time.sleep(0.005)
         return self.codes
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGKILL)
+        while self.alive():
+            time.sleep(0.01)
 
     def said(self) -> str:
         """What the ranks printed."""
@@ -192,17 +198,21 @@ def last_step(output: Path) -> int:
     return int(found[-1].name.rpartition("-")[2]) if found else 0
 
 
-def outcome(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Final weights of a run, and what it logged: everything but times."""
-    weights = load_file(output / f"checkpoint-{STEPS}" / "model.safetensors")
-    history = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+Outcome = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
+
+
+def outcome(output: Path, step: int = STEPS) -> Outcome:
+    """Weights of a run after a step, and what it had logged by then: everything but times."""
+    folder = output / f"checkpoint-{step}"
+    weights = load_file(folder / "model.safetensors")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     clock = ("runtime", "images_per_second", "seconds/", "memory/")  # another in every run
     return weights, [{k: v for k, v in entry.items() if not any(word in k for word in clock)} for entry in history]
 
 
-def differences(output: Path, whole: tuple[dict[str, torch.Tensor], list[dict[str, Any]]]) -> str:
-    """How a run's outcome differs from that of an unbroken one, bit for bit; empty when it does not."""
-    weights, history = outcome(output)
+def differences(found: Outcome, whole: Outcome) -> str:
+    """How an outcome differs from that of an unbroken run, bit for bit; empty when it does not."""
+    weights, history = found
     if weights.keys() != whole[0].keys():
         return "other weights"
     wrong = [name for name, value in weights.items() if not torch.equal(value, whole[0][name])]

@@ -1,0 +1,101 @@
+"""Faults that are put into a rank before its run starts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+
+def allow_fp16(rank: int) -> None:
+    """Let DeepSpeed take a CPU for fp16, and rank 0 say its loss scale after every step."""
+    from deepspeed.accelerator import get_accelerator
+
+    from allinone_ds.training.trainer import AllInOneTrainer
+
+    get_accelerator().is_fp16_supported = lambda: True
+    step = AllInOneTrainer._step
+
+    def told(self, number):
+        report = step(self, number)
+        if rank == 0:
+            print(f"loss scale {self.deepspeed.optimizer.loss_scale} after step {number}", flush=True)
+        return report
+
+    AllInOneTrainer._step = told
+
+
+def write_late() -> None:
+    """A checkpoint in the background is written after the step that follows it; at the end of a run after a second."""
+    from allinone_ds.balance import TaskBalancer
+    from allinone_ds.training.background import BackgroundSaver
+
+    step, start, steps = TaskBalancer.step, BackgroundSaver.start, []
+
+    def counted(self, *args, **kwargs):
+        steps.append(step(self, *args, **kwargs))
+        return steps[-1]
+
+    def late(self, number, work):
+        before = len(steps)
+
+        def wait_and_work():
+            end = time.monotonic() + 1
+            while len(steps) == before and time.monotonic() < end:
+                time.sleep(0.002)
+            work()
+
+        start(self, number, wait_and_work)
+
+    TaskBalancer.step, BackgroundSaver.start = counted, late
+
+
+def spoil_loss(value: float, steps: range, rank: int) -> None:
+    """The classification loss of rank 1 is `value` in these steps."""
+    from allinone_ds.tasks.classification import ClassificationTask
+
+    forward, calls = ClassificationTask.forward, iter(range(10**9))
+
+    def spoilt(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training and next(calls) in steps and rank == 1:
+            out.loss = out.loss * value
+        return out
+
+    ClassificationTask.forward = spoilt
+
+
+def exhaust_memory(rank: int, by_hand: bool) -> None:
+    """The classification task of rank 1 runs out of memory in step 3.
+
+    Args:
+        rank: of this process.
+        by_hand: raise what CUDA raises, instead of asking the CPU's allocator for more than there is.
+    """
+    from allinone_ds.tasks.classification import ClassificationTask
+
+    forward, calls = ClassificationTask.forward, iter(range(10**9))
+
+    def greedy(self, *args, **kwargs):
+        if next(calls) == 3 and rank == 1:
+            if by_hand:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            torch.empty(2**50, dtype=torch.uint8)  # 1 PiB
+        return forward(self, *args, **kwargs)
+
+    ClassificationTask.forward = greedy
+
+
+def count_reads(file: Path) -> None:
+    """Every picture that is decoded adds a line to `file`."""
+    from allinone_ds.data import classified, coco, label_maps
+
+    for module in (classified, coco, label_maps):
+
+        def counted(path, *args, _read=module.read_image, **kwargs):
+            with file.open("a") as sink:
+                sink.write(f"{path}\n")
+            return _read(path, *args, **kwargs)
+
+        module.read_image = counted

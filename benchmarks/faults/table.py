@@ -1,0 +1,140 @@
+"""The rows of the table: which fault, how it is injected, how often it is tried."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ranks import LOGGING_STEPS, STEPS
+from soak import soak
+from tries import NAN, Tries
+
+INF = float("inf")
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        fault: its name.
+        how: it is injected.
+        times: how many tries there shall be; 0 where it is not possible.
+        stages: ZeRO stages of the attempts in turn.
+        attempt: called with the bench and how many tries are left; returns how many it made (None: one).
+        attempts, tried, kept: how many there were; of the tries, in how many nothing was lost.
+        in_save: kills that left an unfinished checkpoint.
+        seconds: it took.
+        notes: what was lost, or why it was not tried.
+    """
+
+    fault: str
+    how: str
+    times: int
+    stages: tuple[int, ...]
+    attempt: Callable[[Tries, int], int | None]
+    attempts: int = 0
+    tried: int = 0
+    kept: int = 0
+    in_save: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """All but the attempt, as plain values."""
+        content = {key: value for key, value in vars(self).items() if key != "attempt"}
+        return {**content, "seconds": round(self.seconds, 1)}
+
+    def restore(self, known: dict[str, Any]) -> None:
+        """Take over what an earlier start of the same command noted."""
+        for key in ("times", "attempts", "tried", "kept", "in_save", "seconds", "notes"):
+            setattr(self, key, known[key])
+
+
+def rows(kills: int, times: int, stages: tuple[int, ...], once: bool) -> list[Row]:
+    """The table, nothing tried yet.
+
+    Args:
+        kills: moments of kill -9 in all.
+        times: tries of the other rows with a random moment or file.
+        stages: ZeRO stages; rows without luck are tried once for each.
+        once: 10 kills and every other row once, with ZeRO-2; the first with all stages.
+    """
+    each = len(stages)
+    if once:
+        kills, times, each = 10, 1, 1
+    counts = {"kills": iter(kills // 4 + (k < kills % 4) for k in range(4)), "times": times, "stages": each, "once": 1}
+    table = []
+    for fault, how, kind, attempt in _rows(once):
+        count = counts[kind]
+        wanted = next(count) if kind == "kills" else count
+        of_row = (2,) if kind == "once" or once else stages
+        table.append(Row(fault, how, wanted, of_row, attempt))
+    cut = table[0]
+    cut.stages, cut.times = stages, len(stages) * len(cut_steps(once))
+    return table
+
+
+def cut_steps(once: bool) -> Sequence[int]:
+    return [LOGGING_STEPS + 2] if once else range(1, STEPS)
+
+
+def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], int | None]]]:
+    how = "stopped between two logs" if once else "stopped after each of its steps, resumed from each"
+    yield "run cut in pieces", how, "stages", lambda b, _: b.cut(cut_steps(once))
+    how = "cosines measured, a task left out before it"
+    yield "run cut between two logs", how, "stages", lambda b, _: b.cut_between_logs()
+    yield "run cut, fp16 loss scale falling", "stopped after half of its steps", "once", lambda b, _: b.cut_fp16()
+    how = "2 ranks ZeRO-2, then 4 ranks ZeRO-2, then 1 rank ZeRO-3"
+    yield "other ranks and ZeRO stage", how, "once", lambda b, _: b.reshard()
+    yield "old checkpoints", "save_total_limit 2", "once", lambda b, _: b.keep_two()
+    how = "SIGKILL at a random moment, again after every resume"
+    yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
+    yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)
+    how = "SIGKILL at a random moment of a save, again after every resume"
+    yield "kill -9 of one rank in a save", how, "kills", lambda b, left: soak(b, False, True, left)
+    yield "kill -9 of all ranks in a save", how, "kills", lambda b, left: soak(b, True, True, left)
+    how = "at a random moment of training"
+    yield "SIGTERM to all ranks", how, "times", lambda b, _: b.stop(signal.SIGTERM, True)
+    yield "SIGTERM to one rank", how, "times", lambda b, _: b.stop(signal.SIGTERM, False)
+    yield "SIGUSR1 to all ranks", how, "times", lambda b, _: b.stop(signal.SIGUSR1, True)
+    yield "SIGUSR1 to one rank", how, "times", lambda b, _: b.stop(signal.SIGUSR1, False)
+    yield "SIGTERM to ranks and data workers", "in mid-run", "stages", lambda b, _: b.stop_with_workers()
+    yield "truncated checkpoint", "a random file of the last one cut", "times", lambda b, _: b.damage(False)
+    how = "a random bit of a random file of the last one"
+    yield "bit flip in a checkpoint", how, "times", lambda b, _: b.damage(True)
+    yield "disk full while saving", "run folder on a 4 MiB disk in memory", "stages", lambda b, _: b.disk_full()
+    yield "rank 0 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
+    yield "rank 1 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
+    how = "one task, rank 1, one step"
+    yield "NaN loss, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", NAN)
+    yield "NaN loss, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", NAN)
+    yield "NaN loss, stop", how, "stages", lambda b, _: b.nonfinite("stop", NAN)
+    how = "one task, rank 1, two steps"
+    yield "inf loss, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", INF, 4)
+    yield "inf loss, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", INF, 4)
+    yield "inf loss, stop", how, "stages", lambda b, _: b.nonfinite("stop", INF, 4)
+    how = "one task, rank 1, every step from the fourth on, nonfinite_limit 3"
+    yield "NaN loss for ever, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", NAN, STEPS)
+    yield "NaN loss for ever, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", NAN, STEPS)
+    how = "1 PiB asked for in a micro-step of rank 1"
+    yield "out of memory on a CPU", how, "stages", lambda b, _: b.memory(False)
+    how = "torch.OutOfMemoryError raised by hand in a micro-step of rank 1"
+    yield "out of memory on a GPU", how, "stages", lambda b, _: b.memory(True)
+    yield "data source vanishes", "its folder renamed in mid-run", "stages", lambda b, _: b.data_gone()
+    yield "secrets in the environment", "every written file searched for them", "stages", lambda b, _: b.secrets()
+    yield "resume reads old data", "samples read after a resume counted", "stages", lambda b, _: b.reads_no_data()
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The table, and below it what was lost or not possible."""
+    lines = ["| fault | injected | tried | lost nothing |", "|---|---|---|---|"]
+    lines += [f"| {row.fault} | {row.how} | {row.tried} | {row.kept} |" for row in table]
+    kills = [row for row in table if row.fault.startswith("kill -9")]
+    if kills:
+        moments, in_save = sum(row.tried for row in kills), sum(row.in_save for row in kills)
+        lines += ["", f"kill -9 at {moments} moments in all; {in_save} left an unfinished checkpoint behind."]
+    lines += [f"\n{row.fault}: {note}" for row in table for note in row.notes]
+    return "\n".join(lines)
