@@ -7,7 +7,8 @@
 "Lost nothing" means: the run was found and resumed without help and ended with the same weights and the same logged
 losses, norms and rates as the unbroken run, bit for bit (2 ranks, CPU, fp32), and, where the fault is to be named, it
 was. With --async the unbroken run saves in the step, the others in the background, where a checkpoint is written only
-after the next step has been trained. With --json every try is written down at once, and the same command goes on where it was cut off.
+after the next step has been trained. With --json every try is written down at once, and the same command goes on where
+it was cut off.
 """
 
 from __future__ import annotations
