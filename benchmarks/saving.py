@@ -139,8 +139,8 @@ def summary(found: dict[str, Any], stage: int) -> dict[str, Any]:
             f"{kind}_blocked": statistics.median(row["blocked"] for row in rows if row["kind"] == kind)
             for kind in costs
         },
-        "thread_seconds": statistics.median(row["written"] for row in rows if row["kind"] == "async"),
-        "thread_processor_seconds": statistics.median(row["processor"] for row in rows if row["kind"] == "async"),
+        "thread_seconds": statistics.median(row["written"] for row in rows if "written" in row),
+        "thread_processor_seconds": statistics.median(row["processor"] for row in rows if "written" in row),
         "costs": costs,
         "unfinished": sum(row["unfinished"] for row in rows),
     }
