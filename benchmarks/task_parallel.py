@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from overhead import _device, _sent, two_hosts
 
 SIZES = {"det": 128, "seg": 96, "cls": 64}  # pixels: 64, 36 and 16 patches of 16 x 16
-SECONDS = {"det": 0.4, "seg": 0.2, "cls": 0.1}  # slept by one micro-batch
+SECONDS = {"det": 0.8, "seg": 0.4, "cls": 0.2}  # slept by one micro-batch
 BATCH = 4
 COSTS = ("computed", "slept", "slept, uneven")
 MODES = {
