@@ -46,11 +46,8 @@ class ParameterTraces:
         """
         if self._offload is None:
             return False
-        return kept_gathered(
-            sum(int(p.ds_numel) for p in self._params),
-            self._offload._max_available_parameters_in_numel,
-            self._offload._max_reuse_distance_in_numel,
-        )
+        live, reuse = self._offload._max_available_parameters_in_numel, self._offload._max_reuse_distance_in_numel
+        return sum(int(p.ds_numel) for p in self._params) <= min(live, reuse // 2)
 
     @contextlib.contextmanager
     def use(self, key: Hashable, keep: bool = False) -> Iterator[None]:
@@ -104,14 +101,3 @@ class ParameterTraces:
             fast_sharding_for_leaf_module=like.fast_sharding_for_leaf_module,
             log_trace_cache_warnings=like.log_trace_cache_warnings,
         )
-
-
-def kept_gathered(elements: int, live: int, reuse: int) -> bool:
-    """Whether a model of so many elements stays gathered over a step.
-
-    Args:
-        elements: of the whole model.
-        live: stage3_max_live_parameters.
-        reuse: stage3_max_reuse_distance.
-    """
-    return elements <= min(live, reuse // 2)
