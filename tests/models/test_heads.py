@@ -7,6 +7,10 @@ import torch
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerImageProcessor
 from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    Mask2FormerPixelDecoderEncoderOnly,
+)
+from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as DeformableAttention,
 )
 
@@ -19,7 +23,7 @@ from allinone_ds.models.mask2former import (
     _cell_centers,
     _Float32DeformableAttention,
 )
-from allinone_ds.models.rf_detr import RFDetrOptions
+from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions, _targets
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks import build_task
 
@@ -98,6 +102,40 @@ def test_predictions_where_the_truth_is_unknown_change_no_loss():
     assert head.loss(classes, [other], truth, 255) != losses[0]
 
 
+def test_a_perfect_prediction_costs_little_whatever_it_says_where_the_truth_is_unknown():
+    head = segmenter()
+    truth = torch.zeros(1, 32, 32, dtype=torch.long)
+    truth[:, :, 16:] = 255
+    classes, masks = torch.full((1, 6, 4), -20.0), torch.full((1, 6, 16, 16), -20.0)
+    classes[:, 0, 0] = classes[:, 1:, 3] = 20.0  # query 0 is class 0, the others are no object
+    masks[:, 0] = 20.0  # everywhere, and so beyond what is known too
+    torch.manual_seed(3)
+    loss = head.loss([classes], [masks], truth, 255)
+    masks[:, 0, :, :4] = -20.0  # a quarter of the picture, and of what is known a half, is wrong
+    torch.manual_seed(3)
+    assert loss < 0.2 * head.loss([classes], [masks], truth, 255)
+
+
+def test_losses_divide_by_masks_as_transformers_does_on_one_process(monkeypatch):
+    head = segmenter()
+    classes, masks = [torch.randn(2, 6, 4)], [torch.randn(2, 6, 16, 16)]
+    truth = torch.randint(0, 3, (2, 32, 32))
+    losses = []
+    for criterion in (None, Mask2FormerLoss):
+        if criterion is not None:
+            monkeypatch.setattr("allinone_ds.models.mask2former._Criterion", criterion)
+        torch.manual_seed(3)
+        losses.append(head.loss(classes, masks, truth, 255))
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_cell_centers_are_those_of_transformers():
+    shapes = [(2, 3), (4, 6)]
+    mine = torch.cat([_cell_centers(H, W, torch.device("cpu")) for H, W in shapes])
+    theirs = Mask2FormerPixelDecoderEncoderOnly.get_reference_points(shapes, torch.ones(1, 2, 2), "cpu")
+    torch.testing.assert_close(mine, theirs[0, :, 0])
+
+
 def test_an_image_without_truth_says_nothing():
     head = segmenter()
     classes, masks = torch.randn(2, 6, 4), torch.randn(2, 6, 16, 16)
@@ -148,6 +186,42 @@ def test_defaults_are_those_of_the_paper():
 def test_dropout_skips_no_layer():
     # a rank that skips a layer alone would leave the others waiting for its parameters under ZeRO-3
     assert segmenter(dropout=0.5).net.transformer.decoder.layerdrop == 0
+
+
+def detector(groups):
+    torch.manual_seed(0)
+    small = {"width": 32, "num_queries": 6, "self_attention_heads": 4, "cross_attention_heads": 4, "ffn_dim": 32}
+    options = RFDetrOptions(**small, groups=groups, decoder_layers=1, score_threshold=0.0)
+    return RFDetrDetector(3, 8, 8, 1, (32, 64), options)
+
+
+def test_rf_detr_targets_are_shares_of_the_image_s_own_sides():
+    boxes = torch.tensor([[10.0, 20.0, 50.0, 30.0]])
+    found = _targets([{"boxes": boxes, "labels": torch.tensor([2])}], torch.zeros(1, 3, 40, 80))[0]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[30 / 80, 25 / 40, 40 / 80, 10 / 40]]))
+    assert found["class_labels"].tolist() == [2]
+
+
+def test_rf_detr_decodes_the_boxes_that_its_post_processing_gives():
+    net = detector(1).eval()
+    with torch.no_grad():
+        out = net((torch.randn(1, 8, 4, 8),), torch.zeros(1, 3, 32, 64))
+    boxes, scores = net.decode(out)
+    best = net.postprocess(out)[0]
+    query, label = divmod(int(scores[0].argmax()), 3)
+    assert int(best["labels"][0]) == label
+    torch.testing.assert_close(boxes[0, query], best["boxes"][0])
+    assert boxes[..., 2].max() > 32  # wider than high, and some box lies where a square would not reach
+
+
+def test_rf_detr_evaluates_the_group_that_predicts():
+    two, one = detector(2).eval(), detector(1).eval()
+    known = two.state_dict()
+    one.load_state_dict({name: known[name][: len(value)] for name, value in one.state_dict().items()})
+    maps, pixels = (torch.randn(2, 8, 4, 8),), torch.zeros(2, 3, 32, 64)
+    labels = [{"boxes": torch.tensor([[3.0, 4.0, 40.0, 20.0]]), "labels": torch.tensor([k])} for k in (0, 2)]
+    with torch.no_grad():
+        torch.testing.assert_close(two(maps, pixels, labels).loss, one(maps, pixels, labels).loss)
 
 
 FULL_RF_DETR = {"num_queries": 900, "decoder_layers": 6}
