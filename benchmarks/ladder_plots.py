@@ -57,7 +57,10 @@ def _rates(plt: Any, block: Block) -> Any:
         style = {"linestyle": ":"} if method in SINGLE else {}
         if found:
             axis.plot(*zip(*found, strict=True), marker="o", markersize=4, color=f"C{number}", label=method, **style)
+    tried = sorted({lr for method in block.methods for lr, _ in block.choices(method)})
     axis.set_xscale("log")
+    axis.set_xticks(tried, [f"{lr:g}" for lr in tried], minor=False)
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("learning rate")
     axis.set_title("score on validation (dotted: a single task's own metric)", fontsize=10, loc="left")
     axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
@@ -73,14 +76,14 @@ def _scores(plt: Any, block: Block) -> Any:
         name = f"single_{task}"
         alone = [run["metrics"][task] for run in block.runs.get(name, {}).values()]
         if alone:
-            axis.axvline(statistics.fmean(alone), color="#444444", linewidth=1, linestyle="--", label="single-task")
-            axis.legend(frameon=False, fontsize=8)
+            axis.axvline(statistics.fmean(alone), color="#444444", linewidth=1, linestyle="--")
         axis.set_title(f"{task}, {METRICS[task]}", fontsize=10, loc="left")
     for row, method in enumerate(order):
         _row(axes[-1], row, [100 * value for value in block.change(method).values()])
     axes[-1].axvline(0, color="#444444", linewidth=1, linestyle="--")
-    axes[-1].set_title("mean relative change, %", fontsize=10, loc="left")
+    axes[-1].set_title(f"{block.measure}, %", fontsize=10, loc="left")
     axes[0].set_yticks(range(len(order)), order)
+    axes[0].set_ylim(-0.5, len(order) - 0.5)
     return figure
 
 

@@ -85,6 +85,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _p(value: float) -> str:
+    return "below .001" if value < 0.001 else _three(value)
+
+
 def _signed(value: float) -> str:
     return f"{100 * value:+.1f}"
 
@@ -161,7 +165,7 @@ def tests_table(block: Block) -> list[str]:
         if method != REFERENCE
     }
     families = {f"{REFERENCE} against the other methods, {block.measure} in percentage points": against}
-    families[f"every method against single-task models, {block.measure} in percentage points"] = {
+    families[f"Every method against single-task models, {block.measure} in percentage points"] = {
         f"{method} - single-task": list(block.change(method).values()) for method in block.multi
     }
     families[f"{REFERENCE} against the plain sum, task by task, metric in hundredths"] = {
@@ -174,7 +178,7 @@ def tests_table(block: Block) -> list[str]:
     for title, family in families.items():
         tested = {name: compare(values) for name, values in family.items() if len(values) > 1}
         adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
-        lines += [f"{title[0].upper()}{title[1:]}:", ""]
+        lines += [f"**{title}:**", ""]
         lines += ["| difference | seeds | mean | 95 % interval | p | p, Holm | verdict | 80 % power from |",
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for name, values in family.items():
@@ -186,8 +190,8 @@ def tests_table(block: Block) -> list[str]:
             if c.n < len(SEEDS):
                 verdict = f"preliminary: {verdict}"
             lines.append(
-                f"| {name} | {c.n} | {_signed(c.mean)} | {_signed(c.low)} to {_signed(c.high)} | {c.p:.3f} "
-                f"| {adjusted[name]:.3f} | {verdict} | {_percent(c.detectable)} |"
+                f"| {name} | {c.n} | {_signed(c.mean)} | {_signed(c.low)} to {_signed(c.high)} | {_p(c.p)} "
+                f"| {_p(adjusted[name])} | {verdict} | {_percent(c.detectable)} |"
             )
         lines.append("")
     return lines

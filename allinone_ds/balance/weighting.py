@@ -89,9 +89,9 @@ class Static(Weighting):
     """
 
     def __init__(self, weights: Mapping[str, float]):
-        wrong = {task: weight for task, weight in weights.items() if not 0 < float(weight) < math.inf}
-        if wrong or not weights:
-            raise ValueError(f"Static: weights = {dict(weights)!r}; allowed: a finite number above 0 for every task")
+        good = isinstance(weights, Mapping) and all(0 < float(weight) < math.inf for weight in weights.values())
+        if not good or not weights:
+            raise ValueError(f"Static: weights = {weights!r}; allowed: a finite number above 0 for every task, by name")
         self.weights = {task: float(weight) for task, weight in weights.items()}
 
     def factors(self, record: StepRecord) -> Tensor:

@@ -145,6 +145,7 @@ def test_callable_on_a_gram_matrix_is_a_weighting() -> None:
         (lambda: Static({}), "a finite number above 0 for every task"),
         (lambda: Static({"det": 1, "seg": 0}), "'seg': 0"),
         (lambda: weighting_from_config({"name": "static"}), "weights"),
+        (lambda: weighting_from_config({"name": "static", "weights": [1, 2]}), "by name"),
         (lambda: weighting_from_config({"name": "tbcg"}), "did you mean 'tbgc'"),
         (lambda: weighting_from_config({"name": "sum", "max_norm": 1}), "'sum' has no such option"),
         (lambda: weighting_from_config({"name": "tbgc", "maxnorm": 1}), "did you mean 'max_norm'"),
