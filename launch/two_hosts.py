@@ -111,10 +111,10 @@ def lose_one_and_go_on(hosts: SshHosts, folder: Path, log: Path) -> int:
     make_demo_data(folder / "data", sizes=sizes, progress=False)
     hosts.make()
     first = start(hosts, folder, log)
-    wait_for(lambda: len(checkpoints(output)) >= 2 or first.poll() is not None, 240, "the second checkpoint", log)
+    wait_for(lambda: len(checkpoints(output)) >= 2 or first.poll() is not None, 600, "the second checkpoint", log)
     lost = time.monotonic()
     killed = hosts.lose("b")
-    wait_for(lambda: first.poll() is not None, 120, "the end of the run that lost a host", log)
+    wait_for(lambda: first.poll() is not None, 300, "the end of the run that lost a host", log)
     seconds = time.monotonic() - lost
     at = checkpoints(output)[-1].name
     said = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "nothing was said")
@@ -123,7 +123,7 @@ def lose_one_and_go_on(hosts: SshHosts, folder: Path, log: Path) -> int:
     hosts.start_sshd("a")
     hosts.bring_back("b")
     second = start(hosts, folder, log, "--resume")
-    wait_for(lambda: second.poll() is not None, 240, "the end of the resumed run", log)
+    wait_for(lambda: second.poll() is not None, 600, "the end of the resumed run", log)
     events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     steps = [event["step"] for event in events if event["event"] == "begin"]
     whole = (output / "metrics.json").is_file() and second.returncode == 0
