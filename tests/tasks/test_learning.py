@@ -47,7 +47,7 @@ OVERFIT = {
     "fcos-pyramid": (40, 3e-3, 0.4),
     "rf_detr": (80, 2e-3, 0.5),
     "light": (60, 3e-3, 0.25),
-    "upernet": (30, 3e-3, 0.4),
+    "upernet": (40, 3e-3, 0.4),
     "mask2former": (60, 2e-3, 0.5),
     "linear": (25, 3e-3, 0.1),
     "arcface": (40, 3e-3, 0.1),
