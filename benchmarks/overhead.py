@@ -12,17 +12,14 @@ ranks run in two network namespaces joined by a link of that rate (needs root), 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from machine import describe_machine
+from ranks import link_bytes, run_ranks
 
 TASKS = ("det", "seg", "cls")
 MODES = {
@@ -31,7 +28,6 @@ MODES = {
     "sketch": {"norm": "sketch"},
     "delayed": {"norm": "delayed"},
 }
-SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def build_model(width: int, layers: int, size: int, tasks: tuple[str, ...] = TASKS):
@@ -122,11 +118,11 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict]:
         if plain.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
-        sent, start = _sent(), time.perf_counter()
+        sent, start = link_bytes(), time.perf_counter()
         step()
         if plain.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start, _sent() - sent
+        return time.perf_counter() - start, link_bytes() - sent
 
     for _ in range(2):  # traces are complete after two passes, delayed norms begin with an exact step
         for step in steps.values():
@@ -147,70 +143,11 @@ def measure(stage: int, args: argparse.Namespace) -> list[dict]:
             "batch": args.batch, "size": args.size, "rate": args.rate, "rounds": args.pairs,
             "plain_s": statistics.median(seconds["plain"]), "balanced_s": statistics.median(seconds[mode]),
             "ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
-            "extra_bytes": balancer.extra_bytes, "plain_sent": sent["plain"], "sent": sent[mode], "device": _device(),
+            "extra_bytes": balancer.extra_bytes, "plain_sent": sent["plain"], "sent": sent[mode],
         })  # fmt: skip
     for engine in (plain, *(b.engine for b in balancers.values())):
         engine.destroy()
     return rows
-
-
-def _sent() -> int:
-    """Bytes this host has sent over the shaped link; 0 without one."""
-    return int(SENT.read_text()) if os.environ.get("SHAPED_LINK") else 0
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    return f"{model or platform.machine()}, {os.cpu_count()} cores"
-
-
-@contextlib.contextmanager
-def two_hosts(rate: str) -> Iterator[list[str]]:
-    """Two network namespaces joined by a link of `rate` (as tc writes it); yields their names."""
-    names = [f"shaped{os.getpid()}{end}" for end in "ab"]
-    try:
-        for name in names:
-            _ip("netns", "add", name)
-        _ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                _ip("-n", name, "link", "set", device, "up")
-            shape = ["root", "tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
-            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", "eth0", *shape], check=True)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-def start(args: argparse.Namespace, out: Path) -> None:
-    """Run the ranks to their end, on this host or on two shaped ones."""
-    same = [f"--{name}={getattr(args, name)}" for name in ("pairs", "batch", "width", "layers", "size")]
-    worker = [__file__, "--worker", f"--json={out}", *same, "--stages", *map(str, args.stages), "--modes", *args.modes]
-    run = [sys.executable, "-m", "torch.distributed.run"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if not args.rate:
-        subprocess.run([*run, "--standalone", f"--nproc_per_node={args.ranks}", *worker], check=True, env=environment)
-        return
-    environment |= {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "SHAPED_LINK": "1"}
-    with two_hosts(args.rate) as names:
-        jobs = []
-        for number, name in enumerate(names):
-            where = ["--nnodes=2", f"--node_rank={number}", f"--nproc_per_node={args.ranks // 2}",
-                     "--master_addr=10.77.0.1", "--master_port=29400"]  # fmt: skip
-            command = ["ip", "netns", "exec", name, *run, *where, *worker, f"--rate={args.rate}"]
-            jobs.append(subprocess.Popen(command, env=environment))
-        if any([job.wait() for job in jobs]):
-            raise SystemExit("a host failed")
 
 
 def main() -> None:
@@ -235,14 +172,16 @@ def main() -> None:
         deepspeed.init_distributed()
         rows = [row for stage in args.stages for row in measure(stage, args)]
         if dist.get_rank() == 0:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            args.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
         dist.barrier()
         return
     with tempfile.TemporaryDirectory() as folder:
-        out = args.json or Path(folder) / "rows.json"
+        out = args.json or Path(folder) / "found.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        start(args, out)
-        rows = json.loads(out.read_text())
+        same = [f"--{name}={getattr(args, name)}" for name in ("pairs", "batch", "width", "layers", "size")]
+        chosen = ["--stages", *map(str, args.stages), "--modes", *args.modes]
+        run_ranks([__file__, "--worker", f"--json={out}", *same, *chosen], args.ranks, args.rate)
+        rows = json.loads(out.read_text())["rows"]
     print("| ZeRO | mode | plain s | balanced s | ratio | quartiles | extra MiB a rank | MB sent, plain | MB sent |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, sent_bytes
-from overhead import build_engine, build_model, two_hosts
+from overhead import build_engine, build_model
+from ranks import FIRST_HOST, two_hosts
 
 ENGINES = ("plain", "exact", "sketch", "delayed", "safe_get_full_grad")
 LOCAL = ("dense T x P matrix", "torchjd autojac", "torchjd autogram")
@@ -265,7 +266,7 @@ def _rank(rank: int, places: Sequence[str | None], rate: str | None, port: int, 
                 raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {place}")
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(places)), "MASTER_PORT": str(port),
-        "MASTER_ADDR": "10.77.0.1" if rate else "127.0.0.1", "GLOO_SOCKET_IFNAME": "eth0" if rate else "lo",
+        "MASTER_ADDR": FIRST_HOST if rate else "127.0.0.1", "GLOO_SOCKET_IFNAME": "eth0" if rate else "lo",
     }  # fmt: skip
     import deepspeed
     import torch.distributed as dist

@@ -19,14 +19,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from overhead import _device, _sent, two_hosts
+from machine import describe_machine
+from ranks import link_bytes, run_ranks
 
 SIZES = {"det": 128, "seg": 96, "cls": 64}  # pixels: 64, 36 and 16 patches of 16 x 16
 SECONDS = {"det": 0.8, "seg": 0.4, "cls": 0.2}  # slept by one micro-batch
@@ -111,7 +109,7 @@ def measure(stage: int, cost: str, args: argparse.Namespace) -> dict:
 
     def take(balancer, step: int) -> list[float]:
         dist.barrier()
-        sent, start = _sent(), time.perf_counter()
+        sent, start = link_bytes(), time.perf_counter()
         busy[0] = 0.0
         for task in balancer.tasks:
             mine = balancer.share(task)
@@ -122,7 +120,7 @@ def measure(stage: int, cost: str, args: argparse.Namespace) -> dict:
                     balancer.backward(loss)
                     busy[0] += time.perf_counter() - begin
         balancer.step()
-        return [time.perf_counter() - start, busy[0], _sent() - sent]
+        return [time.perf_counter() - start, busy[0], link_bytes() - sent]
 
     rows: dict[str, list[list[float]]] = {name: [] for name in balancers}
     for step in range(2 + args.rounds):
@@ -153,29 +151,8 @@ def measure(stage: int, cost: str, args: argparse.Namespace) -> dict:
         balancer.engine.destroy()
     return {
         "stage": stage, "cost": cost, "ranks": dist.get_world_size(), "rate": args.rate, "rounds": args.rounds,
-        "micro_batch_seconds": seconds, "plan": str(plan), "modes": results, "device": _device(),
+        "micro_batch_seconds": seconds, "plan": str(plan), "modes": results,
     }  # fmt: skip
-
-
-def start(args: argparse.Namespace, out: Path) -> None:
-    """Run the ranks to their end, on this host or on two shaped ones."""
-    worker = [__file__, "--worker", f"--json={out}", f"--rounds={args.rounds}", f"--width={args.width}",
-              f"--layers={args.layers}", "--stages", *map(str, args.stages), "--costs", *args.costs]  # fmt: skip
-    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **os.environ}
-    if not args.rate:
-        subprocess.run([*run, "--standalone", f"--nproc_per_node={args.ranks}", *worker], check=True, env=environment)
-        return
-    environment |= {"GLOO_SOCKET_IFNAME": "eth0", "SHAPED_LINK": "1"}
-    with two_hosts(args.rate) as names:
-        jobs = []
-        for number, name in enumerate(names):
-            where = ["--nnodes=2", f"--node_rank={number}", f"--nproc_per_node={args.ranks // 2}",
-                     "--master_addr=10.77.0.1", "--master_port=29400"]  # fmt: skip
-            command = ["ip", "netns", "exec", name, *run, *where, *worker, f"--rate={args.rate}"]
-            jobs.append(subprocess.Popen(command, env=environment))
-        if any([job.wait() for job in jobs]):
-            raise SystemExit("a host failed")
 
 
 def main() -> None:
@@ -198,14 +175,17 @@ def main() -> None:
         deepspeed.init_distributed()
         rows = [measure(stage, cost, args) for stage in args.stages for cost in args.costs]
         if dist.get_rank() == 0:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            args.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
         dist.barrier()
         return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        out = args.json or Path(folder) / "rows.json"
+        out = args.json or Path(folder) / "found.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        start(args, out)
-        rows = json.loads(out.read_text())
+        same = [f"--rounds={args.rounds}", f"--width={args.width}", f"--layers={args.layers}"]
+        chosen = ["--stages", *map(str, args.stages), "--costs", *args.costs]
+        run_ranks([__file__, "--worker", f"--json={out}", *same, *chosen], args.ranks, args.rate)
+        rows = json.loads(out.read_text())["rows"]
     print("| ZeRO | cost | mode | step s | ratio | quartiles | idle | MB sent | off |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
