@@ -1,6 +1,6 @@
 """Measure what docs/performance.md and docs/scale.md say about speed, and write the tables into them.
 
-    sudo python benchmarks/speed.py                    # everything: 45 minutes on 2 idle cores
+    sudo python benchmarks/speed.py                    # everything: 50 minutes on 2 idle cores
     sudo python benchmarks/speed.py trainer start-up   # some of it
     python benchmarks/speed.py --list
 
@@ -26,6 +26,12 @@ RUNS = {
         "overhead.py --rate 400mbit --size 96 --batch 2 --pairs 5 --json benchmarks/results/overhead_400mbit.json",
     ),
     "trainer": ("docs/performance.md", "trainer_cost.py --json benchmarks/results/trainer_cost.json"),
+    "trainer at 22M": (
+        "docs/performance.md",
+        "trainer_cost.py --rounds 8 --block 2 --json benchmarks/results/trainer_cost_22m.json "
+        "model.backbone.config.hidden_size=384 model.backbone.config.num_hidden_layers=12 "
+        "model.backbone.config.num_attention_heads=6 model.backbone.out_indices=[11]",
+    ),
     "start-up": ("docs/performance.md", "startup.py --json benchmarks/results/startup.json"),
     "peers": ("docs/performance.md", "peers.py --json benchmarks/results/peers.json --plot docs/peers.png"),
     "peers on a slow link": (
