@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from allinone_ds.strict import ConfigError
+from allinone_ds.strict import ConfigError, did_you_mean
 
 
 def find_config(path: str | Path) -> Path:
@@ -54,6 +54,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     file = find_config(path)
     try:
         base = _with_bases(file)
+        _check_tasks(base, overrides)
         single_keys = any(item.startswith("deepspeed.") for item in overrides)
         if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
@@ -64,6 +65,18 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_tasks(base: Any, overrides: Sequence[str]) -> None:
+    """Refuse an override of a task that the run does not have, unless the overrides give that task whole."""
+    tasks = base.get("tasks") if isinstance(base, DictConfig) else None
+    if not isinstance(tasks, DictConfig):
+        return
+    keys = [item.split("=")[0].split(".") for item in overrides]
+    known = {*map(str, tasks), *(key[1] for key in keys if key[0] == "tasks" and key[2:] == ["type"])}
+    for item, key in zip(overrides, keys, strict=True):
+        if key[0] == "tasks" and len(key) > 2 and key[1] not in known:
+            raise ConfigError(f"override '{item}': the run has no task '{key[1]}'; {did_you_mean(key[1], known)}")
 
 
 def _with_bases(file: Path) -> Any:
