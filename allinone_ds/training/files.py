@@ -42,7 +42,8 @@ def find_config(path: str | Path) -> Path:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a run's YAML file and lay dotted overrides over it, without looking at names or types.
 
-    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced.
+    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced. A data
+    source of another `format` replaces the one below it, of which only `expect` and `classes` stay.
 
     Args:
         path: the file, or the name of one that comes with the package.
@@ -58,7 +59,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         single_keys = any(item.startswith("deepspeed.") for item in overrides)
         if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        merged = _merged(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
         raise ConfigError(f"{file}: {error}") from error
@@ -87,8 +88,27 @@ def _with_bases(file: Path) -> Any:
         if file.resolve() in files:
             raise ConfigError(f"{files[0]}: base leads back to {file}; a chain of bases must end")
         files.append(file.resolve())
-        content = OmegaConf.merge(OmegaConf.load(file), content)
+        content = _merged(OmegaConf.load(file), content)
     return content
+
+
+def _merged(below: Any, above: Any) -> Any:
+    _make_room(below, above)
+    return OmegaConf.merge(below, above)
+
+
+def _make_room(below: Any, above: Any) -> None:
+    """Empty every source in `below` that gets another `format` from `above`: the keys of the old one would stay."""
+    if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)):
+        return
+    formats = below.get("format"), above.get("format")
+    if None not in formats and formats[0] != formats[1]:
+        kept = ("expect",) if formats[1] == "class_folders" else ("expect", "classes")  # its folders are the classes
+        for key in [key for key in below if key not in kept]:
+            del below[key]
+    else:
+        for key in above:
+            _make_room(below.get(key), above.get(key))
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:

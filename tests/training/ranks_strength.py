@@ -126,7 +126,7 @@ def check_no_rank_holds_the_whole_backbone() -> None:
 
 
 def trained(case: str, compiled: bool) -> dict[str, torch.Tensor]:
-    """Weights after two steps of a tiny run of two tasks."""
+    """Weights after two steps of a tiny run of one task."""
     heads = {"cls": ("linear", {})}
     model = tiny_model(heads, stem="patch", num_hidden_layers=1)
     config = CASES[case].config()
