@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from allinone_ds.tables import metrics_table, plan_tables
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
-console = Console(highlight=False, soft_wrap=True)
+_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)  # names are printed as they are
+console = _console()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("score", help="the challenge's leaderboard score and the predictions behind it")
     score.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
-    score.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="B: the second data, e.g. data_root=/other")
+    score.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="A: as of eval; B: the second data, e.g. data_root=/other"
+    )
     score.add_argument("--leaderboard", choices=("A", "B"), default="A", help="B trains the run on other data first")
     score.add_argument("--output", type=Path, help="A: the submission file; B: folder of the second run (RUN/B)")
     score.add_argument("--nproc", type=_positive, help="B: ranks (default: the GPUs, or 2 without any)")
@@ -145,7 +149,7 @@ def _positive(text: str) -> int:
 
 
 def _say_error(error: object) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+    _console(stderr=True).print(f"error: {error}", style="red")
 
 
 # ---- train and demo ----
@@ -208,7 +212,7 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
                 begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
             elif event["event"] == "warning":
-                console.print(f"warning: {event['message']}", style="yellow", markup=False)
+                console.print(f"warning: {event['message']}", style="yellow")
             elif event["event"] == "end":
                 bar.update(job, state="evaluating and drawing")
             elif "eval_score" in event:
@@ -223,7 +227,8 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
                     console.print(line)
 
         trainer = content.get("trainer")
-        compiles = bool(isinstance(trainer, dict) and trainer.get("torch_compile"))
+        asked = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them switches it on
+        compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in asked)
         environment = launch_environment(ranks, compiles)
         follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
     return time.perf_counter() - start
@@ -293,16 +298,14 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    folder, output = args.folder, args.output
+    folder, output, overrides = args.folder, args.output, args.overrides
     if args.leaderboard == "B":
-        folder, output = _train_on_other_data(args), None
-    elif args.overrides:
-        raise ConfigError(f"leaderboard A scores the run as it is; leave out {' '.join(args.overrides)}")
+        folder, output, overrides = _train_on_other_data(args), None, []
     with console.status("scoring"):
         _quiet()
         from allinone_ds.training.score import score_run
 
-        done = score_run(folder, args.leaderboard, output)
+        done = score_run(folder, args.leaderboard, output, overrides)
     for task, metrics in done["metrics"].items():
         console.print(f"{task:16} {'  '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
     console.print(f"leaderboard {args.leaderboard}    {done['score']:.6f}", style="bold")
@@ -346,7 +349,7 @@ def _check(args: argparse.Namespace) -> int:
             classes_of[f"{name} test"] = f"{name} train"
     problems = check_sources(sources, config.data_root, classes_of=classes_of)
     for problem in problems:
-        console.print(f"{problem.level}: {problem}", markup=False)
+        console.print(f"{problem.level}: {problem}")
     errors = sum(problem.level == "error" for problem in problems)
     console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
     return 1 if errors else 0
@@ -372,9 +375,9 @@ def _doctor(args: argparse.Namespace) -> int:
         findings = examine(args.folder, args.nproc or default_ranks())
     colors = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
-        console.print(f"{finding.level:8}{finding.what:20}{finding.found}", style=colors[finding.level], markup=False)
+        console.print(f"{finding.level:8}{finding.what:20}{finding.found}", style=colors[finding.level])
         if finding.advice:
-            console.print(f"{'':28}{finding.advice}", markup=False)
+            console.print(f"{'':28}{finding.advice}")
     return 1 if any(finding.level == "error" for finding in findings) else 0
 
 
@@ -397,7 +400,7 @@ def _plan(args: argparse.Namespace) -> int:
     for part in plan_tables(plan, args.config):
         console.print(part)
     for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     return 0
 
 

@@ -123,10 +123,8 @@ def open_image_list(
             continue
         identity = int(parts[1])
         if identity < first or (allowed is not None and identity >= first + allowed):
-            top = "" if allowed is None else f"..{first + allowed - 1}"
-            structural.append(
-                Problem(str(file), f"line {number}: class id {identity} must lie in {first}{top} ({hint})")
-            )
+            limits = f"be {first} or more" if allowed is None else f"lie in {first}..{first + allowed - 1}"
+            structural.append(Problem(str(file), f"line {number}: class id {identity} must {limits} ({hint})"))
             continue
         files.append(parts[0].strip())
         ids.append(identity - first)

@@ -67,6 +67,8 @@ class CocoDataset(SampleDataset):
         self._read_categories(content["categories"], classes)
         place = self._read_images(content["images"])
         self._read_boxes(content["annotations"], place)
+        if classes is None:
+            self._tell_unused()
         self.structural += compare_files(self.folder, self.files)
         self.settle(strict)
 
@@ -181,6 +183,15 @@ class CocoDataset(SampleDataset):
         self._labels = np.array(labels, dtype=np.int64)[order]
         self._crowd = np.array(crowd, dtype=bool)[order]
         self._first = np.searchsorted(owner[order], np.arange(len(self.files) + 1))
+
+    def _tell_unused(self) -> None:
+        """A train set's categories without a box: nothing can be learned of them."""
+        used = set(self._labels.tolist())
+        unused = [name for label, name in enumerate(self.classes) if label not in used]
+        if unused and used:
+            shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+            reason = f"no box has category {shown} ({len(unused)} of {len(self.classes)}); add boxes or remove it"
+            self.structural.append(Problem(self.name, reason, "warning"))
 
     def _fault(self, record: Any, place: dict[Any, int]) -> Problem | None:
         """What makes one annotation unusable, if anything."""

@@ -187,6 +187,7 @@ def _from_config(cfg: BackboneConfig) -> Any:
     depth = cfg.config.get("num_hidden_layers", default.num_hidden_layers)
     indices = cfg.out_indices or _spread(depth)
     config = AutoConfig.for_model(cfg.model_type, **cfg.config, out_indices=_checked(indices, depth))
+    _check_values(config)
     return AutoBackbone.from_config(config)
 
 
@@ -202,6 +203,7 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> Any:
     indices = cfg.out_indices or _spread(found.num_hidden_layers)
     indices = _checked(indices, found.num_hidden_layers)
     found = AutoConfig.from_pretrained(checkpoint, out_indices=indices, **cfg.config)
+    _check_values(found)
     return _CLASSES[cfg.model_type].from_pretrained(checkpoint, config=found, dtype=torch.float32)
 
 
@@ -212,6 +214,17 @@ def _check_fields(cfg: BackboneConfig, config: Any) -> None:
         if key not in allowed:
             raise ConfigError(f"model.backbone.config: unknown key '{key}' for {cfg.model_type}; "
                               f"{did_you_mean(key, allowed)}")  # fmt: skip
+
+
+def _check_values(config: Any) -> None:
+    """What `transformers` would take and fail at, or take for something else, in the first forward."""
+    where, width, heads = "model.backbone.config", config.hidden_size, config.num_attention_heads
+    least = 4 if config.model_type == "dinov3_vit" else 1  # rotary positions take channels of a head by fours
+    if width % (heads * least):
+        by_fours = ", and a head's share of it a multiple of 4" if least > 1 else ""
+        raise ConfigError(f"{where}: hidden_size {width} must be a multiple of num_attention_heads ({heads}){by_fours}")
+    if not 0 <= config.drop_path_rate < 1:
+        raise ConfigError(f"{where}.drop_path_rate = {config.drop_path_rate}: allowed are values from 0 to below 1")
 
 
 def _spread(depth: int) -> list[int]:

@@ -91,6 +91,7 @@ class FCOSDetector(nn.Module):
         super().__init__()
         width = options.width
         self.image_size = image_size
+        self.max_detections = options.max_detections
         self.strides = [stride / scale for scale in options.scales]
         self.fuse = Fuse(channels, num_levels, width)
         single = list(options.scales) == [1.0]

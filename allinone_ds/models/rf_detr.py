@@ -83,7 +83,7 @@ class RFDetrDetector(nn.Module):
                 raise ConfigError(f"rf_detr: width {options.width} must be a multiple of {name} "
                                   f"({getattr(options, name)})")  # fmt: skip
         self.score_threshold = options.score_threshold
-        self.num_queries = options.num_queries
+        self.num_queries = self.max_detections = options.num_queries
         self.image_size = image_size
         config = RfDetrConfig(
             backbone_config=_shape_of(8, 1),  # built and thrown away

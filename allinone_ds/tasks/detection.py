@@ -118,7 +118,7 @@ class DetectionTask(Task):
         for image in found:
             every = {key: torch.cat([view[key] for view in image]) for key in ("boxes", "scores", "labels")}
             keep = batched_nms(every["boxes"], every["scores"], every["labels"], _SAME_OBJECT)
-            keep = keep[: max(len(view["scores"]) for view in image)]  # no more than one view may give
+            keep = keep[: self.detector.max_detections]  # as many as one view may give
             merged.append({key: value[keep] for key, value in every.items()})
         return merged
 

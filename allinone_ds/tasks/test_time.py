@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ class TestTime(Strict):
 
     __test__ = False  # no test of pytest's
 
-    scales: list[float] = Field([1.0], min_length=1)
+    scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
     """Sizes of the views as parts of `image_size`, rounded to whole patches."""
     flip: bool = False
     """Also the mirror image of every view."""

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from allinone_ds.strict import ConfigError
+from allinone_ds.strict import ConfigError, did_you_mean
 
 
 def find_config(path: str | Path) -> Path:
@@ -42,7 +42,8 @@ def find_config(path: str | Path) -> Path:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a run's YAML file and lay dotted overrides over it, without looking at names or types.
 
-    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced.
+    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced. A data
+    source of another `format` replaces the one below it, of which only `expect` and `classes` stay.
 
     Args:
         path: the file, or the name of one that comes with the package.
@@ -54,16 +55,29 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     file = find_config(path)
     try:
         base = _with_bases(file)
+        _check_tasks(base, overrides)
         single_keys = any(item.startswith("deepspeed.") for item in overrides)
         if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        merged = _merged(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_tasks(base: Any, overrides: Sequence[str]) -> None:
+    """Refuse an override of a task that the run does not have, unless the overrides give that task whole."""
+    tasks = base.get("tasks") if isinstance(base, DictConfig) else None
+    if not isinstance(tasks, DictConfig):
+        return
+    keys = [item.split("=")[0].split(".") for item in overrides]
+    known = {*map(str, tasks), *(key[1] for key in keys if key[0] == "tasks" and key[2:] == ["type"])}
+    for item, key in zip(overrides, keys, strict=True):
+        if key[0] == "tasks" and len(key) > 2 and key[1] not in known:
+            raise ConfigError(f"override '{item}': the run has no task '{key[1]}'; {did_you_mean(key[1], known)}")
 
 
 def _with_bases(file: Path) -> Any:
@@ -74,8 +88,27 @@ def _with_bases(file: Path) -> Any:
         if file.resolve() in files:
             raise ConfigError(f"{files[0]}: base leads back to {file}; a chain of bases must end")
         files.append(file.resolve())
-        content = OmegaConf.merge(OmegaConf.load(file), content)
+        content = _merged(OmegaConf.load(file), content)
     return content
+
+
+def _merged(below: Any, above: Any) -> Any:
+    _make_room(below, above)
+    return OmegaConf.merge(below, above)
+
+
+def _make_room(below: Any, above: Any) -> None:
+    """Empty every source in `below` that gets another `format` from `above`: the keys of the old one would stay."""
+    if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)):
+        return
+    formats = below.get("format"), above.get("format")
+    if None not in formats and formats[0] != formats[1]:
+        kept = ("expect",) if formats[1] == "class_folders" else ("expect", "classes")  # its folders are the classes
+        for key in [key for key in below if key not in kept]:
+            del below[key]
+    else:
+        for key in above:
+            _make_room(below.get(key), above.get(key))
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     Args:
         config: the run.
         gpus: N, ranks of the job.
-        classes: number of classes by task; of tasks left out the data is asked.
+        classes: number of classes by task; of tasks left out the data is asked, or the source's `expect.classes`.
 
     Raises:
         ConfigError: a configuration that cannot be used.
@@ -356,9 +356,12 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
     if name in given:
         return given[name]
+    source = config.tasks[name].train
     try:
-        return len(open_source(config.tasks[name].train, config.data_root).classes)
+        return len(open_source(source, config.data_root).classes)
     except DataError:
+        if source.expect is not None and source.expect.classes is not None:
+            return source.expect.classes
         notes.append(f"{name}: its data cannot be read, {CLASSES} classes assumed")
         return CLASSES
 

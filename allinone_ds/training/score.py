@@ -32,13 +32,19 @@ KINDS: dict[Leaderboard, dict[str, str]] = {
 """Kinds of tasks that count, and the metric of each."""
 
 
-def score_run(folder: str | Path, leaderboard: Leaderboard, output: str | Path | None = None) -> dict[str, Any]:
+def score_run(
+    folder: str | Path,
+    leaderboard: Leaderboard,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Score a run's model on its test data and write the predictions that were scored.
 
     Args:
         folder: of a run or of a checkpoint; it has exactly one task of every kind that counts, each with test data.
         leaderboard: which kinds count; the score is the mean of their metrics.
         output: the file; None is submission_A.json (or _B) in `folder`.
+        overrides: dotted keys laid over its configuration, for example ["tasks.seg.test_time.flip=true"].
 
     Returns:
         What the file says of the score: leaderboard, score, and metrics by task; and "file".
@@ -48,7 +54,7 @@ def score_run(folder: str | Path, leaderboard: Leaderboard, output: str | Path |
         DataError: the test data cannot be read.
     """
     device = default_device()
-    model, config = load_run(folder, device)
+    model, config = load_run(folder, device, overrides)
     _, facts = read_run_files(folder)
     tasks = tasks_of(model)
     chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test})

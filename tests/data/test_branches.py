@@ -78,8 +78,10 @@ def test_mistakes_are_named(given, message):
     ],
 )
 def test_a_branch_of_transforms_that_hurt_each_other_is_refused_and_both_are_named(transforms, names):
-    with pytest.raises(ConfigError, match=rf"branches\.hard: {names} stand in one branch"):
-        as_augment(branches(hard=(0.5, transforms), easy=(0.5, [])))
+    for order in (("hard", "easy"), ("easy", "hard")):
+        given = {"hard": (0.5, transforms), "easy": (0.5, [])}
+        with pytest.raises(ConfigError, match=rf"branches\.hard: {names} stand in one branch"):
+            as_augment(branches(**{name: given[name] for name in order}))
 
 
 def test_users_add_conflicts_of_their_own():
@@ -88,6 +90,8 @@ def test_users_add_conflicts_of_their_own():
     for pair, names in ((["Rain", "Fog"], "Fog and Rain"), (["Rain", "RandomInvert"], "RandomInvert and Rain")):
         with pytest.raises(ConfigError, match=names):
             as_augment({**given, "conflicts": [pair]})
+        with pytest.raises(ConfigError, match=names):  # nor is the first pair all
+            as_augment({**given, "conflicts": [["Mosaic", "Frost"], pair]})
 
 
 def test_alternatives_and_different_branches_never_meet():

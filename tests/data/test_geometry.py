@@ -131,13 +131,16 @@ def test_pictures_without_boxes_join_with_others():
 
 
 def label_map(height: int, width: int, classes: list[int]) -> dict:
-    """Stripes of classes and one of 255; every pixel's colour tells its class, white is 255."""
+    """Stripes of classes and one of 255, mirrored in the lower half; every pixel's colour tells its class, white is
+    255."""
     mask = torch.full((height, width), 255, dtype=torch.uint8)
     image = torch.full((3, height, width), 255, dtype=torch.uint8)
     for n, k in enumerate(classes):
         stripe = slice(n * width // (len(classes) + 1), (n + 1) * width // (len(classes) + 1))
         mask[:, stripe] = k
         image[:, :, stripe] = torch.tensor(COLORS[k], dtype=torch.uint8).view(3, 1, 1)
+    for pixels in (mask, image):
+        pixels[..., height // 2 :, :] = pixels[..., height // 2 :, :].flip(-1)
     return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)}
 
 

@@ -90,6 +90,14 @@ def test_coco_boxes_labels_and_crowds(coco_root):
     assert "has no area" in warned(COCO, coco_root)
 
 
+def test_a_train_set_s_categories_without_a_box_are_told(coco_root):
+    content = coco_content()
+    content["categories"] += [{"id": 91 + i, "name": name} for i, name in enumerate(("dog", "eel"))]
+    (coco_root / "boxes.json").write_text(json.dumps(content))
+    assert "boxes.json: no box has category dog, eel (2 of 5)" in warned(COCO, coco_root)
+    assert opened(COCO, coco_root, classes=[*CLASSES, "dog", "eel"]).structural == []  # a test set may lack some
+
+
 def test_coco_without_sizes_reads_them_from_the_files(coco_root):
     content = coco_content()
     for record in content["images"]:

@@ -69,6 +69,16 @@ def test_a_local_checkpoint_gives_its_weights(tmp_path):
         ({"config": TINY, "out_indices": [2, 1]}, "rising"),
         ({"checkpoint": "nowhere", "stem": "conv"}, "use 'patch'"),
         ({"checkpoint": "/nowhere/at/all"}, "nowhere"),
+        (
+            {"config": TINY | {"num_attention_heads": 3}},
+            r"hidden_size 32 must be a multiple of num_attention_heads \(3\)$",
+        ),
+        (
+            {"model_type": "dinov3_vit", "config": {"hidden_size": 36, "num_attention_heads": 6}},
+            "hidden_size 36 .* and a head's share of it a multiple of 4",
+        ),
+        ({"config": TINY | {"drop_path_rate": 1.0}}, r"drop_path_rate = 1\.0: allowed are values from 0 to below 1"),
+        ({"config": TINY | {"drop_path_rate": -0.1}}, r"drop_path_rate = -0\.1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

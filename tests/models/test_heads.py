@@ -129,6 +129,19 @@ def test_losses_divide_by_masks_as_transformers_does_on_one_process(monkeypatch)
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_every_layer_s_prediction_counts_in_training_and_in_evaluation():
+    head = segmenter()
+    truth = torch.zeros(1, 32, 32, dtype=torch.long)
+    torch.manual_seed(1)
+    # masks of one value: a layer's loss hardly depends on the points that are drawn
+    layers = [(torch.randn(1, 6, 4), torch.randn(1, 6, 1, 1).repeat(1, 1, 16, 16)) for _ in range(3)]
+    for training in (True, False):
+        head.train(training)
+        alone = sum(head.loss([classes], [masks], truth, 255) for classes, masks in layers)
+        together = head.loss([classes for classes, _ in layers], [masks for _, masks in layers], truth, 255)
+        torch.testing.assert_close(together, alone, rtol=0.05, atol=0.0)
+
+
 def test_cell_centers_are_those_of_transformers():
     shapes = [(2, 3), (4, 6)]
     mine = torch.cat([_cell_centers(H, W, torch.device("cpu")) for H, W in shapes])

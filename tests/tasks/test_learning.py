@@ -149,3 +149,25 @@ def test_box_distances_keep_a_gradient_however_negative_their_input():
         regression.bbox_reg[0].bias.fill_(-5.0)
     model(name, **task.collate(samples())).loss.backward()
     assert (regression.bbox_reg[0].bias.grad.abs() > 1e-6).all()  # a ReLU: exactly 0
+
+
+def test_label_smoothing_spreads_a_share_over_all_classes_in_training_alone():
+    task = tiny_model({"cls": ("linear", {"label_smoothing": 0.3})}).tasks["cls"]
+    torch.nn.init.normal_(task.classifier.weight)
+    features, pixels = (torch.randn(4, 32, 8, 8),) * task.num_levels, torch.zeros(4, 3, *SIZE)
+    labels = torch.tensor([0, 1, 2, 1])
+    out = task(features, pixels, labels)
+    logs = out.logits.detach().log_softmax(-1)
+    plain, spread = -logs[range(4), labels].mean(), -logs.mean()
+    torch.testing.assert_close(out.loss.detach(), 0.7 * plain + 0.3 * spread)
+    torch.testing.assert_close(task.eval()(features, pixels, labels).loss.detach(), plain)
+
+
+def test_the_margin_of_arcface_makes_the_loss_of_training_harder_and_not_that_of_evaluation():
+    model, name, task = build("arcface")
+    features, pixels = (torch.randn(4, 32, 8, 8),) * task.num_levels, torch.zeros(4, 3, *SIZE)
+    labels = torch.tensor([0, 1, 2, 1])
+    harder = task(features, pixels, labels).loss
+    out = task.eval()(features, pixels, labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+    assert harder > out.loss + 1

@@ -1,4 +1,5 @@
-"""Averaged weights on every engine kind, and large backbones born partitioned. Started by test_strength.py."""
+"""Averaged weights on every engine kind, large backbones born partitioned, compiled forwards. Started by
+test_strength.py."""
 
 import sys
 import tempfile
@@ -6,18 +7,23 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import HfDeepSpeedConfig
 
+from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.training.ema import ShardEMA, ema_file
+from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.zero import save_engine
 from allinone_ds.zero.layout import engine_fragments
-from tests.balance.engines import finish, make_balancer, make_engine, run_task, toy, weights
+from tests.balance.engines import CASES, finish, make_balancer, make_engine, run_task, toy, weights
 from tests.launcher import run_checks
+from tests.tiny import samples, tiny_model
 
 EMA_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload",
              "zero0 bf16", "zero1 bf16", "zero2 bf16", "zero3 bf16", "zero1 bf16 fp32-accumulation")  # fmt: skip
@@ -119,7 +125,41 @@ def check_no_rank_holds_the_whole_backbone() -> None:
     assert mine * 4 < bytes_made.peak < 0.75 * whole * 4, (bytes_made.peak, whole * 4)
 
 
+def trained(case: str, compiled: bool) -> dict[str, torch.Tensor]:
+    """Weights after two steps of a tiny run of one task."""
+    heads = {"cls": ("linear", {})}
+    model = tiny_model(heads, stem="patch", num_hidden_layers=1)
+    config = CASES[case].config()
+    engine = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(parameter_groups(model, 0.5, 0.0, 1.0)), config=config
+    )[0]
+    if compiled:
+        engine.compile(backend="aot_eager")
+    balancer = TaskBalancer(engine, tuple(heads), "backbone", TBGC(0.1))
+    for step in range(2):
+        for name in heads:
+            batch = model.tasks[name].collate(samples(4)[step + dist.get_rank() :][:2])
+            with balancer.task(name, 1):
+                balancer.backward(engine(task=name, **batch).loss)
+        balancer.step()
+    found = weights(engine)
+    finish(balancer)
+    return found
+
+
+def check_compiled(case: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (trained(case, how) for how in (False, True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it did compile
+    fresh = dict(tiny_model({"cls": ("linear", {})}, stem="patch", num_hidden_layers=1).named_parameters())
+    moved = max(float((plain[name] - value.detach()).abs().max()) for name, value in fresh.items())
+    assert moved > 1e-3, moved
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name} {m}")
+
+
 if __name__ == "__main__":
     checks = {f"check_average {kind}": partial(check_average, kind) for kind in EMA_KINDS}
     checks["check_no_rank_holds_the_whole_backbone"] = check_no_rank_holds_the_whole_backbone
+    checks |= {f"check_compiled {case}": partial(check_compiled, case) for case in ("zero2 fp32", "zero3 fp32")}
     run_checks(checks, sys.argv[1])

@@ -37,11 +37,20 @@ def file(tmp_path: Path) -> Path:
         ("tasks.cls.augment=[RandomHorizontalFlop]", "tasks.cls.augment: augment[0]: there is no augmentation"),
         ("tasks.cls.augment=[Mosaic]", "Mosaic is for detection and segmentation, the data here is classification"),
         ("tasks.det.augment=configs/augment/detektion.yaml", "configs/augment/detection.yaml"),
+        ("tasks.dett.batch_size=2", "the run has no task 'dett'; did you mean 'det'? allowed: cls, det, seg"),
+        ("tasks.seg.test_time.scales=[0]", "tasks.seg.test_time.scales.0"),
     ],
 )
 def test_mistakes_are_named(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match="(?s)" + re.escape(message)):
         load_config(file, [override])
+
+
+def test_overrides_may_add_a_whole_task(file: Path) -> None:
+    content = yaml.safe_load(file.read_text())["tasks"]["cls"]
+    added = [f"tasks.more.{key}={content[key]}" for key in ("type", "image_size", "batch_size")]
+    added += [f"tasks.more.train.{key}={value}" for key, value in content["train"].items()]
+    assert set(load_config(file, added).tasks) == {"det", "seg", "cls", "more"}
 
 
 @pytest.mark.parametrize(

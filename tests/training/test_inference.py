@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from allinone_ds.data.transforms import eval_transform, stack_images
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.segmentation import SegmentationOutput
-from allinone_ds.tasks.test_time import TestTime, view_size, window_corners
+from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
 from allinone_ds.training.inference import predict_batch
 from tests.tasks.test_learning import build
-from tests.tiny import SIZE, samples, tiny_model
+from tests.tiny import CLASSES, SIZE, samples, tiny_model
 
 EVERY = {"scales": [0.75, 1.0, 2.0], "flip": True}
 
@@ -28,6 +30,12 @@ def test_windows_cover_the_view_and_share_a_third() -> None:
             assert top + 32 <= size[0] and left + 32 <= size[1]
             seen[top : top + 32, left : left + 32] += 1
         assert seen.min() >= 1
+
+
+@pytest.mark.parametrize("scales", [[], [0.0], [1.0, -0.5]])
+def test_scales_must_be_above_zero(scales: list[float]) -> None:
+    with pytest.raises(ValidationError, match="scales"):
+        TestTime(scales=scales)
 
 
 def test_views_are_whole_patches() -> None:
@@ -74,10 +82,37 @@ def test_windows_see_parts_of_the_larger_view_at_the_network_size() -> None:
     assert model.shapes == [SIZE] * 9
 
 
+def test_a_pixel_s_probabilities_are_the_mean_over_the_windows_that_see_it_and_over_the_views() -> None:
+    """Noise in every window: a wrong weight at a border, or a window left out, turns some pixel's class."""
+    task, K = tiny_model().tasks["seg"], len(CLASSES)
+    torch.manual_seed(4)
+    (H, W), (h, w) = size, window = (48, 70), SIZE
+    corners = window_corners(size, window)
+    assert len(corners) == 2 * 3
+    views, total = [], torch.zeros(K, 50, 60)
+    for flipped in (False, True):
+        parts = [torch.randn(1, K, h // 2, w // 2) for _ in corners]  # a head of half the input's resolution
+        views.append(View(size, flipped, [SegmentationOutput(logits=part) for part in parts], corners))
+        sums, seen = torch.zeros(K, H, W), torch.zeros(H, W)
+        for part, (top, left) in zip(parts, corners, strict=True):
+            large = F.interpolate(part.softmax(1), size=window, mode="bilinear", align_corners=False)[0]
+            for y in range(h):
+                sums[:, top + y, left : left + w] += large[:, y]
+                seen[top + y, left : left + w] += 1
+        mean = sums / seen
+        mean = mean[..., list(range(W - 1, -1, -1))] if flipped else mean
+        total += F.interpolate(mean[None], size=(50, 60), mode="bilinear", align_corners=False)[0]
+    mask = task.predict_views(views, [(50, 60)])[0]["mask"]
+    sure = total.topk(2, dim=0).values.diff(dim=0).abs()[0] > 1e-5
+    assert sure.float().mean() > 0.99 and set(mask.unique().tolist()) == set(range(K))
+    assert torch.equal(mask[sure].long(), total.argmax(0)[sure])
+
+
 class BoxModel(nn.Module):
     """Finds the bright rectangle of an image, in pixels of its input, and a weaker object in a corner."""
 
     image_size = SIZE
+    max_detections = 2
 
     def forward(self, task: str, pixel_values: Tensor) -> Tensor:
         return pixel_values
@@ -104,6 +139,9 @@ def test_boxes_of_views_become_one_in_the_images_own_pixels() -> None:
     sample = {"image": image, "path": "0.png", "index": 0}
     found = predict_batch(model, task, torch.zeros(1, 3, *SIZE) - 2, [sample], TestTime(scales=[2.0], flip=True))[0]
     assert found["labels"].tolist() == [1, 0]  # one object of both views; of the weak one two corners, one too many
+    model.max_detections = 3
+    every = predict_batch(model, task, torch.zeros(1, 3, *SIZE) - 2, [sample], TestTime(scales=[2.0], flip=True))[0]
+    assert every["labels"].tolist() == [1, 0, 0]  # though either view has found two
     torch.testing.assert_close(found["boxes"][0], torch.tensor([8.0, 16.0, 24.0, 64.0]), atol=1.01, rtol=0)
     assert task.image_size == SIZE and task.detector.image_size == SIZE
 

@@ -15,6 +15,7 @@ from allinone_ds import cli
 from allinone_ds.data.base import DataError
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.training import launch
 from allinone_ds.training.build import spelled_out
 from allinone_ds.training.evaluation import score
 from allinone_ds.training.launch import RunFailed, follow_run
@@ -121,3 +122,14 @@ def test_command_line_names_what_is_wrong(tmp_path: Path, capsys: pytest.Capture
     assert "config.yaml" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["doctor", "a=b"])
+
+
+def test_any_key_that_makes_trainer_compile_leaves_the_compiler_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(
+        launch, "follow_run", lambda command, environment, *rest: seen.append("TORCHDYNAMO_DISABLE" in environment)
+    )
+    for trainer in ({}, {"torch_compile": True}, {"torch_compile_backend": "aot_eager"}):
+        cli._run("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
+    assert seen == [True, False, False]

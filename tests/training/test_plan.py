@@ -141,6 +141,22 @@ def test_a_large_run_is_planned_without_its_data_or_weights(file: Path, capsys: 
     assert "the same run otherwise" in capsys.readouterr().out
 
 
+def test_classes_that_the_file_expects_are_taken_where_the_data_is_not(file: Path) -> None:
+    expects = ["tasks.seg.train.expect.classes=19", "tasks.cls.train.expect.classes=196"]
+    notes = plan_run(load_config(file, expects), 8, {"det": 45}).notes
+    assert not any("cannot be read" in note for note in notes)
+    kernels = {
+        count: plan_run(load_config(file, expects), 8, {"cls": count}).parameters["head cls"] for count in (196, 197)
+    }
+    plain = plan_run(load_config(file, expects), 8).parameters["head cls"]
+    assert plain == kernels[196] != kernels[197]
+
+
+def test_a_colon_in_what_was_given_stays_as_it_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(file), "--gpus", "8", "--classes", "det:x:"]) == 2  # rich would draw a cross
+    assert "--classes det:x:: write TASK:N" in capsys.readouterr().err
+
+
 def test_options_change_the_plan_as_they_should(file: Path) -> None:
     def memory(*overrides: str) -> dict[str, int]:
         return plan_run(load_config(file, overrides), 8).memory

@@ -20,11 +20,13 @@ from allinone_ds.training.predict import evaluate_run, load_run, predict_images
 
 from .tiny_run import TEST_SAMPLES, launch
 
+OVERRIDES = ["trainer.load_best_model_at_end=true", "trainer.ema_decay=0.5"]
+
 
 @pytest.fixture(scope="module")
 def run(home: Path) -> Path:
     """The tiny run, trained without a break through the DeepSpeed launcher, ZeRO-2."""
-    launch(home, "deepspeed", "trainer.load_best_model_at_end=true")
+    launch(home, "deepspeed", *OVERRIDES)
     return home / "run"
 
 
@@ -46,7 +48,7 @@ def test_a_run_leaves_its_folder_complete(run: Path, home: Path) -> None:
     assert {path.name for path in (run / "plots").iterdir()} == {"loss.png", "norms.png", "metrics.png"}
     assert {path.name.split("-")[0] for path in (run / "predictions").iterdir()} == set(TEST_SAMPLES)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
-    expected = load_config(home / "tiny.yaml", ["trainer.load_best_model_at_end=true"])
+    expected = load_config(home / "tiny.yaml", OVERRIDES)
     for folder in (run, *checkpoints(run)):
         assert load_config(folder / "config.yaml") == expected
 
@@ -98,14 +100,28 @@ def test_the_best_checkpoint_is_what_remains(run: Path) -> None:
     assert all(torch.equal(final[name], best[name]) for name in best)
 
 
+def test_the_average_of_the_weights_is_a_run_of_its_own(run: Path) -> None:
+    for step in (2, 4):  # every optimizer step counts once
+        state = torch.load(run / f"checkpoint-{step}" / "ema_rank_00001_of_00002.pt", weights_only=True)
+        assert state["steps"] == step
+    average, last = (load_file(f / "model.safetensors") for f in (run / "ema", run / "checkpoint-4"))
+    assert average.keys() == last.keys() and not all(torch.equal(average[name], last[name]) for name in last)
+    metrics = json.loads((run / "metrics.json").read_text())
+    for key, value in evaluate_run(run / "ema").items():
+        assert metrics[key.replace("eval_", "eval_ema_", 1)] == pytest.approx(value, abs=1e-4), key
+
+
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) -> None:
     broken_off = home / "resumed"
     broken_off.mkdir()
     shutil.copytree(run / "checkpoint-2", broken_off / "checkpoint-2")
-    launch(home, "torchrun", f"output_dir={broken_off}", "--resume")
+    launch(home, "torchrun", f"output_dir={broken_off}", "trainer.ema_decay=0.5", "--resume")
     whole = load_file(run / "checkpoint-4" / "model.safetensors")
     resumed = load_file(broken_off / "checkpoint-4" / "model.safetensors")
     assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
+    whole, resumed = (load_file(folder / "ema" / "model.safetensors") for folder in (run, broken_off))
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
     first, second = history(run / "checkpoint-4"), history(broken_off / "checkpoint-4")

@@ -63,6 +63,16 @@ def test_the_score_is_that_of_the_predictions_in_the_file(run: Path, capsys: pyt
     assert f"{content['score']:.6f}" in said
 
 
+def test_overrides_reach_the_views_that_are_scored(run: Path, tmp_path: Path) -> None:
+    found = []
+    for number, views in enumerate(([], ["tasks.seg.test_time.flip=true", "tasks.seg.test_time.scales=[1.0,2.0]"])):
+        file = tmp_path / f"{number}.json"
+        assert cli.main(["score", str(run), "--leaderboard", "A", "--output", str(file), *views]) == 0
+        found.append(json.loads(file.read_text())["tasks"])
+    assert found[0]["seg"]["predictions"] != found[1]["seg"]["predictions"]
+    assert found[0]["det"] == found[1]["det"] and found[0]["cls"] == found[1]["cls"]
+
+
 def test_a_leaderboard_needs_one_task_of_every_kind(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)

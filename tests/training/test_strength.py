@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import get_scheduler
 
 from allinone_ds.models.backbone import NAMED, BackboneConfig, build_backbone
@@ -33,6 +34,11 @@ def test_averaged_weights_come_and_go_on_every_engine(ranks: dict[str, str], kin
 
 def test_under_zero_3_no_rank_ever_holds_the_whole_backbone(ranks: dict[str, str]) -> None:
     assert ranks["check_no_rank_holds_the_whole_backbone"] == ""
+
+
+@pytest.mark.parametrize("case", ["zero2 fp32", "zero3 fp32"])
+def test_a_compiled_forward_trains_to_the_same_weights(ranks: dict[str, str], case: str) -> None:
+    assert ranks[f"check_compiled {case}"] == ""
 
 
 # parameters as the papers give them, in millions
@@ -67,6 +73,13 @@ def test_drop_path_drops_in_training_only(model_type: str) -> None:
     backbone.train()
     one, two = (backbone(pixels).feature_maps[-1] for _ in range(2))
     assert not torch.equal(one, two)
+    dropping = [module for name, module in backbone.named_modules() if name.endswith("drop_path")]
+    dropping = [module for module in dropping if not isinstance(module, nn.Identity)]  # vitdet's rate starts at 0
+    assert len(dropping) == (1 if model_type == "vitdet" else 2)
+    for module in dropping:  # whole samples go, and the others make up for them
+        out = module(torch.ones(4000, 2, 3))
+        assert module.drop_prob == 0.5 and set(out.unique().tolist()) == {0.0, 2.0}
+        assert (out == out[:, :1, :1]).all() and abs(float(out.mean()) - 1) < 0.1
     backbone.eval()
     assert torch.equal(backbone(pixels).feature_maps[-1], backbone(pixels).feature_maps[-1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,7 +17,6 @@ from allinone_ds import cli
 from allinone_ds.data import open_source
 from allinone_ds.training.build import build_model
 from allinone_ds.training.config import ModelFacts, RunConfig, load_config
-from allinone_ds.training.files import find_config
 
 from .tiny_run import launch
 
@@ -89,7 +89,7 @@ def test_samples_are_what_the_folders_hold(data: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ("0 195", "class id 0 must lie in 1 (ids count from first_id, which is 1)"),
+        ("0 195", "class id 0 must be 1 or more (ids count from first_id, which is 1)"),
         ("1 197", "holds 197 classes, expect.classes is 196: 1 too many"),
         ("1 195", "holds 195 classes, expect.classes is 196: 1 missing"),
     ],
@@ -138,18 +138,20 @@ def test_another_line_takes_the_data_from_datasets(data: Path, tmp_path: Path) -
             {"label": datasets.ClassLabel(names=names)},
         ),
     }
-    content = yaml.safe_load(find_config(RUN).read_text())
+    content: dict[str, Any] = {"base": RUN, "tasks": {}}
     kinds = {"signs": "detection", "streets": "segmentation", "cars": "classification"}
     for task, (columns, features) in tables.items():
         table = datasets.Dataset.from_dict(columns, datasets.Features({"image": datasets.Image(), **features}))
         datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / task))
         line = {"format": "datasets", "path": task, "split": "train", "kind": kinds[task]}
-        if task == "streets":
-            line["classes"] = content["tasks"][task]["train"]["classes"]
-        content["tasks"][task]["train"] = {**line, "expect": {"samples": SAMPLES, "classes": len(here[task].classes)}}
+        content["tasks"][task] = {"train": line}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    config = load_config(tmp_path / "run.yaml")
+    counts = [f"tasks.{task}.train.expect.samples={SAMPLES}" for task in here]
+    config = load_config(tmp_path / "run.yaml", counts)
+    said = [f"tasks.{t}.train.{k}={v}" for t, task in content["tasks"].items() for k, v in task["train"].items()]
+    assert load_config(RUN, [*said, *counts]) == config
     for task, before in here.items():
+        assert config.tasks[task].train.expect.classes == len(before.classes)
         found = open_source(config.tasks[task].train, tmp_path)
         assert found.classes == before.classes
         for i in range(SAMPLES):
