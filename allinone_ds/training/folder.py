@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.manifest import faults_of
@@ -26,13 +30,57 @@ TENSORBOARD = "tensorboard"
 WANDB_FILE = "wandb.json"
 SUBMISSION = "submission_{}.json"
 TRAINER_STATE = "trainer_state.json"
+LOCK_FILE = ".lock"
 UNFINISHED = ".unfinished-"
 """Start of the name that a checkpoint has until all of it is on the disk."""
 BROKEN = "broken-"
 """Start of the name that a checkpoint gets when its files are not what was written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
-             REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, SUBMISSION.format("A"),
+             REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
              SUBMISSION.format("B"))  # fmt: skip
+
+
+_claimed: dict[Path, IO[str]] = {}  # closing a file would give up this process' lock on it
+
+
+def claim(folder: str | Path) -> None:
+    """Make this process the only one that writes to a run's folder, until it ends, however it ends.
+
+    RUN/.lock is locked by the system: children do not inherit it, a killed process leaves none, NFS knows it between
+    hosts. Where a file system has no locks, nothing is refused. A second claim by the same process is no error.
+
+    Raises:
+        ConfigError: another process has claimed it, or nothing can be written there.
+    """
+    folder = Path(folder)
+    if folder.resolve() not in _claimed:
+        file = _open_lock(folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _claimed[folder.resolve()] = file
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written to ({error.strerror}); give another output_dir"
+        ) from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise ConfigError(
+                f"output_dir: {holder} is writing to {folder}, and two runs would spoil each other's files; wait for "
+                "its end, end it, or give another output_dir"
+            ) from error
+    return file
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -118,8 +166,13 @@ def clear_unfinished(folder: str | Path) -> None:
 
 
 def clear_run(folder: str | Path) -> None:
-    """Delete what an earlier run left in a folder, and nothing else."""
+    """Delete what an earlier run left in a folder, and nothing else.
+
+    Raises:
+        ConfigError: a run is writing to it.
+    """
     folder = Path(folder)
+    _open_lock(folder).close()
     clear_unfinished(folder)
     for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *folder.glob(f"{BROKEN}checkpoint-*")]:
         if path.is_dir():

@@ -190,7 +190,8 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
                     if not line.endswith(b"\n"):
                         break  # still being written
                     position += len(line)
-                    found.append(json.loads(line))
+                    with contextlib.suppress(ValueError):  # the last line of a run that was killed
+                        found.append(json.loads(line))
         yield found
 
 

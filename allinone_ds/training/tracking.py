@@ -72,8 +72,7 @@ class WandbTracker(WandbCallback):
         if not state.is_world_process_zero:
             self._initialized = True
             return
-        memory = Path(args.output_dir) / WANDB_FILE
-        before = json.loads(memory.read_text()) if state.global_step and memory.is_file() else {}
+        before = self._remembered(Path(args.output_dir) / WANDB_FILE) if state.global_step else {}
         if self._wandb.run is None:
             self._wandb.init(
                 project=os.getenv("WANDB_PROJECT", "huggingface"),
@@ -114,6 +113,24 @@ class WandbTracker(WandbCallback):
         }
         self._wandb.log({**named, STEP: step})
         self._remember()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wanted = self._log_model.value == "checkpoint"
+        if self.trainer.saver is not None and _any_rank(wanted, args.device):
+            self.trainer.saver.finish()  # collective; the folder is not there before
+        super().on_save(args, state, control, **kwargs)
+
+    def _remembered(self, memory: Path) -> dict[str, Any]:
+        """Id and row counter of the run that is resumed."""
+        if not memory.is_file():
+            return {}
+        try:
+            content = json.loads(memory.read_text())
+            return {"id": str(content["id"]), "rows": int(content["rows"])}
+        except (ValueError, KeyError, TypeError):
+            step = self.trainer.state.global_step
+            self.trainer.warn(step, f"{memory} cannot be read: W&B gets a new run; WANDB_RUN_ID names the old one")
+            return {}
 
     def _remember(self) -> None:
         """Keep id and row counter after every row, for a run that is killed before its next checkpoint too."""

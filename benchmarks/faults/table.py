@@ -77,6 +77,10 @@ def rows(kills: int, times: int, stages: tuple[int, ...], once: bool) -> list[Ro
     return table
 
 
+def widen(tasks: dict[str, Any]) -> None:
+    tasks["seg"]["options"]["width"] = 16
+
+
 def cut_steps(once: bool) -> Sequence[int]:
     return [LOGGING_STEPS + 2] if once else range(1, STEPS)
 
@@ -90,6 +94,14 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how = "2 ranks ZeRO-2, then 4 ranks ZeRO-2, then 1 rank ZeRO-3"
     yield "other ranks and ZeRO stage", how, "once", lambda b, _: b.reshard()
     yield "old checkpoints", "save_total_limit 2", "once", lambda b, _: b.keep_two()
+    how = "SIGTERM one step after it, save_total_limit 1, the run's folder moved"
+    yield "best checkpoint, save_strategy steps", how, "stages", lambda b, _: b.best("steps")
+    yield "best checkpoint, save_strategy best", how, "stages", lambda b, _: b.best("best")
+    yield "two runs in one folder", "a second start beside a running one", "stages", lambda b, _: b.twice()
+    how, said = "resumed without it", "task 'cls' is in it, but not in this run"
+    yield "task taken out", how, "stages", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
+    how = "resumed with a head of 16 instead of 32 channels"
+    yield "other head", how, "stages", lambda b, _: b.other_model(widen, "task 'seg' is another: tasks.seg.")
     how = "SIGKILL at a random moment, again after every resume"
     yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
     yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)
