@@ -81,10 +81,13 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     if args.ema_decay is not None:
         with trainer.averaged_weights():
             trainer.save_model(str(config.run_dir / AVERAGED))
-            if test_data:
-                metrics.update(trainer.evaluate(metric_key_prefix="eval_ema"))
+            averaged = trainer.evaluate(metric_key_prefix="eval_ema") if test_data else {}
         if trainer.is_world_process_zero():
             save_run_files(config, facts, config.run_dir / AVERAGED)
+            own = {key.replace("eval_ema_", "eval_"): value for key, value in averaged.items()}
+            own |= {key: metrics[key] for key in ("steps", "world_size")}
+            (config.run_dir / AVERAGED / METRICS_FILE).write_text(json.dumps(own, indent=2) + "\n")
+        metrics.update(averaged)
     if trainer.is_world_process_zero():
         folder = config.run_dir
         save_run_files(config, facts, folder)

@@ -15,12 +15,11 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.checkpoint import CheckpointWriter, choose_checkpoint
 from allinone_ds.training.ema import ema_file
-from allinone_ds.training.folder import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.training.folder import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE, prune
 from allinone_ds.training.manifest import read_manifest
 from allinone_ds.training.weights import shards_of
 from allinone_ds.zero import Take, load_resharded, own_checkpoint_files, save_engine
@@ -100,7 +99,7 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(writer.target))
         if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, best_kept)
+            prune(run, args.save_total_limit, best_kept)
 
     if saver is None:
         publish()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from allinone_ds.tasks.drawing import to_pil
@@ -108,7 +109,7 @@ class WandbTracker(WandbCallback):
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         named = {
-            f"predictions/{task}": [self._wandb.Image(to_pil(picture)) for picture in drawn]
+            f"predictions/{task}": [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
             for task, drawn in pictures.items()
         }
         self._wandb.log({**named, STEP: step})
@@ -153,6 +154,13 @@ class WandbTracker(WandbCallback):
             for file in files:
                 artifact.add_file(str(file))
             self._wandb.run.log_artifact(artifact, aliases=list(aliases) if aliases else None)
+
+
+def _of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures (3, H, W) with white to their right and below: W&B shows those of a list in the size of the first."""
+    H, W = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    white = [(0, W - picture.shape[2], 0, H - picture.shape[1]) for picture in pictures]
+    return [F.pad(picture, edges, value=255) for picture, edges in zip(pictures, white, strict=True)]
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

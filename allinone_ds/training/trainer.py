@@ -228,6 +228,8 @@ class AllInOneTrainer(Trainer):
         if self.saver is None:
             return
         try:
+            if not quietly:
+                self.mark("the end of a checkpoint in the background")
             self.saver.finish()
         except RunError as error:
             if not quietly:
@@ -272,7 +274,8 @@ class AllInOneTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         self._streaks.load_state_dict(state["nonfinite"])
         now = self.schedule.basis()
-        changed = [f"{what} was {then}, is {now[what]}" for what, then in state["data"].items() if now[what] != then]
+        before = state["data"]
+        changed = [f"{what} was {before.get(what)}, is {now[what]}" for what in now if now[what] != before.get(what)]
         if changed:
             self.warn(
                 self.state.global_step,
@@ -422,7 +425,8 @@ class AllInOneTrainer(Trainer):
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
-        self._show_predictions(data)
+        if metric_key_prefix == "eval":  # the trackers' pictures are those of the weights that are trained
+            self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
