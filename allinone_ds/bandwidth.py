@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from allinone_ds.doctor import between_ranks
+
 SIZES = (2**20, 2**24, 2**26)  # bytes of a message
 SECONDS = 1.2  # for each size and operation
 
@@ -75,7 +77,7 @@ def _wait() -> None:
 
 
 def main() -> int:
-    """Join the ranks, measure, print one line of JSON on rank 0."""
+    """Join the ranks, measure, print one line of JSON on rank 0, and between hosts the same in words."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl")
@@ -84,6 +86,9 @@ def main() -> int:
     result = run()
     if dist.get_rank() == 0:
         print(json.dumps(result), flush=True)
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):  # else the doctor says it
+            for finding in between_ranks(result):
+                print(f"{finding.level:8}{finding.what:12}{finding.found}  {finding.advice}".rstrip(), flush=True)
     dist.destroy_process_group()
     return 0
 

@@ -6,19 +6,22 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 from packaging.requirements import Requirement
 
 PACKAGES = ("torch", "torchvision", "transformers", "deepspeed", "accelerate")
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
 
 
@@ -181,8 +184,9 @@ def disk(folder: Path) -> list[Finding]:
     ]
     free = shutil.disk_usage(place).free / 2**30
     few = free < 20
+    room = f"{free:.0f} GiB" if free >= 1 else f"{free * 1024:.0f} MiB"
     advice = "a checkpoint takes about 16 bytes a parameter (Adam, fp32): set trainer.save_total_limit" if few else ""
-    found.append(Finding("free disk", f"{free:.0f} GiB", "warning" if few else "ok", advice))
+    found.append(Finding("free disk", room, "warning" if few else "ok", advice))
     probe = place / f".doctor-{os.getpid()}"
     try:
         start = time.time()
@@ -232,9 +236,14 @@ def bandwidth(ranks: int) -> list[Finding]:
         return [Finding("ranks", "did not meet in 2 minutes", "error", "look at interfaces and host name above")]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        words = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        errors = re.findall(r"\w+(?:Error|Exception): .*", done.stderr)
+        words = errors[0] if errors else (done.stderr.strip().splitlines() or ["no message"])[-1]
         return [Finding("ranks", f"could not talk to each other: {words}", "error", "look at interfaces above")]
-    result = json.loads(lines[-1])
+    return between_ranks(json.loads(lines[-1]))
+
+
+def between_ranks(result: dict[str, Any]) -> list[Finding]:
+    """What `allinone_ds.bandwidth` measured, in words."""
     found = []
     for size, speeds in result["GB/s"].items():
         words = ", ".join(f"{name.replace('_', '-')} {speed:.2f} GB/s" for name, speed in speeds.items())
@@ -248,6 +257,23 @@ def bandwidth(ranks: int) -> list[Finding]:
     )
     words = f"an all-reduce of those of 300M parameters in fp32 takes about {seconds:.1f} s"
     found.append(Finding("gradients", words, "warning" if slow else "ok", advice if slow else ""))
+    apart = result["clocks_differ_s"]
+    if apart > 1:
+        advice = "let NTP set them: the hosts' logs cannot be laid beside each other"
+        found.append(Finding("clocks", f"of the ranks are {apart:.1f} s apart", "warning", advice))
+    return found
+
+
+def secrets(folders: Sequence[Path]) -> list[Finding]:
+    """Names of keys in .deepspeed_env, whose lines the launcher writes into its log and onto command lines."""
+    found = []
+    for file in (folder / ".deepspeed_env" for folder in folders):
+        lines = file.read_text().splitlines() if file.is_file() else []
+        names = [name for name in (line.partition("=")[0] for line in lines) if _SECRET.search(name)]
+        if names:
+            advice = "take it out; `wandb login` and `hf auth login` on the hosts do without"
+            words = f"{file} holds {', '.join(names)}: the DeepSpeed launcher shows its lines to everybody"
+            found.append(Finding("secrets", words, "error", advice))
     return found
 
 
@@ -259,4 +285,5 @@ def examine(folder: Path, ranks: int) -> list[Finding]:
         ranks: to measure the bandwidth with; below 2 nothing is measured.
     """
     found = [*versions(), *accelerators(), *compilers(), *network(), port(), *disk(folder), *limits()]
+    found += secrets([Path(), Path.home()])  # where the launcher looks for it
     return found + (bandwidth(ranks) if ranks > 1 else [])

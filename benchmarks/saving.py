@@ -1,7 +1,8 @@
 """Print what a checkpoint costs the steps around it, written in the step (blocking) or in the background (async).
 
-    python benchmarks/saving.py                      # ZeRO 2 and 3, 2 ranks, about 6 minutes on 2 cores
-    python benchmarks/saving.py --stages 3 --folder /mnt/disk
+    python benchmarks/saving.py                      # ZeRO 2 and 3, 2 ranks, about 3 minutes on 2 idle cores
+    python benchmarks/saving.py --saves 5 --window 20 --stages 3 --folder /mnt/disk
+    python benchmarks/speed.py saving                # writes the table into docs/reliability.md, and its record
 
 One run a stage, cut into windows of equally many steps: windows without a save, with a blocking one and with an async
 one take turns. A save falls between the first and the second step of its window, and an async one is written to its
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from ranks import Ranks, import_everything, make_home  # noqa: E402
@@ -149,13 +151,14 @@ def summary(found: dict[str, Any], stage: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--saves", type=int, default=5, help="of each kind")
-    parser.add_argument("--window", type=int, default=20, help="steps of a window")
+    parser.add_argument("--saves", type=int, default=3, help="of each kind")
+    parser.add_argument("--window", type=int, default=10, help="steps of a window")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="where to write checkpoints: on the disk to measure")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="write figures, settings and machine there too")
     args = parser.parse_args()
+    begun = time.perf_counter()
     import_everything()
     torch.set_num_threads(1)
     table = []
@@ -187,7 +190,10 @@ def main() -> int:
                 flush=True,
             )
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+        settings = {key: getattr(args, key) for key in ("stages", "saves", "window", "width", "layers")}
+        record = {"machine": describe_machine(), "settings": settings, "seconds": round(time.perf_counter() - begun)}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**record, "rows": table}, indent=1) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Measure what docs/performance.md and docs/scale.md say about speed, and write the tables into them.
+"""Measure what performance.md, reliability.md and scale.md of docs/ say about speed, and write the tables into them.
 
     sudo python benchmarks/speed.py                    # everything: 50 minutes on 2 idle cores
     sudo python benchmarks/speed.py trainer start-up   # some of it
@@ -38,6 +38,7 @@ RUNS = {
         "docs/performance.md",
         "peers.py --rate 400mbit --tasks 3 --ranks 2 --json benchmarks/results/peers_400mbit.json",
     ),
+    "saving": ("docs/reliability.md", "saving.py --json benchmarks/results/saving.json"),
     "scale": ("docs/scale.md", "scale.py --json benchmarks/results/scale.json"),
 }
 

@@ -9,6 +9,13 @@ set -euo pipefail
 hostfile=$1 config=$2 run=$3
 shift 3
 first=$(awk '!/^#/ && NF {print $1; exit}' "$hostfile")
+for file in .deepspeed_env ~/.deepspeed_env; do
+    # the launcher writes these lines into its log and onto the ssh command lines
+    if [[ -f $file ]] && grep -qiE '^[^=]*(key|token|secret|password)[^=]*=' "$file"; then
+        echo "error: $file holds a key: take it out, and use \`wandb login\` and \`hf auth login\` on the hosts" >&2
+        exit 2
+    fi
+done
 resume=()
 if compgen -G "$run/checkpoint-*" >/dev/null; then resume=(--resume); fi
 exec deepspeed --hostfile "$hostfile" --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" \

@@ -53,6 +53,42 @@ def test_ssh_and_torchrun_start_the_run_and_resume_it_when_there_is_something(tm
         assert first in said
 
 
+def test_a_key_in_deepspeed_env_is_refused_and_seen(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node-1 slots=8\n")
+    (tmp_path / "deepspeed").write_text("#!/bin/sh\necho started\n")
+    (tmp_path / "deepspeed").chmod(0o755)
+    for line, status in (("WANDB_API_KEY=4711", 2), ("hf_token=4711", 2), ("WANDB_MODE=offline", 0)):
+        (tmp_path / ".deepspeed_env").write_text(f"HF_HOME=/shared\n{line}\n")
+        done = subprocess.run(
+            ["bash", str(LAUNCH / "ssh.sh"), "hosts", "a.yaml", "run"],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status and ("started" in done.stdout) == (status == 0), done.stderr
+        assert "4711" not in done.stdout + done.stderr
+        found = doctor.secrets([tmp_path])
+        assert bool(found) == bool(status) and "4711" not in str(found)
+        assert not found or line.partition("=")[0] in found[0].found
+
+
+def test_the_doctor_puts_a_bandwidth_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"all_reduce": 2.0, "reduce_scatter": 3.0}
+    result = {"ranks": 2, "backend": "nccl", "GB/s": {str(2**26): speeds}, "clocks_differ_s": 7.0}
+    found = {finding.what: finding for finding in doctor.between_ranks(result)}
+    assert "all-reduce 2.00 GB/s, reduce-scatter 3.00 GB/s (2 ranks, nccl)" in found["64 MiB"].found
+    assert found["gradients"].level == "warning" and "0.6 s" in found["gradients"].found
+    assert found["clocks"].level == "warning" and "7.0 s" in found["clocks"].found
+    result |= {"clocks_differ_s": 0.1, "backend": "gloo"}
+    assert [finding.level for finding in doctor.between_ranks(result)] == ["ok", "ok"]
+    said = "[rank1]: Traceback\n[rank1]: RuntimeError: Unable to find address for: nosuch0\n=======\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: failed)
+    (ranks,) = doctor.bandwidth(2)
+    assert ranks.level == "error" and ranks.found.endswith("RuntimeError: Unable to find address for: nosuch0")
+
+
 def test_variables_of_the_example_are_lines_of_name_and_value() -> None:
     for line in (LAUNCH / "deepspeed_env.example").read_text().splitlines():
         assert re.fullmatch(r"[A-Z_]+=\S+", line), line

@@ -108,6 +108,14 @@ class Schedule:
         batch_size, micro_steps = self.batch[task]
         return step * micro_steps * self.world_size * batch_size / self.sizes[task]
 
+    def basis(self) -> dict[str, int]:
+        """What the order of samples over all ranks depends on."""
+        found = {"the seed": self.seed}
+        for task, (batch_size, micro_steps) in self.batch.items():
+            found[f"samples of '{task}'"] = self.sizes[task]
+            found[f"images of '{task}' in a step"] = batch_size * micro_steps * self.world_size
+        return found
+
     def _permutation(self, task: str, epoch: int) -> np.ndarray:
         """Order (N,) of one epoch; the two latest of a task are kept: a batch may straddle two epochs."""
         key = (task, epoch)

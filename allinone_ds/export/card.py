@@ -42,7 +42,12 @@ class RunFacts:
 
 
 def run_facts(folder: Path, config: RunConfig) -> RunFacts:
-    """Steps and metrics of a run's final weights, or of a checkpoint."""
+    """Steps and metrics of a run's final weights, or of a checkpoint.
+
+    Args:
+        folder: in which the weights lie.
+        config: of the run.
+    """
     if (folder / METRICS_FILE).is_file():
         metrics = json.loads((folder / METRICS_FILE).read_text())
         return RunFacts(config, metrics.get("best_step", metrics.get("steps")), metrics)

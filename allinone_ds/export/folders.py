@@ -64,7 +64,7 @@ def export_run(run: str | Path, output: str | Path | None = None, onnx: bool = F
     model.load_state_dict(state)
     del state
     model.eval()
-    about = run_facts(run, config)
+    about = run_facts(source.parent, config)  # of a run that has not ended it is the last checkpoint
     output = run / EXPORT if output is None else Path(output)
     done = Exported(source)
     for name, task in facts.tasks.items():

@@ -19,7 +19,7 @@ from allinone_ds.training.predict import Predictor, load_run
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
     """Load a trained model; no DeepSpeed, no data, no hub.
 
-        model = allinone_ds.load("runs/demo/export/detection")
+        model = allinone_ds.load("runs/demo/export/tasks/detection")
         model.predict("street.jpg")     # [{"boxes": (n, 4), "scores": (n,), "labels": (n,)}]
 
     Args:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allinone_ds.models.mask2former import Mask2FormerSegmenter
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.tasks.segmentation import SegmentationTask
 from allinone_ds.training.evaluation import tasks_of
 
 PACKAGES = ("onnx", "onnxscript")
@@ -32,8 +34,8 @@ class TaskGraph(nn.Module):
 
     Attributes:
         names: of the outputs, in their order. Detection: "boxes" (B, A, 4) XYXY in pixels of the network's input and
-            "scores" (B, A, K), before threshold and NMS; other tasks: the tensors of their `ModelOutput`, "logits" for
-            segmentation (B, K, h, w) and classification (B, K).
+            "scores" (B, A, K), before threshold and NMS. Mask2Former: "scores" (B, K, h, w). Other tasks: the tensors
+            of their `ModelOutput`, "logits" for segmentation (B, K, h, w) and classification (B, K).
     """
 
     def __init__(self, model: AllInOneModel, task: str) -> None:
@@ -47,6 +49,8 @@ class TaskGraph(nn.Module):
         if isinstance(task, DetectionTask):
             boxes, scores = task.detector.decode(outputs)
             named = {"boxes": boxes, "scores": scores}
+        elif isinstance(task, SegmentationTask) and isinstance(task.segmenter, Mask2FormerSegmenter):
+            named = {"scores": task.segmenter.scores(outputs)}
         else:
             named = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
         self.names = list(named)

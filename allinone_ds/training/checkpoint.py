@@ -12,8 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from allinone_ds.strict import ConfigError
 from allinone_ds.training.errors import RunError
-from allinone_ds.training.folder import UNFINISHED, checkpoint_to_resume, checkpoints, set_aside
+from allinone_ds.training.folder import UNFINISHED, checkpoint_to_resume, checkpoints, claim, set_aside
 from allinone_ds.training.manifest import faults_of, files_of, measure, sync, write_manifest
 
 _FULL = 2**16  # bytes; a disk with less is called full
@@ -139,6 +140,23 @@ class CheckpointWriter:
                 sync(self.run)
                 shutil.rmtree(old, ignore_errors=True)
         self.agree()
+
+
+def claim_run(run: Path) -> None:
+    """`folder.claim` by rank 0; what it raises, every rank raises. Collective.
+
+    Raises:
+        ConfigError: another run writes to the folder, or nothing can be written there.
+    """
+    problem = ""
+    if _rank() == 0:
+        try:
+            claim(run)
+        except ConfigError as error:
+            problem = str(error)
+    problem = share(problem)
+    if problem:
+        raise ConfigError(problem)
 
 
 def choose_checkpoint(asked: Any, run: Path) -> tuple[Path | None, list[str]]:

@@ -128,11 +128,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def save_config(config: RunConfig, folder: str | Path) -> Path:
     """Write the resolved configuration into a folder, whole or not at all; `load_config` reads it back."""
     target = Path(folder) / CONFIG_FILE
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
-    scratch = target.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(content)
-    scratch.replace(target)
+    _write_whole(target, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
     return target
+
+
+def _write_whole(target: Path, text: str) -> None:
+    scratch = target.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(text)
+    scratch.replace(target)
 
 
 class ModelFacts(Strict):
@@ -148,7 +151,7 @@ def save_run_files(config: RunConfig, facts: ModelFacts, folder: str | Path) -> 
     """Write what is needed beside the weights to use them: config.yaml and model.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_config(config, folder)
-    (Path(folder) / MODEL_FILE).write_text(facts.model_dump_json(indent=1) + "\n")
+    _write_whole(Path(folder) / MODEL_FILE, facts.model_dump_json(indent=1) + "\n")
 
 
 def read_run_files(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, ModelFacts]:

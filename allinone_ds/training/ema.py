@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,9 @@ class AverageWeights(TrainerCallback):
         ema = self.trainer.ema = ShardEMA(self.trainer.deepspeed, args.ema_decay)
         folder = self.trainer.resumed_from
         if folder is not None and not ema.load(folder):
-            warnings.warn(f"{folder} holds no average of the weights; it begins anew from them", stacklevel=2)
+            self.trainer.warn(
+                state.global_step, f"{folder} holds no average of the weights (ema_decay): it begins anew from them"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.ema.update()

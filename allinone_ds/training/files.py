@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from allinone_ds.strict import ConfigError, did_you_mean
+
+_SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|[?&][^=&\s]*(?:token|key|secret|sig|password)[^=&\s]*=", re.IGNORECASE)
 
 
 def find_config(path: str | Path) -> Path:
@@ -65,6 +68,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
+    _refuse_secrets(content, str(file))
     return {str(key): value for key, value in content.items()}
 
 
@@ -78,6 +82,22 @@ def _check_tasks(base: Any, overrides: Sequence[str]) -> None:
     for item, key in zip(overrides, keys, strict=True):
         if key[0] == "tasks" and len(key) > 2 and key[1] not in known:
             raise ConfigError(f"override '{item}': the run has no task '{key[1]}'; {did_you_mean(key[1], known)}")
+
+
+def _refuse_secrets(content: Any, file: str, key: str = "") -> None:
+    """No address with a password or token: a run writes its configuration into checkpoints, logs and trackers."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _refuse_secrets(value, file, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list):
+        for value in content:
+            _refuse_secrets(value, file, key)
+    elif isinstance(content, str) and _SECRET.search(content):
+        raise ConfigError(
+            f"{file}: {key} is an address with a password or token in it, which would be written into the run's "
+            "checkpoints and logs; take it out, and log in on the hosts (hf auth login) or set it in the environment "
+            "(HF_TOKEN)"
+        )
 
 
 def _with_bases(file: Path) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from allinone_ds.training.errors import REQUEUE
-from allinone_ds.training.folder import EVENTS_FILE, LOG_FILE
+from allinone_ds.training.folder import EVENTS_FILE, LOG_FILE, check_free
 
 # Words of libraries that say nothing about the run. Their errors still come through.
 QUIET = {
@@ -117,9 +117,10 @@ def follow_run(
         on_event: called with every event: {"event": "begin" | "log" | "end", "step": ..., ...}.
 
     Raises:
+        ConfigError: a run is writing to the folder, or nothing can be written there.
         RunFailed: the launcher ended with an error, or with the status `REQUEUE` after a signal.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_free(folder)
     log = folder / LOG_FILE
     events = _tail(folder / EVENTS_FILE)
     received: list[int] = []
@@ -190,7 +191,8 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
                     if not line.endswith(b"\n"):
                         break  # still being written
                     position += len(line)
-                    found.append(json.loads(line))
+                    with contextlib.suppress(ValueError):  # the last line of a run that was killed
+                        found.append(json.loads(line))
         yield found
 
 

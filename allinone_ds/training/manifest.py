@@ -40,7 +40,7 @@ def sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **facts: Any) -> None:
-    """Write the manifest and sync it.
+    """Write the manifest, with a checksum of its own, and sync it.
 
     Args:
         folder: of the checkpoint.
@@ -48,8 +48,14 @@ def write_manifest(folder: Path, files: Mapping[str, dict[str, Any]], **facts: A
         facts: further entries, such as the step.
     """
     target = folder / MANIFEST_FILE
-    target.write_text(json.dumps({**facts, "files": dict(sorted(files.items()))}, indent=1) + "\n")
+    content = {**facts, "files": dict(sorted(files.items()))}
+    target.write_text(json.dumps({"blake2b": _checksum(content), **content}, indent=1) + "\n")
     sync(target)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a manifest's content, however it is written down."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -60,13 +66,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text())
-        if isinstance(content["files"], dict):
-            return content
+        written = content.pop("blake2b")
     except FileNotFoundError:
         raise ValueError(f"has no {MANIFEST_FILE}, so it was not written to its end") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})") from None
-    raise ValueError(f"{MANIFEST_FILE} has no list of files")
+    if _checksum(content) != written:
+        raise ValueError(f"{MANIFEST_FILE} has another checksum than when it was written")
+    return content
 
 
 def faults_of(folder: Path, part: int = 0, parts: int = 1) -> list[str]:

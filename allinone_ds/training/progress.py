@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,13 @@ class EventLog(RunCallback):
 
     def write(self, event: str, **values: Any) -> None:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a run that was killed while it wrote a line
+                    file.write(b"\n")
+            text = json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n"
+            file.write(text.encode())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -6,7 +6,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 @media (max-width: 500px) { body { padding: .7rem; } th, td { padding-right: .55rem; font-size: .85rem; } }
 .plots img { width: 100%; max-width: 640px; }
 """
+_MOST = 50  # of the latest starts, stops and warnings of a run
 PICTURES_ALONE, PICTURES_BESIDE = 12, 4
 """Test images shown of a task: for one run, and for each of several."""
 
@@ -57,6 +58,7 @@ class Run:
         label: a name that no other run of the page has.
         config: the resolved configuration; empty when the run has not begun.
         history: logs in the order of steps, the last one that was written of each; `step` in each.
+        events: (step, what happened), in the order of time: resumes, stops, warnings.
         metrics: of the end; empty when the run has not ended.
         pictures: files of predictions by task.
     """
@@ -65,6 +67,7 @@ class Run:
     label: str
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    events: list[tuple[int, str]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, list[Path]] = field(default_factory=dict)
 
@@ -121,6 +124,7 @@ def read_run(folder: str | Path) -> Run:
         label=str(config.get("name", folder.name)),
         config=config,
         history=_history(folder / EVENTS_FILE),
+        events=_events(folder / EVENTS_FILE),
         metrics=json.loads(_text(folder / METRICS_FILE) or "{}"),
         pictures=pictures,
     )
@@ -129,11 +133,7 @@ def read_run(folder: str | Path) -> Run:
 def _history(file: Path) -> list[dict[str, Any]]:
     """Logs by step. Where a run is resumed, what it had logged beyond that step no longer counts."""
     last: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in _text(file).splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a run that was killed
+    for event in _lines(file):
         if event.get("event") == "begin":
             last = {key: entry for key, entry in last.items() if key[0] <= event["step"]}
         if event.get("event") == "log" and ("loss" in event or "eval_score" in event):
@@ -143,6 +143,31 @@ def _history(file: Path) -> list[dict[str, Any]]:
                 if key not in ("event", "time")
             }
     return [last[key] for key in sorted(last, key=lambda key: (key[0], not key[1]))]
+
+
+def _events(file: Path) -> list[tuple[int, str]]:
+    """What an operator wants to know of."""
+    found = []
+    for number, event in enumerate(_lines(file)):
+        step = event.get("step", 0)
+        match event.get("event"):
+            case "begin" if number:
+                found.append((step, "started again"))
+            case "stopped":
+                found.append((step, f"saved and stopped by {event.get('signal')}"))
+            case "warning":
+                found.append((step, str(event.get("message"))))
+    return found
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in _text(file).splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed
+        if isinstance(event, dict):
+            yield event
 
 
 def _text(file: Path) -> str:
@@ -158,26 +183,46 @@ def page(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{html.escape(title)}</h1>", _results(runs)]
     if len(runs) > 1:
         parts.append(_differences(runs))
-    parts += [_plots(runs), _last_values(runs), _predictions(runs)]
+    parts += [_happenings(runs), _plots(runs), _last_values(runs), _predictions(runs)]
     parts += [_configuration(run) for run in runs]
     body = "\n".join(part for part in parts if part)
     return f"{HEAD}<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
 
 
 def _results(runs: Sequence[Run]) -> str:
-    rows: dict[str, list[str]] = {"steps": [], "ranks": [], "training time": []}
+    rows: dict[str, list[str]] = {
+        "steps": [],
+        "ranks": [],
+        "training time": [],
+        "peak memory of a rank, GiB": [],
+        "images that could not be read": [],
+    }
     metrics = list(dict.fromkeys(key for run in runs for key in _metric_names(run)))
     for run in runs:
         last = run.history[-1]["step"] if run.history else 0
         rows["steps"].append(str(run.metrics.get("steps", f"{last}, not ended")))
         rows["ranks"].append(str(run.metrics.get("world_size", "")))
         rows["training time"].append(clock(run.metrics["train_runtime"]) if "train_runtime" in run.metrics else "")
+        peaks = [entry["memory/peak_gib"] for entry in run.history if "memory/peak_gib" in entry]
+        rows["peak memory of a rank, GiB"].append(f"{max(peaks):.2f}" if peaks else "")
+        broken = [entry["broken_images"] for entry in run.history if "broken_images" in entry]
+        rows["images that could not be read"].append(str(broken[-1]) if broken else "")
     table = [[name, *values] for name, values in rows.items()]
     for key in metrics:
         values = [run.evaluation().get(key) for run in runs]
         name = "score (mean of main metrics)" if key == "eval_score" else _readable(key, runs)
         table.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
     return "<h2>Results</h2>" + _table(["", *(run.label for run in runs)], table)
+
+
+def _happenings(runs: Sequence[Run]) -> str:
+    rows = [[run.label, str(step), words] for run in runs for step, words in run.events[-_MOST:]]
+    if not rows:
+        return ""
+    first = 0 if len(runs) > 1 else 1
+    return "<h2>Starts, stops and warnings</h2>" + _table(
+        ["run", "step", "what"][first:], [row[first:] for row in rows]
+    )
 
 
 def _metric_names(run: Run) -> list[str]:
@@ -188,11 +233,13 @@ def _metric_names(run: Run) -> list[str]:
 
 
 def _readable(key: str, runs: Sequence[Run]) -> str:
-    rest = key.removeprefix("eval_")
-    for task in sorted({task for run in runs for task in run.tasks}, key=len, reverse=True):
-        if rest.startswith(f"{task}_"):
-            return f"{task}: {rest.removeprefix(f'{task}_')}"
-    return rest
+    tasks = sorted({task for run in runs for task in run.tasks}, key=len, reverse=True)
+    for start, more in (("eval_", ""), ("eval_ema_", ", averaged weights")):
+        rest = key.removeprefix(start)
+        for task in tasks:
+            if rest.startswith(f"{task}_"):
+                return f"{task}: {rest.removeprefix(f'{task}_')}{more}"
+    return key.removeprefix("eval_")
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -227,6 +274,7 @@ def _plots(runs: Sequence[Run]) -> str:
         ("factor that the gradient got", _norms("/scale"), True, None),
         ("backbone gradient norm after balancing", _norms("/scaled"), True, None),
         ("share of the squared norm of the update", _norms("/share"), False, (0.0, 1.0)),
+        ("cosine of two tasks' backbone gradients", _cosines, False, (-1.0, 1.0)),
         ("images a second", lambda run: series(run.history, "images_per_second/"), False, None),
         ("seconds a step", lambda run: series(run.history, "seconds/"), False, None),
     ]
@@ -242,7 +290,7 @@ def _plots(runs: Sequence[Run]) -> str:
             }
         for name, lines in panels.items():
             if any(len(steps) > 1 for steps, _ in lines.values()):  # one point is no curve; the tables have it
-                limits_here = limits if limits and _within(lines, limits) else None
+                limits_here = _limits(lines, limits) if limits else None
                 labels = [run.label for run in runs] if len(runs) > 1 else []
                 picture = _data("image/svg+xml", svg(lines, name, log, limits_here, labels).encode())
                 figures.append(f'<img alt="{html.escape(describe(lines, name))}" src="{picture}">')
@@ -258,8 +306,19 @@ def _evaluation_lines(run: Run) -> Lines:
     return {_readable(f"eval_{name}", [run]): found[name] for name in found if f"eval_{name}" in _metric_names(run)}
 
 
-def _within(lines: Lines, limits: tuple[float, float]) -> bool:
-    return all(limits[0] <= v <= limits[1] for _, values in lines.values() for v in values if math.isfinite(v))
+def _cosines(run: Run) -> Lines:
+    found = series(run.history, "cosine/")
+    return {name.replace("/", " and "): line for name, line in found.items()}
+
+
+def _limits(lines: Lines, limits: tuple[float, float]) -> tuple[float, float] | None:
+    """The quantity's own range, of which small values get the lowest tenth, fifth or half; None where it is left."""
+    low, high = limits
+    values = [v for _, values in lines.values() for v in values if math.isfinite(v)]
+    if not all(low <= v <= high for v in values):
+        return None
+    parts = (0.1, 0.2, 0.5, 1.0) if low == 0 else (1.0,)
+    return low, next(part * high for part in parts if all(v <= part * high for v in values))
 
 
 def _last_values(runs: Sequence[Run]) -> str:

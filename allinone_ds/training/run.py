@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -10,6 +12,7 @@ from transformers import set_seed
 from allinone_ds.balance import balancer_from_config
 from allinone_ds.training.arguments import arguments_from_config
 from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
+from allinone_ds.training.checkpoint import claim_run
 from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
 from allinone_ds.training.folder import AVERAGED, METRICS_FILE, PLOTS, check_resume
 from allinone_ds.training.pages import collect_drawings, write_page
@@ -33,7 +36,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         The final metrics; None when SIGTERM or SIGUSR1 ended training after a checkpoint.
 
     Raises:
-        ConfigError: the folder holds another run's checkpoints, or there is none to resume from.
+        ConfigError: the folder holds another run's checkpoints, a run is writing to it, nothing can be written to it,
+            or there is none to resume from.
         RunError: the run cannot go on.
         DataError: the data cannot be trained on.
     """
@@ -42,6 +46,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     if str(resume).lower() == "false":
         resume = None
     check_resume(resume, config.run_dir)
+    claim_run(config.run_dir)
     set_seed(args.seed)
     train_data = open_train_data(config)
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
@@ -71,15 +76,18 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     if test_data:
         metrics.update(_last_evaluation(trainer) or trainer.evaluate())
         if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-            metrics["best_step"] = trainer.state.best_global_step
+            metrics["best_step"] = _best_step(trainer.state)
         drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draw=trainer.is_world_process_zero())
     if args.ema_decay is not None:
         with trainer.averaged_weights():
             trainer.save_model(str(config.run_dir / AVERAGED))
-            if test_data:
-                metrics.update(trainer.evaluate(metric_key_prefix="eval_ema"))
+            averaged = trainer.evaluate(metric_key_prefix="eval_ema") if test_data else {}
         if trainer.is_world_process_zero():
             save_run_files(config, facts, config.run_dir / AVERAGED)
+            own = {key.replace("eval_ema_", "eval_"): value for key, value in averaged.items()}
+            own |= {key: metrics[key] for key in ("steps", "world_size")}
+            (config.run_dir / AVERAGED / METRICS_FILE).write_text(json.dumps(own, indent=2) + "\n")
+        metrics.update(averaged)
     if trainer.is_world_process_zero():
         folder = config.run_dir
         save_run_files(config, facts, folder)
@@ -97,8 +105,13 @@ def _last_evaluation(trainer: AllInOneTrainer) -> dict[str, float] | None:
     """Metrics of the weights as they are now, when an evaluation during training has just given them."""
     state = trainer.state
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
-    step = state.best_global_step if best else state.global_step
+    step = _best_step(state) if best else state.global_step
     for entry in reversed(state.log_history):
         if entry.get("step") == step and "eval_score" in entry:
             return {key: value for key, value in entry.items() if key.startswith("eval_")}
     return None
+
+
+def _best_step(state: Any) -> int:
+    """Step of the best checkpoint. `state.best_global_step` may be an evaluation at which nothing was saved."""
+    return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])

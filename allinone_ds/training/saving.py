@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,20 +10,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.checkpoint import CheckpointWriter, choose_checkpoint
 from allinone_ds.training.ema import ema_file
-from allinone_ds.training.folder import TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.training.folder import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE, prune
 from allinone_ds.training.manifest import read_manifest
 from allinone_ds.training.weights import shards_of
 from allinone_ds.zero import Take, load_resharded, own_checkpoint_files, save_engine
 from allinone_ds.zero.consolidate import trained_weights
+from allinone_ds.zero.params import whole_shape
 
 SCHEDULER_FILE = "scheduler.pt"
 
@@ -97,7 +99,7 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(writer.target))
         if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, best_kept)
+            prune(run, args.save_total_limit, best_kept)
 
     if saver is None:
         publish()
@@ -172,6 +174,16 @@ def pick_checkpoint(trainer: Any, asked: Any) -> Path | None:
     return found
 
 
+def best_beside(checkpoint: Path) -> str | None:
+    """The best checkpoint that a checkpoint's state names, as it lies beside it; None when there is none.
+
+    The state knows it by the path that it had then, and a run's folder may be moved or copied.
+    """
+    best = json.loads((checkpoint / TRAINER_STATE).read_text()).get("best_model_checkpoint")
+    beside = checkpoint.with_name(Path(best).name) if best else checkpoint
+    return str(beside) if best and beside.is_dir() else None
+
+
 def load_engine(trainer: Any, checkpoint: Path) -> None:
     """Weights, optimizer, loss scale and schedule of a checkpoint, into the engine. Collective.
 
@@ -182,6 +194,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             not as large as the weights.
     """
     engine = trainer.deepspeed
+    check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
     written = read_manifest(checkpoint)
     stage, stage_then = int(engine.zero_optimization_stage()), written["zero_stage"]
@@ -203,6 +216,44 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
+
+
+def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint of another model, as far as its model.safetensors tells.
+
+    Raises:
+        ConfigError: names the tasks whose heads differ.
+    """
+    file = checkpoint / WEIGHTS_FILE
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as weights:
+        there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    ours: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    here = {name: tuple(whole_shape(ours[name])) for name in model.state_dict()}
+    if here == there:
+        return
+    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for side, shapes in enumerate((there, here)):
+        for name, shape in shapes.items():
+            first, _, rest = name.partition(".")
+            part = f"task '{rest.partition('.')[0]}'" if first == "tasks" else f"the {first}"
+            parts.setdefault(part, ({}, {}))[side][name] = shape
+    words = []
+    for part, (then, now) in parts.items():
+        if not now:
+            words.append(f"{part} is in it, but not in this run")
+        elif not then:
+            words.append(f"{part} is not in it")
+        elif then != now:
+            name = min(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+            differ = f"{then.get(name, 'absent')} there, {now.get(name, 'absent')} here"
+            words.append(f"{part} is another: {name} is {differ}")
+    raise ConfigError(
+        f"{checkpoint} is of another model: {'; '.join(words)}. A resume goes on with the model that was saved: give "
+        f"the configuration it had ({checkpoint / CONFIG_FILE}), or begin a run of its own (another output_dir) with "
+        f"model.start_from={checkpoint}, which takes the backbone and the heads that stayed the same"
+    )
 
 
 def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:

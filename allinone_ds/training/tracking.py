@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from allinone_ds.tasks.drawing import to_pil
@@ -72,8 +73,7 @@ class WandbTracker(WandbCallback):
         if not state.is_world_process_zero:
             self._initialized = True
             return
-        memory = Path(args.output_dir) / WANDB_FILE
-        before = json.loads(memory.read_text()) if state.global_step and memory.is_file() else {}
+        before = self._remembered(Path(args.output_dir) / WANDB_FILE) if state.global_step else {}
         if self._wandb.run is None:
             self._wandb.init(
                 project=os.getenv("WANDB_PROJECT", "huggingface"),
@@ -109,11 +109,29 @@ class WandbTracker(WandbCallback):
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         named = {
-            f"predictions/{task}": [self._wandb.Image(to_pil(picture)) for picture in drawn]
+            f"predictions/{task}": [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
             for task, drawn in pictures.items()
         }
         self._wandb.log({**named, STEP: step})
         self._remember()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wanted = self._log_model.value == "checkpoint"
+        if self.trainer.saver is not None and _any_rank(wanted, args.device):
+            self.trainer.saver.finish()  # collective; the folder is not there before
+        super().on_save(args, state, control, **kwargs)
+
+    def _remembered(self, memory: Path) -> dict[str, Any]:
+        """Id and row counter of the run that is resumed."""
+        if not memory.is_file():
+            return {}
+        try:
+            content = json.loads(memory.read_text())
+            return {"id": str(content["id"]), "rows": int(content["rows"])}
+        except (ValueError, KeyError, TypeError):
+            step = self.trainer.state.global_step
+            self.trainer.warn(step, f"{memory} cannot be read: W&B gets a new run; WANDB_RUN_ID names the old one")
+            return {}
 
     def _remember(self) -> None:
         """Keep id and row counter after every row, for a run that is killed before its next checkpoint too."""
@@ -136,6 +154,13 @@ class WandbTracker(WandbCallback):
             for file in files:
                 artifact.add_file(str(file))
             self._wandb.run.log_artifact(artifact, aliases=list(aliases) if aliases else None)
+
+
+def _of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures (3, H, W) with white to their right and below: W&B shows those of a list in the size of the first."""
+    H, W = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    white = [(0, W - picture.shape[2], 0, H - picture.shape[1]) for picture in pictures]
+    return [F.pad(picture, edges, value=255) for picture, edges in zip(pictures, white, strict=True)]
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

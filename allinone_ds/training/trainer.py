@@ -19,7 +19,7 @@ from allinone_ds.data.loader import StepBatch, TaskData
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
 from allinone_ds.training.background import BackgroundSaver
-from allinone_ds.training.checkpoint import gather
+from allinone_ds.training.checkpoint import claim_run, gather
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.errors import RunError, out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
@@ -31,6 +31,7 @@ from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.pages import collect_drawings
 from allinone_ds.training.saving import (
     RunCallback,
+    best_beside,
     load_engine,
     pick_checkpoint,
     read_loop_state,
@@ -140,10 +141,11 @@ class AllInOneTrainer(Trainer):
             args, kwargs: as of Trainer.
 
         Raises:
-            ConfigError: there is no whole checkpoint to resume.
+            ConfigError: there is no whole checkpoint to resume, or another run is writing to `output_dir`.
             RunError: a checkpoint could not be written, memory ran out, or a task was not finite too often.
         """
         run = Path(str(self.args.output_dir))
+        claim_run(run)
         asked, self._resumed = resume_from_checkpoint, None
         if asked and str(asked).lower() != "false":
             check_resume(asked, run)
@@ -205,13 +207,29 @@ class AllInOneTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_save()
+        if self.stop_signal.caught:
+            # the run goes on elsewhere, from its last checkpoint. With a best one Trainer would load that, and with
+            # save_total_limit 1 delete the last one
+            self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # with save_strategy "best" Trainer takes the answer for whether to save
+        return super()._determine_best_metric(*args, **kwargs) or self.stop_signal.caught is not None
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        begun = super()._init_training_state(*args, **kwargs)
+        if self._resumed is not None:
+            self.state.best_model_checkpoint = best_beside(self._resumed) or self.state.best_model_checkpoint
+        return begun
 
     def _finish_save(self, quietly: bool = False) -> None:
         """Wait for a checkpoint that is still being written."""
         if self.saver is None:
             return
         try:
+            if not quietly:
+                self.mark("the end of a checkpoint in the background")
             self.saver.finish()
         except RunError as error:
             if not quietly:
@@ -223,8 +241,6 @@ class AllInOneTrainer(Trainer):
             save_weights(state_dict, str(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
-        if self.stop_signal.caught:  # the run goes on elsewhere
-            return
         best = Path(str(self.state.best_model_checkpoint))
         faults = gather(faults_of(best, self.args.process_index, self.args.world_size))
         found = sorted({fault for part in faults for fault in part})
@@ -246,6 +262,7 @@ class AllInOneTrainer(Trainer):
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
             "nonfinite": self._streaks.state_dict(),
+            "data": self.schedule.basis(),
         }
 
     def _load_loop_state(self, state: dict[str, Any]) -> None:
@@ -256,6 +273,15 @@ class AllInOneTrainer(Trainer):
         self._total_loss_scalar -= float(state["loss"])  # not of the steps that this call of train() took
         self._globalstep_last_logged = state["last_logged"]
         self._streaks.load_state_dict(state["nonfinite"])
+        now = self.schedule.basis()
+        before = state["data"]
+        changed = [f"{what} was {before.get(what)}, is {now[what]}" for what in now if now[what] != before.get(what)]
+        if changed:
+            self.warn(
+                self.state.global_step,
+                f"the data's order is another from step {self.state.global_step} on ({'; '.join(changed)}): in the "
+                "epochs that have begun, some samples come again and some are left out",
+            )
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside this block the model's weights are their average over the run (`ema_decay`): evaluate or save them.
@@ -399,7 +425,8 @@ class AllInOneTrainer(Trainer):
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
-        self._show_predictions(data)
+        if metric_key_prefix == "eval":  # the trackers' pictures are those of the weights that are trained
+            self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

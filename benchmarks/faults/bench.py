@@ -60,9 +60,12 @@ class Bench:
         self.seconds: dict[int, float] = {}  # of the whole run
         self.saving: dict[int, float] = {}  # of one save
 
-    def start(self, output: Path, *overrides: str, before: Callable[[int], None] | None = None) -> Ranks:
+    def start(
+        self, output: Path, *overrides: str, before: Callable[[int], None] | None = None, file: Path | None = None
+    ) -> Ranks:
+        file = self.file if file is None else file
         if not self.background:
-            return self.started_with(self.file, output, self.engine(), *overrides, before=before)
+            return self.started_with(file, output, self.engine(), *overrides, before=before)
 
         def before_both(rank: int) -> None:
             write_late()
@@ -70,7 +73,7 @@ class Bench:
                 before(rank)
 
         flags = (self.engine(), "trainer.async_save=true")
-        return self.started_with(self.file, output, *flags, *overrides, before=before_both)
+        return self.started_with(file, output, *flags, *overrides, before=before_both)
 
     def engine(self) -> str:
         return f"deepspeed=configs/deepspeed/zero{self.stage}.json"

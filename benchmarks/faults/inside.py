@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -66,6 +68,21 @@ def spoil_loss(value: float, steps: range, rank: int) -> None:
     ClassificationTask.forward = spoilt
 
 
+def stand_still(rank: int, which: int) -> None:
+    """Rank `which` stops in the classification task of step 3, after the others have heard that it is there."""
+    from allinone_ds.tasks.classification import ClassificationTask
+
+    forward, calls = ClassificationTask.forward, iter(range(10**9))
+
+    def stopped(self, *args, **kwargs):
+        if next(calls) == 3 and rank == which:
+            time.sleep(1)  # marks travel every 0.2 seconds
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return forward(self, *args, **kwargs)
+
+    ClassificationTask.forward = stopped
+
+
 def exhaust_memory(rank: int, by_hand: bool) -> None:
     """The classification task of rank 1 runs out of memory in step 3.
 
@@ -99,3 +116,23 @@ def count_reads(file: Path) -> None:
             return _read(path, *args, **kwargs)
 
         module.read_image = counted
+
+
+def score_by_step(scores: dict[int, float], stop_in: int | None, rank: int) -> None:
+    """Evaluations give these scores; rank 0 sends itself SIGTERM in a step."""
+    from allinone_ds.training.trainer import AllInOneTrainer
+
+    step = AllInOneTrainer._step
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_score": scores[self.state.global_step]}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def stopped(self, number):
+        if rank == 0 and number + 1 == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    AllInOneTrainer.evaluate, AllInOneTrainer._step = evaluate, stopped

@@ -77,6 +77,10 @@ def rows(kills: int, times: int, stages: tuple[int, ...], once: bool) -> list[Ro
     return table
 
 
+def widen(tasks: dict[str, Any]) -> None:
+    tasks["seg"]["options"]["width"] = 16
+
+
 def cut_steps(once: bool) -> Sequence[int]:
     return [LOGGING_STEPS + 2] if once else range(1, STEPS)
 
@@ -90,6 +94,14 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how = "2 ranks ZeRO-2, then 4 ranks ZeRO-2, then 1 rank ZeRO-3"
     yield "other ranks and ZeRO stage", how, "once", lambda b, _: b.reshard()
     yield "old checkpoints", "save_total_limit 2", "once", lambda b, _: b.keep_two()
+    how = "SIGTERM one step after it, save_total_limit 1, the run's folder moved"
+    yield "best checkpoint, save_strategy steps", how, "once", lambda b, _: b.best("steps")
+    yield "best checkpoint, save_strategy best", how, "once", lambda b, _: b.best("best")
+    yield "two runs in one folder", "a second start beside a running one", "once", lambda b, _: b.twice()
+    how, said = "resumed without it", "task 'cls' is in it, but not in this run"
+    yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
+    how = "resumed with a head of 16 instead of 32 channels"
+    yield "other head", how, "once", lambda b, _: b.other_model(widen, "task 'seg' is another: tasks.seg.")
     how = "SIGKILL at a random moment, again after every resume"
     yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
     yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)
@@ -106,8 +118,8 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how = "a random bit of a random file of the last one"
     yield "bit flip in a checkpoint", how, "times", lambda b, _: b.damage(True)
     yield "disk full while saving", "run folder on a 4 MiB disk in memory", "stages", lambda b, _: b.disk_full()
-    yield "rank 0 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
-    yield "rank 1 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
+    yield "rank 0 stops answering", "SIGSTOP in a task, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
+    yield "rank 1 stops answering", "SIGSTOP in a task, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
     how = "one task, rank 1, one step"
     yield "NaN loss, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", NAN)
     yield "NaN loss, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", NAN)

@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import yaml
 from bench import Bench, NotPossible, demand
-from inside import allow_fp16, count_reads, exhaust_memory, spoil_loss
+from inside import allow_fp16, count_reads, exhaust_memory, score_by_step, spoil_loss, stand_still
 from ranks import LOGGING_STEPS, SAVE_STEPS, STEPS, Ranks, differences, last_step, memory_disk, outcome
 from safetensors.torch import load_file
 
@@ -30,14 +31,15 @@ class Tries(Bench):
     when they were several."""
 
     def reshard(self) -> None:
-        """2 ranks with ZeRO-2, then 4 ranks with ZeRO-2, then 1 rank with ZeRO-3: the losses of 2 ranks throughout.
+        """2 ranks with ZeRO-2, then 4 ranks with ZeRO-2, then 1 rank with ZeRO-3: the losses of 2 ranks throughout, and
+        the same averaged weights at the end.
 
         Both tasks are means over images, and ranks x batch size stays, so the same images give the same gradient.
         """
         content = yaml.safe_load(self.file.read_text())
         plain = {**content["tasks"]["cls"], "options": {}}
         content["tasks"] = {"one": plain, "two": plain}
-        content["trainer"].update(logging_steps=1, save_total_limit=STEPS)
+        content["trainer"].update(logging_steps=1, save_total_limit=STEPS, ema_decay=0.9)
         file = self.home / "reshard.yaml"
         file.write_text(yaml.safe_dump(content))
 
@@ -60,6 +62,11 @@ class Tries(Bench):
         wanted, found = ([e["loss"] for e in outcome(o)[1] if "loss" in e] for o in (whole, output))
         off = max(abs(a - b) for a, b in zip(wanted, found, strict=True))
         demand(off < 5e-6 * max(wanted), f"the losses differ by {off:.1e}")
+        average, last = load_file(whole / "ema" / "model.safetensors"), load_file(whole / "model.safetensors")
+        found = load_file(output / "ema" / "model.safetensors")
+        off = max(float((found[name] - value).abs().max()) for name, value in average.items())
+        moved = max(float((last[name] - value).abs().max()) for name, value in average.items())
+        demand(off < 1e-3 * moved, f"the averaged weights differ by {off:.1e}, of {moved:.1e} to the last ones")
 
     def cut_fp16(self) -> None:
         """The loss scale, which falls in most of these steps, goes on where it was."""
@@ -149,6 +156,69 @@ class Tries(Bench):
         kept = [path.name for path in checkpoints(output)]
         demand(kept == [f"checkpoint-{STEPS - SAVE_STEPS}", f"checkpoint-{STEPS}"], f"it kept {kept}")
 
+    def best(self, strategy: str) -> None:
+        """SIGTERM in the step after the best checkpoint, of which a save in the background is then still under way; the
+        stopped run keeps the last checkpoint beside the best, goes on, and ends with the weights of the best."""
+        content = yaml.safe_load(self.file.read_text())
+        for task in content["tasks"].values():
+            task["test"] = task["train"]
+        content["trainer"].update(eval_strategy="steps", eval_steps=1, save_total_limit=1)
+        file, output = self.home / "best.yaml", self.output()
+        file.write_text(yaml.safe_dump(content))
+        good = 2 * SAVE_STEPS
+        scores = {step: 0.9 if step == good else 0.5 - step / 100 for step in range(1, STEPS + 1)}
+        whole = self.whole(good)
+        flags = (f"trainer.save_strategy={strategy}", "trainer.load_best_model_at_end=true")
+        before = lambda rank: score_by_step(scores, good + 1, rank)  # noqa: E731
+        ranks = self.start(output, *flags, before=before, file=file)
+        codes = ranks.wait()
+        demand(set(codes.values()) == {75}, f"exit statuses {codes} instead of 75", ranks)
+        kept = [path.name for path in checkpoints(output)]
+        demand(kept == [f"checkpoint-{good}", f"checkpoint-{good + 1}"], f"after SIGTERM it kept {kept}", ranks)
+        moved = output.with_name(f"{output.name}-moved")
+        output.rename(moved)
+        before = lambda rank: score_by_step(scores, None, rank)  # noqa: E731
+        ranks = self.start(moved, *flags, "trainer.save_total_limit=2", "--resume", before=before, file=file)
+        demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+        kept = [path.name for path in checkpoints(moved)]
+        last = good + 1 if strategy == "best" else STEPS
+        demand(kept == [f"checkpoint-{good}", f"checkpoint-{last}"], f"at the end it kept {kept}", ranks)
+        metrics = json.loads((moved / "metrics.json").read_text())
+        demand(metrics["best_step"] == good and metrics["eval_score"] == 0.9, f"the metrics are {metrics}")
+        final = load_file(moved / "model.safetensors")
+        wrong = [name for name, value in whole[0].items() if not torch.equal(final[name], value)]
+        demand(not wrong, f"the weights at the end are not those of the best checkpoint: {wrong[:3]}")
+
+    def twice(self) -> None:
+        """A second start in the folder of a run that goes on is refused; the first ends as if nothing had happened."""
+        output = self.output()
+        self.whole()
+        ranks = self.start(output)
+        ranks.wait_for_step(SAVE_STEPS)
+        ranks.send(signal.SIGSTOP)
+        second = self.start(output, "--resume")
+        codes = second.wait()
+        ranks.send(signal.SIGCONT)
+        demand(set(codes.values()) == {2}, f"exit statuses {codes} of the second run instead of 2", second)
+        said = f"process {ranks.pids[0]} on "
+        demand(said in second.said(), f"'{said}' was not said", second)
+        demand(not any(ranks.wait().values()), "the first run failed", ranks)
+        self.compare(output)
+
+    def other_model(self, change: Callable[[dict[str, Any]], None], words: str) -> None:
+        """A resume with other tasks or heads is refused with the reason."""
+        output = self.output()
+        ranks = self.start(output, f"trainer.max_steps={SAVE_STEPS}")
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        content = yaml.safe_load(self.file.read_text())
+        change(content["tasks"])
+        file = self.home / "changed.yaml"
+        file.write_text(yaml.safe_dump(content))
+        ranks = self.start(output, "--resume", file=file)
+        codes = ranks.wait()
+        demand(set(codes.values()) == {2} and words in ranks.said(), f"exit statuses {codes}; not said: {words}", ranks)
+        demand([path.name for path in checkpoints(output)] == [f"checkpoint-{SAVE_STEPS}"], "the checkpoint is gone")
+
     def damage(self, flip: bool) -> None:
         output = self.output()
         self.whole()
@@ -195,14 +265,14 @@ class Tries(Bench):
     def standstill(self, rank: int) -> None:
         output = self.output()
         self.whole()
-        ranks = self.start(output, "trainer.stall_timeout=2")
+        ranks = self.start(output, "trainer.stall_timeout=2", before=lambda own: stand_still(own, rank))
         ranks.wait_for_step(SAVE_STEPS)
-        ranks.send(signal.SIGSTOP, rank)
         begun = time.monotonic()
         ranks.wait(grace=0.5)
         demand(time.monotonic() - begun < 30, "it took too long", ranks)
         said = ranks.said()
-        demand(f"rank {rank}" in said and "has not" in said and " step " in said, "it was not named", ranks)
+        where = "step 3, task 'cls', micro-step 1 of 1"
+        demand(f"rank {rank}" in said and "has not" in said and where in said, "it was not named", ranks)
         self.go_on(output)
 
     def nonfinite(self, policy: str, value: float, last: int = 3) -> None:

@@ -18,7 +18,7 @@ from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.strict import ConfigError
 from tests.tiny import CLASSES
 
-from .untrained import untrained_run
+from .untrained import LIGHT, STRONG, WINNING, untrained_run
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -33,9 +33,9 @@ def assert_same_outputs(found, expected, task: str) -> None:
             assert torch.equal(ours[key], value), (task, key)
 
 
-@pytest.mark.parametrize(("stem", "strong"), [("conv", False), ("patch", True)])
-def test_every_folder_gives_what_the_run_gives(tmp_path: Path, stem: str, strong: bool) -> None:
-    model = untrained_run(tmp_path / "run", stem, strong)
+@pytest.mark.parametrize(("stem", "heads"), [("conv", LIGHT), ("patch", STRONG), ("patch", WINNING)])
+def test_every_folder_gives_what_the_run_gives(tmp_path: Path, stem: str, heads: dict) -> None:
+    model = untrained_run(tmp_path / "run", stem, heads)
     done = export_run(tmp_path / "run", tmp_path / "out")
     assert done.source == tmp_path / "run" / "model.safetensors"
     (tmp_path / "run").rename(tmp_path / "gone")
@@ -126,6 +126,23 @@ def test_the_card_says_what_how_good_and_on_what(tmp_path: Path) -> None:
     assert "top1" not in card and str(tmp_path) not in card
     whole = (tmp_path / "export" / "model" / "README.md").read_text()
     assert "| cls | top1 | 0.5000 |" in whole and 'task="det"' in whole
+
+
+def test_a_run_that_has_not_ended_gives_its_last_checkpoint_and_says_so(tmp_path: Path) -> None:
+    model = untrained_run(tmp_path)
+    last = tmp_path / "checkpoint-7"
+    last.mkdir()
+    (tmp_path / "model.safetensors").rename(last / "model.safetensors")
+    evaluations = [
+        {"step": 5, "eval_score": 0.9, "eval_det_map50": 0.9},
+        {"step": 7, "eval_score": 0.2, "eval_det_map50": 0.25},
+    ]
+    (last / "trainer_state.json").write_text(json.dumps({"global_step": 7, "log_history": evaluations}))
+    done = export_run(tmp_path)
+    assert done.source == last / "model.safetensors"
+    card = (tmp_path / "export" / "tasks" / "det" / "README.md").read_text()
+    assert "for 7 steps" in card and "| det | map50 | 0.2500 |" in card and "0.9000" not in card
+    assert_same_outputs(allinone_ds.load(tmp_path / "export" / "model").model, model, "det")
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from allinone_ds.export.onnx import TaskGraph, write_onnx
 
-from .untrained import untrained_run
+from .untrained import LIGHT, WINNING, untrained_run
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
 pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
@@ -19,11 +19,15 @@ ONE_LAYER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2
 
 
 @pytest.mark.parametrize(
-    ("strong", "outputs"),
-    [(False, {"det": ["boxes", "scores"], "seg": ["logits"], "cls": ["logits"]}), (True, {"det": ["boxes", "scores"]})],
+    ("heads", "outputs"),
+    [
+        (LIGHT, {"det": ["boxes", "scores"], "seg": ["logits"], "cls": ["logits"]}),
+        (WINNING, {"det": ["boxes", "scores"], "seg": ["scores"], "cls": ["logits"]}),
+    ],
 )
-def test_graphs_equal_the_model(tmp_path: Path, strong: bool, outputs: dict[str, list[str]]) -> None:
-    model = untrained_run(tmp_path, "conv" if strong else "patch", strong, config=ONE_LAYER)  # a graph grows with depth
+def test_graphs_equal_the_model(tmp_path: Path, heads: dict, outputs: dict[str, list[str]]) -> None:
+    stem = "conv" if heads else "patch"
+    model = untrained_run(tmp_path, stem, heads, config=ONE_LAYER)  # a graph grows with depth
     generator = torch.Generator().manual_seed(1)
     for name, names in outputs.items():
         session = onnxruntime.InferenceSession(write_onnx(model, name, tmp_path / f"{name}.onnx"))
@@ -38,9 +42,9 @@ def test_graphs_equal_the_model(tmp_path: Path, strong: bool, outputs: dict[str,
                 torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("strong", [False, True])
-def test_decoded_boxes_are_those_of_predict(tmp_path: Path, strong: bool) -> None:
-    model = untrained_run(tmp_path, strong=strong)
+@pytest.mark.parametrize("heads", [LIGHT, WINNING])
+def test_decoded_boxes_are_those_of_predict(tmp_path: Path, heads: dict) -> None:
+    model = untrained_run(tmp_path, heads=heads)
     task = model.tasks["det"]
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -26,24 +26,37 @@ RF_DETR = {
 }
 
 
+MASK2FORMER = {"width": 32, "num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "attention_heads": 4}
+LIGHT: dict[str, dict[str, Any]] = {}  # those of the tiny run
+STRONG = {"det": {"head": "rf_detr", "options": RF_DETR}, "seg": {"head": "upernet", "options": {"width": 32}}}
+WINNING = {
+    "det": {"head": "rf_detr", "options": RF_DETR},
+    "seg": {"head": "mask2former", "options": MASK2FORMER},
+    "cls": {"head": "arcface", "options": {"width": 32, "sub_centers": 2}},
+}
+
+
 def untrained_run(
-    folder: Path, stem: str = "patch", strong: bool = False, home: Path | None = None, **backbone: Any
+    folder: Path,
+    stem: str = "patch",
+    heads: dict[str, dict[str, Any]] = LIGHT,
+    home: Path | None = None,
+    **backbone: Any,
 ) -> AllInOneModel:
     """Write a run's folder and return its model.
 
     Args:
         folder: of the run.
         stem: of the backbone.
-        strong: the heads rf_detr and upernet in place of the light ones.
+        heads: by task, what differs from the tiny run's light ones.
         home: folder of the demo data whose classes the heads have; None: no data, and the classes of tests.tiny.
         backbone: further fields of BackboneConfig.
     """
     content = tiny_run(home or folder)
     content["output_dir"] = str(folder)
     content["model"]["backbone"].update(stem=stem, **backbone)
-    if strong:
-        content["tasks"]["det"].update(head="rf_detr", options=RF_DETR)
-        content["tasks"]["seg"].update(head="upernet", options={"width": 32})
+    for name, values in heads.items():
+        content["tasks"][name].update(values)
     config = RunConfig.model_validate(content)
     classes = dict.fromkeys(config.tasks, CLASSES)
     if home is not None:

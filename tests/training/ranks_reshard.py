@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param
 
 from allinone_ds.training.ema import ShardEMA, ema_file
 from allinone_ds.zero import load_resharded, master_shards, save_engine
@@ -38,24 +38,27 @@ def train(balancer, step: int) -> list[float]:
     return [float(loss) for loss in report.losses.values()]
 
 
+@torch.no_grad()
 def whole(engine, ema: ShardEMA) -> dict[str, torch.Tensor]:
-    """Masters, optimizer state and average of every parameter, and what every rank knows."""
-    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        # DeepSpeed links what safe_get_full_optimizer_state reads once, after the first group has stepped
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    """Masters, optimizer state and average of every parameter, and what every rank knows.
+
+    DeepSpeed's own reader of masters reads all of them: the others lie in the masters' place meanwhile. (Its reader of
+    moments knows only those of groups that had stepped before the first step was over.)
+    """
+    masters, state = master_shards(engine), engine.optimizer.optimizer.state
+    kept = [master.detach().clone() for master in masters]
+    kinds = {"": kept, " average": ema.shards}
+    kinds |= {f" {key}": [state[master][key] for master in masters] for key in ("exp_avg", "exp_avg_sq")}
     found = {}
-    for name, param in engine.module.named_parameters():
-        if param.requires_grad:
-            found[name] = safe_get_full_fp32_param(param).flatten().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                found[f"{name} {key}"] = safe_get_full_optimizer_state(param, key).flatten().clone()
-    with ema.applied():
+    for kind, flats in kinds.items():
+        for master, flat in zip(masters, flats, strict=True):
+            master.data.copy_(flat.view_as(master))
         for name, param in engine.module.named_parameters():
             if param.requires_grad:
-                found[f"{name} average"] = safe_get_full_fp32_param(param).flatten().clone()
-    state = engine.optimizer.optimizer.state
-    steps = {float(state[master]["step"]) for master in master_shards(engine)}
+                found[name + kind] = safe_get_full_fp32_param(param).flatten().clone()
+    for master, flat in zip(masters, kept, strict=True):
+        master.data.copy_(flat)
+    steps = {float(state[master]["step"]) for master in masters}
     found["counters"] = torch.tensor(
         [*steps, engine.global_steps, ema.steps, getattr(engine.optimizer, "loss_scale", 1)]
     )

@@ -12,7 +12,13 @@ from allinone_ds.training.run import train_run
 from tests.launcher import run_checks
 
 HOME, FOLDER = Path(sys.argv[2]), Path(sys.argv[3])
-OVERRIDES = [f"output_dir={FOLDER}", "trainer.report_to=[wandb,tensorboard]"]
+OVERRIDES = [
+    f"output_dir={FOLDER}",
+    "trainer.report_to=[wandb,tensorboard]",
+    "trainer.async_save=true",
+    "trainer.ema_decay=0.9",
+    "balancer.cosines_every=2",
+]
 
 
 def check_train() -> None:

@@ -16,7 +16,7 @@ from .test_faults import run_faults
 
 # compared with a run that saves in the step; the first with ZeRO 1, 2 and 3
 FAULTS = ("run cut in pieces", "kill -9 of all ranks in a save", "kill -9 of one rank in a save",
-          "SIGTERM to all ranks", "disk full while saving")  # fmt: skip
+          "SIGTERM to all ranks", "best checkpoint, save_strategy steps", "disk full while saving")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

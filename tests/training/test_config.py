@@ -67,6 +67,17 @@ def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message:
         check_trainer_keys({key: value})
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["https://me:s3cr3t@host/x.zip", "https://host/x?access_token=s3cr3t", "https://host/x?a=1&X-Amz-Signature=s3cr3t"],
+)
+def test_an_address_with_a_secret_is_refused_and_not_repeated(file: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="tasks.det.train.images is an address with") as error:
+        load_config(file, [f"tasks.det.train.images={address}"])
+    assert "s3cr3t" not in str(error.value)
+    read_yaml(file, ["tasks.det.train.images=https://host:80/x?a=1"])
+
+
 def test_the_word_no_survives_yaml() -> None:
     assert check_trainer_keys({"save_strategy": False}) == {"save_strategy": "no"}
 

@@ -19,10 +19,25 @@ import torch
 
 from allinone_ds.balance.errors import NonFinite
 from allinone_ds.strict import ConfigError
+from allinone_ds.training import checkpoint as checkpoint_module
+from allinone_ds.training import folder as folder_module
+from allinone_ds.training import manifest as manifest_module
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.checkpoint import CheckpointWriter
 from allinone_ds.training.errors import REQUEUE, out_of_memory
-from allinone_ds.training.folder import checkpoint_to_resume, checkpoints, clear_unfinished, set_aside
+from allinone_ds.training.folder import (
+    check_free,
+    checkpoint_to_resume,
+    checkpoints,
+    claim,
+    clear_run,
+    clear_unfinished,
+    prune,
+    set_aside,
+)
+from allinone_ds.training.launch import _tail, follow_run
 from allinone_ds.training.manifest import MANIFEST_FILE, faults_of, files_of, measure, write_manifest
+from allinone_ds.training.progress import EventLog
 from allinone_ds.training.signals import StopOnSignal
 from allinone_ds.training.watch import StallWatch
 from allinone_ds.zero.files import CheckpointFiles
@@ -92,6 +107,102 @@ def test_a_manifest_finds_every_kind_of_damage(tmp_path: Path) -> None:
         shutil.rmtree(bad)
 
 
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, 1) / MANIFEST_FILE
+    content = file.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        assert len(faults_of(tmp_path / "checkpoint-1")) == 1, (
+            f"byte {place}: {bytes(changed[place - 9 : place + 9])!r}"
+        )
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for module in (checkpoint_module, manifest_module):
+        monkeypatch.setattr(module, "sync", lambda path: calls.append(("sync", path.name)))
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(("rename", target.name))
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint_module.os, "rename", renamed)
+    writer = CheckpointWriter(tmp_path, 2)
+    (writer.folder / "inner").mkdir()
+    for name in ("latest", "inner/shard"):
+        (writer.folder / name).write_text(name)
+    writer.publish()
+    hidden = ".unfinished-checkpoint-2"
+    assert {what for what in calls[:2]} == {("sync", "latest"), ("sync", "shard")}
+    assert calls[2] == ("sync", MANIFEST_FILE)  # says what the files are: after them
+    assert {what for what in calls[3:5]} == {("sync", "inner"), ("sync", hidden)}
+    assert calls[5:] == [("rename", "checkpoint-2"), ("sync", tmp_path.name)]
+    assert faults_of(tmp_path / "checkpoint-2") == []
+
+
+def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
+    words = "import sys; from allinone_ds.training.folder import claim; claim(sys.argv[1]); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", words, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline()
+        checkpoint(tmp_path, 2)
+        for refused in (claim, check_free, clear_run):
+            with pytest.raises(ConfigError, match=f"process {holder.pid} on .* is writing to"):
+                refused(tmp_path)
+        with pytest.raises(ConfigError, match="is writing to"):
+            follow_run([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path, print)
+    finally:
+        holder.kill()
+        holder.communicate()
+    for _ in range(2):
+        claim(tmp_path)
+    assert checkpoints(tmp_path)
+
+
+def test_a_run_of_another_host_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = ["process 7 on elsewhere"] * 3
+    real = folder_module._try_lock
+    monkeypatch.setattr(
+        folder_module, "_try_lock", lambda folder: (real(folder)[0], held.pop()) if held else real(folder)
+    )
+    monkeypatch.setattr(folder_module.time, "sleep", lambda seconds: None)
+    claim(tmp_path)
+    assert not held and capsys.readouterr().out.count("waiting for process 7 on elsewhere") == 1
+    held = ["process 7 on elsewhere"] * 9
+    monkeypatch.setattr(folder_module, "PATIENCE", -1.0)
+    with pytest.raises(ConfigError, match="process 7 on elsewhere is writing to"):
+        claim(tmp_path / "other")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/run cannot be written to .*give another output_dir"):
+        claim(tmp_path / "file" / "run")
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write("begin", step=0)
+    with log.path.open("a") as file:
+        file.write('{"event": "lo')
+    followed = _tail(log.path)
+    log.write("begin", step=3)
+    assert [event["step"] for event in next(followed)] == [3]
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()[::2]] == [0, 3]
+
+
 def test_the_last_whole_checkpoint_is_resumed_and_the_broken_ones_named(tmp_path: Path) -> None:
     paths = [checkpoint(tmp_path, step) for step in (2, 4, 10)]
     assert checkpoint_to_resume(True, tmp_path) == (paths[2], [])
@@ -116,6 +227,26 @@ def test_unfinished_checkpoints_are_never_picked_and_are_cleared(tmp_path: Path)
     assert checkpoint_to_resume(True, tmp_path) == (whole, [])
     clear_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [
+        (None, None, [2, 4, 6, 10]),
+        (2, None, [6, 10]),
+        (1, "elsewhere/checkpoint-4", [4, 10]),
+        (2, "checkpoint-10", [6, 10]),
+        (3, "checkpoint-2", [2, 6, 10]),
+    ],
+)
+def test_the_last_and_the_best_are_not_pruned(tmp_path: Path, keep: int | None, best: str | None, kept: list) -> None:
+    for step in (2, 4, 6, 10):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-2.mine").mkdir()  # a copy of the user's is no checkpoint of the run
+    prune(tmp_path, keep, best)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [*(f"checkpoint-{s}" for s in kept), "checkpoint-2.mine"]
+    )
 
 
 class _Thief:

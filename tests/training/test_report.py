@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ import yaml
 from allinone_ds import cli
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.pages import write_page
-from allinone_ds.training.report import read_run, write_report
+from allinone_ds.training.report import _limits, read_run, write_report
 
 from .tiny_run import tiny_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TASKS = ("det", "seg", "cls")
+SHARES = {"det": 0.02, "seg": 0.69, "cls": 0.29}
+TASKS = tuple(SHARES)
 
 
 def finished_run(folder: Path, **trainer: object) -> Path:
@@ -33,22 +35,26 @@ def finished_run(folder: Path, **trainer: object) -> Path:
     events: list[dict] = [{"event": "begin", "time": 1.0, "step": 0, "max_steps": 4}]
     for step in (1, 2, 3, 4, 5, 6, 2, 3, 4):  # broken off after step 6, resumed after step 1
         if step == 2 and len(events) > 5:
+            events.append({"event": "stopped", "time": 1.0, "step": 6, "signal": "SIGTERM"})
+            events.append({"event": "warning", "time": 1.0, "step": 1, "message": "checkpoint-6 is broken"})
             events.append({"event": "begin", "time": 1.0, "step": 1, "max_steps": 4})
         entry = {"event": "log", "time": 1.0, "step": step, "loss": 3.0 / step, "seconds/step": 0.5}
         for task in TASKS:
             entry |= {
                 f"loss/{task}": 1.0 / step,
                 f"grad_norm/{task}/raw": 10.0 * step,
-                f"grad_norm/{task}/share": 1 / 3,
+                f"grad_norm/{task}/share": SHARES[task],
             }
             entry |= {f"grad_norm/{task}/scale": 0.01 / step, f"grad_norm/{task}/scaled": 0.1}
             entry |= {f"images_per_second/{task}": 12.5, f"epoch/{task}": 0.5, f"skipped/{task}": 0}
+        entry |= {"cosine/det/seg": -0.5, "memory/peak_gib": 1.0 + step, "broken_images": 7}
         events.append(entry)
         if step % 2 == 0:
             events.append({"event": "log", "time": 1.0, "step": step, "eval_det_map50": 0.1 * step, "eval_score": 0.3})
     lines = [json.dumps(event) for event in events]
     (folder / "log.jsonl").write_text("\n".join([*lines, '{"event": "lo']))
     metrics = {"steps": 4, "world_size": 2, "eval_det_map50": 0.4, "eval_det_samples": 9, "eval_score": 0.3}
+    metrics |= {"eval_ema_det_map50": 0.45}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     wide = torch.full((3, 300, 640), 90, dtype=torch.uint8)
     pictures = {"det": [wide] * 2, "seg": [wide] * 2, "cls": [wide[:, :, :320]] * 3}
@@ -86,6 +92,20 @@ def test_a_page_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert sum("test image" in word for word in words) == 7
     assert len(words) == len([word for word in words if len(word) > 20])
     assert "det: map50" in text and "0.4000" in text and "12.5" in text and "learning_rate: 0.001" in text
+    shares = next(word for word in words if word.startswith("share of the squared norm of the update"))
+    for task, share in SHARES.items():  # each line is that of its task
+        assert f"{task} from {share:.3g} (step 1) to {share:.3g} (step 4)" in shares
+    assert any(word.startswith("cosine of two tasks' backbone gradients: det and seg from -0.5") for word in words)
+    rows = [re.sub("<.*?>", "|", row) for row in text.split("<tr>")]
+    for parts in (
+        ("det: map50, averaged weights", "0.4500"),
+        ("peak memory", "|5.00|"),
+        ("could not be read", "|7|"),
+        ("|6|", "saved and stopped by SIGTERM"),
+        ("|1|", "checkpoint-6 is broken"),
+        ("|1|", "started again"),
+    ):
+        assert any(all(part in row for part in parts) for row in rows), parts
 
 
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
@@ -156,3 +176,11 @@ def test_a_browser_shows_it_at_every_width_and_asks_nobody(tmp_path: Path) -> No
         assert entry["asked"] == []
         assert entry["scroll"] <= entry["client"], f"the page is wider than its window: {entry}"
         assert entry["widest"] <= entry["client"] and entry["shown"] == entry["all"] > 20 and entry["text"] >= 15
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.01, 0.09], (0, 0.1)), ([0.0, 0.3], (0, 0.5)), ([0.6, math.nan], (0, 1)), ([0.1, 1.1], None)],
+)
+def test_small_values_are_no_flat_line(values: list[float], expected: tuple | None) -> None:
+    assert _limits({"a": ([1, 2], values)}, (0, 1)) == expected

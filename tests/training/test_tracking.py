@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from allinone_ds.training.meters import Pace, shares
+from allinone_ds.training.tracking import WandbTracker, _of_one_size
 from tests.launcher import run_ranks
 
 from .tiny_run import TEST_SAMPLES
@@ -18,6 +20,7 @@ from .tiny_run import TEST_SAMPLES
 pytest.importorskip("wandb", minversion="0.31", reason="needs the extra `tracking`")
 pytest.importorskip("tensorboard", reason="needs the extra `tracking`")
 
+SECRET = "s3cr3t-4711"
 MAIN = {"det": "map50", "seg": "miou", "cls": "top1"}
 
 
@@ -32,8 +35,10 @@ def tracked(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         patch.setenv("NETRC", str(place / "netrc"))  # no key anywhere
         patch.setenv("WANDB_CONFIG_DIR", str(place))
         patch.setenv("WANDB_DIR", str(place))
-        patch.setenv("WANDB_LOG_MODEL", "end")
+        patch.setenv("WANDB_LOG_MODEL", "checkpoint")  # and the final weights
         patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("HF_TOKEN", SECRET)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         script = Path(__file__).parent / "ranks_tracking.py"
         results = run_ranks(script, 2, place, str(home), str(folder))
@@ -77,6 +82,7 @@ def test_an_offline_run_holds_everything_under_one_step_metric(tracked: tuple[Pa
     metrics = {}
     config: dict[str, Any] = {}
     artifacts = {}
+    saved = []
     for kind, content in records(files[0]):
         match kind:
             case "metric":
@@ -85,6 +91,7 @@ def test_an_offline_run_holds_everything_under_one_step_metric(tracked: tuple[Pa
                 config.update(content["update"])
             case "artifact":
                 artifacts[content["type"]] = [entry["path"] for entry in content["manifest"]["contents"]]
+                saved += [alias for alias in content["aliases"] if "manifest.json" in artifacts[content["type"]]]
     assert metrics["*"]["step_metric"] == "train/global_step"
     for name in ("score", *(f"{task}_{key}" for task, key in MAIN.items())):
         assert metrics[f"eval/{name}"]["summary"] == {"max": True}
@@ -92,6 +99,25 @@ def test_an_offline_run_holds_everything_under_one_step_metric(tracked: tuple[Pa
     assert config["learning_rate"] == 1e-3 and config["run"]["tasks"]["det"]["micro_steps"] == 2
     assert sorted(artifacts["config"]) == ["config.yaml", "model.json"]
     assert sorted(artifacts["model"]) == ["config.yaml", "model.json", "model.safetensors"]
+    # checkpoints are written in the background here: each is whole when it is logged
+    assert {"checkpoint_global_step_2", "checkpoint_global_step_4"} <= set(saved)
+    assert {row["train/global_step"] for row in training if "train/cosine/det/seg" in row} == {2, 4}
+    assert all(-1.01 <= row.get("train/cosine/det/seg", 0) <= 1.01 for row in training)
+
+
+def test_no_tracker_writes_a_secret_down(tracked: tuple[Path, list[Path]]) -> None:
+    files = [file for file in tracked[0].parent.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files) and any("tfevents" in file.name for file in files)
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+
+
+def test_the_averaged_weights_have_figures_of_their_own(tracked: tuple[Path, list[Path]]) -> None:
+    folder, _ = tracked
+    metrics, own = (json.loads((place / "metrics.json").read_text()) for place in (folder, folder / "ema"))
+    assert {"eval_ema_score", "eval_ema_det_map50"} <= set(metrics) and own["steps"] == 4
+    for key, value in own.items():
+        if key.startswith("eval_"):
+            assert metrics[key.replace("eval_", "eval_ema_")] == value
 
 
 def test_a_resumed_run_keeps_its_id_and_its_rows_go_on(tracked: tuple[Path, list[Path]]) -> None:
@@ -153,3 +179,26 @@ def test_shares_leave_out_skipped_tasks() -> None:
     found = shares(tensors(3.0, 40.0, float("inf")), tensors(1.0, 0.1, 0.0))
     assert {task: float(value) for task, value in found.items()} == pytest.approx({"a": 0.36, "b": 0.64, "c": 0.0})
     assert torch.isnan(shares(tensors(1.0, 1.0, 1.0), tensors(0.0, 0.0, 0.0))["a"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc"}', '{"id": "abc", "rows": null}'])
+def test_a_spoilt_note_of_the_id_ends_no_run(tmp_path: Path, content: str) -> None:
+    told: list[str] = []
+    tracker = object.__new__(WandbTracker)
+    tracker.trainer = SimpleNamespace(  # type: ignore[assignment]
+        state=SimpleNamespace(global_step=3), warn=lambda step, message: told.append(message)
+    )
+    file = tmp_path / "wandb.json"
+    assert tracker._remembered(file) == {} and not told
+    file.write_text('{"id": "abc", "rows": 7}')
+    assert tracker._remembered(file) == {"id": "abc", "rows": 7} and not told
+    file.write_text(content)
+    assert tracker._remembered(file) == {} and "WANDB_RUN_ID" in told[0]
+
+
+def test_pictures_of_a_gallery_have_one_size() -> None:
+    tall, wide = torch.zeros(3, 5, 2, dtype=torch.uint8), torch.ones(3, 3, 4, dtype=torch.uint8)
+    first, second = _of_one_size([tall, wide])
+    assert first.shape == second.shape == (3, 5, 4)
+    assert torch.equal(first[:, :, :2], tall) and torch.equal(second[:, :3], wide)
+    assert (first[:, :, 2:] == 255).all() and (second[:, 3:] == 255).all()

@@ -1,0 +1,103 @@
+"""Going on from a checkpoint: the best one is found where it lies, another model or other data are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from allinone_ds.data.schedule import Schedule
+from allinone_ds.strict import ConfigError
+from allinone_ds.training.ema import AverageWeights
+from allinone_ds.training.run import _last_evaluation
+from allinone_ds.training.saving import best_beside, check_model
+from allinone_ds.training.trainer import AllInOneTrainer
+from tests.tiny import LIGHT, tiny_model
+
+
+def test_the_best_checkpoint_is_looked_for_beside_the_resumed_one(tmp_path: Path) -> None:
+    here, there = tmp_path / "new" / "checkpoint-4", tmp_path / "old" / "checkpoint-2"
+    here.mkdir(parents=True)
+    there.mkdir(parents=True)
+    (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(there)}))
+    assert best_beside(here) is None
+    (tmp_path / "new" / "checkpoint-2").mkdir()
+    assert best_beside(here) == str(tmp_path / "new" / "checkpoint-2")
+    (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
+    assert best_beside(here) is None
+
+
+def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -> None:
+    """Evaluated in every step, saved in every second one: the best evaluation, of step 3, left no weights."""
+    history = [{"step": step, "eval_score": score} for step, score in ((1, 0.1), (2, 0.5), (3, 0.9), (4, 0.2))]
+    state = SimpleNamespace(
+        best_model_checkpoint="runs/x/checkpoint-2", best_global_step=3, global_step=4, log_history=history
+    )
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True))
+    assert _last_evaluation(trainer) == {"eval_score": 0.5}  # type: ignore[arg-type]
+    trainer.args.load_best_model_at_end = False
+    assert _last_evaluation(trainer) == {"eval_score": 0.2}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("heads", "backbone", "words"),
+    [
+        ({"det": LIGHT["det"], "seg": LIGHT["seg"]}, {}, ["task 'cls' is in it, but not in this run"]),
+        ({**LIGHT, "seg": ("light", {"width": 16})}, {}, ["task 'seg' is another: tasks.seg.", "(16,", "(32,"]),
+        (LIGHT, {"hidden_size": 16}, ["the backbone is another: backbone.", "task 'det' is another"]),
+    ],
+)
+def test_another_model_is_named(tmp_path: Path, heads: dict, backbone: dict, words: list[str]) -> None:
+    model = tiny_model()
+    check_model(model, tmp_path)  # only weights tell
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    check_model(model, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_model(tiny_model(heads, **backbone), tmp_path)
+    for word in (*words, f"model.start_from={tmp_path}"):
+        assert word in str(error.value)
+    save_file(tiny_model({"det": LIGHT["det"]}).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="task 'seg' is not in it; task 'cls' is not in it"):
+        check_model(model, tmp_path)
+
+
+def schedule(batch: int, ranks: int, seed: int = 0, size: int = 24) -> Schedule:
+    return Schedule(seed, {"a": size}, {"a": (batch, 2)}, ranks)
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        (schedule(2, 4), None),  # the same samples, on other ranks
+        (schedule(2, 2), "images of 'a' in a step was 8, is 16"),
+        (schedule(4, 2, seed=1), "the seed was 1, is 0"),
+        (schedule(4, 2, size=23), "samples of 'a' was 23, is 24"),
+    ],
+)
+def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> None:
+    trainer = object.__new__(AllInOneTrainer)
+    part = SimpleNamespace(load_state_dict=lambda state: None)
+    trainer.balancer = trainer._logs = trainer._streaks = part  # type: ignore[assignment]
+    trainer.schedule, trainer.state = schedule(4, 2), SimpleNamespace(global_step=5)  # type: ignore[assignment]
+    trainer._tr_loss, trainer._total_loss_scalar = torch.tensor(0.0), 0.0
+    told: list[str] = []
+    trainer.warn = lambda step, message: told.append(message)  # type: ignore[method-assign]
+    state = dict.fromkeys(("balancer", "logs", "nonfinite", "last_logged"))
+    trainer._load_loop_state({**state, "loss": torch.tensor(1.0), "data": then.basis()})
+    assert not told if words is None else words in told[0] and "step 5" in told[0]
+
+
+def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    trainer = SimpleNamespace(
+        deepspeed=None, resumed_from=Path("checkpoint-4"), warn=lambda step, message: told.append(message)
+    )
+    for has_one in (True, False):
+        average = SimpleNamespace(load=lambda folder, has_one=has_one: has_one)
+        monkeypatch.setattr("allinone_ds.training.ema.ShardEMA", lambda engine, decay, average=average: average)
+        AverageWeights(trainer).on_train_begin(SimpleNamespace(ema_decay=0.9), SimpleNamespace(global_step=4), None)
+        assert bool(told) != has_one
