@@ -151,8 +151,8 @@ def summary(found: dict[str, Any], stage: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--saves", type=int, default=3, help="of each kind")
-    parser.add_argument("--window", type=int, default=10, help="steps of a window")
+    parser.add_argument("--saves", type=int, default=2, help="of each kind")
+    parser.add_argument("--window", type=int, default=6, help="steps of a window")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="where to write checkpoints: on the disk to measure")

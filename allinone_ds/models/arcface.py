@@ -69,7 +69,7 @@ class ArcFace(nn.Module):
         embedded = self.embed(pooled)
         with torch.autocast(pooled.device.type, enabled=False):
             cosines = F.linear(F.normalize(embedded.float()), F.normalize(self.weight.float()))
-            cosines = cosines.view(len(cosines), self.num_classes, -1).amax(-1)  # (B, K)
+            cosines = cosines.unflatten(1, (self.num_classes, -1)).amax(-1)  # (B, K)
             if labels is None:
                 return self.scale * cosines, self.scale * cosines
             rows = torch.arange(len(labels), device=labels.device)

@@ -68,21 +68,6 @@ def spoil_loss(value: float, steps: range, rank: int) -> None:
     ClassificationTask.forward = spoilt
 
 
-def stand_still(rank: int, which: int) -> None:
-    """Rank `which` stops in the classification task of step 3, after the others have heard that it is there."""
-    from allinone_ds.tasks.classification import ClassificationTask
-
-    forward, calls = ClassificationTask.forward, iter(range(10**9))
-
-    def stopped(self, *args, **kwargs):
-        if next(calls) == 3 and rank == which:
-            time.sleep(1)  # marks travel every 0.2 seconds
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return forward(self, *args, **kwargs)
-
-    ClassificationTask.forward = stopped
-
-
 def exhaust_memory(rank: int, by_hand: bool) -> None:
     """The classification task of rank 1 runs out of memory in step 3.
 

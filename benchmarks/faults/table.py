@@ -118,8 +118,8 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how = "a random bit of a random file of the last one"
     yield "bit flip in a checkpoint", how, "times", lambda b, _: b.damage(True)
     yield "disk full while saving", "run folder on a 4 MiB disk in memory", "stages", lambda b, _: b.disk_full()
-    yield "rank 0 stops answering", "SIGSTOP in a task, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
-    yield "rank 1 stops answering", "SIGSTOP in a task, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
+    yield "rank 0 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
+    yield "rank 1 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
     how = "one task, rank 1, one step"
     yield "NaN loss, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", NAN)
     yield "NaN loss, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", NAN)
