@@ -82,12 +82,23 @@ class StallWatch:
             self._answered = now
 
     def _judge(self) -> None:
+        before = time.monotonic()
         while not self._stop.wait(self.interval):
-            message = self._verdict(time.monotonic())
+            now = time.monotonic()
+            self._forgive(now - before - self.interval, now)
+            before = now
+            message = self._verdict(now)
             if message:
                 self._stop.set()
                 self._end(message)
                 return
+
+    def _forgive(self, held: float, now: float) -> None:
+        """Take off the seconds in which this process did not run itself: a scheduler may suspend a whole job."""
+        if held > self.interval:
+            self._answered = min(now, self._answered + held)
+            for seen in list(self._seen.values()):
+                seen[2], seen[4] = min(now, seen[2] + held), min(now, seen[4] + held)
 
     def _verdict(self, now: float) -> str:
         limit = f"for {self.timeout:g} s (trainer.stall_timeout)"

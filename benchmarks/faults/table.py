@@ -120,6 +120,8 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     yield "disk full while saving", "run folder on a 4 MiB disk in memory", "stages", lambda b, _: b.disk_full()
     yield "rank 0 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(0)
     yield "rank 1 stops answering", "SIGSTOP, stall_timeout 2 s", "stages", lambda b, _: b.standstill(1)
+    how = "SIGSTOP to all, SIGCONT after 5 s, stall_timeout 2 s"
+    yield "job suspended", how, "stages", lambda b, _: b.suspended()
     how = "one task, rank 1, one step"
     yield "NaN loss, skip_task", how, "stages", lambda b, _: b.nonfinite("skip_task", NAN)
     yield "NaN loss, skip_step", how, "stages", lambda b, _: b.nonfinite("skip_step", NAN)

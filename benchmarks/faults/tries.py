@@ -275,6 +275,18 @@ class Tries(Bench):
         demand(f"rank {rank}" in said and "has not" in said and " step " in said, "it was not named", ranks)
         self.go_on(output)
 
+    def suspended(self) -> None:
+        """All ranks are stopped for longer than the timeout, and continued: nothing has happened."""
+        output = self.output()
+        self.whole()
+        ranks = self.start(output, "trainer.stall_timeout=2")
+        ranks.wait_for_step(SAVE_STEPS)
+        ranks.send(signal.SIGSTOP)
+        time.sleep(5)
+        ranks.send(signal.SIGCONT)
+        demand(not any(ranks.wait().values()), "the run failed", ranks)
+        self.compare(output)
+
     def nonfinite(self, policy: str, value: float, last: int = 3) -> None:
         """The classification loss of rank 1 is `value` from step 4 (the fourth) on, in `last` - 2 steps."""
         output = self.output()
