@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """The `balancer:` block of every multi-task method; max_norm is the paper's."""
 RATES = {"cpu": (5e-4, 1.5e-3, 4.5e-3), "gpu": (1e-4, 3e-4, 1e-3)}
 """AdamW's learning rates to choose from, by size; all methods get the same, as it does not feel a gradient's size."""
-SGD_RATES = {True: (0.03, 0.1, 0.3), False: (0.003, 0.01, 0.03)}
+SGD_RATES = {True: (0.03, 0.1, 0.3, 1.0), False: (0.003, 0.01, 0.03, 0.1)}
 """Those of SGD, which does: for gradients that are clipped to a norm of 0.1, and for raw ones."""
 SINGLE = {f"single_{task}": task for task in TASKS}
 CLIPPED = ("global_clip", "task_clip", "tbgc")
@@ -106,7 +106,7 @@ class Records:
     # ---- what follows from them ----
 
     def rates(self, optimizer: str, method: str) -> tuple[float, ...]:
-        """The three learning rates a method may choose from, rising."""
+        """The learning rates a method may choose from, rising."""
         return RATES[self.size] if optimizer == "adamw" else SGD_RATES[method in CLIPPED]
 
     def choice(self, data: str, optimizer: str, method: str) -> list[Spec]:
@@ -114,7 +114,7 @@ class Records:
         return [Spec(data, optimizer, method, lr, CHOICE_SEED, "validation") for lr in self.rates(optimizer, method)]
 
     def chosen(self, data: str, optimizer: str, method: str) -> float | None:
-        """The best of the three rates; None while one is missing."""
+        """The best of the rates; None while one is missing."""
         found = [(self.read(spec), spec.lr) for spec in self.choice(data, optimizer, method)]
         scores = [(statistics.fmean(record["metrics"].values()), lr) for record, lr in found if record is not None]
         return max(scores)[1] if len(scores) == len(found) else None

@@ -66,7 +66,8 @@ class Block:
         """Runs that are missing, and runs in all."""
         chosen = sum(record is None for method in self.methods for _, record in self.choices(method))
         seeds = sum(len(SEEDS) - len(runs) for runs in self.runs.values())
-        return chosen + seeds, len(self.methods) * (3 + len(SEEDS))
+        whole = sum(len(self.records.rates(self.optimizer, method)) + len(SEEDS) for method in self.methods)
+        return chosen + seeds, whole
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
