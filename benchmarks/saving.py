@@ -1,6 +1,6 @@
 """Print what a checkpoint costs the steps around it, written in the step (blocking) or in the background (async).
 
-    python benchmarks/saving.py                      # ZeRO 2 and 3, 2 ranks, about 3 minutes on 2 idle cores
+    python benchmarks/saving.py                      # ZeRO 2 and 3, 2 ranks, about 5 minutes on 2 idle cores
     python benchmarks/saving.py --saves 5 --window 20 --stages 3 --folder /mnt/disk
     python benchmarks/speed.py saving                # writes the table into docs/reliability.md, and its record
 

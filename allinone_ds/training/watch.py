@@ -116,10 +116,14 @@ class StallWatch:
         if not still:
             return ""
         lowest = min(seen[0] for seen in self._seen.values())
-        late = [rank for rank in still if self._seen[rank][0] == lowest]
-        if not late:  # only ranks that are ahead stand still, and wait for one that still moves
+        last = [rank for rank, seen in self._seen.items() if seen[0] == lowest]
+        quiet = {rank: now - self._seen[rank][4] for rank in last}
+        silent = [rank for rank in last if quiet[rank] > silence]
+        if not silent and max(quiet.values()) > 2.5 * self.interval:  # it may have just stopped: that shows soon
             return ""
-        silent = [rank for rank in late if now - self._seen[rank][4] > silence]
+        late = [rank for rank in last if rank in still]
+        if not silent and not late:  # only ranks that are ahead stand still, and wait for one that still moves
+            return ""
         live = [rank for rank in self._seen if rank not in silent]
         self._speaks = self.rank == min(live, default=self.rank)
         named = silent or late

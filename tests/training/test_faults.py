@@ -288,6 +288,8 @@ def watch(rank: int, seen: dict[int, list], answered: float = 100.0) -> StallWat
         ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 80]}, 99, "rank 1 .*does not answer.* at b.* at a"),
         ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 99]}, 99, "rank 1 .*is alive but does not come on"),
         ({0: [5, "a", 85, 1, 99], 1: [5, "a", 80, 1, 99]}, 99, "no rank has moved.* at a"),
+        ({0: [5, "a", 89, 1, 99], 1: [5, "a", 91, 1, 95]}, 99, None),  # 1 has just stopped, or is a little late
+        ({0: [5, "a", 88, 1, 99], 1: [5, "a", 91, 1, 93]}, 99, "rank 1 .*does not answer"),
         ({0: [6, "a", 88, 1, 91], 1: [5, "b", 88, 1, 91]}, 91, None),  # rank 0 keeps silent, 1 had been behind it
         ({0: [6, "a", 88, 1, 89], 1: [5, "b", 88, 1, 89]}, 89, "rank 0, which keeps"),
         ({0: [5, "a", 85, 1, 85], 1: [5, "a", 85, 1, 85]}, 85, "rank 0, which keeps.* at a; rank 1 is at here"),
