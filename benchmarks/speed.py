@@ -1,6 +1,6 @@
 """Measure what performance.md, reliability.md and scale.md of docs/ say about speed, and write the tables into them.
 
-    sudo python benchmarks/speed.py                    # everything: 50 minutes on 2 idle cores
+    sudo python benchmarks/speed.py                    # everything: an hour on 2 idle cores
     sudo python benchmarks/speed.py trainer start-up   # some of it
     python benchmarks/speed.py --list
 
