@@ -3,7 +3,7 @@
 from .adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
 from .balancer import TaskBalancer
 from .errors import BalancerError, NonFinite
-from .groups import TaskGroups, task_groups
+from .groups import TaskGroups, groups_for, task_groups
 from .named import balancer_from_config, weighting_from_config
 from .planner import GroupPlan, plan_groups
 from .report import StepReport
@@ -31,6 +31,7 @@ __all__ = [
     "Uncertainty",
     "Weighting",
     "balancer_from_config",
+    "groups_for",
     "plan_groups",
     "task_groups",
     "weighting_from_config",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-import torch.distributed as dist
 from torch.nn import Module, Parameter
 
-from ..strict import did_you_mean
+from ..strict import ConfigError, did_you_mean
 from ..zero import GradientShards
 from .agreement import Agreement
 from .combine import Combiner, exact_combiner
-from .groups import TaskGroups, everyone, task_groups
+from .groups import TaskGroups
 from .local import DelayedCombiner, SketchCombiner
 from .parallel import GroupedCombiner
 from .weighting import Weighting
@@ -30,24 +29,24 @@ def task_names(tasks: Iterable[str]) -> tuple[str, ...]:
 def whole(field: str, value: int) -> int:
     """A number from 0 on."""
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{field} = {value!r}; allowed: a whole number from 0 on")
+        raise ConfigError(f"{field} = {value!r}; allowed: a whole number from 0 on")
     return value
 
 
 def norm_kind(norm: str, sketch_size: int | None, parallel: str) -> str:
     """`norm`, when it can be had with the two others."""
     if parallel not in ("data", "tasks"):
-        raise ValueError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), ('data', 'tasks'))}")
+        raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), ('data', 'tasks'))}")
     kinds = ("exact", "sketch", "delayed")
     if norm not in kinds:
-        raise ValueError(f"norm = {norm!r}; {did_you_mean(str(norm), kinds)}")
+        raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), kinds)}")
     if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
-        raise ValueError(
+        raise ConfigError(
             f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or a whole number from 1 on with "
             "norm='sketch' or norm='delayed'"
         )
     if norm == "delayed" and parallel == "tasks":
-        raise ValueError(
+        raise ConfigError(
             "norm='delayed' with parallel='tasks': tasks on different ranks reduce once a step in any case; use "
             "norm='exact' or norm='sketch'"
         )
@@ -75,18 +74,6 @@ def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[
     if not trainable:
         raise ValueError(f"shared: {where} has no trainable parameter, so there is nothing to balance")
     return trainable
-
-
-def groups_for(
-    parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, names: tuple[str, ...]
-) -> TaskGroups:
-    """Which ranks run which task."""
-    world = dist.get_world_size()
-    if parallel == "tasks":
-        return task_groups(groups, names, world)
-    if groups is not None:
-        raise ValueError(f"groups = {groups!r} with parallel = {parallel!r}; groups are for parallel='tasks'")
-    return everyone(names, world)
 
 
 def combiner(

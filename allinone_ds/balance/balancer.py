@@ -17,9 +17,9 @@ from torch.nn import Parameter
 from ..strict import did_you_mean
 from ..zero import EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
 from .agreement import Agreement
-from .arguments import NONFINITE, combiner, groups_for, norm_kind, shared_parameters, task_names, whole
+from .arguments import NONFINITE, combiner, norm_kind, shared_parameters, task_names, whole
 from .errors import BalancerError, NonFinite
-from .groups import TaskGroups, task_groups
+from .groups import TaskGroups, groups_for, task_groups
 from .parallel import GroupedCombiner
 from .report import StepReport
 from .self_test import run_self_test
@@ -116,7 +116,7 @@ class TaskBalancer:
         self._shards = open_shards(engine, backbone)
         if self_test or (self_test is None and not checked_release()):
             run_self_test(engine, norm, parallel)
-        self.groups = groups_for(parallel, groups, names)
+        self.groups = groups_for(parallel, groups, names, dist.get_world_size())
         apart = parallel == "tasks"
         self._agreement = Agreement((*names, _STEP)) if check_ranks or apart else None
         self._combiner = combiner(

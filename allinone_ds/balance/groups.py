@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..strict import did_you_mean
+from ..strict import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def task_groups(
         world: number of ranks R.
 
     Raises:
-        ValueError: says which task or rank is wrong, and what is allowed.
+        ConfigError: says which task or rank is wrong, and what is allowed.
     """
     if isinstance(groups, TaskGroups):
         groups = dict(groups.ranks)
@@ -83,15 +83,30 @@ def task_groups(
         groups = _evenly(tasks, world)
     for task in groups:
         if task not in tasks:
-            raise ValueError(f"groups: unknown task '{task}'; {did_you_mean(str(task), tasks)}")
+            raise ConfigError(f"groups: unknown task '{task}'; {did_you_mean(str(task), tasks)}")
     absent = [task for task in tasks if task not in groups]
     if absent:
-        raise ValueError(f"groups: no ranks for task(s) {', '.join(absent)}; give every task its ranks")
+        raise ConfigError(f"groups: no ranks for task(s) {', '.join(absent)}; give every task its ranks")
     if all(isinstance(count, int) for count in groups.values()):
         return TaskGroups(_consecutive({task: groups[task] for task in tasks}, world), world)  # type: ignore[misc]
     ranks = {task: _ranks_of(task, groups[task], world) for task in tasks}
     _check_partition(ranks, world)
     return TaskGroups(ranks, world)
+
+
+def groups_for(
+    parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, tasks: tuple[str, ...], world: int
+) -> TaskGroups:
+    """Which ranks run which task: those that `groups` says, or all with parallel="data".
+
+    Raises:
+        ConfigError: as of `task_groups`, and groups where every rank runs every task.
+    """
+    if parallel == "tasks":
+        return task_groups(groups, tasks, world)
+    if groups is not None:
+        raise ConfigError(f"groups = {groups!r} with parallel = {parallel!r}; groups are for parallel='tasks'")
+    return everyone(tasks, world)
 
 
 def _evenly(tasks: tuple[str, ...], world: int) -> dict[str, int | Sequence[int]]:
@@ -105,7 +120,7 @@ def _evenly(tasks: tuple[str, ...], world: int) -> dict[str, int | Sequence[int]
 def _consecutive(counts: Mapping[str, int], world: int) -> dict[str, tuple[int, ...]]:
     if sum(counts.values()) != world or min(counts.values()) < 1:
         found = ", ".join(f"{task} {count}" for task, count in counts.items())
-        raise ValueError(
+        raise ConfigError(
             f"groups: {found}; the numbers must be from 1 on and add up to the {world} ranks of this job. Tasks that "
             "are to share ranks are given as lists of ranks, the same for each"
         )
@@ -120,7 +135,7 @@ def _ranks_of(task: str, ranks: int | Sequence[int], world: int) -> tuple[int, .
     listed = [] if isinstance(ranks, (int, str)) else list(ranks)
     good = all(isinstance(rank, int) and 0 <= rank < world for rank in listed)
     if not listed or not good or len(set(listed)) != len(listed):
-        raise ValueError(
+        raise ConfigError(
             f"groups: task '{task}' has {ranks!r}; give a list of its ranks, each once, from 0 to {world - 1} (or "
             "the number of ranks of every task)"
         )
@@ -133,10 +148,10 @@ def _check_partition(ranks: Mapping[str, tuple[int, ...]], world: int) -> None:
         for rank in group:
             other = owners.setdefault(rank, task)
             if ranks[other] != group:
-                raise ValueError(
+                raise ConfigError(
                     f"groups: rank {rank} runs '{other}' on ranks {list(ranks[other])} and '{task}' on "
                     f"{list(group)}; two tasks have the same ranks or none in common"
                 )
     idle = [rank for rank in range(world) if rank not in owners]
     if idle:
-        raise ValueError(f"groups: rank(s) {', '.join(map(str, idle))} run no task; every rank of the job must")
+        raise ConfigError(f"groups: rank(s) {', '.join(map(str, idle))} run no task; every rank of the job must")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..strict import ConfigError
 from ..zero import GradientShards, LocalGradients
 from .arithmetic import scale_or_zero
 from .combine import Combined, Combiner, exact_combiner
@@ -98,7 +99,7 @@ class SketchCombiner(LocalCombiner):
 
     def __init__(self, shards: GradientShards, weighting: Weighting, size: int | None):
         if not weighting.streams:
-            raise ValueError(
+            raise ConfigError(
                 f"norm='sketch' cannot serve {weighting!r}, which must see every task before it scales one: T "
                 "gradients of the whole model would stay on every rank; use norm='delayed' or norm='exact'"
             )

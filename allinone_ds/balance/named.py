@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..strict import ConfigError, did_you_mean
 from .adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
+from .arguments import norm_kind
 from .weighting import TBGC, GlobalClip, GramWeighting, Static, Sum, TaskClip, Weighting
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
@@ -25,7 +26,7 @@ TORCHJD: dict[str, str] = {
 }  # fmt: skip
 """Names of gradient-balancing methods that `torchjd` (the extra `gram`) computes from the tasks' Gram matrix."""
 
-OPTIONS = ("norm", "sketch_size", "task_traces", "cosines_every")
+OPTIONS = ("norm", "sketch_size", "task_traces", "cosines_every", "parallel", "groups")
 """Keys of a `balancer:` block that are options of `TaskBalancer`, not of the weighting."""
 
 
@@ -39,6 +40,7 @@ def balancer_from_config(config: Mapping[str, Any]) -> tuple[Weighting, dict[str
         ConfigError: an unknown name or option, or an option out of range.
     """
     options = {key: value for key, value in config.items() if key in OPTIONS}
+    norm_kind(options.get("norm", "exact"), options.get("sketch_size"), options.get("parallel", "data"))
     return weighting_from_config({k: v for k, v in config.items() if k not in OPTIONS}), options
 
 

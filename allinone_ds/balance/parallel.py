@@ -83,7 +83,8 @@ class GroupedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        return super().bytes + self._kept_bytes(len(self.groups.of(self.rank)) - 1)
+        sketches = 0 if self.exact else 2 * 4 * self.sketcher.size * len(self.groups.tasks)
+        return super().bytes + self._kept_bytes(len(self.groups.of(self.rank)) - 1) + sketches
 
     def add(self, task: str, loss: Tensor) -> None:
         held = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ from allinone_ds.data.transforms import SampleTransform
 Batch = dict[str, Any]
 Collate = Callable[[list[Sample]], Batch]
 Transform = Callable[[Sample], Sample]
+Share = Mapping[str, Sequence[tuple[int, int]]]
+"""{task: (micro-step, rank) of each of the schedule's micro-batches that one rank takes}."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class StepBatch(NamedTuple):
     step: int
     """Optimizer step, from 0."""
     batches: dict[str, list[Batch]]
-    """{task: its micro-batches}, in the order the tasks run."""
+    """{task: its micro-batches}, in the order the tasks run; tasks of this rank only."""
     broken: list[str]
     """`path: reason` of each unreadable sample met; the next of the order took its place."""
 
@@ -155,14 +157,14 @@ class _StepDataset(Dataset[StepBatch]):
         self,
         data: dict[str, TaskData],
         schedule: Schedule,
-        rank: int,
         start_step: int,
         max_steps: int,
         max_broken: int,
+        share: Share,
     ):
         self.data = data
         self.schedule = schedule
-        self.rank = rank
+        self.share = share
         self.start_step = start_step
         self.max_steps = max_steps
         self.max_broken = max_broken
@@ -178,12 +180,13 @@ class _StepDataset(Dataset[StepBatch]):
         batches: dict[str, list[Batch]] = {}
         with own_random_state():
             for task in self.schedule.order(step):
-                data = self.data[task]
-                batches[task] = [
-                    data.collate([self._sample(task, d, broken) for d in self.schedule.draw(task, step, k, self.rank)])
-                    for k in range(data.micro_steps)
-                ]
+                if task in self.share:
+                    batches[task] = [self._micro_batch(task, step, k, rank, broken) for k, rank in self.share[task]]
         return StepBatch(step, batches, broken)
+
+    def _micro_batch(self, task: str, step: int, micro_step: int, rank: int, broken: list[str]) -> Batch:
+        draws = self.schedule.draw(task, step, micro_step, rank)
+        return self.data[task].collate([self._sample(task, draw, broken) for draw in draws])
 
     def _sample(self, task: str, draw: Draw, broken: list[str]) -> Sample:
         """The transformed sample of a draw, or the next readable one of the order under the same seed."""
@@ -218,6 +221,7 @@ def train_loader(
     max_broken: int = 0,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
+    share: Share | None = None,
 ) -> DataLoader[StepBatch]:
     """A loader whose items are the optimizer steps `start_step`..`max_steps`-1 of one rank.
 
@@ -235,6 +239,7 @@ def train_loader(
             the caller's: `StepBatch.broken` lists them.
         pin_memory: batches in page-locked memory.
         multiprocessing_context: "fork", "spawn" or "forkserver" for the workers; None is the platform's own.
+        share: which of the schedule's micro-batches this rank takes; None: its own of every task.
 
     Raises:
         ValueError: data and schedule disagree.
@@ -261,7 +266,9 @@ def train_loader(
         )
         for task, d in data.items()
     }
-    steps = _StepDataset(cached, schedule, rank, start_step, max_steps, max_broken)
+    if share is None:
+        share = {task: [(k, rank) for k in range(data[task].micro_steps)] for task in schedule.tasks}
+    steps = _StepDataset(cached, schedule, start_step, max_steps, max_broken, share)
     return _loader(steps, num_workers, pin_memory, multiprocessing_context)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import RfDetrConfig, RfDetrForObjectDetection, RfDetrImageProcessor
+from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 from transformers.models.rf_detr.modeling_rf_detr import (
     MultiScaleDeformableAttention,
@@ -107,9 +108,6 @@ class RFDetrDetector(nn.Module):
         for module in self.net.modules():
             if isinstance(getattr(module, "attn", None), MultiScaleDeformableAttention):
                 module.attn = _Float32DeformableAttention()
-        # The loss of one group for evaluation: `transformers` keeps all groups in it whatever the mode.
-        self.one_group = copy.deepcopy(config)
-        self.one_group.group_detr = 1
 
     def forward(
         self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None
@@ -137,21 +135,13 @@ class RFDetrDetector(nn.Module):
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
         raw = (logits, boxes, enc_logits, enc_boxes)
-        # The matcher raises on non-finite boxes: it gets finite ones, and the loss is made non-finite afterwards, so
-        # that every rank comes through the all-reduce in the loss.
+        # The matcher raises on non-finite boxes: it gets finite ones, and the loss is made non-finite afterwards.
         logits, boxes, enc_logits, enc_boxes = (value.nan_to_num(0.0, 1e4, -1e4) for value in raw)
         logits, enc_logits = (x.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT) for x in (logits, enc_logits))
-        loss = self.net.loss_function(
-            logits[-1],
-            targets,
-            logits.device,
-            boxes[-1],
-            self.net.config if self.training else self.one_group,
-            logits,
-            boxes,
-            enc_logits,
-            enc_boxes,
-        )[0]
+        layers = [*zip(logits, boxes, strict=True), (enc_logits, enc_boxes)]
+        # the decoder predicts with one group in evaluation, and the loss is that group's
+        criterion = _Criterion(self.net.config, self.net.config.group_detr if self.training else 1)
+        loss = torch.stack([criterion.of_layer(*layer, targets) for layer in layers]).sum()
         return loss + sum((value * 0.0).sum() for value in raw)
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
@@ -172,6 +162,27 @@ class RFDetrDetector(nn.Module):
         for prediction in found:
             prediction["boxes"] = prediction["boxes"].clamp(min=0).minimum(limit)
         return found
+
+
+class _Criterion(LwDetrImageLoss):
+    """Divides by the boxes of this rank's micro-batch, as all other losses here do, without a collective."""
+
+    def __init__(self, config: RfDetrConfig, groups: int) -> None:
+        matcher = LwDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
+        super().__init__(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"], groups)
+        self.weights = {
+            "loss_ce": config.class_loss_coefficient,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+        }
+
+    def of_layer(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Weighted classification, box and GIoU losses of one layer's predictions, matched anew."""
+        outputs = {"logits": logits, "pred_boxes": boxes}
+        indices = self.matcher(outputs, targets, self.group_detr)
+        count = max(self.group_detr * sum(len(target["boxes"]) for target in targets), 1)
+        parts = self.loss_labels(outputs, targets, indices, count) | self.loss_boxes(outputs, targets, indices, count)
+        return torch.stack([value * self.weights[name] for name, value in parts.items()]).sum()
 
 
 class _Neck(nn.Module):

@@ -85,8 +85,8 @@ class RunConfig(Strict):
     model: ModelConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     balancer: dict[str, Any] = Field(default_factory=lambda: {"name": "tbgc"})
-    """`name` of the weighting and its options; `norm`, `sketch_size`, `task_traces` and `cosines_every` are those of
-    TaskBalancer."""
+    """`name` of the weighting and its options; `norm`, `sketch_size`, `task_traces`, `cosines_every`, `parallel` and
+    `groups` are those of TaskBalancer."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Keys of `AllInOneArguments`, which are those of transformers.TrainingArguments and a few more."""
     deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"

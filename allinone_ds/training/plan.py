@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allinone_ds.balance import balancer_from_config
+from allinone_ds.balance import TaskGroups, balancer_from_config, groups_for
 from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.base import DataError
 from allinone_ds.data.sources import open_source
@@ -24,49 +24,11 @@ from allinone_ds.training.activations import activation_bytes
 from allinone_ds.training.arguments import check_trainer_keys
 from allinone_ds.training.build import build_model
 from allinone_ds.training.config import ModelFacts, RunConfig
+from allinone_ds.training.plan_engine import Engine, read_engine
 
 CLASSES = 100
 """Classes of a task whose data cannot be read, and which the caller does not tell."""
 NORMS = ("exact", "sketch", "delayed")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What of a DeepSpeed configuration decides memory and messages.
-
-    Attributes:
-        stage: ZeRO stage.
-        weight_bytes: of one element of the model's weights.
-        fp32_accumulation: gradients of 16-bit weights accumulate in float32.
-        offload: the optimizer lives in the host's memory.
-        bucket: elements of a reduce bucket.
-        buckets: how many there are.
-        prefetched: elements of weights that ZeRO-3 gathers ahead of their use.
-        retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
-        task_traces: as of TaskBalancer; a model of at most `retained` elements stays gathered over the whole step.
-        all_reduces: gradients go to every rank, not to their owner alone: DeepSpeed's default below ZeRO-3.
-    """
-
-    stage: int
-    weight_bytes: int = 4
-    fp32_accumulation: bool = False
-    offload: bool = False
-    bucket: int = 500_000_000
-    buckets: int = 1
-    prefetched: int = 0
-    retained: int = 0
-    task_traces: bool = True
-    all_reduces: bool = True
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of one element of an accumulated gradient."""
-        return 4 if self.fp32_accumulation else self.weight_bytes
-
-    @property
-    def wraps_bf16(self) -> bool:
-        """DeepSpeed's `BF16_Optimizer`: ZeRO-1 whose every rank keeps the whole fp32 gradient."""
-        return self.stage == 1 and self.weight_bytes == 2 and self.fp32_accumulation and not self.offload
 
 
 @dataclass(frozen=True)
@@ -163,10 +125,15 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = options.get("sketch_size") or default_size(sizes.trained)
+    groups = None
+    if options.get("parallel") == "tasks":
+        groups = groups_for("tasks", options.get("groups"), tuple(config.tasks), gpus)
+        if engine.stage not in (1, 2) or engine.wraps_bf16:
+            raise ConfigError("balancer.parallel = 'tasks' needs ZeRO-1 or ZeRO-2 (docs/task-parallel.md, Limits)")
     averaged = trainer.get("ema_decay") is not None
 
-    def parts(engine: Engine, norm: str) -> tuple[dict[str, int], dict[str, int]]:
-        return memory_parts(engine, sizes, gpus, norm, moments, kept, size, averaged)
+    def parts(engine: Engine, norm: str, groups: TaskGroups | None = None) -> tuple[dict[str, int], dict[str, int]]:
+        return memory_parts(engine, sizes, gpus, norm, moments, kept, size, averaged, groups)
 
     peak = max(activations.values())
     choices = []
@@ -178,7 +145,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
             total = sum(parts(other, kind)[0].values()) + peak
             moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
             choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
-    memory, host = parts(engine, norm)
+    memory, host = parts(engine, norm, groups)
     if trainer.get("async_save"):
         copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]  # as rank 0 does
         host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
@@ -193,45 +160,10 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         },
         memory={**memory, "activations": peak},
         host=host,
-        moved=moved_parts(engine, sizes, gpus, norm, size),
+        moved=moved_parts(engine, sizes, gpus, norm, size, groups),
         activations=activations,
         choices=choices,
         notes=notes,
-    )
-
-
-def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bool = False) -> Engine:
-    """What of a DeepSpeed configuration counts here.
-
-    Args:
-        deepspeed: content of the file.
-        bf16: what the trainer's arguments say, for "auto" in the file.
-        fp16: likewise.
-    """
-    if isinstance(deepspeed, str):
-        raise ConfigError("deepspeed: give the content of the file; load_config reads it")
-    zero = deepspeed.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
-    half = any(
-        deepspeed.get(kind, {}).get("enabled") is True or (deepspeed.get(kind, {}).get("enabled") == "auto" and asked)
-        for kind, asked in (("bf16", bf16), ("fp16", fp16))
-    )
-    offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
-    accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    live = _number(zero.get("stage3_max_live_parameters"), 10**9)
-    reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # there and back: half of it each way
-    overlap = bool(zero.get("overlap_comm", stage == 3))
-    return Engine(
-        stage=stage,
-        weight_bytes=2 if half else 4,
-        fp32_accumulation=half and accumulation == "fp32",
-        offload=offload,
-        bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
-        buckets=2 if overlap and stage in (1, 2) else 1,
-        all_reduces=stage < 3
-        and (zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)),
-        prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
-        retained=min(live, reuse // 2) if stage == 3 else 0,
     )
 
 
@@ -250,7 +182,15 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
 
 
 def memory_parts(
-    engine: Engine, sizes: Sizes, gpus: int, norm: str, moments: int, kept: int, sketch: int, averaged: bool = False
+    engine: Engine,
+    sizes: Sizes,
+    gpus: int,
+    norm: str,
+    moments: int,
+    kept: int,
+    sketch: int,
+    averaged: bool = False,
+    groups: TaskGroups | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of one GPU, and of the host for each GPU, by part; without activations. P trained elements, N GPUs.
 
@@ -263,6 +203,7 @@ def memory_parts(
         kept: shards the balancer keeps with exact norms: 1, or T for weightings that see all tasks first.
         sketch: elements of a sketch.
         averaged: an average of the weights is kept (`ema_decay`).
+        groups: which ranks run which task; None: every rank every task.
     """
     P = sizes.trained
     part = P if engine.stage == 0 else -(-P // gpus)
@@ -272,15 +213,19 @@ def memory_parts(
     copies = 0 if engine.stage == 0 and engine.weight_bytes == 4 else 1
     optimizer = 4 * part * (copies + moments)
     average = {"average of the weights": 4 * part} if averaged else {}
-    balancer = 4 * part * (1 if norm == "sketch" else kept)  # delayed: its first step is exact
-    if norm == "sketch":
+    balancer = 4 * part * (1 if norm == "sketch" or groups else kept)  # delayed: its first step is exact
+    if groups:
+        most = max(len(groups.of(rank)) for rank in range(gpus))
+        balancer += (most - 1) * sizes.backbone * engine.gradient_bytes
+        balancer += 2 * 4 * sketch * len(sizes.heads) if norm == "sketch" else 0
+    elif norm == "sketch":
         balancer += sizes.backbone * engine.gradient_bytes + 2 * 4 * sketch
     elif norm == "delayed":
         balancer += 2 * 4 * sketch * len(sizes.heads)
-    memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm)}
+    memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm != "exact" or bool(groups))}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
     buffers += engine.weight_bytes * _gathered(engine, sizes, norm)
-    if norm != "exact" and engine.fp32_accumulation:  # where local gradients are reduced to
+    if (norm != "exact" or groups) and engine.fp32_accumulation:  # where local gradients are reduced to
         buffers += 4 * part
     beside = {"optimizer": optimizer, "balancer": balancer, **average}
     if engine.offload:
@@ -301,12 +246,12 @@ def _stays_gathered(engine: Engine, sizes: Sizes, norm: str) -> bool:
     return traced and sizes.trained + sizes.frozen <= engine.retained
 
 
-def _gradients(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> int:
+def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
     P, part = sizes.trained, -(-sizes.trained // gpus)
     shard = part * engine.gradient_bytes
     if engine.wraps_bf16:  # the whole gradient in both dtypes
         return P * 4 + sizes.largest_task * engine.weight_bytes
-    if norm != "exact":  # whole, on every rank, and the buffer that ZeRO-3 always has
+    if local:  # whole, on every rank, and the buffer that ZeRO-3 always has
         return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
     if engine.stage == 0:
         return P * engine.weight_bytes
@@ -315,7 +260,9 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> int:
     return shard
 
 
-def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int) -> dict[str, int]:
+def moved_parts(
+    engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int, groups: TaskGroups | None = None
+) -> dict[str, int]:
     """Bytes that one GPU sends in an optimizer step, by purpose.
 
     A ring's figures: (N - 1) / N of the elements for a reduce-scatter or an all-gather, twice that for an all-reduce.
@@ -326,12 +273,13 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
         gpus: N.
         norm: "exact", "sketch" or "delayed"; "plain" is DeepSpeed's accumulation of the same micro-steps, unbalanced.
         sketch: elements of a sketch.
+        groups: which ranks run which task; None: every rank every task. Of GPUs that send differently, the most.
     """
     share = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
-    if norm in ("sketch", "delayed") or (norm == "plain" and engine.stage < 2):
+    if groups or norm in ("sketch", "delayed") or (norm == "plain" and engine.stage < 2):
         reduced = P  # once
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed fills in zeros for the other heads
         reduced = P * len(of_task)
@@ -350,6 +298,9 @@ def moved_parts(engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int)
         moved["weights"] = round(share * (reduced_each + again) * w)
     message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4)
     moved["norms"] = round(share * 2 * message * len(of_task))
+    if groups and norm == "exact":  # a reduce-scatter in float32 within each task's group
+        within = {task: (len(ranks) - 1) / len(ranks) * 4 * of_task[task] for task, ranks in groups.ranks.items()}
+        moved["norms"] += round(max(sum(within[task] for task in groups.of(rank)) for rank in range(gpus)))
     return moved
 
 
@@ -372,10 +323,6 @@ def _moments(optim: str, notes: list[str]) -> int:
     if not optim.startswith("adamw"):
         notes.append(f"optim '{optim}': counted like AdamW, with two moments of every weight")
     return 2
-
-
-def _number(value: Any, default: int) -> int:
-    return default if value is None or value == "auto" else int(value)
 
 
 def _allowed(engine: Engine, norm: str, streams: bool) -> bool:

@@ -28,5 +28,6 @@ class Steps:
                 trainer.state.max_steps,
                 args.dataloader_num_workers,
                 args.max_broken_images,
+                share=trainer.share,
             )
         )

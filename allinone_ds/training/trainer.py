@@ -6,42 +6,28 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from allinone_ds.balance import TBGC, StepReport, TaskBalancer
+from allinone_ds.balance import TBGC, StepReport, TaskBalancer, groups_for
 from allinone_ds.data.loader import StepBatch, TaskData
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.training.arguments import AllInOneArguments
-from allinone_ds.training.background import BackgroundSaver
-from allinone_ds.training.checkpoint import claim_run, gather
+from allinone_ds.training.durable import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
-from allinone_ds.training.errors import RunError, out_of_memory
+from allinone_ds.training.errors import out_of_memory
 from allinone_ds.training.evaluation import evaluate_tasks, to_device
-from allinone_ds.training.folder import check_resume, clear_unfinished
 from allinone_ds.training.logs import TaskLogs
-from allinone_ds.training.manifest import faults_of
 from allinone_ds.training.nonfinite import Streaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.pages import collect_drawings
-from allinone_ds.training.saving import (
-    RunCallback,
-    best_beside,
-    load_engine,
-    pick_checkpoint,
-    read_loop_state,
-    save_checkpoint,
-    save_weights,
-)
-from allinone_ds.training.signals import StopOnSignal
+from allinone_ds.training.saving import read_loop_state
 from allinone_ds.training.steps import Steps
 from allinone_ds.training.tracking import use_own_trackers
-from allinone_ds.training.watch import StallWatch
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -52,7 +38,7 @@ class RunShare(TrainerCallback):
         state.epoch = state.global_step / state.max_steps
 
 
-class AllInOneTrainer(Trainer):
+class AllInOneTrainer(DurableTrainer):
     """Trains an `AllInOneModel` on all its tasks, each task's pull on the backbone balanced.
 
     Callbacks, logs, schedules and `report_to` are those of Trainer. A step runs every task's micro-steps and then one
@@ -69,14 +55,17 @@ class AllInOneTrainer(Trainer):
         train_dataset: training data by task; its order is the order of tasks in a step.
         eval_dataset: evaluation data by task; tasks that are absent are not evaluated.
         weighting: how task gradients are weighted; None is TBGC().
-        balancer_options: further options of `TaskBalancer`, for example {"norm": "sketch"}.
+        balancer_options: further options of `TaskBalancer`, for example {"norm": "sketch"}. With {"parallel": "tasks"}
+            a rank reads the data of its own tasks only; the samples of a step are the same.
         callbacks: further callbacks.
 
     Raises:
-        ValueError: data for a task that the model does not have, or a task without data.
-    """
+        ValueError: data for a task that the model does not have, a task without data, or `groups` of ranks that cannot
+            be used.
 
-    args: AllInOneArguments
+    Attributes:
+        share: (micro-step, rank) of the schedule's micro-batches that this rank runs, by task.
+    """
 
     def __init__(
         self,
@@ -101,8 +90,6 @@ class AllInOneTrainer(Trainer):
             eval_dataset=dict(eval_dataset or {}),  # type: ignore[arg-type]
             callbacks=[RunShare(), *(callbacks or [])],
         )
-        self.stop_signal = StopOnSignal()
-        self.add_callback(self.stop_signal)
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -115,6 +102,14 @@ class AllInOneTrainer(Trainer):
             batch={task: (data.batch_size, data.micro_steps) for task, data in train_dataset.items()},
             world_size=args.world_size,
         )
+        parallel = self.balancer_options.get("parallel", "data")
+        groups = groups_for(parallel, self.balancer_options.get("groups"), self.schedule.tasks, args.world_size)
+        shares = [
+            {task: groups.share(task, self.schedule.batch[task][1], rank) for task in groups.of(rank)}
+            for rank in range(args.world_size)
+        ]
+        self.share = shares[args.process_index]
+        self._most_batches = max(sum(map(len, share.values())) for share in shares)
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
         self._logs = TaskLogs(
@@ -123,139 +118,16 @@ class AllInOneTrainer(Trainer):
             args.device,
             args.max_broken_images,
         )
-        self.saver: BackgroundSaver | None = None
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._watch: StallWatch | None = None
-        self._resumed: Path | None = None
         self._streaks = Streaks(self.schedule.tasks, args.nonfinite_limit)
 
-    # ---- the run ----
+    # ---- what a resumed run goes on with ----
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Train to `max_steps`, or until SIGTERM or SIGUSR1.
-
-        Args:
-            resume_from_checkpoint: true is the last whole checkpoint of `output_dir`, or a checkpoint's folder.
-            args, kwargs: as of Trainer.
-
-        Raises:
-            ConfigError: there is no whole checkpoint to resume, or another run is writing to `output_dir`.
-            RunError: a checkpoint could not be written, memory ran out, or a task was not finite too often.
-        """
-        run = Path(str(self.args.output_dir))
-        claim_run(run)
-        asked, self._resumed = resume_from_checkpoint, None
-        if asked and str(asked).lower() != "false":
-            check_resume(asked, run)
-            self._resumed = pick_checkpoint(self, asked)
-        if self.args.should_save:
-            clear_unfinished(run)
-        self.stop_signal.listen()
-        if self.args.async_save and self.saver is None:
-            self.saver = self.stop_signal.saver = BackgroundSaver()
-        try:
-            resumed = None if self._resumed is None else str(self._resumed)
-            return super().train(resumed, *args, **kwargs)
-        except BaseException:
-            self._finish_save(quietly=True)
-            raise
-        finally:
-            self.stop_signal.close()
-            if self._watch is not None:
-                self._watch.close()
-
-    @property
-    def resumed_from(self) -> Path | None:
-        """The checkpoint that training goes on from, until its first step."""
-        return self._resumed
-
-    def warn(self, step: int, message: str) -> None:
-        """Tell of something that the run got over."""
-        if self.is_world_process_zero():
-            print(f"warning: {message}", flush=True)
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, RunCallback):
-                    callback.on_warning(step, message)
-
-    def mark(self, where: str) -> None:
-        """Tell the other ranks how far this one is; every rank makes the same calls."""
-        if self._watch is not None:
-            self._watch.mark(where)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            load_engine(self, Path(resume_from_checkpoint))
-        if self.args.stall_timeout:
-            self._watch = StallWatch(self.args.stall_timeout)
-            engine: Any = self.deepspeed
-            engine.module.register_forward_pre_hook(self._mark_forward, with_kwargs=True)
-        return prepared
-
-    def _mark_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not module.training:
-            self.mark(f"an evaluation after step {self.state.global_step}, task '{kwargs.get('task')}'")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.balancer is None:  # a run that had ended was resumed: nothing is new
-            return
-        self.mark(f"the checkpoint of step {self.state.global_step}")
-        save_checkpoint(self, self._loop_state())
-        self.mark(f"the end of the checkpoint of step {self.state.global_step}")
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._finish_save()
-        if self.stop_signal.caught:
-            # the run goes on elsewhere, from its last checkpoint. With a best one Trainer would load that, and with
-            # save_total_limit 1 delete the last one
-            self.state.best_model_checkpoint = None
-        return super()._finalize_training(*args, **kwargs)
-
-    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        # with save_strategy "best" Trainer takes the answer for whether to save
-        return super()._determine_best_metric(*args, **kwargs) or self.stop_signal.caught is not None
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        begun = super()._init_training_state(*args, **kwargs)
-        if self._resumed is not None:
-            self.state.best_model_checkpoint = best_beside(self._resumed) or self.state.best_model_checkpoint
-        return begun
-
-    def _finish_save(self, quietly: bool = False) -> None:
-        """Wait for a checkpoint that is still being written."""
-        if self.saver is None:
-            return
-        try:
-            if not quietly:
-                self.mark("the end of a checkpoint in the background")
-            self.saver.finish()
-        except RunError as error:
-            if not quietly:
-                raise
-            self.warn(self.state.global_step, str(error))  # another error already ends the run
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            save_weights(state_dict, str(output_dir or self.args.output_dir))
-
-    def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        faults = gather(faults_of(best, self.args.process_index, self.args.world_size))
-        found = sorted({fault for part in faults for fault in part})
-        if found:
-            self.warn(
-                self.state.global_step,
-                f"{best.name}, the best checkpoint, is broken ({found[0]}); the weights stay those of the last step",
-            )
-            self.state.best_model_checkpoint = None
-            return
-        load_engine(self, best)
-
-    def _loop_state(self) -> dict[str, Any]:
-        """What this rank's loop knows and neither the engine nor Trainer saves."""
-        assert self.balancer is not None
+    def loop_state(self) -> dict[str, Any] | None:
+        if self.balancer is None:
+            return None
         return {
             "balancer": self.balancer.state_dict(),
             "logs": self._logs.state_dict(),
@@ -332,7 +204,7 @@ class AllInOneTrainer(Trainer):
             inputs: one step's micro-batches by task.
 
         Returns:
-            The sum of the tasks' losses on this rank.
+            The sum of the tasks' losses, each the mean over the ranks that run it.
         """
         with self._logs.pace.working():
             return self._balanced_step(model, inputs)
@@ -354,8 +226,7 @@ class AllInOneTrainer(Trainer):
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"data of step {inputs.step} came at step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
-        for task in self.schedule.order(inputs.step):
-            batches = inputs.batches[task]
+        for task, batches in inputs.batches.items():
             with self.balancer.task(task, micro_steps=len(batches)):
                 for number, batch in enumerate(batches, 1):
                     where = f"step {inputs.step}, task '{task}', micro-step {number} of {len(batches)}"
@@ -369,6 +240,8 @@ class AllInOneTrainer(Trainer):
                         if clear is None:
                             raise
                         raise clear from error
+        for _ in range(sum(map(len, inputs.batches.values())), self._most_batches):
+            self.mark(f"step {inputs.step}, after its tasks")  # marks count: ranks with more micro-batches are behind
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
         self._logs.add(report)

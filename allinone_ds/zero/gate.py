@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.optim import Optimizer
 
+from ..strict import ConfigError
 from .bf16 import BF16Shards
 from .releases import MANAGES_ACCUMULATION, RELEASE
 from .shards import GradientShards
@@ -25,7 +26,7 @@ CHECKED_RELEASES = ("0.19.8",)
 """DeepSpeed releases whose private fields were read and whose exactness table was run."""
 
 
-class UnsupportedEngine(ValueError):
+class UnsupportedEngine(ConfigError):
     """An engine, or a setting of it, that would make balanced gradients wrong."""
 
 

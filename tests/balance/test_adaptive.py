@@ -128,6 +128,8 @@ def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
         ({"name": "db_mtl", "beta": 1.0}, "beta = 1.0"),
         ({"name": "cagrad"}, "'c'"),
         ({"name": "tbgc", "sketchsize": 3}, "did you mean 'sketch_size'"),
+        ({"name": "tbgc", "norm": "exakt"}, "norm = 'exakt'; did you mean 'exact'"),
+        ({"name": "tbgc", "norm": "delayed", "parallel": "tasks"}, "norm='delayed' with parallel='tasks'"),
     ],
 )
 def test_mistakes_are_named(config: dict, text: str) -> None:

@@ -1,5 +1,6 @@
 """The strong heads against the libraries and papers they follow, and at full size."""
 
+import copy
 import math
 
 import pytest
@@ -235,6 +236,22 @@ def test_rf_detr_evaluates_the_group_that_predicts():
     labels = [{"boxes": torch.tensor([[3.0, 4.0, 40.0, 20.0]]), "labels": torch.tensor([k])} for k in (0, 2)]
     with torch.no_grad():
         torch.testing.assert_close(two(maps, pixels, labels).loss, one(maps, pixels, labels).loss)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rf_detr_losses_divide_by_boxes_as_transformers_does_on_one_process(training):
+    torch.manual_seed(0)
+    net = detector(3).train(training)
+    groups = 3 if training else 1
+    logits, boxes = torch.randn(2, 2, 6 * groups, 3), torch.rand(2, 2, 6 * groups, 4) * 0.5 + 0.1
+    enc_logits, enc_boxes = torch.randn(2, 6 * groups, 3), torch.rand(2, 6 * groups, 4) * 0.5 + 0.1
+    labels = [{"boxes": torch.tensor([[3.0, 4.0, 40.0, 20.0]] * n), "labels": torch.arange(n)} for n in (1, 3)]
+    targets = _targets(labels, torch.zeros(2, 3, 32, 64))
+    config = copy.deepcopy(net.net.config)
+    config.group_detr, config.decoder_layers = groups, 2
+    arguments = (logits[-1], targets, logits.device, boxes[-1], config, logits, boxes, enc_logits, enc_boxes)
+    expected = net.net.loss_function(*arguments)[0]
+    torch.testing.assert_close(net._loss(logits, boxes, enc_logits, enc_boxes, targets), expected)
 
 
 FULL_RF_DETR = {"num_queries": 900, "decoder_layers": 6}

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.balance.sketch import default_size
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.plan import memory_parts, read_engine, sizes_of
+from allinone_ds.training.plan import memory_parts, sizes_of
+from allinone_ds.training.plan_engine import read_engine
 from allinone_ds.zero import master_shards
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
@@ -27,6 +28,9 @@ CASES = [
     (2, "bf16", "delayed"),
     (3, "fp32", "sketch"),
     (3, "bf16", "delayed"),
+    (1, "fp32", "exact, apart"),
+    (2, "bf16", "exact, apart"),
+    (2, "bf16", "sketch, apart"),
 ]
 
 
@@ -74,11 +78,13 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
     sizes = sizes_of(model, dict.fromkeys(model.tasks, 2))
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0, 1.0))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    balancer = TaskBalancer(engine, tuple(model.tasks), "backbone", TBGC(0.1), norm=norm)
+    norm, _, apart = norm.partition(", ")
+    parallel = "tasks" if apart else "data"
+    balancer = TaskBalancer(engine, tuple(model.tasks), "backbone", TBGC(0.1), norm=norm, parallel=parallel)
     most = dict.fromkeys(("gradients", "balancer"), 0)
     for _ in range(2):
-        for name, task in engine.module.tasks.items():
-            batch = task.collate(samples(2))
+        for name in balancer.tasks:
+            batch = engine.module.tasks[name].collate(samples(2))
             with balancer.task(name, micro_steps=2):
                 for _ in range(2):
                     balancer.backward(engine(task=name, **batch).loss)
@@ -88,9 +94,14 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
         most["balancer"] = max(most["balancer"], balancer.extra_bytes)
     measured = {"weights": bytes_of(weights(engine)), "optimizer": bytes_of(optimizer_tensors(engine)), **most}
     sketch = default_size(sizes.trained)
-    if norm != "exact":  # the plan counts the local gradient, which is the engine's and the balancer's, once
+    if norm != "exact" or apart:  # the plan counts the local gradient, which is the engine's and the balancer's, once
         measured["balancer"] -= balancer._combiner.local.bytes
-    planned = memory_parts(read_engine(config), sizes, dist.get_world_size(), norm, 2, 1, sketch)[0]
+    groups = balancer.groups if apart else None
+    planned = memory_parts(read_engine(config), sizes, dist.get_world_size(), norm, 2, 1, sketch, groups=groups)[0]
+    if apart:  # the busiest rank
+        busiest = torch.tensor([measured["balancer"], measured["gradients"]])
+        dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+        measured["balancer"], measured["gradients"] = busiest.tolist()
     wrong = {
         part: f"planned {planned[part]:,}, measured {found:,} ({planned[part] / found - 1:+.1%})"
         for part, found in measured.items()

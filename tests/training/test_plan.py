@@ -12,9 +12,12 @@ import torch
 import yaml
 
 from allinone_ds import cli
+from allinone_ds.balance import task_groups
+from allinone_ds.strict import ConfigError
 from allinone_ds.training.activations import SavedBytes, activation_bytes
 from allinone_ds.training.config import load_config
-from allinone_ds.training.plan import Engine, Sizes, moved_parts, plan_run, read_engine
+from allinone_ds.training.plan import Sizes, moved_parts, plan_run
+from allinone_ds.training.plan_engine import Engine, read_engine
 from tests.launcher import run_ranks
 from tests.tasks.test_learning import HEADS
 from tests.tiny import samples, tiny_model
@@ -101,6 +104,10 @@ def test_bytes_moved_follow_the_collectives() -> None:
     for norm in ("sketch", "delayed"):
         assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
     assert set(moved(3, gpus=1).values()) == {0}
+    groups = task_groups({"a": 3, "b": 1}, ("a", "b"), 4)
+    apart = moved_parts(Engine(2, weight_bytes=2), sizes, 4, "exact", 8, groups)
+    assert apart["gradients"] == moved(2, "sketch")["gradients"]
+    assert apart["norms"] == 0.75 * 2 * 3 * 8 * 2 + 2 / 3 * 960 * 4  # a reduce-scatter among three ranks, in float32
 
 
 def test_the_deepspeed_file_decides() -> None:
@@ -166,6 +173,13 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
     assert memory("trainer.ema_decay=0.99")["average of the weights"] * 3 == pytest.approx(plain["optimizer"], rel=1e-6)
     assert memory("deepspeed=configs/deepspeed/zero3.json")["weights"] < 0.2 * plain["weights"]
     assert memory("balancer.name=db_mtl")["balancer"] == 3 * plain["balancer"]  # a shard a task
+    apart = memory("balancer.parallel=tasks", "balancer.groups={det: 6, seg: 1, cls: 1}")
+    assert apart["balancer"] == plain["balancer"]
+    assert apart["gradients"] == pytest.approx(8 * plain["gradients"], rel=1e-6)
+    with pytest.raises(ConfigError, match="add up to the 8 ranks"):
+        memory("balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}")
+    with pytest.raises(ConfigError, match="ZeRO-1 or ZeRO-2"):
+        memory("balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json")
 
 
 def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:

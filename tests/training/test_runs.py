@@ -131,6 +131,38 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) ->
     assert [e["epoch"] for e in second if "loss" in e] == [0.25, 0.5, 0.75, 1.0]
 
 
+def test_tasks_on_different_ranks_end_where_the_usual_mode_does(run: Path, home: Path) -> None:
+    apart = home / "apart"
+    apart.mkdir()
+    shutil.copytree(run / "checkpoint-2", apart / "checkpoint-2")  # a run may change its groups, or have none before
+    groups = "balancer.groups={det: [0], seg: [1], cls: [1]}"
+    launch(home, "torchrun", f"output_dir={apart}", "balancer.parallel=tasks", groups, *OVERRIDES, "--resume")
+    usual, found = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, apart))
+    for name, value in usual.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    first, second = ([e for e in history(f / "checkpoint-4") if "loss" in e] for f in (run, apart))
+    for before, now in zip(first, second, strict=True):
+        for task in TEST_SAMPLES:
+            for key in (f"loss/{task}", f"grad_norm/{task}/raw", f"grad_norm/{task}/share", f"epoch/{task}"):
+                assert now[key] == pytest.approx(before[key], rel=1e-3), (now["step"], key)
+        assert now["loss"] == pytest.approx(before["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}"], "add up to the 2 ranks of this job"),
+        (["balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json"], "cannot run on ZeRO-3"),
+    ],
+)
+def test_groups_that_cannot_be_are_errors_without_a_traceback(
+    home: Path, overrides: list[str], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={home / 'none'}", *overrides]) == 2
+    said = capfd.readouterr()
+    assert says in said.out + said.err and "Traceback" not in said.out + said.err
+
+
 def test_zero_3_in_bf16_with_broken_images_through_the_command(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
