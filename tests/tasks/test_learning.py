@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import LIGHT, SIZE, samples, tiny_model
 
@@ -59,6 +61,36 @@ def build(head):
     name, kind, options = HEADS[head]
     model = tiny_model({name: (kind, options)})
     return model, name, model.tasks[name]
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_forward_or_loss_communicates(one_rank, head):
+    # ranks that run other tasks at that moment would not answer
+    model, name, task = build(head)
+    with Collectives() as found:
+        dist.all_reduce(torch.zeros(1))
+        model(name, **task.collate(samples())).loss.backward()
+    assert found.names == ["c10d.allreduce_.default"]  # our own: they are seen
 
 
 @pytest.mark.parametrize("head", HEADS)
