@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from allinone_ds.balance import TBGC, StepReport, TaskBalancer
 from allinone_ds.data.loader import StepBatch, TaskData
@@ -186,6 +186,8 @@ class AllInOneTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # the weights are made: from here on each rank drops other paths and units. A resume brings its own states
+        set_seed(self.args.seed + self.args.process_index)
         if resume_from_checkpoint is not None:
             load_engine(self, Path(resume_from_checkpoint))
         if self.args.stall_timeout:
