@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from allinone_ds.training.arguments import AllInOneArguments
 from allinone_ds.training.background import BackgroundSaver
@@ -104,6 +104,8 @@ class DurableTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # the weights are made: from here on each rank drops other paths and units. A resume brings its own states
+        set_seed(self.args.seed + self.args.process_index)
         if resume_from_checkpoint is not None:
             load_engine(self, Path(resume_from_checkpoint))
         if self.args.stall_timeout:

@@ -76,6 +76,8 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(file: Path, addres
         load_config(file, [f"tasks.det.train.images={address}"])
     assert "s3cr3t" not in str(error.value)
     read_yaml(file, ["tasks.det.train.images=https://host:80/x?a=1"])
+    with pytest.raises(ConfigError, match="trainer.report_to is an address with"):
+        read_yaml(file, [f"trainer.report_to=[wandb,{address}]"])
 
 
 def test_the_word_no_survives_yaml() -> None:

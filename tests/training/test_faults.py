@@ -19,9 +19,7 @@ import torch
 
 from allinone_ds.balance.errors import NonFinite
 from allinone_ds.strict import ConfigError
-from allinone_ds.training import checkpoint as checkpoint_module
 from allinone_ds.training import folder as folder_module
-from allinone_ds.training import manifest as manifest_module
 from allinone_ds.training.arguments import AllInOneArguments
 from allinone_ds.training.checkpoint import CheckpointWriter
 from allinone_ds.training.errors import REQUEUE, out_of_memory
@@ -122,26 +120,26 @@ def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
 def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    for module in (checkpoint_module, manifest_module):
-        monkeypatch.setattr(module, "sync", lambda path: calls.append(("sync", path.name)))
+    calls: list[tuple[str, int]] = []  # the system's own, with the number of the file or folder that they are of
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(("sync", os.fstat(handle).st_ino)))
     rename = os.rename
 
     def renamed(source: Path, target: Path) -> None:
-        calls.append(("rename", target.name))
+        calls.append(("rename", source.stat().st_ino))
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint_module.os, "rename", renamed)
+    monkeypatch.setattr(os, "rename", renamed)
     writer = CheckpointWriter(tmp_path, 2)
     (writer.folder / "inner").mkdir()
     for name in ("latest", "inner/shard"):
         (writer.folder / name).write_text(name)
     writer.publish()
-    hidden = ".unfinished-checkpoint-2"
-    assert {what for what in calls[:2]} == {("sync", "latest"), ("sync", "shard")}
-    assert calls[2] == ("sync", MANIFEST_FILE)  # says what the files are: after them
-    assert {what for what in calls[3:5]} == {("sync", "inner"), ("sync", hidden)}
-    assert calls[5:] == [("rename", "checkpoint-2"), ("sync", tmp_path.name)]
+    names = {path.stat().st_ino: path.name for path in (tmp_path, *tmp_path.rglob("*"))}
+    found = [(what, names[number]) for what, number in calls]
+    assert set(found[:2]) == {("sync", "latest"), ("sync", "shard")}
+    assert found[2] == ("sync", MANIFEST_FILE)  # says what the files are: after them
+    assert set(found[3:5]) == {("sync", "inner"), ("sync", "checkpoint-2")}
+    assert found[5:] == [("rename", "checkpoint-2"), ("sync", tmp_path.name)]
     assert faults_of(tmp_path / "checkpoint-2") == []
 
 

@@ -74,6 +74,11 @@ def test_the_schedule_moves_once_a_step_and_the_head_rate_is_logged(run: Path) -
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
+def test_each_rank_draws_random_numbers_of_its_own(run: Path) -> None:
+    states = [torch.load(run / "checkpoint-2" / f"rng_state_{rank}.pth", weights_only=False) for rank in range(2)]
+    assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
+
+
 def test_two_ranks_count_every_sample_once_and_agree_with_one_process(run: Path) -> None:
     state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
     evaluations = {entry["step"]: entry for entry in history(run / "checkpoint-4") if "eval_score" in entry}

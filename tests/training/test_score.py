@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from allinone_ds import cli
 from allinone_ds.strict import ConfigError
+from allinone_ds.training import score as score_module
 from allinone_ds.training.build import build_model, open_test_data
 from allinone_ds.training.config import ModelFacts, read_run_files
 from allinone_ds.training.score import score_run
@@ -61,6 +62,17 @@ def test_the_score_is_that_of_the_predictions_in_the_file(run: Path, capsys: pyt
         assert content["metrics"][name][model.tasks[name].main_metric] == pytest.approx(main[-1], abs=1e-6)
     assert len(main) == 3 and content["score"] == pytest.approx(sum(main) / 3, abs=1e-6)
     assert f"{content['score']:.6f}" in said
+
+
+def test_each_leaderboard_is_the_mean_of_its_own_metrics(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"det": {"map50": 0.8, "map": 0.3}, "seg": {"miou": 0.4}, "cls": {"top1": 0.1}}
+    monkeypatch.setattr(score_module, "evaluate_task", lambda model, name, *rest, **more: values[name])
+    found = {board: score_run(run, board, tmp_path / board) for board in ("A", "B")}
+    assert found["A"]["score"] == pytest.approx(1.3 / 3) and found["A"]["metrics"] == values
+    assert found["B"]["score"] == pytest.approx(0.45)
+    assert found["B"]["metrics"] == {task: values[task] for task in ("cls", "det")}
 
 
 def test_overrides_reach_the_views_that_are_scored(run: Path, tmp_path: Path) -> None:

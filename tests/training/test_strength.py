@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from allinone_ds.data.loader import TaskData
+from allinone_ds.data.transforms import eval_transform
 from allinone_ds.models.backbone import NAMED, BackboneConfig, build_backbone
 from allinone_ds.strict import ConfigError
 from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.training.evaluation import evaluate_tasks
 from allinone_ds.training.optimizer import backbone_layer, parameter_groups
 from tests.launcher import run_ranks
-from tests.tiny import samples, tiny_backbone, tiny_model
+from tests.tiny import SIZE, samples, tiny_backbone, tiny_model
 
 HERE = Path(__file__).parent
 EMA_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload",
@@ -82,6 +85,18 @@ def test_drop_path_drops_in_training_only(model_type: str) -> None:
         assert (out == out[:, :1, :1]).all() and abs(float(out.mean()) - 1) < 0.1
     backbone.eval()
     assert torch.equal(backbone(pixels).feature_maps[-1], backbone(pixels).feature_maps[-1])
+
+
+def test_an_evaluation_between_two_steps_drops_nothing() -> None:
+    model = tiny_model(drop_path_rate=0.5)
+    task = model.tasks["cls"]
+    data = TaskData(samples(4), eval_transform(SIZE), task.collate, batch_size=4)  # type: ignore[arg-type]
+    seen: list[torch.Tensor] = []
+    task.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs.logits))
+    for _ in range(2):
+        model.train()
+        evaluate_tasks(model, {"cls": data}, torch.device("cpu"))
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("model_type", ["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"])
