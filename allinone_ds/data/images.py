@@ -177,6 +177,8 @@ def _rgb(picture: Image.Image) -> np.ndarray:
         wide = np.array(picture).astype(np.int64)  # 16-bit grey, in Pillow also as 32-bit "I"
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError("pixels need more than 16 bit; convert the picture to 8 or 16 bit")
+        if 0 < wide.max() < 256:
+            raise ValueError("pixels are of 16 bit, their upper 8 all 0, so it would be black; convert it to 8 bit")
         grey = (wide >> 8).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)
     if picture.mode in ("P", "PA") and "transparency" in picture.info:

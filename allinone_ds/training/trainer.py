@@ -73,7 +73,7 @@ class AllInOneTrainer(Trainer):
         callbacks: further callbacks.
 
     Raises:
-        ValueError: data for a task that the model does not have, or a task without data.
+        ValueError: data for a task that the model does not have, a task without data, or no data for `eval_strategy`.
     """
 
     args: AllInOneArguments
@@ -98,7 +98,7 @@ class AllInOneTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=dict(train_dataset),  # type: ignore[arg-type]
-            eval_dataset=dict(eval_dataset or {}),  # type: ignore[arg-type]
+            eval_dataset=dict(eval_dataset) if eval_dataset else None,  # type: ignore[arg-type]
             callbacks=[RunShare(), *(callbacks or [])],
         )
         self.stop_signal = StopOnSignal()
@@ -411,7 +411,7 @@ class AllInOneTrainer(Trainer):
             PREFIX_TASK_METRIC for every task and metric, PREFIX_TASK_samples, PREFIX_score (the mean of the tasks' main
             metrics) and PREFIX_runtime in seconds.
         """
-        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
         start = time.perf_counter()
         metrics = evaluate_tasks(
             self._evaluable_model(),

@@ -315,6 +315,8 @@ def test_impossible_classes_of_label_maps_are_refused(maps_root, options):
         ("0.png -1", "class id -1 must lie in"),
         ("0.png", "line 1: '0.png' must be `file class-id`"),
         ("0.png ant", "must be `file class-id`"),
+        ("0.png ²", "must be `file class-id`"),
+        ("0.png --1", "must be `file class-id`"),
         ("gone.png 0", r"gone\.png: file is missing"),
         ("# nothing", "there is no sample in it"),
     ],
