@@ -121,14 +121,16 @@ class CocoDataset(SampleDataset):
         names: dict[int, str] = {}
         for record in records:
             if not isinstance(record, dict) or not isinstance(record.get("id"), int | str) or "name" not in record:
-                raise DataError(f"{self.name}: category {record!r} needs 'id' (a number) and 'name'")
+                raise DataError(f"{self.name}: category {record!r} needs 'id' and 'name', the id a number")
             if record["id"] in names:
                 raise DataError(f"{self.name}: category id {record['id']!r} is used twice; give each its own")
             names[record["id"]] = str(record["name"])
         if not names:
             raise DataError(f"{self.name}: 'categories' is empty; list every class with its id and name")
         if len({isinstance(i, str) for i in names}) > 1:
-            raise DataError(f"{self.name}: category ids are numbers and texts ({list(names)}); make all of them numbers")
+            raise DataError(
+                f"{self.name}: category ids are numbers and texts ({list(names)}); make all of them numbers"
+            )
         ids = sorted(names)
         places = match_classes(self.name, [names[i] for i in ids], classes)
         self.classes = [names[i] for i in ids] if classes is None else list(classes)

@@ -221,8 +221,10 @@ def _check_values(config: Any) -> None:
     """What `transformers` would take and fail at, or take for something else, in the first forward."""
     where, width, heads = "model.backbone.config", config.hidden_size, config.num_attention_heads
     if heads < 1 or config.num_hidden_layers < 1 or config.num_channels != 3:
-        raise ConfigError(f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}, "
-                          f"num_channels {config.num_channels}: allowed are 1 or more, 1 or more, and 3 (RGB)")  # fmt: skip
+        raise ConfigError(
+            f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}, num_channels "
+            f"{config.num_channels}: allowed are 1 or more, 1 or more, and 3 (RGB)"
+        )
     if not getattr(config, "reshape_hidden_states", True):
         raise ConfigError(f"{where}.reshape_hidden_states: must stay true, heads need maps; remove it")
     least = 4 if config.model_type == "dinov3_vit" else 1  # rotary positions take channels of a head by fours

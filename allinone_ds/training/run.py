@@ -109,8 +109,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
 def _tell_beginning(trainer: AllInOneTrainer, data: Mapping[str, TaskData], fresh: list[str]) -> None:
     """Warn of heads that are not those of `start_from`, and of what shows of the data without a check of all of it."""
     if fresh:
-        trainer.warn(0, f"model.start_from: the heads of {', '.join(fresh)} start fresh: not there, or of other classes "
-                        "or sizes")  # fmt: skip
+        names = ", ".join(fresh)
+        trainer.warn(0, f"model.start_from: the heads of {names} start fresh: not there, or of other classes or sizes")
     for part in data.values():
         for problem in part.dataset.structural[:_TOLD]:
             trainer.warn(0, str(problem))

@@ -68,17 +68,26 @@ def test_crowds_of_a_datasets_source_are_crowds(tmp_path, layout):
     if layout == "dict":
         inner = {"bbox": datasets.List(datasets.List(number)), "category": datasets.List(label),
                  "iscrowd": datasets.List(datasets.Value("bool"))}  # fmt: skip
-        row = {"bbox": [[1, 1, 4, 4], [2, 2, 0, 0], [3, 3, 9, 9]], "category": [0, 1, 2], "iscrowd": [False, False, True]}
+        row = {
+            "bbox": [[1, 1, 4, 4], [2, 2, 0, 0], [3, 3, 9, 9]],
+            "category": [0, 1, 2],
+            "iscrowd": [False, False, True],
+        }
     else:
         inner = datasets.List({"bbox": datasets.List(number), "category": label, "iscrowd": datasets.Value("bool")})
-        row = [{"bbox": [1, 1, 4, 4], "category": 0, "iscrowd": False}, {"bbox": [3, 3, 9, 9], "category": 2, "iscrowd": True}]
+        row = [
+            {"bbox": [1, 1, 4, 4], "category": 0, "iscrowd": False},
+            {"bbox": [3, 3, 9, 9], "category": 2, "iscrowd": True},
+        ]
     save(tmp_path, {"image": datasets.Image(), "objects": inner}, {"image": [picture], "objects": [row]})
     sample = opened_hub(tmp_path, "detection")[0]
     assert sample["labels"].tolist() == [0, 2] and sample["iscrowd"].tolist() == [False, True]
 
 
 def test_coco_boxes_read_as_pascal_are_broken(tmp_path):
-    save_boxes(tmp_path, [[[20.0, 10.0, 5.0, 5.0]], [], [[0.0, 0.0, 4.0, 4.0]] * 2, []], categories=[[0], [], [1, 2], []])
+    save_boxes(
+        tmp_path, [[[20.0, 10.0, 5.0, 5.0]], [], [[0.0, 0.0, 4.0, 4.0]] * 2, []], categories=[[0], [], [1, 2], []]
+    )
     with pytest.raises(BrokenSample, match="set bbox_format"):
         opened_hub(tmp_path, "detection", bbox_format="pascal")[0]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.strict import ConfigError
-from allinone_ds.training.ema import AverageWeights
 from allinone_ds.training import saving
-from allinone_ds.training.run import _last_evaluation
+from allinone_ds.training.ema import AverageWeights
+from allinone_ds.training.run import _last_evaluation, _tell_beginning
 from allinone_ds.training.saving import best_beside, check_model
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
@@ -116,6 +118,19 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
     saving.load_engine(trainer, Path("run/checkpoint-4"))
     assert now.optimizer.param_groups[0]["lr"] == 0.5
     assert not told if words is None else words in told[0] and "model.start_from=run/checkpoint-4" in told[0]
+
+
+def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() -> None:
+    told: list[str] = []
+    trainer: Any = SimpleNamespace(warn=lambda step, message: told.append(message))
+    problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
+    data: Any = SimpleNamespace(dataset=SimpleNamespace(structural=problems))
+    _tell_beginning(trainer, {"det": data}, ["det", "seg"])
+    assert "start_from: the heads of det, seg start fresh" in told[0]
+    assert told[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
+    told.clear()
+    _tell_beginning(trainer, {}, [])
+    assert told == []
 
 
 def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
