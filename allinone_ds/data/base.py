@@ -245,6 +245,14 @@ def boxes_outside(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return low | (boxes[:, 2] > width + BOX_TOLERANCE) | (boxes[:, 3] > height + BOX_TOLERANCE)
 
 
+def are_fractions(boxes: np.ndarray) -> bool:
+    """Whether boxes (n, 4) XYXY are parts of the picture and not pixels: some have area, no corner lies beyond 1."""
+    return bool((boxes[:, 2:] > boxes[:, :2]).all(axis=1).any() and boxes.max() <= 1)
+
+
+FRACTIONS = "the boxes lie within 0..1, as parts of the picture; multiply them by its width and height in pixels"
+
+
 def outside_reason(box: np.ndarray, size: tuple[int, int]) -> str:
     """The reason text for one box (4,) XYXY outside an image of `size` (H, W)."""
     corners = ", ".join(f"{v:g}" for v in box)

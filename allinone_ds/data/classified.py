@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -118,7 +119,7 @@ def open_image_list(
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         parts = line.rsplit(None, 1)
-        if len(parts) < 2 or not parts[1].lstrip("-").isdigit():
+        if len(parts) < 2 or not re.fullmatch("-?[0-9]+", parts[1]):
             structural.append(Problem(str(file), f"line {number}: {line.strip()!r} must be `file class-id`"))
             continue
         identity = int(parts[1])

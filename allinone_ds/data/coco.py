@@ -12,12 +12,14 @@ import torch
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import (
+    FRACTIONS,
     BrokenSample,
     DataError,
     Problem,
     Sample,
     SampleDataset,
     SourceConfig,
+    are_fractions,
     boxes_outside,
     match_classes,
     need_folder,
@@ -118,13 +120,17 @@ class CocoDataset(SampleDataset):
         """Sets `classes`, `category_ids` (original id by label) and the way from id to label."""
         names: dict[int, str] = {}
         for record in records:
-            if not isinstance(record, dict) or "id" not in record or "name" not in record:
-                raise DataError(f"{self.name}: category {record!r} needs 'id' and 'name'")
+            if not isinstance(record, dict) or not isinstance(record.get("id"), int | str) or "name" not in record:
+                raise DataError(f"{self.name}: category {record!r} needs 'id' and 'name', the id a number")
             if record["id"] in names:
                 raise DataError(f"{self.name}: category id {record['id']!r} is used twice; give each its own")
             names[record["id"]] = str(record["name"])
         if not names:
             raise DataError(f"{self.name}: 'categories' is empty; list every class with its id and name")
+        if len({isinstance(i, str) for i in names}) > 1:
+            raise DataError(
+                f"{self.name}: category ids are numbers and texts ({list(names)}); make all of them numbers"
+            )
         ids = sorted(names)
         places = match_classes(self.name, [names[i] for i in ids], classes)
         self.classes = [names[i] for i in ids] if classes is None else list(classes)
@@ -171,13 +177,19 @@ class CocoDataset(SampleDataset):
             rows.append((x, y, x + w, y + h))
             owners.append(place[record["image_id"]])
             labels.append(self._label[record["category_id"]])
-            crowd.append(bool(record.get("iscrowd", 0)))
+            crowd.append(record.get("iscrowd") in (1, "1"))  # as a text "0" it would count as true
         boxes = np.array(rows, dtype=np.float32).reshape(-1, 4)
         owner = np.array(owners, dtype=np.int64)
         for n, index in enumerate(owners):
             size = self.sizes[index]
             if size is not None and boxes_outside(boxes[n : n + 1], size)[0]:
                 self.structural.append(Problem(self.path(index), outside_reason(boxes[n], size)))
+        if are_fractions(boxes):
+            self.structural.append(Problem(self.name, FRACTIONS))
+        twice = len(boxes) - len(np.unique(np.column_stack([boxes, owner, labels]), axis=0))
+        if twice:
+            reason = f"{twice} boxes stand there twice, of the same image, category and place; keep one of each"
+            self.structural.append(Problem(self.name, reason, "warning"))
         order = np.argsort(owner, kind="stable")
         self._boxes = boxes[order]
         self._labels = np.array(labels, dtype=np.int64)[order]

@@ -12,6 +12,7 @@ import torch
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import (
+    FRACTIONS,
     BrokenSample,
     ClassNames,
     DataError,
@@ -19,13 +20,14 @@ from allinone_ds.data.base import (
     Sample,
     SampleDataset,
     SourceConfig,
+    are_fractions,
     boxes_outside,
     match_classes,
     outside_reason,
     read_classes,
 )
 from allinone_ds.data.images import read_image, read_label_map
-from allinone_ds.data.label_maps import IGNORE, check_size, class_ids
+from allinone_ds.data.label_maps import IGNORE, check_size, class_ids, lone_class
 from allinone_ds.strict import Strict, did_you_mean
 
 
@@ -42,6 +44,8 @@ class Columns(Strict):
     """Detection: the box, inside `objects`."""
     category: str = "category"
     """Detection: the class of the box, inside `objects`."""
+    iscrowd: str = "iscrowd"
+    """Detection: whether the box is a crowd, inside `objects`, where it has such a column."""
     label_map: str = "label"
     """Segmentation: the label map, a picture of class ids."""
 
@@ -124,6 +128,8 @@ class HubDataset(SampleDataset):
         if source.kind == "classification":
             found = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._place]
             self.structural += [Problem(self.path(i), self._unknown(v)) for i, v in found]
+        if source.kind == "segmentation":
+            self.structural += lone_class(self, source.ignore_index)
         self.settle(strict)
 
     def __len__(self) -> int:
@@ -159,10 +165,12 @@ class HubDataset(SampleDataset):
         columns = self.source.columns
         if isinstance(cell, Mapping):
             rows, categories = cell[columns.bbox], cell[columns.category]
+            crowd = cell.get(columns.iscrowd) or [0] * len(rows)
         else:
-            rows, categories = (
+            rows, categories, crowd = (
                 [o[columns.bbox] for o in cell or []],
                 [o[columns.category] for o in cell or []],
+                [o.get(columns.iscrowd) or 0 for o in cell or []],
             )
         if len(rows) != len(categories):
             raise BrokenSample(path, f"has {len(rows)} boxes and {len(categories)} categories; make them as many")
@@ -175,7 +183,10 @@ class HubDataset(SampleDataset):
             raise BrokenSample(path, f"column '{columns.bbox}' must hold four numbers a box") from None
         if self.source.bbox_format == "coco":
             boxes[:, 2:] += boxes[:, :2]
-        wrong = boxes_outside(boxes, size) | ~np.isfinite(boxes).all(axis=1)
+        if are_fractions(boxes):
+            raise BrokenSample(path, FRACTIONS)
+        turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)  # what coco's read as pascal's are
+        wrong = boxes_outside(boxes, size) | turned | ~np.isfinite(boxes).all(axis=1)
         if wrong.any():
             reason = outside_reason(boxes[wrong][0], size)
             raise BrokenSample(path, f"{reason}, or set bbox_format (now {self.source.bbox_format})")
@@ -188,7 +199,7 @@ class HubDataset(SampleDataset):
                 torch.from_numpy(boxes[keep]), format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size
             ),
             "labels": torch.from_numpy(labels),
-            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.bool),
+            "iscrowd": torch.tensor([bool(c) for c in crowd], dtype=torch.bool)[torch.from_numpy(keep)],
         }
 
     def _names(self, given: list[str] | None) -> list[str]:

@@ -51,7 +51,7 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
             pass  # a kind that only PIL knows, or broken: PIL says what is wrong
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            array = _rgb(picture)  # (H, W, 3)
+            array = to_rgb(ImageOps.exif_transpose(picture))  # (H, W, 3)
     except Exception as error:  # decoders raise almost anything on broken files
         raise BrokenSample(path, _why(error)) from None
     return tv_tensors.Image(torch.from_numpy(array).permute(2, 0, 1))
@@ -140,9 +140,10 @@ def list_files(folder: Path) -> list[str]:
 
 
 def walk_images(folder: Path) -> list[str]:
-    """Every picture below a folder, sorted, relative to it."""
+    """Every picture below a folder, sorted, relative to it; what is hidden (.ipynb_checkpoints) is left out."""
     found = []
-    for here, _, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.relpath(os.path.join(here, name), folder) for name in names if is_image(name)]
     return sorted(found)
 
@@ -168,15 +169,20 @@ def _why(error: Exception) -> str:
     return f"cannot be decoded: {error}; replace the file"
 
 
-def _rgb(picture: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3) of an opened picture."""
-    picture = ImageOps.exif_transpose(picture)
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) of an opened picture, as it lies.
+
+    Raises:
+        ValueError: floating-point pixels, or of more than 16 bit, or of 16 bit that would all be black.
+    """
     if picture.mode == "F":
         raise ValueError("pixels are floating-point numbers; convert the picture to 8 or 16 bit")
     if picture.mode.startswith("I"):
         wide = np.array(picture).astype(np.int64)  # 16-bit grey, in Pillow also as 32-bit "I"
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError("pixels need more than 16 bit; convert the picture to 8 or 16 bit")
+        if 0 < wide.max() < 256:
+            raise ValueError("pixels are of 16 bit, their upper 8 all 0, so it would be black; convert it to 8 bit")
         grey = (wide >> 8).astype(np.uint8)
         return np.stack([grey] * 3, axis=-1)
     if picture.mode in ("P", "PA") and "transparency" in picture.info:

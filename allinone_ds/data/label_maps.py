@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -84,6 +85,7 @@ class LabelMapsDataset(SampleDataset):
         self._lookup = np.array([places[i] for i in range(len(names))], dtype=np.uint8)
         self.structural: list[Problem] = []
         self._pair()
+        self.structural += lone_class(self, source.ignore_index)
         self.settle(strict)
 
     def _pair(self) -> None:
@@ -163,6 +165,28 @@ def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: i
     mask = lookup[np.where(ignored, 0, stored)]
     mask[ignored] = IGNORE
     return mask
+
+
+def lone_class(dataset: SampleDataset, ignore_index: int) -> list[Problem]:
+    """A warning when label maps of several classes hold one class and ignored pixels: maps of 0 and 255 for two
+    classes, whose second one would be ignored, and learning and mIoU would be perfect.
+
+    Args:
+        dataset: samples with a `mask`; eight of them are looked at.
+        ignore_index: as the files use it.
+    """
+    found: set[int] = set()
+    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
+        with contextlib.suppress(BrokenSample):
+            found |= set(dataset[index]["mask"].unique().tolist())
+    if len(dataset.classes) == 1 or IGNORE not in found or len(found) != 2:
+        return []
+    name = dataset.classes[min(found)]
+    reason = (
+        f"label maps that were looked at hold no class but '{name}', all else is {ignore_index}, which is ignored; if "
+        f"{ignore_index} is to be a class, write its id there"
+    )
+    return [Problem(dataset.name, reason, "warning")]
 
 
 def check_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:

@@ -21,11 +21,15 @@ STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
 
+_TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
+
+
 class SampleTransform:
     """Sample -> sample of a fixed size: the transforms of one branch, plain resize, then the boxes are put right.
 
-    Boxes are cut at the border; those below 1 pixel a side go, with their `labels` and `iscrowd`. Keys that
-    are no pixels pass through. Pixels stay uint8.
+    Boxes are cut at the border; those below 1 pixel a side go, with their `labels` and `iscrowd`. Whatever else of a
+    sample is a `tv_tensors` (a `Mask` of depths, `KeyPoints`) moves with the pixels too; anything else passes through.
+    Pixels stay uint8.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; where there are several, each call draws one with
@@ -45,7 +49,17 @@ class SampleTransform:
         Args:
             sample: as the dataset gives it; it is left alone.
             more: gives further samples of the dataset, for Mosaic and MixUp; loaders give it.
+
+        Raises:
+            TypeError: pixels that are not uint8, boxes or a mask that torchvision would leave where they are.
         """
+        if sample["image"].dtype != torch.uint8:
+            raise TypeError(f"sample['image'] is {sample['image'].dtype}; give uint8 pixels, they are normalised later")
+        for key, kind in _TYPES.items():
+            if key in sample and not isinstance(sample[key], kind):
+                found = type(sample[key]).__name__
+                raise TypeError(f"sample['{key}'] is a {found}, which would not move with the pixels; give a "
+                                f"tv_tensors.{kind.__name__}")  # fmt: skip
         return self._run(self.branches[self.draw()], sample, more)
 
     def draw(self) -> str:
@@ -66,7 +80,11 @@ class SampleTransform:
     def _run(self, steps: Sequence[v2.Transform], sample: Sample, more: More | None) -> Sample:
         # v2 takes less time the less it is given: no strings and numbers, and where only the pixels change a bare
         # tensor in place of the image.
-        part: Sample = {key: sample[key] for key in ("boxes", "mask", "labels", "iscrowd") if key in sample}
+        part: Sample = {
+            key: value
+            for key, value in sample.items()
+            if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+        }
         alone = not part
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
@@ -169,7 +170,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         net = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else _from_config(cfg)
     except ConfigError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         raise ConfigError(f"model.backbone ({cfg.model_type}): {error}") from error
     if cfg.stem == "conv":
         path = _PATCH_PROJECTION[cfg.model_type]
@@ -219,6 +220,13 @@ def _check_fields(cfg: BackboneConfig, config: Any) -> None:
 def _check_values(config: Any) -> None:
     """What `transformers` would take and fail at, or take for something else, in the first forward."""
     where, width, heads = "model.backbone.config", config.hidden_size, config.num_attention_heads
+    if heads < 1 or config.num_hidden_layers < 1 or config.num_channels != 3:
+        raise ConfigError(
+            f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}, num_channels "
+            f"{config.num_channels}: allowed are 1 or more, 1 or more, and 3 (RGB)"
+        )
+    if not getattr(config, "reshape_hidden_states", True):
+        raise ConfigError(f"{where}.reshape_hidden_states: must stay true, heads need maps; remove it")
     least = 4 if config.model_type == "dinov3_vit" else 1  # rotary positions take channels of a head by fours
     if width % (heads * least):
         by_fours = ", and a head's share of it a multiple of 4" if least > 1 else ""

@@ -37,7 +37,8 @@ class Task(nn.Module, ABC):
 
     Attributes:
         kind: kind of data it reads ("detection", "segmentation", "classification", or your own).
-        main_metric: the key of `metric().compute()` that stands for the task in the run's score.
+        main_metric: the key of `metric().compute()` that stands for the task in the run's score: in 0 to 1, the larger
+            the better (the best checkpoint has the largest mean; below 0 counts as 0).
         unit: what a micro-loss averages over. The average is taken within the micro-batch of one rank: the mean over
             its "objects" (their positive locations for FCOS; RF-DETR alone divides by the objects of all ranks, as
             `transformers` does), its "valid pixels" (Mask2Former: its masks) or its "images". A task's gradient is the

@@ -27,6 +27,8 @@ ELSEWHERE = {
     "per_device_train_batch_size": "tasks.NAME.batch_size",
     "per_device_eval_batch_size": "tasks.NAME.eval_batch_size",
     "gradient_accumulation_steps": "tasks.NAME.micro_steps",
+    "num_train_epochs": "trainer.max_steps",
+    "label_smoothing_factor": "tasks.NAME.options",
     "max_broken_images": "max_broken_images",
 }
 
@@ -111,6 +113,16 @@ class AllInOneArguments(TrainingArguments):
             )
         if self.max_steps <= 0:
             raise ConfigError(f"max_steps = {self.max_steps}: give the length of the run in optimizer steps, e.g. 1000")
+        if self.label_smoothing_factor != 0:
+            raise ConfigError(
+                f"label_smoothing_factor = {self.label_smoothing_factor}: heads compute their own losses; give a head "
+                "that has it the option label_smoothing"
+            )
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch":
+                raise ConfigError(
+                    f"{name} = epoch: every task has epochs of its own, so it would happen once, at the end; use steps"
+                )
         if self.nonfinite not in NONFINITE:
             raise ConfigError(f"nonfinite = {self.nonfinite!r}; {did_you_mean(self.nonfinite, NONFINITE)}")
         if self.nonfinite_limit < 1 or self.stall_timeout < 0:
@@ -154,6 +166,12 @@ def _own_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
             f"deepspeed.gradient_clipping = {clip}: must be 0.0, it would clip the balanced gradient a second time; "
             "limits belong to the balancer (max_norm)"
         )
+    for part, instead in (("optimizer", "optim, learning_rate and weight_decay"), ("scheduler", "lr_scheduler_type")):
+        if part in content:  # it would put all parameters into one group, or give all groups one rate
+            raise ConfigError(
+                f"deepspeed.{part}: DeepSpeed's own knows neither backbone_lr_factor nor layer_lr_decay; remove it, "
+                f"and set the trainer's {instead}"
+            )
     zero = content.get("zero_optimization", {})
     if zero.get("stage") == 3:  # else checkpoints hold no weights that load without DeepSpeed
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)

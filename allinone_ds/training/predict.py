@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from allinone_ds.data.base import BrokenSample
-from allinone_ds.data.images import read_image
+from allinone_ds.data.images import read_image, to_rgb
 from allinone_ds.data.transforms import eval_transform, stack_images
 from allinone_ds.models.model import AllInOneModel
 from allinone_ds.strict import ConfigError, did_you_mean
@@ -102,7 +101,7 @@ class Predictor:
 
 
 def open_image(image: AnyImage) -> Tensor:
-    """An image as uint8 RGB (3, H, W).
+    """An image as uint8 RGB (3, H, W). A file becomes upright as its EXIF says, an opened picture stays as it is.
 
     Raises:
         ConfigError: it cannot be read, or the tensor is not uint8 (3, H, W).
@@ -113,7 +112,10 @@ def open_image(image: AnyImage) -> Tensor:
         except BrokenSample as error:
             raise ConfigError(str(error)) from error
     if isinstance(image, Image.Image):
-        return tv_tensors.Image(pil_to_tensor(image.convert("RGB")))
+        try:
+            return tv_tensors.Image(torch.from_numpy(to_rgb(image)).permute(2, 0, 1))
+        except ValueError as error:
+            raise ConfigError(f"an image of mode {image.mode}: {error}") from error
     if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
         raise ConfigError(f"an image tensor is uint8 (3, H, W) in RGB, found {image.dtype} {tuple(image.shape)}")
     return tv_tensors.Image(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import set_seed
 
 from allinone_ds.balance import balancer_from_config
+from allinone_ds.data.loader import TaskData
 from allinone_ds.training.arguments import arguments_from_config
 from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
 from allinone_ds.training.checkpoint import claim_run
@@ -21,6 +23,8 @@ from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
 from allinone_ds.training.report import write_report
 from allinone_ds.training.start import start_from
 from allinone_ds.training.trainer import AllInOneTrainer
+
+_TOLD = 3  # warnings about one data set; `allinone-ds check` lists all
 
 
 def train_run(config: RunConfig) -> dict[str, float] | None:
@@ -52,8 +56,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
-    if config.model.start_from is not None and resume is None:
-        start_from(model, config.model.start_from)
+    fresh = start_from(model, config.model.start_from) if config.model.start_from is not None and resume is None else []
     facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
     weighting, balancer_options = balancer_from_config(config.balancer)
     events = EventLog(config.run_dir)
@@ -66,6 +69,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), events, PrintProgress()],
     )
+    if resume is None:
+        _tell_beginning(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, fresh)
     result = trainer.train(resume_from_checkpoint=resume)
     if trainer.stop_signal.caught:
         if trainer.is_world_process_zero():
@@ -99,6 +104,16 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return metrics
+
+
+def _tell_beginning(trainer: AllInOneTrainer, data: Mapping[str, TaskData], fresh: list[str]) -> None:
+    """Warn of heads that are not those of `start_from`, and of what shows of the data without a check of all of it."""
+    if fresh:
+        names = ", ".join(fresh)
+        trainer.warn(0, f"model.start_from: the heads of {names} start fresh: not there, or of other classes or sizes")
+    for part in data.values():
+        for problem in part.dataset.structural[:_TOLD]:
+            trainer.warn(0, str(problem))
 
 
 def _last_evaluation(trainer: AllInOneTrainer) -> dict[str, float] | None:

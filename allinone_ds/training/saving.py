@@ -213,7 +213,15 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             load_resharded(engine, shards)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
+    asked = trainer.lr_scheduler.state_dict().get("base_lrs")
     trainer._load_optimizer_and_scheduler(str(checkpoint))
+    kept = trainer.lr_scheduler.state_dict().get("base_lrs")
+    if asked != kept:
+        trainer.warn(
+            trainer.state.global_step,
+            f"learning rates of {checkpoint.name} are kept: their peak is {max(kept):g}, this run asks for "
+            f"{max(asked):g}; to begin with other ones use another output_dir and model.start_from={checkpoint}",
+        )
     for group, rate in zip(engine.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
 

@@ -60,8 +60,8 @@ class AllInOneTrainer(DurableTrainer):
         callbacks: further callbacks.
 
     Raises:
-        ValueError: data for a task that the model does not have, a task without data, or `groups` of ranks that cannot
-            be used.
+        ValueError: data for a task that the model does not have, a task without data, no data for `eval_strategy`, or
+            `groups` of ranks that cannot be used.
 
     Attributes:
         share: (micro-step, rank) of the schedule's micro-batches that this rank runs, by task.
@@ -87,7 +87,7 @@ class AllInOneTrainer(DurableTrainer):
             model=model,
             args=args,
             train_dataset=dict(train_dataset),  # type: ignore[arg-type]
-            eval_dataset=dict(eval_dataset or {}),  # type: ignore[arg-type]
+            eval_dataset=dict(eval_dataset) if eval_dataset else None,  # type: ignore[arg-type]
             callbacks=[RunShare(), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -284,7 +284,7 @@ class AllInOneTrainer(DurableTrainer):
             PREFIX_TASK_METRIC for every task and metric, PREFIX_TASK_samples, PREFIX_score (the mean of the tasks' main
             metrics) and PREFIX_runtime in seconds.
         """
-        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
         start = time.perf_counter()
         metrics = evaluate_tasks(
             self._evaluable_model(),

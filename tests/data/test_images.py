@@ -96,6 +96,7 @@ def test_damaged_png_raises_and_leaves_the_process_alive():
         (b"", "not a picture"),
         (b"hello", "not a picture"),
         (encode(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"), "floating-point"),
+        (encode(Image.fromarray(np.full((4, 4), 255, dtype=np.uint16)), "PNG"), "it would be black"),
     ],
 )
 def test_what_is_no_8_or_16_bit_picture_is_broken(data, reason):

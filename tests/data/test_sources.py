@@ -140,7 +140,10 @@ def test_lists_take_spaces_comments_and_class_files(list_root):
 def test_class_folders_are_numbered_by_name(folders_root):
     (folders_root / "images" / "bee" / "deeper").mkdir()
     Image.fromarray(pixels(9)).save(folders_root / "images" / "bee" / "deeper" / "x.jpg")
+    (folders_root / "images" / "bee" / ".ipynb_checkpoints").mkdir()  # what an editor keeps: a copy
+    Image.fromarray(pixels(9)).save(folders_root / "images" / "bee" / ".ipynb_checkpoints" / "x-checkpoint.jpg")
     dataset = opened(FOLDERS, folders_root)
+    assert len(dataset) == 7
     assert [Path(dataset.path(i)).relative_to(folders_root / "images").parts[0] for i in range(7)] == [
         CLASSES[dataset[i]["label"]] for i in range(7)
     ]
@@ -315,6 +318,8 @@ def test_impossible_classes_of_label_maps_are_refused(maps_root, options):
         ("0.png -1", "class id -1 must lie in"),
         ("0.png", "line 1: '0.png' must be `file class-id`"),
         ("0.png ant", "must be `file class-id`"),
+        ("0.png ²", "must be `file class-id`"),
+        ("0.png --1", "must be `file class-id`"),
         ("gone.png 0", r"gone\.png: file is missing"),
         ("# nothing", "there is no sample in it"),
     ],

@@ -99,6 +99,33 @@ def test_eval_is_a_plain_resize():
     assert eval_transform(SIZE)(scene()["classification"])["label"] == 4
 
 
+def test_all_that_lies_on_the_pixels_moves_with_them():
+    sample = scene()["segmentation"]
+    image, corner = sample["image"], torch.tensor([[[3.0, 4.0]]])
+    depth = tv_tensors.Mask(image[:1].float() / 2)
+    points = tv_tensors.KeyPoints(corner, canvas_size=tuple(image.shape[-2:]))
+    plain = {"image": image, "depth": depth, "points": points, "path": "here.png", "distance": torch.ones(1)}
+    found = train_transform([{"RandomHorizontalFlip": {"p": 1.0}}], tuple(image.shape[-2:]))(plain)
+    assert torch.equal(found["depth"], depth.flip(-1)) and torch.equal(found["image"], image.flip(-1))
+    assert found["points"].flatten().tolist() == pytest.approx([image.shape[-1] - 3.0, 4.0], abs=1)
+    assert found["path"] == "here.png" and found["distance"] is plain["distance"]
+    assert eval_transform(SIZE)(plain)["depth"].shape == (1, *SIZE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "change"),
+    [
+        ("detection", "boxes", lambda value: value.as_subclass(torch.Tensor)),
+        ("segmentation", "mask", lambda value: value.as_subclass(torch.Tensor)),
+        ("classification", "image", lambda value: value.float() / 255),
+    ],
+)
+def test_what_would_stay_where_it_is_or_be_normalised_wrongly_is_refused(kind, key, change):
+    sample = scene()[kind]
+    with pytest.raises(TypeError, match=rf"sample\['{key}'\] is .* give"):
+        eval_transform(SIZE)({**sample, key: change(sample[key])})
+
+
 def test_the_sample_itself_is_left_alone():
     for sample in scene().values():
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}

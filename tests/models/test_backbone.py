@@ -67,6 +67,11 @@ def test_a_local_checkpoint_gives_its_weights(tmp_path):
         ({"config": {"hiden_size": 64}}, "did you mean 'hidden_size'"),
         ({"config": TINY, "out_indices": [1, 9]}, "from 1 to 2"),
         ({"config": TINY, "out_indices": [2, 1]}, "rising"),
+        ({"config": {**TINY, "num_attention_heads": 0}}, "num_attention_heads 0"),
+        ({"config": {**TINY, "num_hidden_layers": 0}}, "num_hidden_layers 0"),
+        ({"config": {**TINY, "num_channels": 1}}, "num_channels 1"),
+        ({"config": {**TINY, "reshape_hidden_states": False}}, "reshape_hidden_states: must stay true"),
+        ({"config": {**TINY, "hidden_size": "32"}}, "'hidden_size' expected int, got str"),
         ({"checkpoint": "nowhere", "stem": "conv"}, "use 'patch'"),
         ({"checkpoint": "/nowhere/at/all"}, "nowhere"),
         (

@@ -60,6 +60,8 @@ def test_overrides_may_add_a_whole_task(file: Path) -> None:
         ("max_steps", "many", "trainer.max_steps = 'many'"),
         ("per_device_train_batch_size", 4, "tasks.NAME.batch_size"),
         ("deepspeed", "x.json", "decided by 'deepspeed'"),
+        ("num_train_epochs", 3, "decided by 'trainer.max_steps'"),
+        ("label_smoothing_factor", 0.1, "decided by 'tasks.NAME.options'"),
     ],
 )
 def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message: str) -> None:
@@ -145,6 +147,12 @@ def test_a_file_is_laid_over_its_base(file: Path, tmp_path: Path) -> None:
         ({"max_steps": -1}, "max_steps"),
         ({"deepspeed": None}, "deepspeed is missing"),
         ({"deepspeed": {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}}, "gradient_clipping = 1.0"),
+        ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}, "optimizer: .*backbone_lr_factor"),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {}}}}, "scheduler: .*lr_scheduler_type"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"eval_strategy": "epoch"}, "eval_strategy = epoch: every task has epochs of its own"),
+        ({"save_strategy": "epoch"}, "save_strategy = epoch"),
+        ({"logging_strategy": "epoch"}, "logging_strategy = epoch"),
     ],
 )
 def test_arguments_that_would_spoil_the_balance_are_refused(tmp_path: Path, given: dict, message: str) -> None:

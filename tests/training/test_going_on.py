@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.strict import ConfigError
+from allinone_ds.training import saving
 from allinone_ds.training.ema import AverageWeights
-from allinone_ds.training.run import _last_evaluation
+from allinone_ds.training.run import _last_evaluation, _tell_beginning
 from allinone_ds.training.saving import best_beside, check_model
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
@@ -89,6 +92,45 @@ def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> Non
     state = dict.fromkeys(("balancer", "logs", "nonfinite", "last_logged"))
     trainer._load_loop_state({**state, "loss": torch.tensor(1.0), "data": then.basis()})
     assert not told if words is None else words in told[0] and "step 5" in told[0]
+
+
+@pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "their peak is 0.5, this run asks for 0.1")])
+def test_learning_rates_that_a_resume_does_not_take_are_told(
+    monkeypatch: pytest.MonkeyPatch, asked: float, words: str | None
+) -> None:
+    def scheduler(rate: float) -> torch.optim.lr_scheduler.LambdaLR:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    now, told = scheduler(asked), []
+    monkeypatch.setattr(saving, "check_model", lambda *_: None)
+    monkeypatch.setattr(saving, "own_checkpoint_files", lambda *_: None)
+    monkeypatch.setattr(saving, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
+    monkeypatch.setattr(saving, "deepspeed_load_checkpoint", lambda *_: None)
+    trainer = SimpleNamespace(
+        deepspeed=SimpleNamespace(module=None, zero_optimization_stage=lambda: 0, optimizer=now.optimizer),
+        args=SimpleNamespace(world_size=1),
+        state=SimpleNamespace(global_step=4),
+        lr_scheduler=now,
+        _load_optimizer_and_scheduler=lambda folder: now.load_state_dict(scheduler(0.5).state_dict()),
+        warn=lambda step, message: told.append(message),
+    )
+    saving.load_engine(trainer, Path("run/checkpoint-4"))
+    assert now.optimizer.param_groups[0]["lr"] == 0.5
+    assert not told if words is None else words in told[0] and "model.start_from=run/checkpoint-4" in told[0]
+
+
+def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() -> None:
+    told: list[str] = []
+    trainer: Any = SimpleNamespace(warn=lambda step, message: told.append(message))
+    problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
+    data: Any = SimpleNamespace(dataset=SimpleNamespace(structural=problems))
+    _tell_beginning(trainer, {"det": data}, ["det", "seg"])
+    assert "start_from: the heads of det, seg start fresh" in told[0]
+    assert told[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
+    told.clear()
+    _tell_beginning(trainer, {}, [])
+    assert told == []
 
 
 def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.segmentation import SegmentationOutput
 from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
 from allinone_ds.training.inference import predict_batch
+from allinone_ds.training.predict import open_image
 from tests.tasks.test_learning import build
 from tests.tiny import CLASSES, SIZE, samples, tiny_model
 
@@ -30,6 +34,15 @@ def test_windows_cover_the_view_and_share_a_third() -> None:
             assert top + 32 <= size[0] and left + 32 <= size[1]
             seen[top : top + 32, left : left + 32] += 1
         assert seen.min() >= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "P", "L", "RGBA", "RGB"])
+def test_an_opened_picture_is_seen_as_its_file_is(mode: str, tmp_path: Path) -> None:
+    wide = np.linspace(0, 65535, 24 * 32).astype(np.uint16).reshape(24, 32)
+    picture = Image.fromarray(wide) if mode == "I;16" else Image.fromarray((wide >> 8).astype(np.uint8)).convert(mode)
+    picture.save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as opened:
+        assert opened.mode == mode and torch.equal(open_image(opened), open_image(tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize("scales", [[], [0.0], [1.0, -0.5]])
