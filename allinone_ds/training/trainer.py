@@ -303,6 +303,13 @@ class AllInOneTrainer(DurableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: predictions of several tasks are no arrays of one shape."""
+        raise NotImplementedError(
+            "AllInOneTrainer.predict: use evaluate() for metrics, `allinone-ds predict RUN IMAGE...` for pictures and "
+            "json, or allinone_ds.load(FOLDER) of an export for predictions in python (docs/export.md)"
+        )
+
     def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
         """A few predictions of every task for the trackers. Trackers are the same on all ranks."""
         if self.trackers:
