@@ -10,7 +10,7 @@ Every run is the package's own trainer on one rank and one core (one GPU with --
 leaves one record in benchmarks/results/ladder/SIZE. A run whose record is there is not done again; a record that cannot
 be read, lacks something or was made with other settings counts as absent.
 
-First each method's learning rate: three rates (SGD: four), one seed, scored on the validation split by the mean of
+First each method's learning rate: three rates (SGD: five), one seed, scored on the validation split by the mean of
 mAP50, mIoU and top-1 (single-task models: by their own metric); the best is used for the five seeds that are scored on
 the test split. Then seed by seed, all methods of one before the next.
 """

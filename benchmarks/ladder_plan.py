@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """The `balancer:` block of every multi-task method; max_norm is the paper's."""
 RATES = {"cpu": (5e-4, 1.5e-3, 4.5e-3), "gpu": (1e-4, 3e-4, 1e-3)}
 """AdamW's learning rates to choose from, by size; all methods get the same, as it does not feel a gradient's size."""
-SGD_RATES = {True: (0.03, 0.1, 0.3, 1.0), False: (0.003, 0.01, 0.03, 0.1)}
+SGD_RATES = {True: (0.03, 0.1, 0.3, 1.0, 3.0), False: (0.003, 0.01, 0.03, 0.1, 0.3)}
 """Those of SGD, which does: for gradients that are clipped to a norm of 0.1, and for raw ones."""
 SINGLE = {f"single_{task}": task for task in TASKS}
 CLIPPED = ("global_clip", "task_clip", "tbgc")

@@ -109,11 +109,8 @@ def rates_table(block: Block) -> list[str]:
             score = "diverged" if record is not None and record["diverged"] else score
             cells.append(f"**{lr:g}: {score}**" if lr == best else f"{lr:g}: {score}")
         order = block.records.rates(block.optimizer, method)
-        place = (
-            "not known"
-            if best is None
-            else {0: "the lowest tried", 1: "inside"}.get(order.index(best), "the highest tried")
-        )
+        ends = {None: "not known", order[0]: "the lowest tried", order[-1]: "the highest tried"}
+        place = ends.get(best, "inside")
         lines.append(f"| {method} | {' · '.join(cells)} | {place} |")
     return lines
 

@@ -175,6 +175,15 @@ def test_the_report_says_what_is_missing_and_what_is_significant(records: Record
     assert drawn == {f"evidence-{kind}composed-adamw.png" for kind in ("", "rates-", "norms-")}
 
 
+@pytest.mark.parametrize(("best", "says"), [(0, "the lowest tried"), (3, "inside"), (-1, "the highest tried")])
+def test_the_report_says_when_the_best_rate_is_an_end_of_those_tried(records: Records, best: int, says: str) -> None:
+    specs = records.choice("composed", "sgd", "tbgc")
+    for spec in specs:
+        record(records, spec, 0.6 if spec is specs[best] else 0.5)
+    lines = ladder_table.report(records, [("composed", "sgd")]).splitlines()
+    assert next(line for line in lines if line.startswith("| tbgc |") and "0.03: " in line).endswith(f"| {says} |")
+
+
 # ---- data ----
 
 
