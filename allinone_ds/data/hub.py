@@ -151,11 +151,22 @@ class HubDataset(SampleDataset):
         elif self.kind == "detection":
             sample.update(self._objects(row[columns.objects], (image.shape[1], image.shape[2]), path))
         else:
-            stored = read_label_map(path, _file_bytes(row[columns.label_map], path))
-            mask = class_ids(stored, path, self._lookup, self.source.ignore_index)
+            mask = self._labels(row[columns.label_map], path)
             check_size(mask, image, path)
             sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
         return sample
+
+    def mask(self, index: int) -> np.ndarray:
+        """Labels (H, W) of one sample, uint8, without its image.
+
+        Raises:
+            BrokenSample: the label map cannot be read, or holds what is no class.
+        """
+        column = self.source.columns.label_map
+        return self._labels(self.table.select_columns(column)[index][column], self.path(index))
+
+    def _labels(self, cell: Any, path: str) -> np.ndarray:
+        return class_ids(read_label_map(path, _file_bytes(cell, path)), path, self._lookup, self.source.ignore_index)
 
     def _picture(self, cell: Any, path: str) -> tv_tensors.Image:
         return read_image(path, _file_bytes(cell, path))

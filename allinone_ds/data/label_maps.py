@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -126,15 +126,26 @@ class LabelMapsDataset(SampleDataset):
     def __getitem__(self, index: int) -> Sample:
         path = self.path(index)
         image = read_image(path)
-        map_path = os.path.join(self.maps, self.pairs[index][1])
-        mask = class_ids(read_label_map(map_path), map_path, self._lookup, self.ignore_index)
-        check_size(mask, image, map_path)
+        mask = self.mask(index)
+        check_size(mask, image, self._map_path(index))
         return {
             "image": image,
             "mask": tv_tensors.Mask(torch.from_numpy(mask)),
             "path": path,
             "index": index,
         }
+
+    def mask(self, index: int) -> np.ndarray:
+        """Labels (H, W) of one sample, uint8, without its image.
+
+        Raises:
+            BrokenSample: the label map cannot be read, or holds what is no class.
+        """
+        path = self._map_path(index)
+        return class_ids(read_label_map(path), path, self._lookup, self.ignore_index)
+
+    def _map_path(self, index: int) -> str:
+        return os.path.join(self.maps, self.pairs[index][1])
 
 
 def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -167,18 +178,18 @@ def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: i
     return mask
 
 
-def lone_class(dataset: SampleDataset, ignore_index: int) -> list[Problem]:
+def lone_class(dataset: Any, ignore_index: int) -> list[Problem]:
     """A warning when label maps of several classes hold one class and ignored pixels: maps of 0 and 255 for two
     classes, whose second one would be ignored, and learning and mIoU would be perfect.
 
     Args:
-        dataset: samples with a `mask`; eight of them are looked at.
+        dataset: label maps, read by its method `mask`; eight of them are looked at.
         ignore_index: as the files use it.
     """
     found: set[int] = set()
     for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
         with contextlib.suppress(BrokenSample):
-            found |= set(dataset[index]["mask"].unique().tolist())
+            found |= set(np.unique(dataset.mask(index)).tolist())
     if len(dataset.classes) == 1 or IGNORE not in found or len(found) != 2:
         return []
     name = dataset.classes[min(found)]

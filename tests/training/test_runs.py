@@ -179,7 +179,8 @@ def test_zero_3_in_bf16_with_broken_images_through_the_command(
     overrides.append(f"data_root={tmp_path / 'data'}")
     assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={folder}", *overrides]) == 0
     said = capsys.readouterr().out
-    assert "score" in said and "warning" not in said.lower()
+    warned = [line for line in said.splitlines() if "warning" in line.lower()]
+    assert "score" in said and all("no box has category" in line for line in warned), warned  # the data's own
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_cls_samples"] == TEST_SAMPLES["cls"]
     assert max(entry.get("broken_images", 0) for entry in history(folder / "checkpoint-2")) > 0
