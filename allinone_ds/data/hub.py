@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import (
@@ -27,7 +28,7 @@ from allinone_ds.data.base import (
     read_classes,
 )
 from allinone_ds.data.images import read_image, read_label_map
-from allinone_ds.data.label_maps import IGNORE, check_size, class_ids, lone_class
+from allinone_ds.data.label_maps import IGNORE, check_ids, check_size, class_ids, lone_class
 from allinone_ds.strict import Strict, did_you_mean
 
 
@@ -67,6 +68,8 @@ class DatasetsSource(SourceConfig):
     """coco: x, y, width, height; pascal: x1, y1, x2, y2. Pixels."""
     ignore_index: int = IGNORE
     """Segmentation: value of pixels without a class."""
+    first_id: int = Field(0, ge=0)
+    """Segmentation: id of the first class; 1 where 0 stands for pixels without one (with `ignore_index: 0`)."""
 
 
 class HubDataset(SampleDataset):
@@ -119,11 +122,7 @@ class HubDataset(SampleDataset):
         self._place: dict[Any, int] = {**places, **{name: places[i] for i, name in enumerate(stored)}}
         self._lookup = np.array([places[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
-            if len(stored) > IGNORE or source.ignore_index < len(stored):
-                raise DataError(
-                    f"{self.name}: {len(stored)} classes with ignore_index {source.ignore_index}; "
-                    "give 1 to 255 classes, and an ignore_index that is not the id of one"
-                )
+            check_ids(self.name, len(stored), source.first_id, source.ignore_index)
             self._lookup = self._lookup.astype(np.uint8)
         if source.kind == "classification":
             found = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._place]
@@ -166,7 +165,9 @@ class HubDataset(SampleDataset):
         return self._labels(self.table.select_columns(column)[index][column], self.path(index))
 
     def _labels(self, cell: Any, path: str) -> np.ndarray:
-        return class_ids(read_label_map(path, _file_bytes(cell, path)), path, self._lookup, self.source.ignore_index)
+        source = self.source
+        stored = read_label_map(path, _file_bytes(cell, path))
+        return class_ids(stored, path, self._lookup, source.ignore_index, source.first_id)
 
     def _picture(self, cell: Any, path: str) -> tv_tensors.Image:
         return read_image(path, _file_bytes(cell, path))

@@ -32,7 +32,7 @@ IGNORE = 255
 
 
 class LabelMapsSource(SourceConfig):
-    """Images and label maps of the same names, but for a suffix (`a/1.jpg` belongs to `a/1.png`)."""
+    """Images and label maps of the same names, but for suffixes (`a/1.jpg` belongs to `a/1.png`)."""
 
     format: Literal["label_maps"]
     images: str
@@ -41,10 +41,14 @@ class LabelMapsSource(SourceConfig):
     """Folder of the label maps: one channel, the pixel's value is its class id."""
     label_map_suffix: str = ""
     """What a label map's name has after its image's: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
+    image_suffix: str = ""
+    """Likewise of an image's name: Cityscapes has "_leftImg8bit", and "_gtFine_labelTrainIds" for its label maps."""
     classes: ClassNames
     """Class names by id, or a text file with one name a line; at most 255."""
     ignore_index: int = Field(255, ge=0)
     """Value of pixels without a class."""
+    first_id: int = Field(0, ge=0)
+    """Id of the first class: 1 where 0 stands for pixels without one (ADE20K, with `ignore_index: 0`)."""
 
 
 class LabelMapsDataset(SampleDataset):
@@ -53,7 +57,7 @@ class LabelMapsDataset(SampleDataset):
     In the sample's mask, ignored pixels are 255 whatever the files use.
 
     Args:
-        source: folders, class names, ignored value.
+        source: folders, class names, values of pixels.
         root: what relative paths start at.
         classes: names of the train set, to give this set's classes the same places.
         strict: raise a `DataError` for structural faults instead of only keeping them in `structural`.
@@ -69,17 +73,11 @@ class LabelMapsDataset(SampleDataset):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)
-        self.suffix = source.label_map_suffix
-        self.ignore_index = source.ignore_index
+        self.source = source
         need_folder(self.images, "images")
         need_folder(self.maps, "label_maps")
         names = read_classes(source.classes, root) or []
-        if not 1 <= len(names) <= IGNORE or source.ignore_index < len(names):
-            raise DataError(
-                f"{self.name}: {len(names)} classes with ignore_index {source.ignore_index}; "
-                "give 1 to 255 classes, and an ignore_index that is not the id of one"
-            )
-        self._stored = len(names)
+        check_ids(self.name, len(names), source.first_id, source.ignore_index)
         places = match_classes(self.name, names, classes)
         self.classes = names if classes is None else list(classes)
         self._lookup = np.array([places[i] for i in range(len(names))], dtype=np.uint8)
@@ -90,13 +88,15 @@ class LabelMapsDataset(SampleDataset):
 
     def _pair(self) -> None:
         """Sets `pairs`: (image, label map) relative to their folders, for every image."""
-        images, maps = self._by_stem(self.images, ""), self._by_stem(self.maps, self.suffix)
+        images = self._by_stem(self.images, self.source.image_suffix)
+        maps = self._by_stem(self.maps, self.source.label_map_suffix)
         self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
         for stem in images.keys() - maps.keys():
-            reason = f"has no label map {self.maps / stem}{self.suffix}.png; add the map or remove the image"
+            place = f"{self.maps / stem}{self.source.label_map_suffix}.png"
+            reason = f"has no label map {place}; add the map or remove the image"
             self.structural.append(Problem(str(self.images / images[stem]), reason))
         for stem in maps.keys() - images.keys():
-            reason = f"has no image {self.images / stem}.*; add the image or remove the map"
+            reason = f"has no image {self.images / stem}{self.source.image_suffix}.*; add the image or remove the map"
             self.structural.append(Problem(str(self.maps / maps[stem]), reason))
         self.structural.sort()
 
@@ -142,20 +142,30 @@ class LabelMapsDataset(SampleDataset):
             BrokenSample: the label map cannot be read, or holds what is no class.
         """
         path = self._map_path(index)
-        return class_ids(read_label_map(path), path, self._lookup, self.ignore_index)
+        return class_ids(read_label_map(path), path, self._lookup, self.source.ignore_index, self.source.first_id)
 
     def _map_path(self, index: int) -> str:
         return os.path.join(self.maps, self.pairs[index][1])
 
 
-def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: int) -> np.ndarray:
+def check_ids(name: str, classes: int, first_id: int, ignore_index: int) -> None:
+    """Raises `DataError` for a number of classes, or an ignored value, that label maps cannot have."""
+    if not 1 <= classes <= IGNORE or first_id <= ignore_index < first_id + classes:
+        raise DataError(
+            f"{name}: {classes} classes from id {first_id} on, with ignore_index {ignore_index}; "
+            "give 1 to 255 classes, and an ignore_index that is not the id of one"
+        )
+
+
+def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: int, first_id: int = 0) -> np.ndarray:
     """Turns stored numbers into labels.
 
     Args:
         stored: integers (H, W).
         path: the file that errors name.
-        lookup: uint8 (K,), label of each stored class id.
+        lookup: uint8 (K,), label of each class in the order of their stored ids.
         ignore_index: stored number of pixels without a class.
+        first_id: stored number of the first class.
 
     Returns:
         uint8 (H, W), 0..K-1 or 255
@@ -163,17 +173,18 @@ def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: i
     Raises:
         BrokenSample: a number is neither a class id nor `ignore_index`.
     """
-    count = len(lookup)
+    last_id = first_id + len(lookup) - 1
     ignored = stored == ignore_index
-    wrong = ((stored < 0) | (stored >= count)) & ~ignored
+    wrong = ((stored < first_id) | (stored > last_id)) & ~ignored
     if wrong.any():
         found = ", ".join(str(v) for v in np.unique(stored[wrong])[:5])
         raise BrokenSample(
             path,
             f"holds {found} in {int(wrong.sum())} pixels; "
-            f"allowed are 0..{count - 1} and {ignore_index} (ignore); correct the map, 'classes' or 'ignore_index'",
+            f"allowed are {first_id}..{last_id} and {ignore_index} (ignore); correct the map, 'classes', 'first_id' or "
+            "'ignore_index'",
         )
-    mask = lookup[np.where(ignored, 0, stored)]
+    mask = lookup[np.where(ignored, 0, stored - first_id)]
     mask[ignored] = IGNORE
     return mask
 

@@ -109,6 +109,11 @@ def test_segmentation(tmp_path):
     assert all(np.array_equal(dataset[i]["mask"].numpy(), maps[i]) for i in range(3))
     with pytest.raises(BrokenSample, match="is 32 x 23"):
         dataset[3]
+    shifted = [Image.fromarray((m + 1).astype(np.uint8)) for m in maps]  # as in ADE20K: 0 for no class
+    save(tmp_path, features, {"image": PICTURES, "annotation": shifted})
+    from_one = {"ignore_index": 0, "first_id": 1}
+    dataset = opened(tmp_path, "segmentation", columns={"label_map": "annotation"}, classes=CLASSES, **from_one)
+    assert all(np.array_equal(dataset[i]["mask"].numpy(), maps[i]) for i in range(3))
 
 
 @pytest.mark.parametrize(

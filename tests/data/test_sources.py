@@ -126,6 +126,36 @@ def test_another_ignore_index_becomes_255(maps_root):
     assert set(np.unique(dataset[0]["mask"])) == {0, 1, 2, 255}
 
 
+def test_ids_from_1_on_with_0_for_no_class_as_in_ade20k(maps_root):
+    expected = opened(MAPS, maps_root)[0]["mask"]
+    for file in (maps_root / "maps").iterdir():
+        stored = np.array(Image.open(file))
+        Image.fromarray((stored + 1).astype(np.uint8)).save(file)  # 255 becomes 0
+    dataset = opened({**MAPS, "ignore_index": 0, "first_id": 1}, maps_root)
+    assert torch.equal(dataset[0]["mask"], expected) and set(expected.unique().tolist()) == {0, 1, 2, 255}
+    with pytest.raises(DataError, match="3 classes from id 1 on, with ignore_index 3"):
+        opened({**MAPS, "ignore_index": 3, "first_id": 1}, maps_root)
+    assert "allowed are 1..2 and 0" in opened({**MAPS, "ignore_index": 0, "first_id": 1, "classes": CLASSES[:2]},
+                                              maps_root).check(0)[0].reason  # fmt: skip
+
+
+def test_images_and_maps_with_suffixes_of_their_own_as_in_cityscapes(maps_root):
+    for kind, end in (("images", "_leftImg8bit"), ("maps", "_gtFine_labelTrainIds")):
+        for file in list((maps_root / kind).iterdir()):
+            folder = maps_root / kind / "aachen"
+            folder.mkdir(exist_ok=True)
+            file.rename(folder / f"{file.stem}{end}{file.suffix}")
+    (maps_root / "maps" / "aachen" / "0_gtFine_color.png").write_bytes(b"another kind of map")
+    suffixes = {"image_suffix": "_leftImg8bit", "label_map_suffix": "_gtFine_labelTrainIds"}
+    dataset = opened({**MAPS, **suffixes}, maps_root)
+    assert len(dataset) == COUNT and dataset.path(0).endswith("aachen/0_leftImg8bit.png")
+    assert [problem.level for problem in dataset.structural] == ["warning"]  # the color map, not used
+    with pytest.raises(
+        DataError, match="has no label map .*0_leftImg8bit_gtFine_labelTrainIds.png"
+    ):
+        opened({**MAPS, "label_map_suffix": "_gtFine_labelTrainIds"}, maps_root)
+
+
 def test_lists_take_spaces_comments_and_class_files(list_root):
     (list_root / "images" / "0.png").rename(list_root / "images" / "a b.png")
     lines = (list_root / "list.txt").read_text().replace("0.png", "a b.png")
