@@ -150,9 +150,7 @@ def test_images_and_maps_with_suffixes_of_their_own_as_in_cityscapes(maps_root):
     dataset = opened({**MAPS, **suffixes}, maps_root)
     assert len(dataset) == COUNT and dataset.path(0).endswith("aachen/0_leftImg8bit.png")
     assert [problem.level for problem in dataset.structural] == ["warning"]  # the color map, not used
-    with pytest.raises(
-        DataError, match="has no label map .*0_leftImg8bit_gtFine_labelTrainIds.png"
-    ):
+    with pytest.raises(DataError, match="has no label map .*0_leftImg8bit_gtFine_labelTrainIds.png"):
         opened({**MAPS, "label_map_suffix": "_gtFine_labelTrainIds"}, maps_root)
 
 
