@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
@@ -143,3 +143,17 @@ def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("allinone_ds.training.ema.ShardEMA", lambda engine, decay, average=average: average)
         AverageWeights(trainer).on_train_begin(SimpleNamespace(ema_decay=0.9), SimpleNamespace(global_step=4), None)
         assert bool(told) != has_one
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving.save_weights({"w": torch.ones(3)}, tmp_path)
+
+    def broken_off(tensors: object, target: Path, metadata: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", broken_off)
+    with pytest.raises(OSError, match="No space"):
+        saving.save_weights({"w": torch.zeros(3)}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.ones(3))
