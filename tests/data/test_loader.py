@@ -109,6 +109,17 @@ def test_one_item_is_one_optimizer_step(tmp_path):
                 assert batch["index"].tolist() == drawn
 
 
+def test_a_rank_reads_its_share_and_nothing_else(tmp_path):
+    data, schedule = setup(tmp_path, world_size=2)
+    usual = [next(iter(train_loader(data, schedule, rank, 0, 1))).batches for rank in (0, 1)]
+    share = {"a": [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    step = next(iter(train_loader(data, schedule, 1, 0, 1, share=share)))
+    assert list(step.batches) == ["a"]
+    for batch, (k, rank) in zip(step.batches["a"], share["a"], strict=True):
+        assert batch["index"].tolist() == [draw.index for draw in schedule.draw("a", 0, k, rank)]
+        assert all(torch.equal(batch[key], usual[rank]["a"][k][key]) for key in batch)  # augmented alike
+
+
 @pytest.mark.parametrize(
     ("workers", "context", "transform"),
     [(1, "fork", None), (2, "fork", None), (2, "fork", "noisy"), (1, "spawn", "noisy")],

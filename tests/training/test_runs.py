@@ -17,6 +17,7 @@ from allinone_ds.strict import ConfigError
 from allinone_ds.training.config import load_config
 from allinone_ds.training.folder import checkpoints
 from allinone_ds.training.predict import evaluate_run, load_run, predict_images
+from allinone_ds.training.saving import read_loop_state
 
 from .tiny_run import TEST_SAMPLES, launch
 
@@ -151,6 +152,9 @@ def test_tasks_on_different_ranks_end_where_the_usual_mode_does(run: Path, home:
             for key in (f"loss/{task}", f"grad_norm/{task}/raw", f"grad_norm/{task}/share", f"epoch/{task}"):
                 assert now[key] == pytest.approx(before[key], rel=1e-3), (now["step"], key)
         assert now["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    usual_state, state = (read_loop_state(folder / "checkpoint-4", 1) for folder in (run, apart))
+    assert usual_state["balancer"]["combiner"] == {}
+    assert set(state["balancer"]["combiner"]) == {"steps"}  # those of a combiner that keeps gradients on the rank
 
 
 @pytest.mark.parametrize(
