@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from allinone_ds._lazy import lazy_names
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .balance import (
-        DBMTL,
-        DWA,
-        FAMO,
-        TBGC,
-        BalancerError,
-        GlobalClip,
-        GradNorm,
-        GramWeighting,
-        RandomWeights,
-        Static,
-        StepRecord,
-        StepReport,
-        Sum,
-        TaskBalancer,
-        TaskClip,
-        Uncertainty,
-        Weighting,
-        plan_groups,
-        weighting_from_config,
-    )
-    from .export import load
-    from .models import AllInOneModel
-    from .training import AllInOneArguments, AllInOneTrainer
-
-_HOMES = {
-    "balance": (
-        "DBMTL", "DWA", "FAMO", "TBGC", "BalancerError", "GlobalClip", "GradNorm", "GramWeighting", "RandomWeights",
-        "Static", "StepRecord", "StepReport", "Sum", "TaskBalancer", "TaskClip", "Uncertainty", "Weighting",
-        "plan_groups", "weighting_from_config",
-    ),
-    "export": ("load",),
-    "models": ("AllInOneModel",),
-    "training": ("AllInOneArguments", "AllInOneTrainer"),
-}  # fmt: skip
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+    from .balance.assignment import plan_groups
+    from .balance.balancer import TaskBalancer
+    from .balance.options import weighting_from_config
+    from .balance.report import StepReport
+    from .balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
+    from .balance.weightings.base import StepRecord, Weighting
+    from .balance.weightings.clipping import TBGC, GlobalClip, Static, Sum, TaskClip
+    from .balance.weightings.gram import GramWeighting
+    from .errors import BalancerError
+    from .export.loading import load
+    from .model import AllInOneModel
+    from .run_config.arguments import AllInOneArguments
+    from .training.trainer import AllInOneTrainer
 
 __all__ = [
-    "DBMTL",
-    "DWA",
-    "FAMO",
-    "TBGC",
     "AllInOneArguments",
     "AllInOneModel",
     "AllInOneTrainer",
     "BalancerError",
+    "DBMTL",
+    "DWA",
+    "FAMO",
     "GlobalClip",
     "GradNorm",
     "GramWeighting",
@@ -62,6 +39,7 @@ __all__ = [
     "StepRecord",
     "StepReport",
     "Sum",
+    "TBGC",
     "TaskBalancer",
     "TaskClip",
     "Uncertainty",
@@ -71,9 +49,21 @@ __all__ = [
     "weighting_from_config",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that `import allinone_ds` stays quick."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'allinone_ds' has no attribute '{name}'")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+__getattr__, _ = lazy_names(
+    __name__,
+    {
+        "balance.assignment": ["plan_groups"],
+        "balance.balancer": ["TaskBalancer"],
+        "balance.options": ["weighting_from_config"],
+        "balance.report": ["StepReport"],
+        "balance.weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],
+        "balance.weightings.base": ["StepRecord", "Weighting"],
+        "balance.weightings.clipping": ["TBGC", "GlobalClip", "Static", "Sum", "TaskClip"],
+        "balance.weightings.gram": ["GramWeighting"],
+        "errors": ["BalancerError"],
+        "export.loading": ["load"],
+        "model": ["AllInOneModel"],
+        "run_config.arguments": ["AllInOneArguments"],
+        "training.trainer": ["AllInOneTrainer"],
+    },
+)

@@ -8,9 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, what was found and what is allowed."""
+from allinone_ds.errors import ConfigError
 
 
 class Strict(BaseModel):

@@ -32,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
 
     gc.disable()  # collecting while modules load finds nothing to free, and takes a fifth of the time
-    from allinone_ds.data.base import DataError
-    from allinone_ds.strict import ConfigError
-    from allinone_ds.training.config import load_config
-    from allinone_ds.training.errors import REQUEUE, RunError
+    from allinone_ds.distributed import leave
+    from allinone_ds.errors import REQUEUE, AllInOneError
+    from allinone_ds.run_config.schema import load_config
 
     try:
         config = load_config(args.config, overrides)
@@ -45,27 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.enable()
         status = 0 if train_run(config) is not None else REQUEUE
         leave()
-    except RunError as error:
+    except AllInOneError as error:
         if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (ConfigError, DataError) as error:
-        # configurations are wrong on all ranks alike, data may be on one alone
-        if isinstance(error, DataError) or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     return status
-
-
-def leave() -> None:
-    """Leave the process group after a run that ended well: with gloo, a rank that just exits may abort.
-
-    Not after an error: other ranks may still be in a collective, and this one would wait for them.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -32,10 +32,13 @@ def open_task(task: str, root: Path, branch: str | None = None) -> tuple[Any, An
     """TaskData and schedule of one task whose transform has one branch of configs/augment/TASK.yaml, or all."""
     from pydantic import TypeAdapter
 
-    from allinone_ds.data import Schedule, Source, TaskData, open_source, train_transform
+    from allinone_ds.data.augmentation.transforms import train_transform
     from allinone_ds.data.demo import DemoData
+    from allinone_ds.data.loader import TaskData
+    from allinone_ds.data.schedule import Schedule
+    from allinone_ds.data.sources import Source, open_source
+    from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.tasks import task_class
-    from allinone_ds.training.files import read_yaml
 
     source = TypeAdapter(Source).validate_python(DemoData(root).sources(task, "train"))
     side = (SIDES[task], SIDES[task])
@@ -84,7 +87,7 @@ def direct(task: str, root: Path, branch: str, images: int, cores: int) -> float
 
 def loader(task: str, root: Path, branch: str, images: int, cores: int) -> float:
     """Images a second of the train loader, after each worker's first steps."""
-    from allinone_ds.data import train_loader
+    from allinone_ds.data.loader import train_loader
 
     data, schedule = open_task(task, root, branch)
     steps, first = images // data.batch_size, -(-WARM_UP * cores // data.batch_size)

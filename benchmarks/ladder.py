@@ -55,7 +55,7 @@ def run_file(records: Records, spec: Spec, data_root: Path, folder: Path) -> dic
 
 def command(file: Path, gpu: bool) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a run on one rank, on the GPU or on one core."""
-    from allinone_ds.training.launch import free_port, quiet_environment
+    from allinone_ds.training.launcher import free_port, quiet_environment
 
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     one |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="write the tables into this page, and plots beside it")
     args = parser.parse_args(argv)
 
-    from allinone_ds.training.launch import gpu_count
+    from allinone_ds.training.launcher import gpu_count
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that runs under way end too
     base = yaml.safe_load((HERE / f"ladder_{args.size}.yaml").read_text())

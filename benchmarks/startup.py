@@ -41,8 +41,8 @@ PHASES = (
 
 def command(argv: list[str]) -> int:
     """`allinone-ds ARGV`, whose ranks run this file."""
-    from allinone_ds import cli
-    from allinone_ds.training import launch
+    from allinone_ds import cli, commands
+    from allinone_ds.training import launcher as launch
 
     whole = launch.launch_command
 
@@ -53,7 +53,7 @@ def command(argv: list[str]) -> int:
         return [*words[:module], __file__, "--rank", *words[module + 2 :]]
 
     launch.launch_command = instrumented
-    cli._summary = lambda *_: None  # the run ends with its first step
+    commands._summary = lambda *_: None  # the run ends with its first step
     return cli.main(argv)
 
 

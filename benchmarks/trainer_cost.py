@@ -44,7 +44,7 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
 
     from allinone_ds import TaskBalancer
     from allinone_ds.data.loader import train_loader
-    from allinone_ds.training.evaluation import to_device
+    from allinone_ds.evaluation.evaluate import to_device
     from allinone_ds.training.optimizer import parameter_groups
 
     args, tasks = trainer.args, trainer.schedule.tasks
@@ -98,11 +98,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from transformers import TrainerCallback, set_seed
 
-    from allinone_ds.balance import balancer_from_config
-    from allinone_ds.training.arguments import arguments_from_config
-    from allinone_ds.training.build import build_model, open_train_data
-    from allinone_ds.training.config import ModelFacts, load_config
-    from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
+    from allinone_ds.balance.options import balancer_from_config
+    from allinone_ds.reporting.progress import PrintProgress
+    from allinone_ds.run_config.arguments import arguments_from_config
+    from allinone_ds.run_config.build import build_model, open_train_data
+    from allinone_ds.run_config.run_files import ModelFacts, RunFiles
+    from allinone_ds.run_config.schema import load_config
+    from allinone_ds.run_folder.event_log import EventLog
     from allinone_ds.training.trainer import AllInOneTrainer
 
     steps = (args.rounds + 1) * args.block
@@ -198,7 +200,7 @@ def main() -> None:
         dist.destroy_process_group()
         return
     from allinone_ds.data.demo import DEMO_SIZES, make_demo_data
-    from allinone_ds.training.launch import launch_environment
+    from allinone_ds.training.launcher import launch_environment
 
     with tempfile.TemporaryDirectory() as folder:
         make_demo_data(Path(folder) / "data", sizes=DEMO_SIZES, progress=False)

@@ -6,9 +6,9 @@ In a YAML, with this folder on PYTHONPATH: `tasks: {rot: {type: "own_task:Rotati
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from allinone_ds.data.transforms import stack_images
+from allinone_ds.data.augmentation.transforms import stack_images
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
-from allinone_ds.models.model import AllInOneModel
 from allinone_ds.tasks import Task, build_task
 from allinone_ds.tasks.classification import ClassificationMetric
 from allinone_ds.tasks.drawing import caption, enlarge

@@ -11,8 +11,8 @@ from transformers import TrainerCallback, set_seed
 from allinone_ds import TBGC, AllInOneArguments, AllInOneTrainer
 from allinone_ds.data import CocoSource, ImageListSource, TaskData, eval_transform, open_source, train_transform
 from allinone_ds.data.demo import DemoSizes, make_demo_data
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
-from allinone_ds.models.model import AllInOneModel
 from allinone_ds.tasks import build_task
 
 SIZE = (48, 48)

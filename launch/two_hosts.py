@@ -24,7 +24,7 @@ from pathlib import Path
 from namespaces import ADDRESSES, Hosts, run, two_hosts, wait_for, what_is_missing
 
 from allinone_ds.data.demo import DemoSizes, make_demo_data
-from allinone_ds.training.folder import checkpoints
+from allinone_ds.run_folder.checkpoints import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from allinone_ds.data.catalog import OWN
+from allinone_ds.data.augmentation.catalog import OWN
+from allinone_ds.run_config.schema import TaskConfig
 from allinone_ds.tasks import TASKS
 from allinone_ds.tasks.test_time import TestTime
-from allinone_ds.training.config import TaskConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 

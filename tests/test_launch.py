@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allinone_ds import doctor
+from allinone_ds.machine import doctor
 from tests.launcher import run_ranks
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torchvision import tv_tensors
 
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import Backbone, BackboneConfig, build_backbone
-from allinone_ds.models.model import AllInOneModel
 from allinone_ds.tasks import build_task
 
 SIZE = (32, 32)

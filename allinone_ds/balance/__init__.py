@@ -1,38 +1,21 @@
-"""The idea: weightings, the balancer that applies them to gradient shards, and the report of each step."""
+"""The idea of the package: `TaskBalancer`, the weightings, and the report of each step.
 
-from .adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
-from .balancer import TaskBalancer
-from .errors import BalancerError, NonFinite
-from .groups import TaskGroups, groups_for, task_groups
-from .named import balancer_from_config, weighting_from_config
-from .planner import GroupPlan, plan_groups
-from .report import StepReport
-from .weighting import TBGC, GlobalClip, GramWeighting, Static, StepRecord, Sum, TaskClip, Weighting
+May import `zero`, `testing`, and the modules at the bottom of the package. Knows tensors, not DeepSpeed.
+"""
 
-__all__ = [
-    "DBMTL",
-    "DWA",
-    "FAMO",
-    "TBGC",
-    "BalancerError",
-    "GlobalClip",
-    "GradNorm",
-    "GramWeighting",
-    "GroupPlan",
-    "NonFinite",
-    "RandomWeights",
-    "Static",
-    "StepRecord",
-    "StepReport",
-    "Sum",
-    "TaskBalancer",
-    "TaskClip",
-    "TaskGroups",
-    "Uncertainty",
-    "Weighting",
-    "balancer_from_config",
-    "groups_for",
-    "plan_groups",
-    "task_groups",
-    "weighting_from_config",
-]
+from allinone_ds._lazy import lazy_names
+
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "assignment": ["GroupPlan", "TaskGroups", "groups_for", "plan_groups", "task_groups"],
+        "balancer": ["TaskBalancer"],
+        "options": ["balancer_from_config", "weighting_from_config"],
+        "report": ["StepReport"],
+        "weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],
+        "weightings.base": ["StepRecord", "Weighting"],
+        "weightings.clipping": ["GlobalClip", "Static", "Sum", "TBGC", "TaskClip"],
+        "weightings.gram": ["GramWeighting"],
+        "..errors": ["BalancerError", "NonFinite"],
+    },
+)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import BalancerError
+from allinone_ds.distributed import all_reduce, cpu_group, world_size
+from allinone_ds.errors import BalancerError
 
 
 class Agreement:
@@ -21,9 +22,8 @@ class Agreement:
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
-        self.world = dist.get_world_size()
-        gloo = dist.get_backend() == "gloo"
-        self.group: Any = None if gloo or self.world == 1 else dist.new_group(backend="gloo")
+        self.world = world_size()
+        self.group: Any = cpu_group()
 
     def check(self, name: str, number: int) -> None:
         """Raise on every rank unless all ranks came with the same name and number.
@@ -65,9 +65,7 @@ class Agreement:
     def union(self, flags: list[bool]) -> list[bool]:
         """Element-wise `or` of every rank's flags."""
         votes = torch.tensor(flags, dtype=torch.int32)
-        if self.world > 1:
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
-        return [bool(v) for v in votes]
+        return [bool(v) for v in all_reduce(votes, dist.ReduceOp.MAX, self.group)]
 
     def _say(self, code: int, number: int) -> str:
         name = self.names[code]

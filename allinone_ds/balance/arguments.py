@@ -6,14 +6,17 @@ from collections.abc import Iterable
 
 from torch.nn import Module, Parameter
 
-from ..strict import ConfigError, did_you_mean
-from ..zero import GradientShards
-from .agreement import Agreement
-from .combine import Combiner, exact_combiner
-from .groups import TaskGroups
-from .local import DelayedCombiner, SketchCombiner
-from .parallel import GroupedCombiner
-from .weighting import Weighting
+from allinone_ds.balance.agreement import Agreement
+from allinone_ds.balance.assignment import TaskGroups
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.delayed import DelayedCombiner
+from allinone_ds.balance.combiners.exact import exact_combiner
+from allinone_ds.balance.combiners.sketched import SketchCombiner
+from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
+from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.errors import ConfigError
+from allinone_ds.strict import did_you_mean
+from allinone_ds.zero.engines.base import GradientShards
 
 NONFINITE = ("skip_task", "skip_step", "stop")
 

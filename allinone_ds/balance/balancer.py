@@ -14,16 +14,22 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..strict import did_you_mean
-from ..zero import EngineGuard, ParameterTraces, checked_release, open_shards, refuse_unsupported
-from .agreement import Agreement
-from .arguments import NONFINITE, combiner, norm_kind, shared_parameters, task_names, whole
-from .errors import BalancerError, NonFinite
-from .groups import TaskGroups, groups_for, task_groups
-from .parallel import GroupedCombiner
-from .report import StepReport
-from .self_test import run_self_test
-from .weighting import Weighting, as_weighting
+from allinone_ds.balance.agreement import Agreement
+from allinone_ds.balance.arguments import NONFINITE, combiner, norm_kind, shared_parameters, task_names, whole
+from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups
+from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
+from allinone_ds.balance.report import StepReport
+from allinone_ds.balance.self_test import self_test as run_self_test
+from allinone_ds.balance.self_test import warn_of_unchecked_release
+from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.balance.weightings.clipping import TBGC
+from allinone_ds.balance.weightings.gram import as_weighting
+from allinone_ds.errors import BalancerError, NonFinite
+from allinone_ds.strict import did_you_mean
+from allinone_ds.testing import toy
+from allinone_ds.zero.guard import EngineGuard
+from allinone_ds.zero.support import checked_release, open_shards, refuse_unsupported
+from allinone_ds.zero.traces import ParameterTraces
 
 _STEP = "balancer.step()"
 
@@ -115,7 +121,8 @@ class TaskBalancer:
         backbone = shared_parameters(engine.module, shared)
         self._shards = open_shards(engine, backbone)
         if self_test or (self_test is None and not checked_release()):
-            run_self_test(engine, norm, parallel)
+            warn_of_unchecked_release()
+            run_self_test(engine, toy_balancer, norm, parallel)
         self.groups = groups_for(parallel, groups, names, dist.get_world_size())
         apart = parallel == "tasks"
         self._agreement = Agreement((*names, _STEP)) if check_ranks or apart else None
@@ -430,3 +437,8 @@ class TaskBalancer:
         self._touched, self._ran = {}, {}
         self._task, self._micro_steps, self._done = None, 0, 0
         self._loss = torch.zeros((), device=self.engine.device)
+
+
+def toy_balancer(engine: Any, **options: Any) -> TaskBalancer:
+    """A balancer of the self-test's toy model."""
+    return TaskBalancer(engine, toy.TASKS, "backbone", TBGC(max_norm=0.1), self_test=False, **options)

@@ -1,81 +1,42 @@
-"""Data: readers of standard formats, augmentation, the schedule of samples, loaders, and a full check.
+"""Readers of standard formats, augmentation, the schedule of samples, loaders, and a full check of the data.
 
-Names load on first use: making demo data needs no torch, and a command line that starts in a second is worth it.
+May import the modules at the bottom of the package only.
 """
 
-from __future__ import annotations
+from allinone_ds._lazy import lazy_names
 
-import importlib
-from typing import Any
-
-_HOMES = {
-    "augment": (
-        "AugmentConfig",
-        "Branch",
-    ),
-    "base": (
-        "BrokenSample",
-        "DataError",
-        "Problem",
-        "Sample",
-        "SampleDataset",
-    ),
-    "check": ("check_sources",),
-    "classified": (
-        "ClassFoldersSource",
-        "ClassifiedDataset",
-        "ImageListSource",
-    ),
-    "coco": (
-        "CocoDataset",
-        "CocoSource",
-    ),
-    "hub": (
-        "Columns",
-        "DatasetsSource",
-        "HubDataset",
-    ),
-    "images": (
-        "read_image",
-        "read_label_map",
-    ),
-    "label_maps": (
-        "IGNORE",
-        "LabelMapsDataset",
-        "LabelMapsSource",
-    ),
-    "loader": (
-        "CachedDataset",
-        "EvalBatch",
-        "FurtherSamples",
-        "StepBatch",
-        "TaskData",
-        "eval_loader",
-        "train_loader",
-    ),
-    "schedule": (
-        "Draw",
-        "Schedule",
-    ),
-    "sources": (
-        "Source",
-        "open_source",
-    ),
-    "transforms": (
-        "SampleTransform",
-        "eval_transform",
-        "normalize",
-        "stack_images",
-        "stack_pixels",
-        "train_transform",
-    ),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "augmentation.branches": ["AugmentConfig", "Branch"],
+        "augmentation.transforms": [
+            "SampleTransform",
+            "eval_transform",
+            "normalize",
+            "stack_images",
+            "stack_pixels",
+            "train_transform",
+        ],
+        "base": ["IGNORE", "Problem", "Sample", "SampleDataset"],
+        "..errors": ["BrokenSample", "DataError"],
+        "check": ["check_sources"],
+        "formats.class_folders": ["ClassFoldersSource"],
+        "formats.classified_files": ["ClassifiedDataset"],
+        "formats.coco": ["CocoDataset", "CocoSource"],
+        "formats.hugging_face": ["Columns", "DatasetsSource", "HubDataset"],
+        "formats.image_list": ["ImageListSource"],
+        "formats.label_maps": ["LabelMapsDataset", "LabelMapsSource"],
+        "images": ["read_image", "read_label_map"],
+        "loader": [
+            "CachedDataset",
+            "EvalBatch",
+            "FurtherSamples",
+            "StepBatch",
+            "TaskData",
+            "eval_loader",
+            "train_loader",
+        ],
+        "schedule": ["Draw", "Schedule"],
+        "sources": ["Source", "open_source"],
+    },
+)

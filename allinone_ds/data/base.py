@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import PositiveInt
 from torch.utils.data import Dataset
 
+from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import Strict, did_you_mean
 
 Sample = dict[str, Any]
@@ -40,36 +41,6 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
-
-
-class DataError(Exception):
-    """Data that cannot be trained on. The message names file, what was found, what is allowed and what to do.
-
-    Args:
-        message: the text for the user.
-        problems: every fault behind it, where there is a list.
-    """
-
-    def __init__(self, message: str, problems: Sequence[Problem] = ()):
-        super().__init__(message)
-        self.problems = list(problems)
-
-
-class BrokenSample(Exception):
-    """One sample that cannot be read; training takes the next of the order instead and counts it.
-
-    Args:
-        path: the file.
-        reason: why it cannot be read.
-    """
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 class Expect(Strict):
@@ -260,3 +231,7 @@ def outside_reason(box: np.ndarray, size: tuple[int, int]) -> str:
         f"box (x1 y1 x2 y2 = {corners}) lies outside its image of {size[1]} x {size[0]} (width x height); "
         "correct or remove the annotation"
     )
+
+
+IGNORE = 255
+"""Value of pixels without a class in every sample's mask."""

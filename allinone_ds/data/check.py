@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from allinone_ds.data.base import DataError, Problem, SampleDataset
+from allinone_ds.data.base import Problem, SampleDataset
 from allinone_ds.data.sources import Source, open_source
+from allinone_ds.errors import DataError
 
 _AHEAD = 256  # samples handed to the threads at a time: bounds memory, keeps all threads busy
 

@@ -14,7 +14,8 @@ import torchvision.io
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from allinone_ds.data.base import BrokenSample, Problem
+from allinone_ds.data.base import Problem
+from allinone_ds.errors import BrokenSample
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MISSING = "file is missing; restore it or remove the entry"

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from allinone_ds.data.base import BrokenSample, DataError, Problem, Sample, SampleDataset
+from allinone_ds.data.augmentation.transforms import SampleTransform
+from allinone_ds.data.base import Problem, Sample, SampleDataset
 from allinone_ds.data.schedule import Draw, Schedule
-from allinone_ds.data.transforms import SampleTransform
+from allinone_ds.errors import BrokenSample, DataError
 
 Batch = dict[str, Any]
 Collate = Callable[[list[Sample]], Batch]

@@ -8,15 +8,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from allinone_ds.data.base import SampleDataset, raise_problems, unmet
-from allinone_ds.data.classified import (
-    ClassFoldersSource,
-    ImageListSource,
-    open_class_folders,
-    open_image_list,
-)
-from allinone_ds.data.coco import CocoDataset, CocoSource
-from allinone_ds.data.hub import DatasetsSource, open_datasets
-from allinone_ds.data.label_maps import LabelMapsDataset, LabelMapsSource
+from allinone_ds.data.formats.class_folders import ClassFoldersSource, open_class_folders
+from allinone_ds.data.formats.coco import CocoDataset, CocoSource
+from allinone_ds.data.formats.hugging_face import DatasetsSource, open_datasets
+from allinone_ds.data.formats.image_list import ImageListSource, open_image_list
+from allinone_ds.data.formats.label_maps import LabelMapsDataset, LabelMapsSource
 from allinone_ds.strict import did_you_mean
 
 FORMATS = ("coco", "label_maps", "image_list", "class_folders", "datasets")

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from torch import nn
 
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.export.facts import ExportFacts, Preprocessing
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import Backbone
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.training.config import RunConfig
-from allinone_ds.training.evaluation import tasks_of
-from allinone_ds.training.folder import METRICS_FILE, TRAINER_STATE
+from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_folder.names import METRICS_FILE, TRAINER_STATE
 
 CARD_FILE = "README.md"
 # What model hubs call the tasks.

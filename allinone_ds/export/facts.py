@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from allinone_ds.data.transforms import MEAN, STD
+from allinone_ds.data.augmentation.transforms import MEAN, STD
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
-from allinone_ds.strict import ConfigError, Strict, explain
+from allinone_ds.strict import Strict, explain
 
 FACTS_FILE = "allinone.json"
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import ViTImageProcessor
 
-from allinone_ds.data.transforms import MEAN, STD
+from allinone_ds.data.augmentation.transforms import MEAN, STD
 from allinone_ds.export.card import CARD_FILE, RunFacts, backbone_card, model_card, run_facts
 from allinone_ds.export.facts import ExportedTask, ExportFacts
 from allinone_ds.export.loading import build_exported
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.training.config import ModelFacts, RunConfig, read_run_files
-from allinone_ds.training.folder import EXPORT, WEIGHTS_FILE
-from allinone_ds.training.weights import read_weights
+from allinone_ds.model import AllInOneModel
+from allinone_ds.run_config.run_files import ModelFacts, read_run_files
+from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_folder.names import EXPORT, WEIGHTS_FILE
+from allinone_ds.run_folder.weights import read_weights
 
 ONNX_FILE = "model.onnx"
 

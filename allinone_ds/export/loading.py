@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.predictor import Predictor, load_run
 from allinone_ds.export.facts import FACTS_FILE, ExportFacts
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import build_backbone
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.strict import ConfigError
+from allinone_ds.run_folder.names import CONFIG_FILE, WEIGHTS_FILE
 from allinone_ds.tasks import build_task
-from allinone_ds.training.folder import CONFIG_FILE, WEIGHTS_FILE
-from allinone_ds.training.predict import Predictor, load_run
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.evaluate import tasks_of
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.mask2former import Mask2FormerSegmenter
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.detection import DetectionTask
 from allinone_ds.tasks.segmentation import SegmentationTask
-from allinone_ds.training.evaluation import tasks_of
 
 PACKAGES = ("onnx", "onnxscript")
 INPUT = "pixel_values"

@@ -1,5 +1,4 @@
-"""The shared backbone, its heads' building blocks, and the model that holds backbone and tasks."""
+"""The shared backbone, the feature pyramid and the heads, as plain modules that know nothing of tasks.
 
-from allinone_ds.models.model import AllInOneModel
-
-__all__ = ["AllInOneModel"]
+May import the modules at the bottom of the package only.
+"""

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allinone_ds.strict import ConfigError, Strict
+from allinone_ds.errors import ConfigError
+from allinone_ds.strict import Strict
 
 # acos has an infinite slope at 1
 _LARGEST_COSINE = 1.0 - 1e-7

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BackboneOutput
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import group_norm
-from allinone_ds.strict import ConfigError, Strict, did_you_mean
+from allinone_ds.strict import Strict, did_you_mean
 
 # AutoBackbone.from_pretrained takes hub names only, these take folders too.
 _CLASSES: dict[str, Any] = {

@@ -21,8 +21,9 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import ModelOutput
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
-from allinone_ds.strict import ConfigError, Strict
+from allinone_ds.strict import Strict
 
 _SURELY_NOT = -20.0
 """Logit that masks get where the truth is unknown: its loss, and the gradient through it, is zero."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from allinone_ds.strict import ConfigError
+from allinone_ds.errors import ConfigError
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
 

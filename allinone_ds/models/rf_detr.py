@@ -18,7 +18,8 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrScaleProjector,
 )
 
-from allinone_ds.strict import ConfigError, Strict
+from allinone_ds.errors import ConfigError
+from allinone_ds.strict import Strict
 
 # sigmoid(15) is still below 1 in float32: log(1 - p) in the loss stays finite.
 _LARGEST_LOGIT = 15.0

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from allinone_ds.strict import ConfigError, did_you_mean
+from allinone_ds.errors import ConfigError
+from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.classification import ClassificationTask
 from allinone_ds.tasks.detection import DetectionTask

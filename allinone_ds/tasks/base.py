@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from allinone_ds.strict import ConfigError, Strict, did_you_mean, explain
+from allinone_ds.errors import ConfigError
+from allinone_ds.strict import Strict, did_you_mean, explain
 from allinone_ds.tasks.test_time import TestTime, View
 
 Sample = dict[str, Any]

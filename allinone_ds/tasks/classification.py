@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_pixels
+from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.models.arcface import ArcFace, ArcFaceOptions
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision

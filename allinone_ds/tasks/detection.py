@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_pixels
+from allinone_ds.data.augmentation.transforms import stack_pixels
+from allinone_ds.distributed import gather_objects
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
-from allinone_ds.strict import ConfigError
 from allinone_ds.tasks.base import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
 from allinone_ds.tasks.test_time import TestTime, View, view_size
@@ -193,11 +193,7 @@ class DetectionMetric:
 
     def compute(self) -> dict[str, float]:
         """{"map50", "map"} over the images of all ranks; every rank must call it, all get the same."""
-        images = self.images
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, self.images)
-            images = [image for rank in gathered for image in rank]
+        images = [image for of_rank in gather_objects(self.images) for image in of_rank]
         if not images:
             return {"map50": 0.0, "map": 0.0}
         metric = MeanAveragePrecision(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import ModelOutput
 
-from allinone_ds.data.transforms import stack_pixels
+from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmenter
 from allinone_ds.models.segmenters import (
     LightOptions,

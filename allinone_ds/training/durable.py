@@ -8,22 +8,17 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, set_seed
 
-from allinone_ds.training.arguments import AllInOneArguments
-from allinone_ds.training.background import BackgroundSaver
-from allinone_ds.training.checkpoint import claim_run, gather
-from allinone_ds.training.errors import RunError
-from allinone_ds.training.folder import check_resume, clear_unfinished
-from allinone_ds.training.manifest import faults_of
-from allinone_ds.training.saving import (
-    RunCallback,
-    best_beside,
-    load_engine,
-    pick_checkpoint,
-    save_checkpoint,
-    save_weights,
-)
+from allinone_ds.distributed import gather_objects
+from allinone_ds.errors import RunError
+from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_folder.atomic_checkpoint import claim_run
+from allinone_ds.run_folder.background_writer import BackgroundSaver
+from allinone_ds.run_folder.checkpoints import check_resume, clear_unfinished
+from allinone_ds.run_folder.event_log import RunCallback
+from allinone_ds.run_folder.manifest import faults_of
+from allinone_ds.training.checkpointing import best_beside, load_engine, pick_checkpoint, save_checkpoint, save_weights
 from allinone_ds.training.signals import StopOnSignal
-from allinone_ds.training.watch import StallWatch
+from allinone_ds.training.stall_watch import StallWatch
 
 
 class DurableTrainer(Trainer):
@@ -163,7 +158,7 @@ class DurableTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        faults = gather(faults_of(best, self.args.process_index, self.args.world_size))
+        faults = gather_objects(faults_of(best, self.args.process_index, self.args.world_size))
         found = sorted({fault for part in faults for fault in part})
         if found:
             self.warn(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from allinone_ds.training.weights import shards_of
-from allinone_ds.zero import master_shards, publish_masters, reshard_flats
+from allinone_ds.run_folder.weights import shards_of
+from allinone_ds.zero.checkpoint.reshard import reshard_flats
+from allinone_ds.zero.masters import master_shards, publish_masters
 
 
 class ShardEMA:

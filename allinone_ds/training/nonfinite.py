@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from allinone_ds.balance import NonFinite, StepReport, TaskBalancer
-from allinone_ds.training.errors import RunError
+from allinone_ds.balance.balancer import TaskBalancer
+from allinone_ds.balance.report import StepReport
+from allinone_ds.errors import NonFinite, RunError
 
 _ADVICE = (
     "No weight was changed by it. Look at its data and loss, lower learning_rate, or use bf16 instead of fp16; then go "

@@ -7,22 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
-from allinone_ds.balance import balancer_from_config
+from allinone_ds.balance.options import balancer_from_config
 from allinone_ds.data.loader import TaskData
-from allinone_ds.training.arguments import arguments_from_config
-from allinone_ds.training.build import build_model, open_test_data, open_train_data, spelled_out
-from allinone_ds.training.checkpoint import claim_run
-from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
-from allinone_ds.training.folder import AVERAGED, METRICS_FILE, PLOTS, check_resume
-from allinone_ds.training.pages import collect_drawings, write_page
-from allinone_ds.training.plots import write_plots
-from allinone_ds.training.progress import EventLog, PrintProgress, RunFiles
-from allinone_ds.training.report import write_report
-from allinone_ds.training.start import start_from
+from allinone_ds.distributed import barrier
+from allinone_ds.reporting.plots import write_plots
+from allinone_ds.reporting.predictions_page import collect_drawings, write_page
+from allinone_ds.reporting.progress import PrintProgress
+from allinone_ds.reporting.report import write_report
+from allinone_ds.run_config.arguments import arguments_from_config
+from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, spelled_out
+from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
+from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_folder.atomic_checkpoint import claim_run
+from allinone_ds.run_folder.checkpoints import check_resume
+from allinone_ds.run_folder.event_log import EventLog
+from allinone_ds.run_folder.names import AVERAGED, METRICS_FILE, PLOTS
 from allinone_ds.training.trainer import AllInOneTrainer
+from allinone_ds.training.warm_start import start_from
 
 _TOLD = 3  # warnings about one data set; `allinone-ds check` lists all
 
@@ -101,8 +104,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         if test_data:
             write_page(drawings, folder, title=config.name, metrics=metrics)
         write_report([folder])
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    barrier()
     return metrics
 
 

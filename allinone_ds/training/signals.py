@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from allinone_ds.training.background import BackgroundSaver
+from allinone_ds.distributed import all_reduce, cpu_group
+from allinone_ds.run_folder.background_writer import BackgroundSaver
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -36,8 +37,7 @@ class StopOnSignal(TrainerCallback):
 
     def listen(self) -> None:
         """Take the two signals over; must be called on every rank (collective)."""
-        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "gloo" and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._group = cpu_group()
         if threading.current_thread() is threading.main_thread() and not self._before:
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
@@ -53,9 +53,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         notes = torch.tensor([self._mine, int(self.saver is not None and self.saver.working)])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(notes, op=dist.ReduceOp.MAX, group=self._group)
-        asked, working = notes.tolist()
+        asked, working = all_reduce(notes, dist.ReduceOp.MAX, self._group).tolist()
         if asked and state.global_step < state.max_steps:
             self.caught = signal.Signals(asked).name
             control.should_save = True

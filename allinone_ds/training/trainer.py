@@ -13,21 +13,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
-from allinone_ds.balance import TBGC, StepReport, TaskBalancer, groups_for
+from allinone_ds.balance.assignment import groups_for
+from allinone_ds.balance.balancer import TaskBalancer
+from allinone_ds.balance.report import StepReport
+from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.data.loader import StepBatch, TaskData
 from allinone_ds.data.schedule import Schedule
-from allinone_ds.training.arguments import AllInOneArguments
+from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.reporting.logs import TaskLogs
+from allinone_ds.reporting.predictions_page import collect_drawings
+from allinone_ds.reporting.trackers import use_own_trackers
+from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.training.checkpointing import read_loop_state
 from allinone_ds.training.durable import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
-from allinone_ds.training.errors import out_of_memory
-from allinone_ds.training.evaluation import evaluate_tasks, to_device
-from allinone_ds.training.logs import TaskLogs
 from allinone_ds.training.nonfinite import Streaks
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.pages import collect_drawings
-from allinone_ds.training.saving import read_loop_state
+from allinone_ds.training.out_of_memory import out_of_memory
 from allinone_ds.training.steps import Steps
-from allinone_ds.training.tracking import use_own_trackers
 from allinone_ds.zero.params import cast_unpartitioned
 
 

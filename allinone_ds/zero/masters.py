@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gate import UnsupportedEngine
+from allinone_ds.errors import UnsupportedEngine
 
 
 def master_shards(engine: Any) -> list[Tensor]:

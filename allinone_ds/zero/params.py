@@ -7,7 +7,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
 
 
 def is_partitioned(parameter: Any) -> bool:
@@ -36,3 +37,25 @@ def cast_unpartitioned(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not is_partitioned(parameter):
             parameter.data = parameter.data.to(dtype)
+
+
+def whole_master(engine: Any, parameter: Any) -> Tensor:
+    """Return the fp32 weight that the optimizer steps on, whole, as float64 on the CPU. Collective.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        parameter: a trainable parameter of its module.
+
+    Raises:
+        KeyError: the optimizer does not hold the parameter.
+    """
+    if parameter.dtype == torch.float32:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().double().cpu().clone()
+    if engine.zero_optimization_stage():
+        return safe_get_full_fp32_param(parameter).detach().double().cpu().view(whole_shape(parameter))
+    for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+        for param, master in zip(low, high, strict=True):
+            if param is parameter:
+                return master.detach().double().view_as(param)
+    raise KeyError("the optimizer does not hold this parameter")

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from .releases import RELEASES_LEFTOVERS
+from allinone_ds.zero.releases import RELEASES_LEFTOVERS
 
 _KEPT = "kept until the step"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from inside import write_late
 from ranks import SAVE_STEPS, STEPS, Outcome, Ranks, differences, last_step, make_home, outcome
 
-from allinone_ds.training.folder import checkpoints
+from allinone_ds.run_folder.checkpoints import checkpoints
 
 
 class Lost(Exception):

@@ -30,8 +30,8 @@ def allow_fp16(rank: int) -> None:
 
 def write_late() -> None:
     """A checkpoint in the background is written after the step that follows it; at the end of a run after a second."""
-    from allinone_ds.balance import TaskBalancer
-    from allinone_ds.training.background import BackgroundSaver
+    from allinone_ds.balance.balancer import TaskBalancer
+    from allinone_ds.run_folder.background_writer import BackgroundSaver
 
     step, start, steps = TaskBalancer.step, BackgroundSaver.start, []
 
@@ -91,9 +91,9 @@ def exhaust_memory(rank: int, by_hand: bool) -> None:
 
 def count_reads(file: Path) -> None:
     """Every picture that is decoded adds a line to `file`."""
-    from allinone_ds.data import classified, coco, label_maps
+    from allinone_ds.data.formats import classified_files, coco, label_maps
 
-    for module in (classified, coco, label_maps):
+    for module in (classified_files, coco, label_maps):
 
         def counted(path, *args, _read=module.read_image, **kwargs):
             with file.open("a") as sink:

@@ -17,8 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from allinone_ds.training.folder import checkpoints
-from allinone_ds.training.launch import free_port, quiet_environment
+from allinone_ds.run_folder.checkpoints import checkpoints
+from allinone_ds.training.launcher import free_port, quiet_environment
 
 STEPS = 8
 SAVE_STEPS = 2

@@ -9,8 +9,8 @@ from pathlib import Path
 from bench import Bench, Lost, demand
 from ranks import SAVE_STEPS, STEPS, Ranks, last_step
 
-from allinone_ds.training.folder import checkpoints
-from allinone_ds.training.manifest import faults_of
+from allinone_ds.run_folder.checkpoints import checkpoints
+from allinone_ds.run_folder.manifest import faults_of
 
 CHAIN = 5
 """Kills of one run at most, before it may go on to its end."""

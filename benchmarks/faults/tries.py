@@ -20,8 +20,8 @@ from inside import allow_fp16, count_reads, exhaust_memory, score_by_step, spoil
 from ranks import LOGGING_STEPS, SAVE_STEPS, STEPS, Ranks, differences, last_step, memory_disk, outcome
 from safetensors.torch import load_file
 
-from allinone_ds.training.files import find_config
-from allinone_ds.training.folder import checkpoints
+from allinone_ds.run_config.yaml_files import find_config
+from allinone_ds.run_folder.checkpoints import checkpoints
 
 NAN = float("nan")
 

@@ -11,27 +11,29 @@ import torchjd.aggregation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
-from allinone_ds.balance.named import TORCHJD
+from allinone_ds.balance.options import TORCHJD
+from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import checks_apart, checks_local, checks_misuse, checks_partial
 from tests.balance.engines import (
     CASES,
-    exactness,
+    cases,
     finish,
     largest_change,
     make_balancer,
     make_engine,
+    run_case,
     run_task,
     toy,
     weights,
 )
 from tests.launcher import join_ranks, run_checks
 
-# exactness
+# cases
 
 
 def exact(case: str, weighting: str, micro_steps: str) -> None:
     """fp32: weights within 1e-5, norms within 1e-5. 16 bit: within that type's rounding of the same step by hand."""
-    result = exactness.run_case(CASES[case], exactness.WEIGHTINGS[weighting], exactness.MICRO_STEPS[micro_steps])
+    result = run_case(CASES[case], cases.WEIGHTINGS[weighting], cases.MICRO_STEPS[micro_steps])
     if CASES[case].dtype == "fp32":
         assert result["weights"] <= 1e-5 and result["norms"] <= 1e-5 and result["scales"] <= 1e-5, result
     else:
@@ -44,15 +46,15 @@ def check_plain_deepspeed_drifts_on_zero3_and_ours_does_not() -> None:
     """Tasks as micro-steps of one accumulation: heads unused in the first micro-step add onto last step's gradient."""
     engine = make_engine("zero3 fp32", lr=toy.rate({"name": "sum"}), gradient_accumulation_steps=3)
     start = {n: p.detach() for n, p in toy.make_model().named_parameters()}
-    for step in range(exactness.STEPS):
+    for step in range(cases.STEPS):
         for task in toy.TASKS:
             engine.backward(engine(task, toy.inputs(task, step, 0, dist.get_rank()).float(), True), scale_wrt_gas=False)
             engine.step()
     counts = dict.fromkeys(toy.TASKS, 1)
-    wanted = toy.reference_run({"name": "sum"}, exactness.STEPS, counts, dist.get_world_size()).params
+    wanted = reference_run({"name": "sum"}, cases.STEPS, counts, dist.get_world_size()).params
     drift = largest_change(wanted, weights(engine))
     engine.destroy()
-    ours = exactness.run_case(CASES["zero3 fp32"], {"name": "sum"}, (1, 1, 1))
+    ours = run_case(CASES["zero3 fp32"], {"name": "sum"}, (1, 1, 1))
     assert drift > 1e-2 * largest_change(start, wanted), (
         f"plain DeepSpeed no longer drifts ({drift:.1e}): update the docs"
     )
@@ -72,7 +74,7 @@ def check_torchjd_methods_equal_aggregating_the_full_jacobian() -> None:
     """Every method on ZeRO-2, two of them on each stage, against torchjd on the float64 Jacobian of one process."""
     model = toy.make_model()
     found = {
-        task: {n: v / toy.LOSS_SCALE[task] for n, v in toy.gradients(model, task, 0, 1, dist.get_world_size()).items()}
+        task: {n: v / toy.LOSS_SCALE[task] for n, v in gradients(model, task, 0, 1, dist.get_world_size()).items()}
         for task in toy.TASKS
     }
     names = [n for n in found["det"] if n.startswith("backbone.")]
@@ -113,7 +115,7 @@ def check_reported_global_norm_is_that_of_the_balanced_sum() -> None:
         for task in toy.TASKS:
             run_task(balancer, task)
         report = balancer.step()
-        found = {t: toy.gradients(toy.make_model(), t, 0, 1, dist.get_world_size()) for t in toy.TASKS}
+        found = {t: gradients(toy.make_model(), t, 0, 1, dist.get_world_size()) for t in toy.TASKS}
         total: dict[str, torch.Tensor] = {}
         for task, gradient in found.items():
             for name, value in gradient.items():
@@ -137,7 +139,7 @@ def check_shared_may_be_parameters_or_a_nested_name() -> None:
             finish(balancer)
         assert norms["parameters"] == norms["backbone"], case
         for task in toy.TASKS:
-            stem = toy.gradients(toy.make_model(), task, 0, 1, dist.get_world_size())
+            stem = gradients(toy.make_model(), task, 0, 1, dist.get_world_size())
             wanted = torch.cat([v.reshape(-1) for n, v in stem.items() if n.startswith("backbone.stem")]).norm()
             assert abs(norms["backbone.stem"][task] / float(wanted) - 1) < 1e-5, (case, task)
 
@@ -193,7 +195,7 @@ def all_checks(world: int) -> dict:
         for case in CASES:
             checks[f"exact[{case}]"] = partial(exact, case, "tbgc", "1/2/4")
         for stage in range(4):
-            for weighting in exactness.WEIGHTINGS:
+            for weighting in cases.WEIGHTINGS:
                 checks[f"exact[zero{stage} fp32, {weighting}]"] = partial(
                     exact, f"zero{stage} fp32", weighting, "1/2/4"
                 )

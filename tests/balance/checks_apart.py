@@ -6,17 +6,29 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds import DWA, TBGC, Sum, TaskBalancer
-from allinone_ds.balance import BalancerError, NonFinite, parallel
+from allinone_ds.balance.balancer import toy_balancer
+from allinone_ds.balance.combiners import task_parallel as parallel
 from allinone_ds.balance.self_test import self_test
-from allinone_ds.zero import UnsupportedEngine
-from tests.balance.engines import exactness, finish, largest_change, make_balancer, make_engine, raises, toy, weights
+from allinone_ds.errors import BalancerError, NonFinite, UnsupportedEngine
+from allinone_ds.testing.reference import gradients, reference_run
+from tests.balance.engines import (
+    cases,
+    finish,
+    largest_change,
+    make_balancer,
+    make_engine,
+    raises,
+    run_case,
+    toy,
+    weights,
+)
 
 KINDS = ("zero1 fp32", "zero2 fp32", "zero2 fp32 offload")
 MICRO_STEPS = {"det": 1, "seg": 2, "cls": 4}
 
 
 def make_apart(engine, weighting=None, **options) -> TaskBalancer:
-    groups = exactness.GROUPS[dist.get_world_size()][0]
+    groups = cases.GROUPS[dist.get_world_size()][0]
     return make_balancer(engine, weighting, parallel="tasks", **{"groups": groups, **options})
 
 
@@ -61,9 +73,7 @@ def check_apart_in_small_buckets() -> None:
     """A group's gradient that is measured in many pieces, some of them shorter than the group."""
     before, parallel.BUCKET = parallel.BUCKET, 10
     try:
-        result = exactness.run_case(
-            exactness.Case("buckets", 2, apart=True), {"name": "task_clip", "max_norm": 0.1}, (1, 2, 4)
-        )
+        result = run_case(cases.Case("buckets", 2, apart=True), {"name": "task_clip", "max_norm": 0.1}, (1, 2, 4))
     finally:
         parallel.BUCKET = before
     assert max(result["weights"], result["norms"], result["scales"]) < 1e-5, result
@@ -85,7 +95,7 @@ def check_apart_reports_are_equal_on_all_ranks() -> None:
 
 def check_apart_cosines_and_gram_weightings() -> None:
     """The Gram matrix has measured norms and sketched cosines; a weighting that reads it gets those of tasks in use."""
-    found = {t: toy.gradients(toy.make_model(), t, 0, MICRO_STEPS[t], dist.get_world_size()) for t in toy.TASKS}
+    found = {t: gradients(toy.make_model(), t, 0, MICRO_STEPS[t], dist.get_world_size()) for t in toy.TASKS}
     rows = [torch.cat([v.reshape(-1) for n, v in found[t].items() if n.startswith("backbone.")]) for t in toy.TASKS]
     wanted = torch.stack(rows) @ torch.stack(rows).T
     norms = wanted.diagonal().sqrt()
@@ -185,7 +195,7 @@ def check_apart_misuse_is_an_error_on_all_ranks() -> None:
     raises(BalancerError, "regroup() in the middle of a step", lambda: balancer.regroup(balancer.groups))
     assert largest_change(before, weights(engine)) == 0.0
     assert balancer.step().applied
-    wanted = toy.reference_run({"name": "tbgc"}, 1, MICRO_STEPS, dist.get_world_size()).params
+    wanted = reference_run({"name": "tbgc"}, 1, MICRO_STEPS, dist.get_world_size()).params
     assert max(float((weights(engine)[n] - v).abs().max()) for n, v in wanted.items()) < 1e-6
     balancer.regroup({task: tuple(range(dist.get_world_size())) for task in toy.TASKS})
     run_own(balancer, tasks=toy.TASKS if rank == 0 else ("seg", "cls"))
@@ -216,7 +226,7 @@ def check_an_error_in_a_task_apart_leaves_the_step_usable() -> None:
         raises(KeyError, "a loader's error", fail)
         run_own(balancer, tasks=broken)
         balancer.step()
-        wanted = toy.reference_run({"name": "tbgc"}, 1, MICRO_STEPS, dist.get_world_size()).params
+        wanted = reference_run({"name": "tbgc"}, 1, MICRO_STEPS, dist.get_world_size()).params
         assert max(float((weights(engine)[n] - v).abs().max()) for n, v in wanted.items()) < 1e-6, case
         finish(balancer)
 
@@ -246,7 +256,7 @@ def check_measuring_changes_nothing() -> None:
             assert set(seconds) == set(toy.TASKS) and min(seconds.values()) > 0
             run_own(balancer, step)
             balancer.step()
-        wanted = toy.reference_run({"name": "tbgc"}, 2, MICRO_STEPS, dist.get_world_size()).params
+        wanted = reference_run({"name": "tbgc"}, 2, MICRO_STEPS, dist.get_world_size()).params
         assert max(float((weights(engine)[n] - v).abs().max()) for n, v in wanted.items()) < 1e-6, case
         finish(balancer)
 
@@ -277,7 +287,7 @@ def check_self_test_of_every_way() -> None:
         engine = make_engine(case)
         for norm, way in ways:
             if way == "data" or "zero3" not in case:
-                worst = self_test(engine, norm, way)
+                worst = self_test(engine, toy_balancer, norm, way)
                 assert worst < (1e-5 if "bf16" not in case else 0.05), (case, norm, way, worst)
         engine.destroy()
 
@@ -292,7 +302,7 @@ def check_self_test_finds_gradients_that_are_scaled_wrongly() -> None:
 
     parallel.GroupedCombiner._hand_over = forgets_its_part
     try:
-        raises(BalancerError, "parallel='tasks'", lambda: self_test(engine, "exact", "tasks"))
+        raises(BalancerError, "parallel='tasks'", lambda: self_test(engine, toy_balancer, "exact", "tasks"))
     finally:
         parallel.GroupedCombiner._hand_over = hand_over
     engine.destroy()

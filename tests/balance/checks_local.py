@@ -10,12 +10,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from allinone_ds import DWA, TBGC, GlobalClip, Sum, TaskClip, Uncertainty
-from allinone_ds.balance import BalancerError
-from allinone_ds.zero import UnsupportedEngine
+from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.testing.reference import factors, gradients
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
-    exactness,
+    cases,
     finish,
     largest_change,
     make_balancer,
@@ -63,7 +63,7 @@ def follow(case: str, name: str, norm: str) -> None:
         with torch.no_grad():
             for n, p in model.named_parameters():
                 p.copy_(master[n])
-        found = {t: toy.gradients(model, t, step, MICRO_STEPS[t], dist.get_world_size()) for t in toy.TASKS}
+        found = {t: gradients(model, t, step, MICRO_STEPS[t], dist.get_world_size()) for t in toy.TASKS}
         for task in toy.TASKS:
             run_task(balancer, task, step, MICRO_STEPS[task])
         report = balancer.step()
@@ -75,7 +75,7 @@ def follow(case: str, name: str, norm: str) -> None:
         seen = {"norms": _floats(report.norms), "whole": _floats(report.whole_norms)}
         used = last if norm == "delayed" and step else seen
         if config["name"] != "global_clip":
-            for task, wanted in toy.factors(config, used["norms"], used["whole"]).items():
+            for task, wanted in factors(config, used["norms"], used["whole"]).items():
                 assert abs(float(report.scales[task]) / wanted - 1) < 1e-4, (case, name, norm, step, task)
         last = seen
         for task, gradient in found.items():
@@ -83,7 +83,7 @@ def follow(case: str, name: str, norm: str) -> None:
                 raw = config.get("heads") == "none" and not n.startswith("backbone.")
                 master[n] = master[n] - lr * value * (1.0 if raw else float(report.scales[task]))
     trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    off = max(float((exactness.master_weights(engine, p) - master[n]).abs().max()) for n, p in trained.items())
+    off = max(float((cases.master_weights(engine, p) - master[n]).abs().max()) for n, p in trained.items())
     off /= largest_change(start, master)
     assert off <= max(low, 2e-5), (case, name, norm, off)
     finish(balancer)
@@ -184,7 +184,7 @@ def check_local_modes_keep_absent_heads_still() -> None:
 
 def check_cosines_are_those_of_the_gradients() -> None:
     """Exact where T shards are kept, else from sketches; in each second step, and None in between."""
-    found = {t: toy.gradients(toy.make_model(), t, 0, 1, dist.get_world_size()) for t in toy.TASKS}
+    found = {t: gradients(toy.make_model(), t, 0, 1, dist.get_world_size()) for t in toy.TASKS}
     flat = {t: torch.cat([v.reshape(-1) for n, v in g.items() if n.startswith("backbone.")]) for t, g in found.items()}
     runs = [(case, TBGC(0.1), norm) for case in KINDS for norm in ("exact", "sketch", "delayed")]
     for case, weighting, norm in [

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds import Sum, TaskBalancer
-from allinone_ds.balance import BalancerError
+from allinone_ds.balance.balancer import toy_balancer
 from allinone_ds.balance.self_test import self_test
-from allinone_ds.zero import UnsupportedEngine, gate
+from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.testing.reference import reference_run
+from allinone_ds.zero import support as gate
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
@@ -78,7 +80,7 @@ def _misuse(case: str) -> None:
 
 def expect_one_step(engine, case: str) -> None:
     """The weights are those of one undisturbed TBGC step."""
-    wanted = toy.reference_run({"name": "tbgc"}, 1, dict.fromkeys(toy.TASKS, 1), dist.get_world_size())
+    wanted = reference_run({"name": "tbgc"}, 1, dict.fromkeys(toy.TASKS, 1), dist.get_world_size())
     got = weights(engine)
     for name, value in wanted.params.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6, msg=f"{case} {name}")
@@ -146,7 +148,7 @@ def check_engines_that_cannot_be_balanced_are_refused() -> None:
 def check_self_test_passes_on_every_kind() -> None:
     for case in (*FP32_KINDS, "zero0 bf16", "zero1 bf16 fp32-accumulation", "zero2 bf16", "zero2 fp16", "zero3 fp16"):
         engine = make_engine(case)
-        worst = self_test(engine)
+        worst = self_test(engine, toy_balancer)
         assert worst < (1e-5 if "fp32" in case and "bf16" not in case else 0.05), (case, worst)
         engine.destroy()
 
@@ -157,7 +159,7 @@ def check_self_test_finds_a_broken_adapter() -> None:
     release = gate.Stage3Shards.release
     gate.Stage3Shards.release = lambda self: None
     try:
-        raises(BalancerError, "self-test", lambda: self_test(engine))
+        raises(BalancerError, "self-test", lambda: self_test(engine, toy_balancer))
     finally:
         gate.Stage3Shards.release = release
     engine.destroy()

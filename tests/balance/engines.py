@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import exactness
-import toy
+from allinone_ds import TBGC, TaskBalancer, weighting_from_config
+from allinone_ds.testing import cases, exactness, toy
+from allinone_ds.zero.params import whole_master
 
-from allinone_ds import TBGC, TaskBalancer
+__all__ = ["CASES", "FP32_KINDS", "cases", "finish", "largest_change", "make_balancer", "make_engine", "raises",
+           "run_case", "run_task", "toy", "weights"]  # fmt: skip
 
-__all__ = ["CASES", "FP32_KINDS", "exactness", "finish", "largest_change", "make_balancer", "make_engine", "raises",
-           "run_task", "toy", "weights"]  # fmt: skip
-
-CASES = {case.name: case for case in exactness.all_cases()}
+CASES = {case.name: case for case in cases.all_cases()}
 FP32_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload")
 
 
@@ -37,6 +34,13 @@ def make_engine(case: str = "zero2 fp32", optimizer: str = "sgd", lr: float = 0.
 
 def make_balancer(engine, weighting=None, **options) -> TaskBalancer:
     return TaskBalancer(engine, toy.TASKS, "backbone", weighting or TBGC(0.1), **options)
+
+
+def _from_config(engine, weighting, parallel) -> TaskBalancer:
+    return TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting), parallel=parallel)
+
+
+run_case = partial(exactness.run_case, make_balancer=_from_config, whole_master=whole_master)
 
 
 def run_task(balancer: TaskBalancer, task: str, step: int = 0, micro_steps: int = 1, factor: float = 1.0) -> None:

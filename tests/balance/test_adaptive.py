@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from allinone_ds import DBMTL, DWA, FAMO, GradNorm, RandomWeights, StepRecord, Uncertainty, Weighting
-from allinone_ds.balance import GramWeighting, balancer_from_config
-from allinone_ds.balance.named import TORCHJD
-from allinone_ds.strict import ConfigError
+from allinone_ds.balance.options import TORCHJD, balancer_from_config
+from allinone_ds.balance.weightings.gram import GramWeighting
+from allinone_ds.errors import ConfigError
 
 TASKS = ("det", "seg", "cls")
 NORMS = torch.tensor([2.0, 300.0, 0.5], dtype=torch.float64)

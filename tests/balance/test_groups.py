@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from allinone_ds.balance import TaskGroups, plan_groups, task_groups
+from allinone_ds.balance.assignment import TaskGroups, plan_groups, task_groups
 
 TASKS = ("det", "seg", "cls")
 

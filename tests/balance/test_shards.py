@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from allinone_ds.zero import Span
-from allinone_ds.zero.shards import merge_spans
+from allinone_ds.zero.engines.base import Span, merge_spans
 
 
 def test_pieces_cover_every_group_also_one_of_padding_only() -> None:

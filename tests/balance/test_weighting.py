@@ -10,8 +10,8 @@ from torch import Tensor
 from torchjd.aggregation import IMTLG, AlignedMTL
 
 from allinone_ds import TBGC, GlobalClip, Static, StepRecord, Sum, TaskClip, Weighting, weighting_from_config
-from allinone_ds.balance.weighting import GramWeighting, as_weighting
-from allinone_ds.strict import ConfigError
+from allinone_ds.balance.weightings.gram import GramWeighting, as_weighting
+from allinone_ds.errors import ConfigError
 
 T, P = 3, 40
 

@@ -7,12 +7,14 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from allinone_ds.data import BrokenSample, DataError, SampleDataset, Schedule, TaskData, stack_images, train_loader
-from allinone_ds.data.augment import AugmentConfig, as_augment
-from allinone_ds.data.colors import ColorRandAugment, HSVJitter, change_hsv
-from allinone_ds.data.transforms import train_transform
-from allinone_ds.data.weather import Fog, Frost, Rain, Spatter, clouds
-from allinone_ds.strict import ConfigError
+from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
+from allinone_ds.data.augmentation.colour import ColorRandAugment, HSVJitter, change_hsv
+from allinone_ds.data.augmentation.transforms import stack_images, train_transform
+from allinone_ds.data.augmentation.weather import Fog, Frost, Rain, Spatter, clouds
+from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.loader import TaskData, train_loader
+from allinone_ds.data.schedule import Schedule
+from allinone_ds.errors import BrokenSample, ConfigError, DataError
 
 SIZE = (24, 32)
 

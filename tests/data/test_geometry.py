@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from allinone_ds.data.geometry import LargeScaleJitter, MixUp, Mosaic, put_right
-from allinone_ds.data.transforms import train_transform
-from allinone_ds.training.files import read_yaml
+from allinone_ds.data.augmentation.geometry import LargeScaleJitter, MixUp, Mosaic, put_right
+from allinone_ds.data.augmentation.transforms import train_transform
+from allinone_ds.run_config.yaml_files import read_yaml
 
 # Vivid, and far from each other, from black (background) and from grey (fill): every object has a colour of its own.
 COLORS = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / 6, 1.0, 1.0)) for i in range(6)]

@@ -5,15 +5,10 @@ from PIL import Image
 from pydantic import TypeAdapter
 from tiny_sets import CLASSES, HEIGHT, WIDTH, pixels
 
-from allinone_ds.data import (
-    BrokenSample,
-    DataError,
-    DatasetsSource,
-    HubDataset,
-    Source,
-    check_sources,
-    open_source,
-)
+from allinone_ds.data.check import check_sources
+from allinone_ds.data.formats.hugging_face import DatasetsSource, HubDataset
+from allinone_ds.data.sources import Source, open_source
+from allinone_ds.errors import BrokenSample, DataError
 
 datasets = pytest.importorskip("datasets")
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageOps
 from tiny_sets import pixels
 
-from allinone_ds.data import BrokenSample, read_image, read_label_map
-from allinone_ds.data.images import image_size
+from allinone_ds.data.images import image_size, read_image, read_label_map
+from allinone_ds.errors import BrokenSample
 
 
 def encode(picture: Image.Image, kind: str, **options) -> bytes:

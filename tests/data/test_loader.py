@@ -8,21 +8,13 @@ import torch
 from PIL import Image
 from tiny_sets import write_images
 
-from allinone_ds.data import (
-    BrokenSample,
-    CachedDataset,
-    DataError,
-    SampleDataset,
-    Schedule,
-    TaskData,
-    eval_loader,
-    eval_transform,
-    open_source,
-    stack_images,
-    train_loader,
-    train_transform,
-)
-from allinone_ds.data.classified import ImageListSource
+from allinone_ds.data.augmentation.transforms import eval_transform, stack_images, train_transform
+from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.formats.image_list import ImageListSource
+from allinone_ds.data.loader import CachedDataset, TaskData, eval_loader, train_loader
+from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.sources import open_source
+from allinone_ds.errors import BrokenSample, DataError
 
 SIZE = (16, 16)
 AUGMENT = [
@@ -276,7 +268,7 @@ def test_evaluation_gives_the_samples_in_their_own_size(tmp_path, workers):
 
 
 def test_boxes_and_masks_keep_their_type_through_workers(coco_root):
-    from allinone_ds.data.coco import CocoSource
+    from allinone_ds.data.formats.coco import CocoSource
 
     dataset = open_source(CocoSource(format="coco", images="images", annotations="boxes.json"), coco_root)
     [batch] = eval_loader(dataset, eval_transform(SIZE), detection_collate, 9, num_workers=1)

@@ -11,7 +11,7 @@ from test_hub import save, save_boxes
 from test_sources import COCO, MAPS, errors, opened, warned
 from tiny_sets import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, pixels
 
-from allinone_ds.data import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, DataError
 
 datasets = pytest.importorskip("datasets")
 

@@ -10,7 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 from tiny_sets import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, pixels, write_images
 from torchvision import tv_tensors
 
-from allinone_ds.data import BrokenSample, DataError, Source, check_sources, open_source
+from allinone_ds.data.check import check_sources
+from allinone_ds.data.sources import Source, open_source
+from allinone_ds.errors import BrokenSample, DataError
 
 COCO = {"format": "coco", "images": "images", "annotations": "boxes.json"}
 MAPS = {"format": "label_maps", "images": "images", "label_maps": "maps", "classes": CLASSES}

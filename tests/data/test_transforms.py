@@ -4,17 +4,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from allinone_ds.data.catalog import NAMES
-from allinone_ds.data.colors import ColorJitter
-from allinone_ds.data.transforms import (
-    MEAN,
-    STD,
-    eval_transform,
-    normalize,
-    stack_images,
-    train_transform,
-)
-from allinone_ds.strict import ConfigError
+from allinone_ds.data.augmentation.catalog import NAMES
+from allinone_ds.data.augmentation.colour import ColorJitter
+from allinone_ds.data.augmentation.transforms import MEAN, STD, eval_transform, normalize, stack_images, train_transform
+from allinone_ds.errors import ConfigError
 
 SIZE = (48, 64)  # H, W of the result
 

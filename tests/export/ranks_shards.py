@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
+from allinone_ds.run_folder.weights import read_weights, shards_of
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.weights import read_weights, shards_of
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 import allinone_ds
 from allinone_ds import cli
-from allinone_ds.export import export_run
+from allinone_ds.errors import ConfigError
+from allinone_ds.export.folders import export_run
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
-from allinone_ds.strict import ConfigError
 from tests.tiny import CLASSES
 
 from .untrained import LIGHT, STRONG, WINNING, untrained_run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.weights import read_weights
+from allinone_ds.errors import ConfigError
+from allinone_ds.run_folder.weights import read_weights
 from tests.launcher import run_ranks
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from allinone_ds.models.model import AllInOneModel
-from allinone_ds.training.build import build_model, open_train_data
-from allinone_ds.training.config import ModelFacts, RunConfig, save_run_files
-from allinone_ds.training.folder import WEIGHTS_FILE
+from allinone_ds.model import AllInOneModel
+from allinone_ds.run_config.build import build_model, open_train_data
+from allinone_ds.run_config.run_files import ModelFacts, save_run_files
+from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_folder.names import WEIGHTS_FILE
 from tests.tiny import CLASSES
 from tests.training.tiny_run import tiny_run
 

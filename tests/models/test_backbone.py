@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig, ConvStem, build_backbone
-from allinone_ds.strict import ConfigError
 from tests.tiny import TINY, tiny_backbone
 
 TYPES = ["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"]

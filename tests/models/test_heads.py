@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as DeformableAttention,
 )
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.models.arcface import ArcFace, ArcFaceOptions, class_margins
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.models.mask2former import (
@@ -25,7 +26,6 @@ from allinone_ds.models.mask2former import (
     _Float32DeformableAttention,
 )
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions, _targets
-from allinone_ds.strict import ConfigError
 from allinone_ds.tasks import build_task
 
 K, WIDTH = 5, 12

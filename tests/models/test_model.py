@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from allinone_ds.data.transforms import stack_images
-from allinone_ds.models.model import AllInOneModel
+from allinone_ds.data.augmentation.transforms import stack_images
+from allinone_ds.errors import ConfigError
+from allinone_ds.model import AllInOneModel
 from allinone_ds.models.pyramid import SimpleFeaturePyramid, group_norm
-from allinone_ds.strict import ConfigError
 from allinone_ds.tasks import build_task
 from tests.tiny import CLASSES, SIZE, samples, tiny_backbone, tiny_model
 

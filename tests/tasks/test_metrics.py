@@ -6,7 +6,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from allinone_ds.strict import ConfigError
+from allinone_ds.errors import ConfigError
 from allinone_ds.tasks import build_task, task_class
 from allinone_ds.tasks.classification import ClassificationMetric
 from allinone_ds.tasks.detection import DetectionMetric

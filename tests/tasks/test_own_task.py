@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from allinone_ds.models.model import AllInOneModel
+from allinone_ds.model import AllInOneModel
 from allinone_ds.tasks import build_task
 from tests.tiny import CLASSES, SIZE, samples, tiny_backbone
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.balance.sketch import default_size
+from allinone_ds.planning.engine_settings import read_engine
+from allinone_ds.planning.memory import memory_parts, sizes_of
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.plan import memory_parts, sizes_of
-from allinone_ds.training.plan_engine import read_engine
-from allinone_ds.zero import master_shards
+from allinone_ds.zero.masters import master_shards
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
 

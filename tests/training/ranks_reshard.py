@@ -14,8 +14,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from allinone_ds.training.ema import ShardEMA, ema_file
-from allinone_ds.zero import load_resharded, master_shards, save_engine
-from allinone_ds.zero.layout import engine_fragments
+from allinone_ds.zero.checkpoint.layout import engine_fragments
+from allinone_ds.zero.checkpoint.reshard import load_resharded
+from allinone_ds.zero.checkpoint.write import save_engine
+from allinone_ds.zero.masters import master_shards
 from tests.balance.engines import finish, make_balancer, make_engine, toy
 from tests.launcher import run_checks
 

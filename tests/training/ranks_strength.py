@@ -19,8 +19,8 @@ from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.training.ema import ShardEMA, ema_file
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.zero import save_engine
-from allinone_ds.zero.layout import engine_fragments
+from allinone_ds.zero.checkpoint.layout import engine_fragments
+from allinone_ds.zero.checkpoint.write import save_engine
 from tests.balance.engines import CASES, finish, make_balancer, make_engine, run_task, toy, weights
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 import wandb
 
-from allinone_ds.training.config import load_config
+from allinone_ds.run_config.schema import load_config
 from allinone_ds.training.run import train_run
 from tests.launcher import run_checks
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.arguments import AllInOneArguments
-from allinone_ds.training.background import BackgroundSaver
-from allinone_ds.training.errors import RunError
+from allinone_ds.errors import ConfigError, RunError
+from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_folder.background_writer import BackgroundSaver
 
 from .test_faults import run_faults
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.arguments import AllInOneArguments, check_trainer_keys
-from allinone_ds.training.config import load_config, save_config
-from allinone_ds.training.files import find_config, read_deepspeed, read_yaml
-from allinone_ds.training.folder import check_resume, checkpoints, clear_run
+from allinone_ds.errors import ConfigError
+from allinone_ds.run_config.arguments import AllInOneArguments, check_trainer_keys
+from allinone_ds.run_config.run_files import save_config
+from allinone_ds.run_config.schema import load_config
+from allinone_ds.run_config.yaml_files import find_config, read_deepspeed, read_yaml
+from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, clear_run
 
 from .tiny_run import tiny_run
 

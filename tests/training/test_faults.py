@@ -17,28 +17,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from allinone_ds.balance.errors import NonFinite
-from allinone_ds.strict import ConfigError
-from allinone_ds.training import folder as folder_module
-from allinone_ds.training.arguments import AllInOneArguments
-from allinone_ds.training.checkpoint import CheckpointWriter
-from allinone_ds.training.errors import REQUEUE, out_of_memory
-from allinone_ds.training.folder import (
-    check_free,
+from allinone_ds.errors import REQUEUE, ConfigError, NonFinite
+from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_folder import lock
+from allinone_ds.run_folder.atomic_checkpoint import CheckpointWriter
+from allinone_ds.run_folder.checkpoints import (
     checkpoint_to_resume,
     checkpoints,
-    claim,
     clear_run,
     clear_unfinished,
     prune,
     set_aside,
 )
-from allinone_ds.training.launch import _tail, follow_run
-from allinone_ds.training.manifest import MANIFEST_FILE, faults_of, files_of, measure, write_manifest
-from allinone_ds.training.progress import EventLog
+from allinone_ds.run_folder.event_log import EventLog
+from allinone_ds.run_folder.lock import check_free, claim
+from allinone_ds.run_folder.manifest import MANIFEST_FILE, faults_of, files_of, measure, write_manifest
+from allinone_ds.training.launcher import _tail, follow_run
+from allinone_ds.training.out_of_memory import out_of_memory
 from allinone_ds.training.signals import StopOnSignal
-from allinone_ds.training.watch import StallWatch
-from allinone_ds.zero.files import CheckpointFiles
+from allinone_ds.training.stall_watch import StallWatch
+from allinone_ds.zero.checkpoint.write import CheckpointFiles
 
 ROOT = Path(__file__).parents[2]
 FAULTS = re.findall(r'^    yield "([^"]+)"', (ROOT / "benchmarks" / "faults" / "table.py").read_text(), re.MULTILINE)
@@ -144,7 +142,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
 
 
 def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
-    words = "import sys; from allinone_ds.training.folder import claim; claim(sys.argv[1]); print(flush=True); input()"
+    words = "import sys; from allinone_ds.run_folder.lock import claim; claim(sys.argv[1]); print(flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", words, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -171,15 +169,13 @@ def test_a_run_of_another_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = ["process 7 on elsewhere"] * 3
-    real = folder_module._try_lock
-    monkeypatch.setattr(
-        folder_module, "_try_lock", lambda folder: (real(folder)[0], held.pop()) if held else real(folder)
-    )
-    monkeypatch.setattr(folder_module.time, "sleep", lambda seconds: None)
+    real = lock._try_lock
+    monkeypatch.setattr(lock, "_try_lock", lambda folder: (real(folder)[0], held.pop()) if held else real(folder))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
     claim(tmp_path)
     assert not held and capsys.readouterr().out.count("waiting for process 7 on elsewhere") == 1
     held = ["process 7 on elsewhere"] * 9
-    monkeypatch.setattr(folder_module, "PATIENCE", -1.0)
+    monkeypatch.setattr(lock, "PATIENCE", -1.0)
     with pytest.raises(ConfigError, match="process 7 on elsewhere is writing to"):
         claim(tmp_path / "other")
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
-from allinone_ds.strict import ConfigError
-from allinone_ds.training import saving
+from allinone_ds.errors import ConfigError
+from allinone_ds.training import checkpointing as saving
+from allinone_ds.training.checkpointing import best_beside, check_model
 from allinone_ds.training.ema import AverageWeights
 from allinone_ds.training.run import _last_evaluation, _tell_beginning
-from allinone_ds.training.saving import best_beside, check_model
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
 

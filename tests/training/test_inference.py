@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from allinone_ds.data.transforms import eval_transform, stack_images
-from allinone_ds.strict import ConfigError
+from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.predictor import open_image
+from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks.segmentation import SegmentationOutput
 from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
-from allinone_ds.training.inference import predict_batch
-from allinone_ds.training.predict import open_image
 from tests.tasks.test_learning import build
 from tests.tiny import CLASSES, SIZE, samples, tiny_model
 

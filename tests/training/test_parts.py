@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from allinone_ds import cli
-from allinone_ds.data.base import DataError
+from allinone_ds import cli, commands
 from allinone_ds.data.schedule import Schedule
+from allinone_ds.errors import DataError, RunFailed
+from allinone_ds.evaluation.evaluate import score
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
-from allinone_ds.training import launch
-from allinone_ds.training.build import spelled_out
-from allinone_ds.training.evaluation import score
-from allinone_ds.training.launch import RunFailed, follow_run
-from allinone_ds.training.logs import TaskLogs
-from allinone_ds.training.meters import Means
+from allinone_ds.reporting.logs import TaskLogs
+from allinone_ds.reporting.meters import Means
+from allinone_ds.reporting.plots import series, write_plots
+from allinone_ds.run_config.build import spelled_out
+from allinone_ds.training import launcher as launch
+from allinone_ds.training.launcher import follow_run
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.plots import series, write_plots
 from tests.tiny import TINY, tiny_model
 
 
@@ -109,7 +109,7 @@ def test_a_failed_run_says_why_and_events_arrive(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="^data is missing$") as failed:
         failing = script + "print('error: data is missing'); raise SystemExit(2)"
         follow_run([sys.executable, "-c", failing], {}, tmp_path, events.append)
-    assert failed.value.status == 2
+    assert failed.value.exit_code == 2
     assert events == [{"event": "begin", "step": 0}]
     with pytest.raises(RunFailed, match="(?s)train.log.*ZeroDivisionError"):
         follow_run([sys.executable, "-c", "1 / 0"], {}, tmp_path, events.append)
@@ -131,5 +131,5 @@ def test_any_key_that_makes_trainer_compile_leaves_the_compiler_on(monkeypatch: 
         launch, "follow_run", lambda command, environment, *rest: seen.append("TORCHDYNAMO_DISABLE" in environment)
     )
     for trainer in ({}, {"torch_compile": True}, {"torch_compile_backend": "aot_eager"}):
-        cli._run("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
+        commands._run("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
     assert seen == [True, False, False]

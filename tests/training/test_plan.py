@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from allinone_ds import cli
-from allinone_ds.balance import task_groups
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.activations import SavedBytes, activation_bytes
-from allinone_ds.training.config import load_config
-from allinone_ds.training.plan import Sizes, moved_parts, plan_run
-from allinone_ds.training.plan_engine import Engine, read_engine
+from allinone_ds.balance.assignment import task_groups
+from allinone_ds.errors import ConfigError
+from allinone_ds.planning.activations import SavedBytes, activation_bytes
+from allinone_ds.planning.engine_settings import Engine, read_engine
+from allinone_ds.planning.memory import Sizes, moved_parts
+from allinone_ds.planning.plan import plan_run
+from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
 from tests.tasks.test_learning import HEADS
 from tests.tiny import samples, tiny_model

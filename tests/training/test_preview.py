@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from allinone_ds import cli
-from allinone_ds.training.preview import draw_sample
+from allinone_ds.reporting.preview import draw_sample
 
 BRANCHES = {
     "branches": {

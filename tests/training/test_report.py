@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from allinone_ds import cli
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.pages import write_page
-from allinone_ds.training.report import _limits, read_run, write_report
+from allinone_ds.errors import ConfigError
+from allinone_ds.reporting.predictions_page import write_page
+from allinone_ds.reporting.report import _limits, write_report
+from allinone_ds.reporting.run_history import read_run
 
 from .tiny_run import tiny_run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from allinone_ds.zero.gate import UnsupportedEngine
-from allinone_ds.zero.layout import Fragment, SavedShards, fragments_of_parameters, fragments_of_parts
-from allinone_ds.zero.reshard import kinds_of_state
+from allinone_ds.zero.checkpoint.layout import Fragment, SavedShards, fragments_of_parameters, fragments_of_parts
+from allinone_ds.zero.checkpoint.reshard import kinds_of_state
+from allinone_ds.zero.support import UnsupportedEngine
 from tests.launcher import run_ranks
 
 SHAPES = [{"a": torch.Size([5, 3]), "b": torch.Size([1])}, {"c": torch.Size([7]), "d": torch.Size([2, 2])}]

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from allinone_ds import cli
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.config import load_config
-from allinone_ds.training.folder import checkpoints
-from allinone_ds.training.predict import evaluate_run, load_run, predict_images
-from allinone_ds.training.saving import read_loop_state
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.predictor import evaluate_run, load_run, predict_images
+from allinone_ds.run_config.schema import load_config
+from allinone_ds.run_folder.checkpoints import checkpoints
+from allinone_ds.training.checkpointing import read_loop_state
 
 from .tiny_run import TEST_SAMPLES, launch
 

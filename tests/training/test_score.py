@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from allinone_ds import cli
-from allinone_ds.strict import ConfigError
-from allinone_ds.training import score as score_module
-from allinone_ds.training.build import build_model, open_test_data
-from allinone_ds.training.config import ModelFacts, read_run_files
-from allinone_ds.training.score import score_run
-from allinone_ds.training.start import start_from
+from allinone_ds import cli, commands
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation import leaderboard as score_module
+from allinone_ds.evaluation.leaderboard import score_run
+from allinone_ds.run_config.build import build_model, open_test_data
+from allinone_ds.run_config.run_files import ModelFacts, read_run_files
+from allinone_ds.training.warm_start import start_from
 from tests.export.untrained import untrained_run
 
 
@@ -96,7 +96,7 @@ def test_a_leaderboard_needs_one_task_of_every_kind(run: Path, tmp_path: Path) -
         score_run(folder, "A")
     assert set(score_run(folder, "B")["metrics"]) == {"det", "cls"}
     with pytest.raises(ConfigError, match="other data"):
-        cli._train_on_other_data(cli._parser().parse_args(["score", str(run), "--leaderboard", "B"]))
+        commands._train_on_other_data(cli._parser().parse_args(["score", str(run), "--leaderboard", "B"]))
 
 
 def test_weights_of_another_run_are_taken_where_they_fit(run: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from allinone_ds.data.augmentation.transforms import eval_transform
 from allinone_ds.data.loader import TaskData
-from allinone_ds.data.transforms import eval_transform
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.evaluate import evaluate_tasks
 from allinone_ds.models.backbone import NAMED, BackboneConfig, build_backbone
-from allinone_ds.strict import ConfigError
-from allinone_ds.training.arguments import AllInOneArguments
-from allinone_ds.training.evaluation import evaluate_tasks
+from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.training.optimizer import backbone_layer, parameter_groups
 from tests.launcher import run_ranks
 from tests.tiny import SIZE, samples, tiny_backbone, tiny_model

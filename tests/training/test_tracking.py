@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from allinone_ds.training.meters import Pace, shares
-from allinone_ds.training.tracking import WandbTracker, _of_one_size
+from allinone_ds.reporting.meters import Pace, shares
+from allinone_ds.reporting.trackers import WandbTracker, _of_one_size
 from tests.launcher import run_ranks
 
 from .tiny_run import TEST_SAMPLES
@@ -152,7 +152,7 @@ def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
 
 def test_pace_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("allinone_ds.training.meters.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("allinone_ds.reporting.meters.time.perf_counter", lambda: now[0])
     pace = Pace({"a": 8, "b": 2}, torch.device("cpu"))
     assert pace.drain() == {}
     for _ in range(2):

@@ -14,9 +14,10 @@ import yaml
 from PIL import Image
 
 from allinone_ds import cli
-from allinone_ds.data import open_source
-from allinone_ds.training.build import build_model
-from allinone_ds.training.config import ModelFacts, RunConfig, load_config
+from allinone_ds.data.sources import open_source
+from allinone_ds.run_config.build import build_model
+from allinone_ds.run_config.run_files import ModelFacts
+from allinone_ds.run_config.schema import RunConfig, load_config
 
 from .tiny_run import launch
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from allinone_ds.training.launch import free_port, launch_environment
+from allinone_ds.training.launcher import free_port, launch_environment
 
 TEST_SAMPLES = {"det": 9, "seg": 7, "cls": 11}  # odd: two ranks cannot share them out evenly
 

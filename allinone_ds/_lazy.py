@@ -1,0 +1,31 @@
+"""Public names of a folder that load on first use, so that importing the folder stays quick."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
+    """Return the module-level `__getattr__` and `__all__` of a package whose public names load on first use.
+
+    Args:
+        package: name of the package, its `__name__`.
+        modules: module, relative to the package -> the public names that it defines.
+
+    Example:
+        >>> __getattr__, __all__ = lazy_names("allinone_ds.export", {"loading": ("load",)})
+        >>> __all__
+        ['load']
+    """
+    module_of = {name: module for module, names in modules.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        module = module_of[name]
+        path = module if module.startswith(".") else f".{module}"
+        return getattr(importlib.import_module(path, package), name)
+
+    return load, sorted(module_of)

@@ -1,0 +1,291 @@
+"""What each subcommand of `allinone-ds` does. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from allinone_ds.errors import ConfigError
+from allinone_ds.reporting.tables import metrics_table, plan_tables
+
+DEMO = "configs/runs/demo.yaml"
+DEMO_FULL = "configs/runs/demo_full.yaml"
+_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)  # names are printed as they are
+console = _console()
+
+
+def say_error(error: object) -> None:
+    _console(stderr=True).print(f"error: {error}", style="red")
+
+
+# ---- train and demo ----
+
+
+def train(args: argparse.Namespace) -> int:
+    from allinone_ds.run_config.yaml_files import read_yaml
+    from allinone_ds.training.launcher import default_ranks
+
+    content = read_yaml(args.config, args.overrides)
+    flags = [*args.overrides, *(["--resume"] if args.resume else [])]
+    seconds = _run(args.config, flags, content, args.nproc or default_ranks())
+    _summary(_folder_of(content), seconds)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from allinone_ds.data.demo import DEMO_SIZES, FULL_SIZES, make_demo_data
+    from allinone_ds.run_config.yaml_files import read_yaml
+    from allinone_ds.run_folder.checkpoints import clear_run
+    from allinone_ds.training.launcher import default_ranks
+
+    start = time.perf_counter()
+    config = DEMO_FULL if args.full else DEMO
+    overrides = [f"trainer.seed={args.seed}"]
+    if args.output:
+        overrides.append(f"output_dir={args.output}")
+    if args.data:
+        overrides.append(f"data_root={args.data}")
+    if args.steps:
+        overrides.append(f"trainer.max_steps={args.steps}")
+    content = read_yaml(config, overrides)
+    made = make_demo_data(Path(content["data_root"]), sizes=FULL_SIZES if args.full else DEMO_SIZES)
+    console.print(f"demo data in {made.root}")
+    clear_run(_folder_of(content))
+    _run(config, overrides, content, args.nproc or default_ranks())
+    _summary(_folder_of(content), time.perf_counter() - start)
+    return 0
+
+
+def _folder_of(content: dict[str, Any]) -> Path:
+    # the ranks read the file strictly; here only the place of the log is needed
+    return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
+
+
+def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
+    """Start the launcher and show its progress until it ends; returns seconds."""
+    from allinone_ds.reporting.text import clock, metrics_line, task_losses
+    from allinone_ds.training.launcher import follow_run, launch_command, launch_environment
+
+    start = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        job = bar.add_task(f"training on {ranks} ranks", total=None, state="starting")
+        begun: dict[str, float] = {}
+
+        def show(event: dict[str, Any]) -> None:
+            step = event["step"]
+            if event["event"] == "begin":
+                begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
+                bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
+            elif event["event"] == "warning":
+                console.print(f"warning: {event['message']}", style="yellow")
+            elif event["event"] == "end":
+                bar.update(job, state="evaluating and drawing")
+            elif "eval_score" in event:
+                console.print(f"step {step}  {metrics_line(event)}")
+            elif task_losses(event):
+                pace = (event["time"] - begun["time"]) / max(step - begun["step"], 1)
+                losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
+                total = int(begun["max_steps"])
+                line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
+                bar.update(job, completed=step, state=line)
+                if not console.is_terminal:
+                    console.print(line)
+
+        trainer = content.get("trainer")
+        asked = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them switches it on
+        compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in asked)
+        environment = launch_environment(ranks, compiles)
+        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
+    return time.perf_counter() - start
+
+
+def _summary(folder: Path, seconds: float) -> None:
+    from allinone_ds.reporting.text import clock
+    from allinone_ds.run_folder.names import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
+
+    metrics = json.loads((folder / METRICS_FILE).read_text())
+    console.print(metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
+    named = {
+        "weights": WEIGHTS_FILE,
+        "metrics": METRICS_FILE,
+        "plots": PLOTS,
+        "predictions": PAGE_FILE,
+        "report": REPORT_FILE,
+    }
+    for what, name in named.items():
+        if (folder / name).exists():
+            console.print(f"{what:12} {folder / name}")
+
+
+# ---- eval, predict, export, report, score, check, preview, doctor ----
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    with console.status("evaluating"):
+        _quiet()
+        from allinone_ds.evaluation.predictor import evaluate_run
+
+        metrics = evaluate_run(args.folder, args.overrides)
+    console.print(metrics_table(metrics, str(args.folder)))
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    with console.status("predicting"):
+        _quiet()
+        from allinone_ds.evaluation.predictor import predict_images
+
+        written = predict_images(args.folder, args.images, args.output, args.settings)
+    for file in written:
+        console.print(str(file))
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    with console.status("exporting"):
+        _quiet()
+        from allinone_ds.export.folders import export_run
+
+        done = export_run(args.folder, args.output, args.onnx)
+    console.print(f"weights of {done.source}")
+    for folder in done.folders:
+        console.print(str(folder))
+    for note in done.notes:
+        console.print(note, style="yellow")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from allinone_ds.reporting.report import write_report
+
+    console.print(str(write_report(args.folders, args.output)))
+    return 0
+
+
+def score(args: argparse.Namespace) -> int:
+    folder, output, overrides = args.folder, args.output, args.overrides
+    if args.leaderboard == "B":
+        folder, output, overrides = _train_on_other_data(args), None, []
+    with console.status("scoring"):
+        _quiet()
+        from allinone_ds.evaluation.leaderboard import score_run
+
+        done = score_run(folder, args.leaderboard, output, overrides)
+    for task, metrics in done["metrics"].items():
+        console.print(f"{task:16} {'  '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
+    console.print(f"leaderboard {args.leaderboard}    {done['score']:.6f}", style="bold")
+    console.print(f"{'predictions':16} {done['file']}")
+    return 0
+
+
+def _train_on_other_data(args: argparse.Namespace) -> Path:
+    """The run's configuration, from its weights, on the data that the overrides name."""
+    from allinone_ds.run_config.yaml_files import read_yaml
+    from allinone_ds.run_folder.names import CONFIG_FILE
+    from allinone_ds.training.launcher import default_ranks
+
+    if not args.overrides:
+        raise ConfigError("leaderboard B trains on other data of the same kinds; give it, for example data_root=/other")
+    folder = args.output or args.folder / "B"
+    own = [f"output_dir={folder}", f"model.start_from={args.folder}", "trainer.resume_from_checkpoint=false"]
+    overrides = [*own, *args.overrides]
+    config = args.folder / CONFIG_FILE
+    if not config.is_file():
+        raise ConfigError(
+            f"{args.folder}: no {CONFIG_FILE} in it; give the folder of a run or of one of its checkpoints"
+        )
+    _run(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
+    return folder
+
+
+def check(args: argparse.Namespace) -> int:
+    _quiet()
+    from allinone_ds.data.check import check_sources
+    from allinone_ds.run_config.arguments import arguments_from_config
+    from allinone_ds.run_config.schema import load_config
+
+    config = load_config(args.config, args.overrides)
+    arguments_from_config(config)
+    sources, classes_of = {}, {}
+    for name, task in config.tasks.items():
+        sources[f"{name} train"] = task.train
+        if task.test is not None:
+            sources[f"{name} test"] = task.test
+            classes_of[f"{name} test"] = f"{name} train"
+    problems = check_sources(sources, config.data_root, classes_of=classes_of)
+    for problem in problems:
+        console.print(f"{problem.level}: {problem}")
+    errors = sum(problem.level == "error" for problem in problems)
+    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
+    return 1 if errors else 0
+
+
+def preview(args: argparse.Namespace) -> int:
+    with console.status("drawing"):
+        _quiet()
+        from allinone_ds.reporting.preview import preview_run
+        from allinone_ds.run_config.schema import load_config
+
+        written = preview_run(load_config(args.config, args.overrides), args.output, args.samples)
+    for file in written:
+        console.print(str(file))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from allinone_ds.machine.doctor import examine
+    from allinone_ds.training.launcher import default_ranks
+
+    with console.status("looking"):
+        findings = examine(args.folder, args.nproc or default_ranks())
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        console.print(f"{finding.level:8}{finding.what:20}{finding.found}", style=colors[finding.level])
+        if finding.advice:
+            console.print(f"{'':28}{finding.advice}")
+    return 1 if any(finding.level == "error" for finding in findings) else 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    _quiet()
+    from allinone_ds.planning.plan import plan_run
+    from allinone_ds.run_config.schema import load_config
+
+    classes = {}
+    for item in args.classes:
+        task, _, count = item.partition(":")
+        if not count.isdigit() or int(count) < 1:
+            hint = "; KEY=VALUE overrides go before --classes" if "=" in item else ""
+            raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45{hint}")
+        classes[task] = int(count)
+    plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=1))
+        return 0
+    for part in plan_tables(plan, args.config):
+        console.print(part)
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    return 0
+
+
+def _quiet() -> None:
+    import logging
+    import os
+    import warnings
+
+    from allinone_ds.training.launcher import quiet_environment
+
+    for key, value in quiet_environment().items():
+        os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,4 @@
+"""One file per data format.
+
+May import `data.base` and `data.images`.
+"""

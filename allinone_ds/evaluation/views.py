@@ -1,0 +1,77 @@
+"""Predictions of one batch: plain, or over several views of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
+from allinone_ds.tasks import Prediction, Sample, Task
+from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
+
+
+@torch.no_grad()
+def predict_batch(
+    model: nn.Module,
+    task: Task,
+    pixel_values: Tensor,
+    samples: Sequence[Sample],
+    test_time: TestTime | None = None,
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
+) -> list[Prediction]:
+    """A task's predictions for the samples of a batch.
+
+    The number of forwards depends on the options alone: ranks of a ZeRO-3 job stay in step whatever their images, and
+    with none at all.
+
+    Args:
+        model: an AllInOneModel, or the DeepSpeed engine around it, in evaluation mode.
+        task: one of its tasks.
+        pixel_values: (B, 3, H, W) the images at the network's size, on the model's device.
+        samples: the same images as they were read; fewer, or none, when `pixel_values` has fillers.
+        test_time: which views to predict; None: `pixel_values` alone.
+        around: entered with the task's name around each forward.
+
+    Raises:
+        ConfigError: views for a task that cannot merge them.
+    """
+
+    def forward(pixels: Tensor) -> Any:
+        with around(task.name) if around else nullcontext():
+            return model(task=task.name, pixel_values=pixels)
+
+    sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+    if test_time is None:
+        outputs = forward(pixel_values)
+        return task.predict(outputs, sizes) if samples else []
+    views = []
+    task.check_test_time(test_time)
+    for scale in test_time.scales:
+        size = view_size(task.image_size, scale, task.stride)
+        larger = size[0] > task.image_size[0] or size[1] > task.image_size[1]
+        window = size
+        if test_time.windows and larger:
+            window = min(size[0], task.image_size[0]), min(size[1], task.image_size[1])
+        corners = window_corners(size, window)
+        resized = _at_size(pixel_values, samples, size)
+        for flipped in (False, True) if test_time.flip else (False,):
+            seen = resized.flip(-1) if flipped else resized
+            with task.at_size(window):
+                outputs = [forward(seen[..., top : top + window[0], left : left + window[1]]) for top, left in corners]
+            views.append(View(size, flipped, outputs, corners))
+    return task.predict_views(views, sizes) if samples else []
+
+
+def _at_size(pixel_values: Tensor, samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:
+    """The images at another size of the network's input, from the original pixels."""
+    if tuple(pixel_values.shape[-2:]) == size:
+        return pixel_values
+    if not samples:  # fillers: nobody reads what is predicted for them
+        return F.interpolate(pixel_values.float(), size=size, mode="bilinear", align_corners=False)
+    transform = eval_transform(size)
+    return stack_images([transform({"image": sample["image"]}) for sample in samples]).to(pixel_values.device)

@@ -1,0 +1,29 @@
+"""The progress of a run as lines of text."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from allinone_ds.reporting.text import clock, metrics_line, task_losses
+
+
+class PrintProgress(TrainerCallback):
+    """Prints one line a log: step, time left, loss of every task; and one line an evaluation."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            done = state.global_step - self.first
+            left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in task_losses(logs).items())
+            print(f"step {state.global_step}/{state.max_steps}  {clock(left)} left  loss: {losses}", flush=True)
+        elif "eval_score" in logs:
+            print(f"step {state.global_step}  {metrics_line(logs)}", flush=True)

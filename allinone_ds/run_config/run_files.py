@@ -1,0 +1,78 @@
+"""The files beside a run's weights that say what they are weights of: config.yaml and model.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from allinone_ds.errors import ConfigError
+from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.run_config.schema import RunConfig, load_config
+from allinone_ds.run_folder.atomic_file import write_atomically
+from allinone_ds.run_folder.event_log import RunCallback
+from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE
+from allinone_ds.strict import Strict
+
+
+def save_config(config: RunConfig, folder: str | Path) -> Path:
+    """Write the resolved configuration into a folder, whole or not at all; `load_config` reads it back."""
+    target = Path(folder) / CONFIG_FILE
+    write_atomically(target, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
+    return target
+
+
+class ModelFacts(Strict):
+    """What is needed beside configuration and weights to build a run's model again, without its data."""
+
+    backbone: BackboneConfig
+    """The backbone with its sizes spelled out, so that the checkpoint it started from is not needed."""
+    classes: dict[str, list[str]]
+    """Class names by task."""
+
+
+def save_run_files(config: RunConfig, facts: ModelFacts, folder: str | Path) -> None:
+    """Write what is needed beside the weights to use them: config.yaml and model.json."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_config(config, folder)
+    write_atomically(Path(folder) / MODEL_FILE, facts.model_dump_json(indent=1) + "\n")
+
+
+def read_run_files(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, ModelFacts]:
+    """Configuration and model of a run (or of one of its checkpoints).
+
+    Args:
+        folder: the run's.
+        overrides: dotted keys laid over its configuration.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, MODEL_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run or of one of its checkpoints")
+    facts = ModelFacts.model_validate_json((folder / MODEL_FILE).read_text())
+    return load_config(folder / CONFIG_FILE, overrides), facts
+
+
+class RunFiles(RunCallback):
+    """Saves the resolved configuration and what the model is made of beside every checkpoint.
+
+    Args:
+        config: the run.
+        facts: what else is needed to build its model again.
+    """
+
+    def __init__(self, config: RunConfig, facts: ModelFacts) -> None:
+        self.config = config
+        self.facts = facts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.on_checkpoint(Path(args.output_dir))
+
+    def on_checkpoint(self, folder: Path) -> None:
+        save_run_files(self.config, self.facts, folder)

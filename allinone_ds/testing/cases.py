@@ -1,0 +1,113 @@
+"""Cases of the exactness table: engine kinds, weightings, micro-steps, and divisions of ranks among tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 5
+WEIGHTINGS = {
+    "sum": {"name": "sum"},
+    "global_clip": {"name": "global_clip", "max_norm": 0.1},
+    "task_clip": {"name": "task_clip", "max_norm": 0.1},
+    "tbgc": {"name": "tbgc", "max_norm": 0.1},
+    "tbgc always": {"name": "tbgc", "max_norm": 0.1, "rescale": "always"},
+    "tbgc heads none": {"name": "tbgc", "max_norm": 0.1, "heads": "none"},
+    "tbgc max": {"name": "tbgc", "target": "max", "rescale": "always"},
+    "tbgc mean": {"name": "tbgc", "target": "mean"},
+    "tbgc median": {"name": "tbgc", "target": "median"},
+    "tbgc min": {"name": "tbgc", "target": "min"},
+}
+LADDER = ("sum", "global_clip", "task_clip", "tbgc")
+MICRO_STEPS = {"1/1/1": (1, 1, 1), "1/2/4": (1, 2, 4)}
+GROUPS: dict[int, list[dict[str, Any]]] = {
+    1: [{"det": (0,), "seg": (0,), "cls": (0,)}],
+    2: [{"det": (0,), "seg": (1,), "cls": (0,)}, {"det": (1,), "seg": (0,), "cls": (1,)},
+        {"det": (0, 1), "seg": (0, 1), "cls": (0, 1)}],
+    4: [{"det": 2, "seg": 1, "cls": 1}, {"det": (1,), "seg": (0, 2, 3), "cls": (1,)}, {"det": 1, "seg": 1, "cls": 2}],
+}  # fmt: skip
+"""Divisions of R ranks among the tasks; those of "tasks apart" change from step to step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: ZeRO stage, precision, offload, and what else differs from DeepSpeed's defaults."""
+
+    name: str
+    stage: int
+    dtype: str = "fp32"
+    accumulate: str | None = None
+    offload: bool = False
+    one_group: bool = False
+    checkpointing: bool = False
+    zero: dict = field(default_factory=dict)
+    apart: bool = False
+    """Tasks on different ranks; `GROUPS` of the world size, in turns."""
+
+    def config(self) -> dict:
+        """The DeepSpeed config."""
+        zero = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400, **self.zero}
+        if self.stage == 3:
+            zero |= {"stage3_param_persistence_threshold": 20, "stage3_prefetch_bucket_size": 100}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9, "zero_optimization": zero,
+        }  # fmt: skip
+        if self.dtype == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.dtype == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 2}
+        if self.accumulate:
+            config["data_types"] = {"grad_accum_dtype": self.accumulate}
+        return config
+
+
+def all_cases() -> list[Case]:
+    """Every engine kind that is served."""
+    cases = []
+    for stage in (0, 1, 2, 3):
+        cases += [Case(f"zero{stage} fp32", stage), Case(f"zero{stage} bf16", stage, "bf16")]
+        if stage:
+            cases.append(Case(f"zero{stage} bf16 fp32-accumulation", stage, "bf16", "fp32"))
+        cases.append(Case(f"zero{stage} fp16", stage, "fp16"))
+        cases.append(Case(f"zero{stage} fp32 one param group", stage, one_group=True))
+        cases.append(Case(f"zero{stage} fp32 checkpointing", stage, checkpointing=True))
+    for stage in (1, 2, 3):
+        for overlap in (True, False):
+            for contiguous in (True, False):
+                zero = {"overlap_comm": overlap, "contiguous_gradients": contiguous}
+                cases.append(Case(f"zero{stage} fp32 overlap={overlap:d} contiguous={contiguous:d}", stage, zero=zero))
+    for stage in (1, 2, 3):
+        cases += [
+            Case(f"zero{stage} fp32 offload", stage, offload=True),
+            Case(f"zero{stage} bf16 offload", stage, "bf16", offload=True),
+            Case(f"zero{stage} bf16 fp32-accumulation offload", stage, "bf16", "fp32", offload=True),
+            Case(f"zero{stage} fp16 offload", stage, "fp16", offload=True),
+            Case(f"zero{stage} fp32 offload one param group", stage, offload=True, one_group=True),
+        ]
+    for stage in (1, 2):
+        cases += [
+            Case(f"zero{stage} fp32 tasks apart", stage, apart=True),
+            Case(f"zero{stage} bf16 tasks apart", stage, "bf16", apart=True),
+            Case(f"zero{stage} fp16 tasks apart", stage, "fp16", apart=True),
+            Case(f"zero{stage} fp32 offload tasks apart", stage, offload=True, apart=True),
+            Case(f"zero{stage} fp32 one param group tasks apart", stage, one_group=True, apart=True),
+            Case(f"zero{stage} fp32 checkpointing tasks apart", stage, checkpointing=True, apart=True),
+            Case(f"zero{stage} fp32 overlap=1 contiguous=0 tasks apart", stage, apart=True,
+                 zero={"overlap_comm": True, "contiguous_gradients": False}),
+        ]  # fmt: skip
+    cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
+    cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
+    cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
+    return cases
+
+
+def weightings_for(case: Case) -> tuple[str, ...]:
+    """All weightings on fp32 engines with defaults, the ladder on every precision and offload, TBGC on variants."""
+    if case.name.removesuffix(" tasks apart") == f"zero{case.stage} fp32":
+        return tuple(WEIGHTINGS)
+    variant = case.zero or case.one_group or case.checkpointing
+    return ("tbgc",) if variant else LADDER

@@ -1,0 +1,113 @@
+"""Trains the toy model on an engine with a balancer, and compares weights, norms and factors with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allinone_ds.testing import toy
+from allinone_ds.testing.cases import GROUPS, STEPS, Case
+from allinone_ds.testing.reference import Reference, reference_run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(
+    engine: Any, balancer: Any, counts: Mapping[str, int], steps: int, divisions: Sequence[Any] = ()
+) -> list[Any]:
+    """Train the toy model; return the report of each step. Collective.
+
+    Args:
+        engine: holds a `ToyModel`.
+        balancer: a `TaskBalancer` on it.
+        counts: task -> micro-steps of one rank, where every rank runs every task.
+        steps: optimizer steps.
+        divisions: of the ranks among the tasks, taken in turns, one per step; empty: the balancer's own.
+    """
+    dtype = next(engine.module.parameters()).dtype
+    reports = []
+    for step in range(steps):
+        if divisions:
+            balancer.regroup(divisions[step % len(divisions)])
+        for task in balancer.tasks:
+            mine = balancer.share(task, counts[task])
+            with balancer.task(task, micro_steps=len(mine)):
+                for k, rank in mine:
+                    x = toy.inputs(task, step, k, rank).to(engine.device, dtype)
+                    balancer.backward(engine(task, x, k == counts[task] - 1))
+        reports.append(balancer.step())
+    return reports
+
+
+def compare(
+    weights: Mapping[str, Tensor], reports: Sequence[Any], wanted: Reference, start: toy.ToyModel
+) -> dict[str, Any]:
+    """Return the largest differences from the reference.
+
+    Args:
+        weights: name -> whole trained parameter, float64.
+        reports: of each step.
+        wanted: what training must reach.
+        start: the model before training.
+
+    Returns:
+        "weights" (absolute), "weights_relative" (to the largest change of a weight), "norms" and "scales" (both
+        relative), and "overflows", the number of steps that overflowed.
+    """
+    largest = max(float((wanted.params[name] - p.detach()).abs().max()) for name, p in start.named_parameters())
+    worst = max(float((value - wanted.params[name]).abs().max()) for name, value in weights.items())
+    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        worst = float("nan")
+    return {
+        "weights": worst,
+        "weights_relative": worst / largest,
+        "norms": _largest_ratio([report.norms for report in reports], wanted.norms),
+        "scales": _largest_ratio([report.scales for report in reports], wanted.scales),
+        "overflows": sum(report.overflow for report in reports),
+    }
+
+
+def run_case(
+    case: Case,
+    weighting: Mapping[str, Any],
+    micro_steps: Sequence[int],
+    make_balancer: Callable[..., Any],
+    whole_master: Callable[[Any, Any], Tensor],
+) -> dict[str, Any]:
+    """Train on one engine and compare with the reference; return the differences (see `compare`). Collective.
+
+    Args:
+        case: the engine.
+        weighting: as in a run's `balancer:` block.
+        micro_steps: one number per task.
+        make_balancer: (engine, weighting, parallel="data" or "tasks") -> balancer.
+        whole_master: (engine, parameter) -> the fp32 weight that the optimizer steps on, whole, as float64.
+    """
+    import deepspeed
+
+    world = dist.get_world_size()
+    counts = dict(zip(toy.TASKS, micro_steps, strict=True))
+    model = toy.make_model(checkpointing=case.checkpointing).float()
+    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.rate(weighting))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
+    balancer = make_balancer(engine, weighting, parallel="tasks" if case.apart else "data")
+    reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else ())
+    dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
+    wanted = reference_run(weighting, STEPS, counts, world, dtype)
+    weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
+    found = compare(weights, reports, wanted, toy.make_model())
+    balancer.detach()
+    engine.destroy()
+    return found
+
+
+def _largest_ratio(found: Sequence[Mapping[str, Tensor]], wanted: Sequence[Mapping[str, float]]) -> float:
+    return max(
+        abs(float(row[task]) / value - 1)
+        for row, want in zip(found, wanted, strict=True)
+        for task, value in want.items()
+    )

@@ -1,0 +1,114 @@
+"""Balanced training of the toy model by hand, on one process in float64: what any engine on R ranks must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allinone_ds.testing.toy import TASKS, ToyModel, inputs, make_model, rate
+
+
+@dataclass
+class Reference:
+    """What training must reach: final parameters, and per step the raw norms and factors of each task."""
+
+    params: dict[str, Tensor]
+    norms: list[dict[str, float]]
+    scales: list[dict[str, float]]
+
+
+def gradients(model: ToyModel, task: str, step: int, micro_steps: int, world: int) -> dict[str, Tensor]:
+    """A task's gradient, mean over all ranks' micro-batches; parameters it does not reach are absent."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total: dict[str, Tensor] = {}
+    for micro_step in range(micro_steps):
+        for rank in range(world):
+            x = inputs(task, step, micro_step, rank).to(next(model.parameters()).dtype)
+            loss = model(task, x, micro_step == micro_steps - 1) / (micro_steps * world)
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for name, gradient in zip(named, found, strict=True):
+                if gradient is not None:
+                    total[name] = total.get(name, 0) + gradient.double()
+    return total
+
+
+def factors(weighting: Mapping[str, Any], norms: dict[str, float], whole: dict[str, float]) -> dict[str, float]:
+    """A weighting's factors, written from its formula, not from the package's code."""
+    name, tau = weighting["name"], weighting.get("max_norm", 0.1)
+    if name in ("sum", "global_clip"):
+        return dict.fromkeys(norms, 1.0)
+    base = whole if name == "task_clip" else norms
+    target = weighting.get("target", "constant")
+    if target != "constant":
+        values = sorted(norms.values())
+        pick = {
+            "max": values[-1],
+            "min": values[0],
+            "mean": sum(values) / len(values),
+            "median": values[(len(values) - 1) // 2],
+        }
+        tau = pick[target]
+    result = {task: tau / (norm + 1e-6) for task, norm in base.items()}
+    return result if weighting.get("rescale") == "always" else {t: min(1.0, c) for t, c in result.items()}
+
+
+def reference_run(
+    weighting: Mapping[str, Any],
+    steps: int,
+    micro_steps: Mapping[str, int],
+    world: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    model: ToyModel | None = None,
+    lr: float | None = None,
+    delayed: bool = False,
+) -> Reference:
+    """Train with balanced SGD by hand, on one process.
+
+    Args:
+        weighting: as in a run's `balancer:` block.
+        steps: optimizer steps.
+        micro_steps: task -> micro-steps of one rank.
+        world: how many ranks' data each step takes.
+        dtype: of forward and backward; sums, norms and master weights are float64 always.
+        model: to start from; it is trained in place. None: `make_model()`.
+        lr: learning rate; None: `rate(weighting)`.
+        delayed: factors come from the step before, as with norm="delayed"; the first step is exact.
+    """
+    lr = rate(weighting) if lr is None else lr
+    # engines round the weights first, then copy them to fp32
+    model = (make_model() if model is None else model).to(dtype)
+    master = {name: p.detach().double() for name, p in model.named_parameters()}
+    own: dict[str, float] = {}
+    norms_log, scales_log = [], []
+    for step in range(steps):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(master[name])
+        found = {task: gradients(model, task, step, micro_steps[task], world) for task in TASKS}
+        norms = {t: _norm(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
+        whole = {t: _norm(g.values()) for t, g in found.items()}
+        earlier, own = own, factors(weighting, norms, whole)
+        scale = earlier if delayed and earlier else own
+        total: dict[str, Tensor] = {}
+        for task, gradient in found.items():
+            for name, value in gradient.items():
+                keep_raw = weighting.get("heads") == "none" and not name.startswith("backbone.")
+                total[name] = total.get(name, 0) + value * (1.0 if keep_raw else scale[task])
+        if weighting["name"] == "global_clip":
+            last = min(1.0, weighting["max_norm"] / (_norm(total.values()) + 1e-6))
+            total = {name: value * last for name, value in total.items()}
+            scale = {task: c * last for task, c in scale.items()}
+        for name, value in total.items():
+            master[name] = master[name] - lr * value
+        norms_log.append(norms)
+        scales_log.append(scale)
+    return Reference(master, norms_log, scales_log)
+
+
+def _norm(values: Iterable[Tensor]) -> float:
+    return float(torch.stack([v.double().square().sum() for v in values]).sum().sqrt())

@@ -1,0 +1,124 @@
+"""A checkpoint into an engine that cuts its shards otherwise: other ranks, another ZeRO stage, other precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allinone_ds.errors import UnsupportedEngine
+from allinone_ds.zero.checkpoint.layout import Fragment, SavedShards, engine_fragments
+from allinone_ds.zero.masters import master_shards, publish_masters
+from allinone_ds.zero.params import whole_on_rank_0
+
+
+@torch.no_grad()
+def load_resharded(engine: Any, shards: Path) -> None:
+    """Load a checkpoint that other ranks, or another ZeRO stage, wrote. Every rank reads what it needs. Collective.
+
+    Masters and optimizer state are copied element by element, so nothing is rounded; the learning rates and weight
+    decays stay the engine's own.
+
+    Args:
+        engine: a DeepSpeedEngine, ZeRO stage 1, 2 or 3, in fp32, bf16 or fp16, its optimizer offloaded to the CPU or
+            not.
+        shards: the folder (global_stepN) in which every rank's file lies, ZeRO stage 1, 2 or 3.
+
+    Raises:
+        UnsupportedEngine: the optimizer keeps something that is neither as large as the weights nor one number.
+        ValueError, KeyError: the files are not those of such a checkpoint of this model.
+    """
+    saved = SavedShards(shards)
+    wanted = engine_fragments(engine)
+    masters = [master.data.view(-1) for master in master_shards(engine)]
+    saved.fill(masters, wanted, saved.masters)
+    _load_states(engine, saved, wanted)
+    if engine.fp16_enabled() and "loss_scaler" in saved.optimizer:
+        engine.optimizer.loss_scaler = saved.optimizer["loss_scaler"]
+        engine.optimizer.dynamic_loss_scale = saved.optimizer["dynamic_loss_scale"]
+    engine.global_steps = saved.model["global_steps"]
+    engine.global_samples = saved.model["global_samples"]
+    engine.skipped_steps = saved.model["skipped_steps"]
+    publish_masters(engine)
+    _load_untrained(engine.module, saved.untrained())
+
+
+@torch.no_grad()
+def reshard_flats(engine: Any, shards: Path, sources: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> None:
+    """Copy tensors that are laid out like the masters of a checkpoint into ones laid out like this engine's.
+
+    Args:
+        engine: a DeepSpeedEngine, ZeRO stage 1, 2 or 3.
+        shards: the checkpoint's folder of shards.
+        sources: by rank and group, like the masters of the engine that wrote it.
+        targets: by group, like `master_shards` of this engine; their padding is left alone.
+    """
+    SavedShards(shards).fill([target.view(-1) for target in targets], engine_fragments(engine), sources)
+
+
+def _load_states(engine: Any, saved: SavedShards, wanted: Sequence[Fragment]) -> None:
+    """The optimizer's state of this rank's masters: moments, and counters such as AdamW's `step`."""
+    masters = master_shards(engine)
+    state = engine.optimizer.optimizer.state
+    flat, plain = kinds_of_state(saved)
+    first = {fragment.group: fragment for fragment in reversed(wanted)}
+    filled: dict[str, set[int]] = {key: set() for key in flat}  # groups by key
+    for group, master in enumerate(masters):
+        source = saved.states[0][0]  # of a rank that holds nothing but padding of a group
+        if group in first:
+            rank, there, *_ = next(saved.where(first[group].name, first[group].offset, first[group].length))
+            source = saved.states[rank][there]
+        for key in plain & source.keys():
+            value = source[key]
+            old = state[master].get(key)
+            if isinstance(value, Tensor):
+                value = value.to(old.device if isinstance(old, Tensor) else value.device, copy=True)
+            state[master][key] = value
+        for key in flat & source.keys():
+            if key not in state[master]:
+                state[master][key] = torch.zeros_like(master.data)
+            filled[key].add(group)
+    for key, groups in filled.items():
+        sources = [[part.get(key) for part in parts] for parts in saved.states]
+        targets = [state[master][key].view(-1) if group in groups else None for group, master in enumerate(masters)]
+        saved.fill(targets, [fragment for fragment in wanted if fragment.group in groups], sources)
+
+
+def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
+    """Names of what the optimizer keeps for every element, and of its single numbers.
+
+    Raises:
+        UnsupportedEngine: it keeps something else.
+    """
+    flat: set[str] = set()
+    plain: set[str] = set()
+    for masters, states in zip(saved.masters, saved.states, strict=True):
+        for master, state in zip(masters, states, strict=True):
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    plain.add(key)
+                elif value.numel() >= master.numel():  # the file of a master may leave out its padding
+                    flat.add(key)
+                else:
+                    raise UnsupportedEngine(
+                        f"{saved.folder}: the optimizer keeps '{key}' of shape {tuple(value.shape)} for "
+                        f"{master.numel()} weights. Such a state cannot be cut for other ranks or another ZeRO stage: "
+                        f"go on with {saved.world} ranks and the same stage, or use an element-wise optimizer such as "
+                        "AdamW"
+                    )
+    return flat, plain
+
+
+def _load_untrained(module: torch.nn.Module, values: dict[str, Tensor]) -> None:
+    """Buffers and frozen parameters, which no rank has a shard of."""
+    for name, buffer in module.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
+    for name, param in module.named_parameters():
+        if not param.requires_grad and name in values:
+            with whole_on_rank_0(param):
+                if param.numel():  # else not this rank's to fill
+                    param.copy_(values[name].view(param.shape))

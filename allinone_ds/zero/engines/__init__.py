@@ -1,0 +1,4 @@
+"""One adapter per kind of DeepSpeed engine, and the choice of the adapter that fits an engine.
+
+May import the other modules of `zero`, except `zero.checkpoint`.
+"""

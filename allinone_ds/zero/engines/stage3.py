@@ -1,0 +1,102 @@
+"""ZeRO-3 (`DeepSpeedZeroOptimizer_Stage3`), optimizer on the accelerator or offloaded to the CPU.
+
+Private fields of DeepSpeed 0.19.8, `runtime/zero/stage3.py`: every parameter's partition of the reduced gradient is a
+view of `grad_partitions_flat_buffer`, in the order of `fp16_groups`. `partition_grads` overwrites a view in the first
+micro-step of a step and adds in later ones, and leaves parameters without a gradient alone; so the buffer is zeroed
+after each task and a micro-step counts from 0 in each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+from torch.nn import Parameter
+
+from allinone_ds.zero.engines.base import GradientShards, Span, cut, merge_spans
+
+
+class Stage3Shards(GradientShards):
+    """Shards of ZeRO-3."""
+
+    def __init__(self, engine: Any, shared: set[int]):
+        super().__init__(engine, shared)
+        masters = self.optimizer.fp32_partitioned_groups_flat
+        self.sizes = [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
+        self.device, self.dtype = masters[0].device, masters[0].dtype
+        self.spans = self._find_spans()
+        self.pieces = merge_spans(self.spans, self.sizes, shared)
+
+    def _find_spans(self) -> list[Span]:
+        spans = []
+        for group, params in enumerate(self.optimizer.fp16_groups):
+            start = 0
+            for param in params:
+                spans.append(Span(param, group, start, int(param.partition_numel())))
+                start += int(param.partition_numel())
+        return spans
+
+    def begin_task(self) -> None:
+        self.optimizer.micro_step_id = 0
+        self.optimizer._epilogue_ran_this_backward = False
+
+    def take(self) -> list[Tensor]:
+        return cut(self.optimizer.grad_partitions_flat_buffer.split(self.sizes), self.pieces)
+
+    def release(self) -> None:
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+        for group, flat in enumerate(flats):
+            self.optimizer.averaged_gradients[group] = [flat]
+        if overflow:
+            self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
+
+    def after_step(self) -> None:
+        if self.optimizer.overflow:
+            self.release()
+
+    def discard(self) -> None:
+        self.release()
+        self.optimizer.zero_grad(set_to_none=True)
+        for bucket in self.optimizer.ipg_buckets.values():
+            bucket.clear_params()
+
+    def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
+        master = self.optimizer.fp32_partitioned_groups_flat[span.group]
+        return master, self.optimizer.optimizer.state[master]
+
+    def weights(self, param: Parameter) -> list[Tensor]:
+        return [_partition(param).data]
+
+    def weights_put_back(self, params: Sequence[Parameter]) -> None:
+        # small parameters stay gathered, and were gathered again at the end of the step with the moved values
+        gathered: list[Any] = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
+            gathered[0].all_gather(gathered)
+
+
+class Stage3OffloadShards(Stage3Shards):
+    """Shards of ZeRO-3 with the optimizer on the CPU; its step reads `fp32_partitioned_groups_flat[group].grad`."""
+
+    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+        for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
+            master.grad.view(-1).copy_(flat)
+        self.optimizer.norm_for_param_grads = self.norms(flats)
+        if overflow:
+            self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
+
+    def discard(self) -> None:
+        super().discard()
+        self.optimizer.reset_cpu_buffers()
+        for master in self.optimizer.fp32_partitioned_groups_flat:
+            master.grad.zero_()
+
+
+def _partition(param: Any) -> Any:
+    """This rank's partition of a ZeRO-3 parameter."""
+    return param.ds_tensor
