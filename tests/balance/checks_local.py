@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from allinone_ds import DWA, TBGC, GlobalClip, Sum, TaskClip, Uncertainty
 from allinone_ds.errors import BalancerError, UnsupportedEngine
-from allinone_ds.testing.reference import factors, gradients
+from allinone_ds.testing.reference import factors, gradients, norm_of
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
@@ -67,7 +67,7 @@ def follow(case: str, name: str, norm: str) -> None:
         for task in toy.TASKS:
             run_task(balancer, task, step, MICRO_STEPS[task])
         report = balancer.step()
-        norms = {t: toy._norm(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
+        norms = {t: norm_of(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
         error = report.norm_error or 1e-5
         for task in toy.TASKS:
             off = abs(float(report.norms[task]) / norms[task] - 1)
@@ -220,13 +220,13 @@ def check_fp16_overflow_in_local_modes() -> None:
             for task in toy.TASKS:
                 run_task(balancer, task)
             assert balancer.step().applied, (case, norm)
-            before, scale = weights(engine), balancer._shards.loss_scale
+            before, scale = weights(engine), balancer._adapter.loss_scale
             for task in toy.TASKS:
                 run_task(balancer, task, factor=3e4 if task == "seg" else 1.0)
             report = balancer.step()
             assert report.overflow and not report.applied, (case, norm)
             assert largest_change(before, weights(engine)) == 0.0, (case, norm)
-            assert balancer._shards.loss_scale == scale / 2, (case, norm)
+            assert balancer._adapter.loss_scale == scale / 2, (case, norm)
             for task in toy.TASKS:
                 run_task(balancer, task)
             assert balancer.step().applied and largest_change(before, weights(engine)) > 0, (case, norm)
