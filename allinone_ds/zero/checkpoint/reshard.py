@@ -108,7 +108,7 @@ def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
                 else:
                     raise UnsupportedEngine(
                         f"{saved.folder}: the optimizer keeps '{key}' of shape {tuple(value.shape)} for "
-                        f"{master.numel()} weights. Such a state cannot be divided among other ranks or for another ZeRO "
+                        f"{master.numel()} weights. Such a state cannot be divided for other ranks or another ZeRO "
                         f"stage: resume with {saved.world} ranks and the same stage, or use an element-wise "
                         "optimizer such as AdamW"
                     )
