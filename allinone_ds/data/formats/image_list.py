@@ -61,7 +61,7 @@ class ImageListSource(SourceConfig):
         return ClassifiedDataset(str(file), folder, files, ids, [*(classes or names or ())], structural)
 
 
-_FIRST_ID = "ids start at first_id, which is {}"
+_FIRST_ID = "ids count from first_id, which is {}"
 
 
 def _read_lines(file: Path, first_id: int, classes: int | None) -> tuple[list[str], list[int], list[Problem]]:

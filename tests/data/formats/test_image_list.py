@@ -36,7 +36,7 @@ def test_a_truncated_file_is_found_by_the_check_and_by_reading(list_root, suffix
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0.png 3", r"line 1: class id 3 must lie in 0\.\.2 \(ids start at first_id, which is 0\)"),
+        ("0.png 3", r"line 1: class id 3 must lie in 0\.\.2 \(ids count from first_id, which is 0\)"),
         ("0.png -1", "class id -1 must lie in"),
         ("0.png", "line 1: '0.png' must be `file class-id`"),
         ("0.png ant", "must be `file class-id`"),
