@@ -111,4 +111,5 @@ def reference_run(
 
 
 def norm_of(values: Iterable[Tensor]) -> float:
+    """Return the norm of the concatenation of tensors."""
     return float(torch.stack([v.double().square().sum() for v in values]).sum().sqrt())

@@ -19,8 +19,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.reporting.predictions_page import write_page
 from allinone_ds.reporting.report import _limits, write_report
 from allinone_ds.reporting.run_history import read_run
-
-from .tiny_run import tiny_run
+from tests.tiny_run import tiny_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHARES = {"det": 0.02, "seg": 0.69, "cls": 0.29}

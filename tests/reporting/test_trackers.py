@@ -13,8 +13,7 @@ import torch
 from allinone_ds.reporting.meters import Pace, shares
 from allinone_ds.reporting.trackers import WandbTracker, _of_one_size
 from tests.launcher import run_ranks
-
-from .tiny_run import TEST_SAMPLES
+from tests.tiny_run import TEST_SAMPLES
 
 # 0.31 has the reader of offline runs, `wandb leet inspect`
 pytest.importorskip("wandb", minversion="0.31", reason="needs the extra `tracking`")
@@ -40,7 +39,7 @@ def tracked(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         patch.setenv("HF_TOKEN", SECRET)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        script = Path(__file__).parent / "ranks_tracking.py"
+        script = Path(__file__).parent / "ranks_trackers.py"
         results = run_ranks(script, 2, place, str(home), str(folder))
     assert set(results.values()) == {""}, results
     files = sorted((place / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""Checks of tasks on different ranks (parallel="tasks"); every rank runs them (see `checks.py`)."""
+"""Checks of tasks on different ranks (parallel="tasks"); every rank runs them (see `ranks_balancer.py`)."""
 
 from __future__ import annotations
 

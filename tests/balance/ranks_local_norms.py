@@ -15,7 +15,6 @@ from allinone_ds.testing.reference import factors, gradients, norm_of
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
-    cases,
     finish,
     largest_change,
     make_balancer,
@@ -24,6 +23,7 @@ from tests.balance.engines import (
     run_task,
     toy,
     weights,
+    whole_master,
 )
 
 KINDS = tuple(kind for kind in FP32_KINDS if kind != "zero0 fp32")
@@ -83,7 +83,7 @@ def follow(case: str, name: str, norm: str) -> None:
                 raw = config.get("heads") == "none" and not n.startswith("backbone.")
                 master[n] = master[n] - lr * value * (1.0 if raw else float(report.scales[task]))
     trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    off = max(float((cases.master_weights(engine, p) - master[n]).abs().max()) for n, p in trained.items())
+    off = max(float((whole_master(engine, p) - master[n]).abs().max()) for n, p in trained.items())
     off /= largest_change(start, master)
     assert off <= max(low, 2e-5), (case, name, norm, off)
     finish(balancer)

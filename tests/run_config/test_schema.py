@@ -14,8 +14,7 @@ from allinone_ds.run_config.run_files import save_config
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.run_config.yaml_files import find_config, read_deepspeed, read_yaml
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, clear_run
-
-from .tiny_run import tiny_run
+from tests.tiny_run import tiny_run
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, load_config
-
-from .tiny_run import launch
+from tests.tiny_run import launch
 
 RUN = "configs/runs/traffic_8gpu.yaml"
 LARGE = "configs/runs/traffic_64gpu.yaml"

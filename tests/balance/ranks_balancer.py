@@ -1,4 +1,4 @@
-"""Checks of the balancer that run on ranks; started by `test_ranks.py` through torchrun."""
+"""Checks of the balancer that run on ranks; started by `test_balancer.py` through torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
-from tests.balance import checks_apart, checks_local, checks_misuse, checks_partial
+from tests.balance import ranks_local_norms, ranks_misuse, ranks_partial_steps, ranks_task_parallel
 from tests.balance.engines import (
     CASES,
     cases,
@@ -200,19 +200,19 @@ def all_checks(world: int) -> dict:
                     exact, f"zero{stage} fp32", weighting, "1/2/4"
                 )
         checks |= _all_in(globals())
-        for module in (checks_partial, checks_misuse, checks_local, checks_apart):
+        for module in (ranks_partial_steps, ranks_misuse, ranks_local_norms, ranks_task_parallel):
             checks |= _all_in(vars(module))
     else:
         for stage in range(4):
             checks[f"exact[zero{stage} fp32]"] = partial(exact, f"zero{stage} fp32", "tbgc", "1/2/4")
             checks[f"exact[zero{stage} bf16]"] = partial(exact, f"zero{stage} bf16", "tbgc", "1/1/1")
-        checks["heads_of_absent_tasks_do_not_move"] = checks_partial.check_heads_of_absent_tasks_do_not_move
+        checks["heads_of_absent_tasks_do_not_move"] = ranks_partial_steps.check_heads_of_absent_tasks_do_not_move
         checks["one_extra_shard_and_nothing_of_full_size"] = check_one_extra_shard_and_nothing_of_full_size
         if world == 4:
             checks |= {f"exact[{c}]": partial(exact, c, "tbgc", "1/2/4") for c in CASES if "fp32 tasks apart" in c}
-            checks |= _all_in(vars(checks_apart))
+            checks |= _all_in(vars(ranks_task_parallel))
         checks["local_weights"] = partial(
-            checks_local.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
+            ranks_local_norms.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
         )
     return checks
 

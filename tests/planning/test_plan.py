@@ -20,17 +20,17 @@ from allinone_ds.planning.plan import plan_run
 from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
+from tests.planning.ranks_memory import CASES, name_of
 from tests.tasks.test_learning import HEADS
 from tests.tiny import samples, tiny_model
-from tests.training.ranks_plan import CASES, name_of
-from tests.training.tiny_run import tiny_run
+from tests.tiny_run import tiny_run
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_ranks(HERE / "ranks_plan.py", 2, tmp_path_factory.mktemp("plan"))
+    return run_ranks(HERE / "ranks_memory.py", 2, tmp_path_factory.mktemp("plan"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -1,5 +1,5 @@
 """Averaged weights on every engine kind, large backbones born partitioned, compiled forwards. Started by
-test_strength.py."""
+test_optimizer.py."""
 
 import sys
 import tempfile

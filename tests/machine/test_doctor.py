@@ -14,7 +14,7 @@ import yaml
 from allinone_ds.machine import doctor
 from tests.launcher import run_ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 
 

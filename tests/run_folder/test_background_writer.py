@@ -10,8 +10,7 @@ import torch
 from allinone_ds.errors import ConfigError, RunError
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.background_writer import BackgroundSaver
-
-from .test_faults import run_faults
+from tests.integration.test_faults import run_faults
 
 # compared with a run that saves in the step; the first with ZeRO 1, 2 and 3
 FAULTS = ("run cut in pieces", "kill -9 of all ranks in a save", "kill -9 of one rank in a save",

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from allinone_ds.data.demo import DemoSizes, make_demo_data
-
-from .tiny_run import TEST_SAMPLES, tiny_run
+from tests.tiny_run import TEST_SAMPLES, tiny_run
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ EMA_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_ranks(HERE / "ranks_strength.py", 2, tmp_path_factory.mktemp("strength"))
+    return run_ranks(HERE / "ranks_ema.py", 2, tmp_path_factory.mktemp("strength"))
 
 
 @pytest.mark.parametrize("kind", EMA_KINDS)
