@@ -9,9 +9,7 @@ from torch import nn
 
 from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.model import AllInOneModel
-from allinone_ds.planning.engine_settings import Engine
-
-NORMS = ("exact", "sketch", "delayed")
+from allinone_ds.run_config.engine_settings import Engine
 
 
 @dataclass(frozen=True)

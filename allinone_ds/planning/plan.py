@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from allinone_ds.balance.assignment import TaskGroups, groups_for
-from allinone_ds.balance.options import balancer_from_config
+from allinone_ds.balance.options import NORMS, combination_error
 from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes
-from allinone_ds.planning.engine_settings import Engine, read_engine
-from allinone_ds.planning.memory import NORMS, memory_parts, moved_parts, sizes_of
+from allinone_ds.planning.memory import memory_parts, moved_parts, sizes_of
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
+from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.strict import did_you_mean
@@ -88,7 +88,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         if config.model.backbone.checkpoint is not None:
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
-    weighting, options = balancer_from_config(config.balancer)
+    weighting, options = config.balancer.weighting(), config.balancer.options()
     engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
     engine = dataclasses.replace(engine, task_traces=options.get("task_traces", True))
     sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
@@ -103,8 +103,6 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     groups = None
     if options.get("parallel") == "tasks":
         groups = groups_for("tasks", options.get("groups"), tuple(config.tasks), gpus)
-        if engine.stage not in (1, 2) or engine.wraps_bf16:
-            raise ConfigError("balancer.parallel = 'tasks' needs ZeRO-1 or ZeRO-2 (docs/task-parallel.md, Limits)")
     averaged = trainer.get("ema_decay") is not None
 
     def parts(engine: Engine, norm: str, groups: TaskGroups | None = None) -> tuple[dict[str, int], dict[str, int]]:
@@ -115,7 +113,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     for stage in range(4):
         other = dataclasses.replace(engine, stage=stage, offload=engine.offload and stage > 0)
         for kind in NORMS:
-            if not _allowed(other, kind, weighting.streams):
+            if combination_error(kind, "data", weighting, other.stage, other.keeps_local_gradients):
                 continue
             total = sum(parts(other, kind)[0].values()) + peak
             moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
@@ -161,10 +159,3 @@ def _moments(optim: str, notes: list[str]) -> int:
     if not optim.startswith("adamw"):
         notes.append(f"optim '{optim}': counted like AdamW, with two moments of every weight")
     return 2
-
-
-def _allowed(engine: Engine, norm: str, streams: bool) -> bool:
-    """Whether the balancer serves the combination: local gradients need ZeRO and no BF16_Optimizer."""
-    if norm == "exact":
-        return True
-    return engine.stage > 0 and not engine.wraps_bf16 and (norm == "delayed" or streams)

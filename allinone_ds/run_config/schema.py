@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
+from allinone_ds.balance.assignment import check_groups
+from allinone_ds.balance.options import BalancerConfig, combination_error
 from allinone_ds.data.augmentation.branches import Augment, AugmentConfig
 from allinone_ds.data.augmentation.transforms import train_transform
 from allinone_ds.data.sources import Source
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.yaml_files import read_deepspeed, read_yaml
 from allinone_ds.strict import Strict, explain
 from allinone_ds.tasks.test_time import TestTime
@@ -82,9 +85,8 @@ class RunConfig(Strict):
     """What relative paths of the data sources start from."""
     model: ModelConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
-    balancer: dict[str, Any] = Field(default_factory=lambda: {"name": "tbgc"})
-    """`name` of the weighting and its options; `norm`, `sketch_size`, `task_traces`, `cosines_every`, `parallel` and
-    `groups` are those of TaskBalancer."""
+    balancer: BalancerConfig = Field(default_factory=BalancerConfig)
+    """`name` of the weighting and its options, and the options of TaskBalancer."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Keys of `AllInOneArguments`, which are those of transformers.TrainingArguments and a few more."""
     deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"
@@ -120,4 +122,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(explain(error, RunConfig, where)) from error
     if isinstance(config.deepspeed, str):
         config.deepspeed = read_deepspeed(config.deepspeed)
+    check_balancer(config)
     return config
+
+
+def check_balancer(config: RunConfig) -> None:
+    """Refuse a balancer that cannot run with the tasks and the DeepSpeed engine of a run.
+
+    Args:
+        config: the run, the content of its DeepSpeed file in it.
+
+    Raises:
+        ConfigError: names the option, and says what to do.
+    """
+    balancer = config.balancer
+    if balancer.groups is not None:
+        try:
+            check_groups(balancer.groups, tuple(config.tasks))
+        except ConfigError as error:
+            raise ConfigError(f"balancer.{error}") from error
+    engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
+    refusal = combination_error(
+        balancer.norm, balancer.parallel, balancer.weighting(), engine.stage, engine.keeps_local_gradients
+    )
+    if refusal is not None:
+        raise type(refusal)(f"balancer: {refusal}")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from allinone_ds.run_folder.weights import shards_of
 from allinone_ds.zero.checkpoint.reshard import reshard_flats
-from allinone_ds.zero.masters import master_shards, publish_masters
+from allinone_ds.zero.engines.choose import open_engine
 
 
 class ShardEMA:
@@ -29,16 +29,17 @@ class ShardEMA:
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine = engine
+        self._adapter = open_engine(engine)
         self.decay = decay
         self.steps = 0
-        self.shards: list[Tensor] = [master.detach().clone() for master in master_shards(engine)]
+        self.shards: list[Tensor] = [master.detach().clone() for master in self._adapter.masters()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights of one more step into the average; local to this rank."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        masters = [master.detach() for master in master_shards(self.engine)]
+        masters = [master.detach() for master in self._adapter.masters()]
         torch._foreach_lerp_(self.shards, masters, 1 - decay)
 
     @contextlib.contextmanager
@@ -52,11 +53,11 @@ class ShardEMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mine, master in zip(self.shards, master_shards(self.engine), strict=True):
+        for mine, master in zip(self.shards, self._adapter.masters(), strict=True):
             kept = master.detach().clone()
             master.data.copy_(mine)
             mine.copy_(kept)
-        publish_masters(self.engine)
+        self._adapter.publish_masters()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the average, for `ema_file`; its tensors are the ones that `update` changes."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import set_seed
 
-from allinone_ds.balance.options import balancer_from_config
 from allinone_ds.data.loader import TaskData
 from allinone_ds.distributed import barrier
 from allinone_ds.reporting.plots import write_plots
@@ -61,7 +60,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     fresh = start_from(model, config.model.start_from) if config.model.start_from is not None and resume is None else []
     facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
-    weighting, balancer_options = balancer_from_config(config.balancer)
+    weighting, balancer_options = config.balancer.weighting(), config.balancer.options()
     events = EventLog(config.run_dir)
     trainer = AllInOneTrainer(
         model=model,

@@ -98,7 +98,7 @@ def check_torchjd_methods_equal_aggregating_the_full_jacobian() -> None:
         assert off < 1e-5, (case, method, off)
         raw = found["seg"]["heads.seg.weight"]
         assert float((moves["heads.seg.weight"] - raw).norm() / raw.norm()) < 1e-5, "heads keep their raw gradient"
-        assert balancer.extra_bytes == 3 * 4 * sum(balancer._shards.sizes)
+        assert balancer.extra_bytes == 3 * 4 * sum(balancer._adapter.sizes)
         finish(balancer)
 
 
@@ -168,7 +168,7 @@ def check_one_extra_shard_and_nothing_of_full_size() -> None:
                                   (TBGC(target="mean"), 3)):  # fmt: skip
             engine = make_engine(case)
             balancer = make_balancer(engine, weighting)
-            shard = sum(balancer._shards.sizes)
+            shard = sum(balancer._adapter.sizes)
             full = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
             assert shard <= full / dist.get_world_size() + 64, "a shard is a rank's part"
             add, finish_sum, largest = balancer._combiner.add, balancer._combiner.finish, _Largest()

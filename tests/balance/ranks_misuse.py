@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds import Sum, TaskBalancer
-from allinone_ds.balance.balancer import toy_balancer
 from allinone_ds.balance.self_test import self_test
 from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.testing.reference import reference_run
-from allinone_ds.zero import support as gate
+from allinone_ds.zero import support
+from allinone_ds.zero.engines.stage3 import Stage3Adapter
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
@@ -128,7 +128,7 @@ def check_engines_that_cannot_be_balanced_are_refused() -> None:
     TaskBalancer(engine, toy.TASKS, "backbone", Sum(), allow_gradient_clipping=True).detach()
     frozen = [p for p in engine.module.parameters() if not p.requires_grad]
     for wrong, text in (([], "nothing to balance"), (frozen, "nothing to balance"), ([torch.ones(1)], "nn.Parameter"),
-                        (list(toy.make_model().parameters()), "not the engine's module's")):  # fmt: skip
+                        (list(toy.make_model().parameters()), "do not belong to the engine's module")):  # fmt: skip
         raises((ValueError, TypeError), text, lambda wrong=wrong: TaskBalancer(
             engine, toy.TASKS, wrong, Sum(), allow_gradient_clipping=True))  # fmt: skip
     raises(ValueError, "each once", lambda: TaskBalancer(engine, ("det", "det"), "backbone", Sum(),
@@ -148,31 +148,31 @@ def check_engines_that_cannot_be_balanced_are_refused() -> None:
 def check_self_test_passes_on_every_kind() -> None:
     for case in (*FP32_KINDS, "zero0 bf16", "zero1 bf16 fp32-accumulation", "zero2 bf16", "zero2 fp16", "zero3 fp16"):
         engine = make_engine(case)
-        worst = self_test(engine, toy_balancer)
+        worst = self_test(engine, TaskBalancer)
         assert worst < (1e-5 if "fp32" in case and "bf16" not in case else 0.05), (case, worst)
         engine.destroy()
 
 
 def check_self_test_finds_a_broken_adapter() -> None:
-    """A release whose shards survive `release` would apply a task's gradient again."""
+    """A release whose gradients survive `clear_gradient` would apply a task's gradient again."""
     engine = make_engine("zero3 fp32")
-    release = gate.Stage3Shards.release
-    gate.Stage3Shards.release = lambda self: None
+    clear = Stage3Adapter.clear_gradient
+    Stage3Adapter.clear_gradient = lambda self: None
     try:
-        raises(BalancerError, "self-test", lambda: self_test(engine, toy_balancer))
+        raises(BalancerError, "self-test", lambda: self_test(engine, TaskBalancer))
     finally:
-        gate.Stage3Shards.release = release
+        Stage3Adapter.clear_gradient = clear
     engine.destroy()
 
 
 def check_unchecked_release_warns_and_tests_itself() -> None:
     engine = make_engine("zero2 fp32")
-    checked, gate.CHECKED_RELEASES = gate.CHECKED_RELEASES, ()
+    checked, support.CHECKED_RELEASES = support.CHECKED_RELEASES, ()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             balancer = make_balancer(engine)
     finally:
-        gate.CHECKED_RELEASES = checked
+        support.CHECKED_RELEASES = checked
     assert any("self-test" in str(w.message) for w in caught)
     finish(balancer)

@@ -107,16 +107,16 @@ def check_fp16_overflow_follows_the_loss_scaler() -> None:
         fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "hysteresis": 1}
         engine = make_engine(case, fp16=fp16)
         balancer = make_balancer(engine)
-        before, scale = weights(engine), balancer._shards.loss_scale
+        before, scale = weights(engine), balancer._adapter.loss_scale
         for task in toy.TASKS:
             run_task(balancer, task, factor=3e4 if task == "seg" else 1.0)  # finite loss, gradient beyond 65504
         report = balancer.step()
         assert report.overflow and not report.skipped and not report.applied, case
         assert largest_change(before, weights(engine)) == 0.0, case
-        assert balancer._shards.loss_scale == scale / 2, (case, balancer._shards.loss_scale)
+        assert balancer._adapter.loss_scale == scale / 2, (case, balancer._adapter.loss_scale)
         for task in toy.TASKS:
             run_task(balancer, task, factor=float("nan") if task == "seg" else 1.0)  # not the scaler's business
         report = balancer.step()
-        assert report.skipped == ("seg",) and report.applied and balancer._shards.loss_scale == scale / 2, case
+        assert report.skipped == ("seg",) and report.applied and balancer._adapter.loss_scale == scale / 2, case
         assert largest_change(before, weights(engine), "heads.det") > 0, case
         finish(balancer)

@@ -33,7 +33,7 @@ def test_groups_say_every_task_s_ranks(groups, world: int, ranks: list[tuple[int
     ("groups", "text"),
     [
         ({"det": 2, "seg": 1, "cls": 2}, "add up to the 4 ranks"),
-        ({"det": 3, "seg": 1, "cls": 0}, "from 1 on"),
+        ({"det": 3, "seg": 1, "cls": 0}, "1 or more"),
         ({"det": 2, "seg": 1}, "no ranks for task"),
         ({"det": 2, "seg": 1, "cls": 1, "clss": 1}, "did you mean 'cls'"),
         ({"det": (0, 1), "seg": (1, 2), "cls": (3,)}, "rank 1 runs 'det'"),

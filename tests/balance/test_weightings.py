@@ -145,7 +145,7 @@ def test_callable_on_a_gram_matrix_is_a_weighting() -> None:
         (lambda: Static({}), "a finite number above 0 for every task"),
         (lambda: Static({"det": 1, "seg": 0}), "'seg': 0"),
         (lambda: weighting_from_config({"name": "static"}), "weights"),
-        (lambda: weighting_from_config({"name": "static", "weights": [1, 2]}), "by name"),
+        (lambda: weighting_from_config({"name": "static", "weights": [1, 2]}), "valid dictionary"),
         (lambda: weighting_from_config({"name": "tbcg"}), "did you mean 'tbgc'"),
         (lambda: weighting_from_config({"name": "sum", "max_norm": 1}), "'sum' has no such option"),
         (lambda: weighting_from_config({"name": "tbgc", "maxnorm": 1}), "did you mean 'max_norm'"),
@@ -163,9 +163,11 @@ def test_wrong_weighting_names_what_is_allowed() -> None:
         as_weighting("tbgc")
 
 
-def test_target_that_never_scales_warns() -> None:
-    with pytest.warns(UserWarning, match="never scales"):
+def test_a_target_that_never_scales_is_refused() -> None:
+    with pytest.raises(ValueError, match="never scales"):
         TBGC(target="max")
+    with pytest.raises(ConfigError, match="never scales"):
+        weighting_from_config({"name": "tbgc", "target": "max"})
 
 
 def test_config_names_build_the_ladder() -> None:

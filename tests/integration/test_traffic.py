@@ -114,7 +114,7 @@ def test_a_map_without_its_image_is_told_with_the_suffix(data: Path, tmp_path: P
     dataset = open_source(source, data, strict=False)
     assert len(dataset) == SAMPLES - 1
     told = {problem.level: str(problem) for problem in dataset.structural}
-    assert "00000004_train_id.png; add the map or remove the image" in told["error"]
+    assert "00000004_train_id.png; add the label map or remove the image" in told["error"]
     assert "do not end with '_train_id'" in told["warning"] and "train_color" in told["warning"]
 
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.balance.sketch import default_size
-from allinone_ds.planning.engine_settings import read_engine
 from allinone_ds.planning.memory import memory_parts, sizes_of
+from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.zero.masters import master_shards
+from allinone_ds.zero.engines.choose import open_engine
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
 
@@ -58,7 +58,7 @@ def gradients(engine) -> list[torch.Tensor]:
 def optimizer_tensors(engine):
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    masters = [] if inner is engine.optimizer else master_shards(engine)
+    masters = [] if inner is engine.optimizer else open_engine(engine).masters()
     return [*masters, *states]
 
 

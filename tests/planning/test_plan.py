@@ -15,9 +15,9 @@ from allinone_ds import cli
 from allinone_ds.balance.assignment import task_groups
 from allinone_ds.errors import ConfigError
 from allinone_ds.planning.activations import SavedBytes, activation_bytes
-from allinone_ds.planning.engine_settings import Engine, read_engine
 from allinone_ds.planning.memory import Sizes, moved_parts
 from allinone_ds.planning.plan import plan_run
+from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
 from tests.planning.ranks_memory import CASES, name_of

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
         ("tasks.det.image_size=[32,32,32]", "tasks.det.image_size"),
         ("deepspeed=configs/deepspeed/zero9.json", "zero2.json"),
         ("tasks.cls.augment=[RandomHorizontalFlop]", "tasks.cls.augment: augment[0]: there is no augmentation"),
-        ("tasks.cls.augment=[Mosaic]", "Mosaic is for detection and segmentation, the data here is classification"),
+        ("tasks.cls.augment=[Mosaic]", "Mosaic supports only detection and segmentation, the data is classification"),
         ("tasks.det.augment=configs/augment/detektion.yaml", "configs/augment/detection.yaml"),
         ("tasks.dett.batch_size=2", "the run has no task 'dett'; did you mean 'det'? allowed: cls, det, seg"),
         ("tasks.seg.test_time.scales=[0]", "tasks.seg.test_time.scales.0"),

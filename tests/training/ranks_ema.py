@@ -19,8 +19,8 @@ from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.training.ema import ShardEMA, ema_file
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.zero.checkpoint.layout import engine_fragments
 from allinone_ds.zero.checkpoint.write import save_engine
+from allinone_ds.zero.engines.choose import open_engine
 from tests.balance.engines import CASES, finish, make_balancer, make_engine, run_task, toy, weights
 from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
@@ -73,7 +73,7 @@ def check_average(case: str) -> None:
     if case.startswith("zero0"):
         assert all(torch.equal(mine, saved) for mine, saved in zip(again.shards, ema.shards, strict=True))
     else:  # padding is never set, so it may be anything
-        for f in engine_fragments(engine):
+        for f in open_engine(engine).fragments():
             mine, saved = (e.shards[f.group].view(-1)[f.start : f.start + f.length] for e in (again, ema))
             assert torch.equal(mine, saved), (case, f)
     held = sum(shard.numel() for shard in ema.shards)

@@ -14,10 +14,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from allinone_ds.training.ema import ShardEMA, ema_file
-from allinone_ds.zero.checkpoint.layout import engine_fragments
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import save_engine
-from allinone_ds.zero.masters import master_shards
+from allinone_ds.zero.engines.choose import open_engine
 from tests.balance.engines import finish, make_balancer, make_engine, toy
 from tests.launcher import run_checks
 
@@ -47,7 +46,7 @@ def whole(engine, ema: ShardEMA) -> dict[str, torch.Tensor]:
     DeepSpeed's own reader of masters reads all of them: the others lie in the masters' place meanwhile. (Its reader of
     moments knows only those of groups that had stepped before the first step was over.)
     """
-    masters, state = master_shards(engine), engine.optimizer.optimizer.state
+    masters, state = open_engine(engine).masters(), engine.optimizer.optimizer.state
     kept = [master.detach().clone() for master in masters]
     kinds = {"": kept, " average": ema.shards}
     kinds |= {f" {key}": [state[master][key] for master in masters] for key in ("exp_avg", "exp_avg_sq")}
@@ -70,10 +69,10 @@ def whole(engine, ema: ShardEMA) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def spoil_padding(engine, ema: ShardEMA) -> None:
     """Nobody sets it, so nothing may depend on it."""
-    for flats in (master_shards(engine), ema.shards):
+    for flats in (open_engine(engine).masters(), ema.shards):
         for group, flat in enumerate(flats):
             inside = torch.zeros(flat.numel(), dtype=torch.bool)
-            for f in engine_fragments(engine):
+            for f in open_engine(engine).fragments():
                 if f.group == group:
                     inside[f.start : f.start + f.length] = True
             flat.data.view(-1)[~inside] = float("nan")
@@ -120,8 +119,8 @@ def read(case: str, source: Path, reference: Path, target: Path | None = None) -
     for step, losses in enumerate(expected["losses"]):
         torch.testing.assert_close(train(balancer, 3 + step), losses, rtol=ROUNDING[precision], atol=1e-4)
         ema.update()
-    masters, average = master_shards(engine), ema.shards
-    for f in engine_fragments(engine):
+    masters, average = open_engine(engine).masters(), ema.shards
+    for f in open_engine(engine).fragments():
         for flats in (masters, average):
             assert flats[f.group].view(-1)[f.start : f.start + f.length].isfinite().all(), (case, f)
     finish(balancer)

@@ -47,6 +47,11 @@ class Engine:
         """DeepSpeed's `BF16_Optimizer`: ZeRO-1 whose every rank keeps the whole fp32 gradient."""
         return self.stage == 1 and self.weight_bytes == 2 and self.fp32_accumulation and not self.offload
 
+    @property
+    def keeps_local_gradients(self) -> bool:
+        """Whether gradients can stay on a rank over several backwards, as of `EngineAdapter`."""
+        return self.stage > 0 and not self.wraps_bf16
+
 
 def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bool = False) -> Engine:
     """What of a DeepSpeed configuration counts here.

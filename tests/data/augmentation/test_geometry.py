@@ -1,5 +1,4 @@
-"""Boxes and label maps stay on their pixels through large-scale jitter, mosaic and mixup: what the picture shows is the
-reference."""
+"""Boxes and masks follow the pixels through large-scale jitter, mosaic and mixup; the reference is the image itself."""
 
 import colorsys
 
@@ -10,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from allinone_ds.data.augmentation.geometry import LargeScaleJitter, MixUp, Mosaic, put_right
+from allinone_ds.data.augmentation.geometry import LargeScaleJitter, MixUp, Mosaic, sanitize_boxes
 from allinone_ds.data.augmentation.transforms import train_transform
 from allinone_ds.run_config.yaml_files import read_yaml
 
-# Vivid, and far from each other, from black (background) and from grey (fill): every object has a colour of its own.
+# Far from each other, from black (background) and from grey (fill), so that a colour identifies an object.
 COLORS = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / 6, 1.0, 1.0)) for i in range(6)]
 exact = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -25,7 +24,7 @@ scales = st.sampled_from([(0.3, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 3.0)])
 
 @st.composite
 def pictures(draw, label: int | None = None):
-    """Up to one filled box a picture (some at a border, some of the whole height) on black, and its size."""
+    """Images of random size with at most one filled box on black, sometimes at a border or of full height."""
     height, width = draw(sides), draw(sides)
     if not draw(st.booleans()) and label is None:
         return picture(height, width, [])
@@ -58,7 +57,7 @@ def extent(image: torch.Tensor, label: int, strength: float = 1.0) -> list[float
 
 
 def agree(out: dict, slack: float = 1.01) -> None:
-    """Every box lies around the pixels of its colour, and no object of some size lacks its box."""
+    """Every box surrounds the pixels of its colour, and every object of at least 3 x 3 pixels has its box."""
     image = out["image"].as_subclass(torch.Tensor)
     boxes, labels = out["boxes"].as_subclass(torch.Tensor), out["labels"].tolist()
     assert len(boxes) == len(labels) == len(out["iscrowd"])
@@ -74,7 +73,7 @@ def agree(out: dict, slack: float = 1.01) -> None:
     for label in range(len(COLORS)):
         seen = extent(image, label)
         if seen and seen[2] - seen[0] >= 3 and seen[3] - seen[1] >= 3:
-            assert label in labels, f"the box of object {label} at {seen} is lost"
+            assert label in labels, f"object {label} at {seen} has no box"
 
 
 @exact
@@ -83,14 +82,14 @@ def test_large_scale_jitter_keeps_boxes(sample, height, width, scale, seed):
     torch.manual_seed(seed)
     out = LargeScaleJitter((height, width), scale)(sample)
     assert out["image"].shape == (3, height, width)
-    put_right(out, (height, width))
+    sanitize_boxes(out, (height, width))
     largest = scale[1] * max(height / sample["image"].shape[-2], width / sample["image"].shape[-1])
-    agree(out, slack=max(1.01, 0.6 * largest))  # a source pixel may cover several
+    agree(out, slack=max(1.01, 0.6 * largest))  # a pixel of the source may cover several
 
 
 @exact
 @given(st.tuples(*(pictures(label) for label in (1, 2, 3, 4))), st.integers(20, 50), st.integers(20, 50), seeds)
-def test_mosaic_keeps_boxes_and_hides_what_it_hides(samples, height, width, seed):
+def test_mosaic_keeps_the_visible_part_of_every_box(samples, height, width, seed):
     torch.manual_seed(seed)
     further = iter(samples[1:])
     before = [{key: value.clone() for key, value in sample.items()} for sample in samples]
@@ -121,7 +120,7 @@ def test_mixup_keeps_the_boxes_of_both(first, second, scale, seed):
             assert len(mine) == 1
 
 
-def test_pictures_without_boxes_join_with_others():
+def test_images_without_boxes_are_combined_with_others():
     torch.manual_seed(0)
     empty, full = picture(31, 20, []), picture(20, 31, [(4, 4, 16, 16, 3)])
     none = MixUp()(Mosaic((24, 24))(empty, lambda: empty), lambda: empty)
@@ -131,8 +130,7 @@ def test_pictures_without_boxes_join_with_others():
 
 
 def label_map(height: int, width: int, classes: list[int]) -> dict:
-    """Stripes of classes and one of 255, mirrored in the lower half; every pixel's colour tells its class, white is
-    255."""
+    """Stripes, one per class and one of 255, mirrored in the lower half; colours identify classes, white is 255."""
     mask = torch.full((height, width), 255, dtype=torch.uint8)
     image = torch.full((3, height, width), 255, dtype=torch.uint8)
     for n, k in enumerate(classes):
@@ -145,18 +143,18 @@ def label_map(height: int, width: int, classes: list[int]) -> dict:
 
 
 def classes_agree(out: dict, classes: set[int], fill: int) -> None:
-    """Pixels keep the class that their colour tells (away from the edges), and uncovered ones are 255."""
+    """Away from the edges, pixels have the class of their colour, and uncovered ones are 255."""
     image, mask = out["image"].as_subclass(torch.Tensor).float(), out["mask"].as_subclass(torch.Tensor)
     assert mask.dtype == torch.uint8 and mask.shape == image.shape[-2:]
     assert set(mask.unique().tolist()) <= classes | {255}
     palette = torch.tensor([*COLORS, (255, 255, 255), (fill, fill, fill)]).float()  # 6: ignored, 7: uncovered
     gaps = (image.permute(1, 2, 0)[:, :, None] - palette).abs().amax(-1)  # (H, W, 8)
-    shown = torch.where(gaps.amin(-1) < 2, gaps.argmin(-1), -1)  # -1: a blend of two, at an edge
+    shown = torch.where(gaps.amin(-1) < 2, gaps.argmin(-1), -1)  # -1: a blend of two colours at an edge
     for k in range(len(COLORS)):
         assert set(mask[shown == k].unique().tolist()) <= {k}
     for without in (6, 7):
         assert set(mask[shown == without].unique().tolist()) <= {255}
-    assert (shown >= 0).float().mean() > 0.4  # the colours did tell most pixels' class
+    assert (shown >= 0).float().mean() > 0.4  # the colour identifies the class of most pixels
 
 
 @exact
@@ -187,9 +185,9 @@ def test_the_factor_is_relative_to_the_plain_resize(scale):
         torch.manual_seed(seed)
         out = train_transform([{"LargeScaleJitter": {"scale": [scale, scale]}}], (60, 60))(sample)
         seen += [box[2:] - box[:2] for box in out["boxes"].as_subclass(torch.Tensor)]
-    largest = torch.stack(seen).amax(0)  # where nothing is cut off
-    wanted = ((plain[2:] - plain[:2]) * scale).clamp(max=60).as_subclass(torch.Tensor)
-    assert torch.allclose(largest, wanted, atol=1.0)
+    largest = torch.stack(seen).amax(0)  # boxes that are not cut
+    expected = ((plain[2:] - plain[:2]) * scale).clamp(max=60).as_subclass(torch.Tensor)
+    assert torch.allclose(largest, expected, atol=1.0)
 
 
 def test_the_meeting_point_and_the_probability_of_mosaic():
@@ -211,7 +209,7 @@ def test_the_meeting_point_and_the_probability_of_mosaic():
 @pytest.mark.parametrize(
     ("task", "seed"), [(t, s) for t in ("detection", "segmentation", "classification") for s in range(6)]
 )
-def test_the_shipped_branches_give_whole_samples(task, seed):
+def test_the_branches_of_the_package_give_valid_samples(task, seed):
     transform = train_transform(read_yaml(f"configs/augment/{task}.yaml"), (40, 56), task)
     rng = np.random.default_rng(seed)
     for branch in transform.branches:
