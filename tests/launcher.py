@@ -62,7 +62,7 @@ def _ask(request: dict) -> list[int]:
         command = [sys.executable, "-W", "ignore", "-m", "tests.rank_server"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _servers.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, bufsize=1, **pipes))
-        atexit.register(_servers[-1].stdin.close)
+        atexit.register(_servers[-1].communicate)  # closes its input and waits for it
     server = _servers[-1]
     server.stdin.write(json.dumps(request) + "\n")
     answer = server.stdout.readline()
