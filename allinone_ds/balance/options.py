@@ -43,7 +43,8 @@ class BalancerConfig(Strict):
     """The `balancer:` block of a run's file. Further keys are the options of the weighting that `name` names.
 
     Raises:
-        ConfigError: an unknown name or option, an option out of range, or options that exclude each other.
+        pydantic.ValidationError: an unknown name or option, an option out of range, or options that exclude each other;
+            `load_config` and `balancer_from_config` turn it into a `ConfigError`.
 
     Example:
         >>> config = BalancerConfig(name="tbgc", max_norm=0.2, norm="sketch")

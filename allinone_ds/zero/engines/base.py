@@ -69,9 +69,6 @@ class EngineAdapter(ABC):
         allows_clipping: False when DeepSpeed would clip by a norm that it computes wrongly for a balanced gradient.
     """
 
-    sizes: list[int]
-    device: torch.device
-    dtype: torch.dtype
     replicated: bool = False
     keeps_local_gradients: bool = False
     allows_clipping: bool = True
@@ -85,6 +82,9 @@ class EngineAdapter(ABC):
         self.engine = engine
         self.optimizer = engine.optimizer
         self.shared = shared
+        self.sizes = self._shard_sizes()
+        first = self.masters()[0]
+        self.device, self.dtype = first.device, first.dtype
 
     # ---- gradients ----
 
@@ -97,6 +97,10 @@ class EngineAdapter(ABC):
     def pieces(self) -> list[Piece]:
         """What `gradient` returns, in order."""
         return merge_spans(self.spans, self.sizes, self.shared)
+
+    @abstractmethod
+    def _shard_sizes(self) -> list[int]:
+        """Return the elements of this rank's shard of each group."""
 
     @abstractmethod
     def _find_spans(self) -> list[Span]:

@@ -8,7 +8,6 @@ DeepSpeed 0.19.8, `runtime/bf16_optimizer.py`: every rank keeps the whole gradie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -28,12 +27,10 @@ class BF16Adapter(EngineAdapter):
     def serves(cls, engine: Any) -> bool:
         return type(engine.optimizer) is BF16_Optimizer
 
-    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
-        super().__init__(engine, shared)
-        masters = self.masters()
-        self.sizes = [master.numel() for master in masters]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
-        self._norm: Tensor | None = None
+    _norm: Tensor | None = None
+
+    def _shard_sizes(self) -> list[int]:
+        return [master.numel() for master in self.masters()]
 
     def _find_spans(self) -> list[Span]:
         spans = []

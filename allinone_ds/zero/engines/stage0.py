@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,11 +32,21 @@ class Stage0Adapter(EngineAdapter):
 
     def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
         super().__init__(engine, shared)
+        self.dtype = torch.float32  # whatever the dtype of the parameters is
+
+    @cached_property
+    def _positions(self) -> list[tuple[int, int]]:
+        """(group, index in it) of every trainable parameter."""
+        groups = enumerate(self._model_groups())
+        return [(g, j) for g, group in groups for j, param in enumerate(group) if param.requires_grad]
+
+    @cached_property
+    def _params(self) -> list[Parameter]:
         groups = self._model_groups()
-        self._positions = [(g, j) for g, group in enumerate(groups) for j, p in enumerate(group) if p.requires_grad]
-        self._params = [groups[g][j] for g, j in self._positions]
-        self.sizes = [param.numel() for param in self._params]
-        self.device, self.dtype = self._params[0].device, torch.float32
+        return [groups[g][j] for g, j in self._positions]
+
+    def _shard_sizes(self) -> list[int]:
+        return [param.numel() for param in self._params]
 
     def _model_groups(self) -> list[list[Parameter]]:
         """The model's parameters, per group of the optimizer."""

@@ -8,7 +8,6 @@ gradients accumulate in fp32 beside 16-bit weights, as a `GradPartitionBufferGro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from functools import cached_property
 from typing import Any
 
@@ -30,11 +29,8 @@ class Stage12Adapter(EngineAdapter):
     def serves(cls, engine: Any) -> bool:
         return type(engine.optimizer) is DeepSpeedZeroOptimizer
 
-    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
-        super().__init__(engine, shared)
-        masters = self.masters()
-        self.sizes = [int(size) for size in self.optimizer.partition_size]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
+    def _shard_sizes(self) -> list[int]:
+        return [int(size) for size in self.optimizer.partition_size]
 
     @cached_property
     def pieces(self) -> list[Piece]:

@@ -9,7 +9,6 @@ after each task and a micro-step counts from 0 in each task.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -31,11 +30,8 @@ class Stage3Adapter(EngineAdapter):
     def serves(cls, engine: Any) -> bool:
         return type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3
 
-    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
-        super().__init__(engine, shared)
-        masters = self.masters()
-        self.sizes = [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
+    def _shard_sizes(self) -> list[int]:
+        return [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
 
     def _find_spans(self) -> list[Span]:
         spans = []
