@@ -1,10 +1,11 @@
 # make demo           train three tasks on composed scenes and look at runs/demo   (2 minutes; FULL=1: 9 minutes)
-# make test           run the tests
+# make test           run the tests               (JOBS=4: processes; ARGS="-m quick": those of 90 seconds)
 # make lint           ruff and mypy
 # make docs           build the documentation and the API reference into site/
 # make wheel          build the wheel into dist/
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test lint docs wheel clean
@@ -20,7 +21,7 @@ demo: setup
 	$(BIN)/allinone-ds demo $(if $(FULL),--full) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -143,7 +143,7 @@ def test_bandwidth_is_measured_between_ranks(tmp_path: Path) -> None:
     script.write_text(
         "import json, pathlib, sys\n"
         "import torch.distributed as dist\n"
-        "from allinone_ds import bandwidth\n"
+        "from allinone_ds.machine import bandwidth\n"
         "bandwidth.SECONDS, bandwidth.SIZES = 0.05, (2**16,)\n"
         "dist.init_process_group('gloo')\n"
         "result = bandwidth.run()\n"
