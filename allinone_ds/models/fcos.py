@@ -141,7 +141,7 @@ class FCOSDetector(nn.Module):
         return out
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """Return boxes (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K) of all locations, before NMS."""
+        """Return boxes (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K) of all locations."""
         boxes = self.fcos.box_coder.decode(outputs.bbox_regression, torch.cat(list(outputs.anchors)))
         scores = (outputs.cls_logits.sigmoid() * outputs.bbox_ctrness.sigmoid()).sqrt()
         return boxes, scores

@@ -125,7 +125,7 @@ class SegmentationTask(Task):
 
     @staticmethod
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
-        """Return the image with the colours of its classes, dark where there is no class, and the names of the classes."""
+        """Return the image with the colours of its classes, dark where there is none, and the names of the classes."""
         mask = sample["mask"].as_subclass(Tensor)
         drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, len(classes), alpha=0.35)
         return torch.where(mask >= len(classes), drawn // 4, drawn), ", ".join(classes[k] for k in present)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from tests.launcher import run_checks
-from tests.tasks.test_learning import HEADS
+from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_model
 
 

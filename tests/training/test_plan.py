@@ -20,7 +20,7 @@ from allinone_ds.planning.memory import Sizes, moved_parts
 from allinone_ds.planning.plan import plan_run
 from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
-from tests.tasks.test_learning import HEADS
+from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_model
 from tests.training.ranks_plan import CASES, name_of
 from tests.training.tiny_run import tiny_run
