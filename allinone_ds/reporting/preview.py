@@ -51,17 +51,17 @@ def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
         drawer = truth_drawer(task.type, dataset.kind)
         seed = config.trainer.get("data_seed")
         seed = config.trainer.get("seed", 42) if seed is None else seed  # 42 is Trainer's default
-        drawn = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
+        chosen = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
         plain = eval_transform(task.image_size)
-        rows = [("plain resize", [draw_sample(plain(sample), dataset.classes, drawer) for _, sample in drawn])]
+        rows = [("plain resize", [draw_sample(plain(sample), dataset.classes, drawer) for _, sample in chosen])]
         transform = train_transform(task.augment, task.image_size, dataset.kind)
         with own_random_state():
             for branch, probability in transform.probabilities.items():
-                alone, pictures = transform.only(branch), []
-                for draw, sample in drawn:
+                transform_of_branch, pictures = transform.only(branch), []
+                for draw, sample in chosen:
                     seed_all(draw.seed)
-                    more = FurtherSamples(dataset, [], config.max_broken_images)
-                    pictures.append(draw_sample(alone(sample, more), dataset.classes, drawer))
+                    further = FurtherSamples(dataset, [], config.max_broken_images)
+                    pictures.append(draw_sample(transform_of_branch(sample, further), dataset.classes, drawer))
                 rows.append((f"{branch}: {probability:.0%} of the samples", pictures))
         file = output.with_name(f"{output.stem}-{name}{output.suffix}")
         _sheet(rows).save(file)
