@@ -1,7 +1,6 @@
 """A task of your own, outside the package: predict whether an image was rotated by 0, 90, 180 or 270 degrees.
 
-`python examples/own_task.py` trains 20 steps on noise. In a run's YAML file, with this folder on PYTHONPATH:
-`tasks: {rot: {type: "own_task:RotationTask", ...}}`.
+`python examples/own_task.py` trains it on noise. In a run's YAML file its type is "own_task:RotationTask".
 """
 
 import torch
