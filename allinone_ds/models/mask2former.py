@@ -80,7 +80,8 @@ class Mask2FormerSegmenter(nn.Module):
     """Mask2Former (https://arxiv.org/abs/2112.01527) for semantic segmentation, on a simple feature pyramid.
 
     Positions, sampled locations, matching and losses are float32 whatever the dtype of the weights. Pixels of unknown
-    class have no influence: there the predicted masks are replaced by "not part of this mask", as in the truth.
+    class have no influence: at these pixels the predicted masks are replaced by "not part of this mask", as in the
+    truth.
 
     Args:
         num_classes: K.

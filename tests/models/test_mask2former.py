@@ -78,9 +78,9 @@ def test_predictions_of_all_layers_count_in_training_and_in_evaluation():
     layers = [(torch.randn(1, 6, 4), torch.randn(1, 6, 1, 1).repeat(1, 1, 16, 16)) for _ in range(3)]
     for training in (True, False):
         head.train(training)
-        alone = sum(head.loss([classes], [masks], truth, 255) for classes, masks in layers)
+        separate = sum(head.loss([classes], [masks], truth, 255) for classes, masks in layers)
         together = head.loss([classes for classes, _ in layers], [masks for _, masks in layers], truth, 255)
-        torch.testing.assert_close(together, alone, rtol=0.05, atol=0.0)
+        torch.testing.assert_close(together, separate, rtol=0.05, atol=0.0)
 
 
 def test_cell_centers_are_those_of_transformers():
@@ -138,5 +138,5 @@ def test_defaults_are_those_of_the_paper():
 
 
 def test_dropout_skips_no_layer():
-    # a rank that skips a layer alone would leave the others waiting for its parameters under ZeRO-3
+    # a rank that skips a layer would leave the other ranks waiting for its parameters under ZeRO-3
     assert segmenter(dropout=0.5).net.transformer.decoder.layerdrop == 0

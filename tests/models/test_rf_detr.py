@@ -19,9 +19,9 @@ def detector(groups):
 
 def test_rf_detr_targets_are_relative_to_the_sides_of_the_image():
     boxes = torch.tensor([[10.0, 20.0, 50.0, 30.0]])
-    found = _targets([{"boxes": boxes, "labels": torch.tensor([2])}], torch.zeros(1, 3, 40, 80))[0]
-    torch.testing.assert_close(found["boxes"], torch.tensor([[30 / 80, 25 / 40, 40 / 80, 10 / 40]]))
-    assert found["class_labels"].tolist() == [2]
+    target = _targets([{"boxes": boxes, "labels": torch.tensor([2])}], torch.zeros(1, 3, 40, 80))[0]
+    torch.testing.assert_close(target["boxes"], torch.tensor([[30 / 80, 25 / 40, 40 / 80, 10 / 40]]))
+    assert target["class_labels"].tolist() == [2]
 
 
 def test_rf_detr_decodes_the_boxes_that_its_post_processing_gives():
@@ -33,7 +33,7 @@ def test_rf_detr_decodes_the_boxes_that_its_post_processing_gives():
     query, label = divmod(int(scores[0].argmax()), 3)
     assert int(best["labels"][0]) == label
     torch.testing.assert_close(boxes[0, query], best["boxes"][0])
-    assert boxes[..., 2].max() > 32  # wider than high, and some box lies where a square would not reach
+    assert boxes[..., 2].max() > 32  # the image is wider than high, and some box lies outside its left square
 
 
 def test_rf_detr_evaluates_the_group_that_predicts():

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.tasks.heads import HEADS, build
 from tests.tiny import SIZE, samples, tiny_model
 
-# head -> steps, learning rate, largest share of the first loss that may be left
+# head -> steps, learning rate, largest allowed fraction of the first loss after them
 OVERFIT = {
     "fcos": (60, 3e-3, 0.3),
     "fcos-pyramid": (40, 3e-3, 0.4),
@@ -30,7 +30,7 @@ def one_rank():
 
 
 class Collectives(TorchDispatchMode):
-    """Names of the collectives that were called."""
+    """Context that records the names of the collectives called inside it."""
 
     def __init__(self):
         super().__init__()
@@ -44,19 +44,19 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_no_forward_or_loss_communicates(one_rank, head):
-    # ranks that run other tasks at that moment would not answer
+    # ranks that run a different task at that time would not take part
     model, name, task = build(head)
-    with Collectives() as found:
+    with Collectives() as collectives:
         dist.all_reduce(torch.zeros(1))
         model(name, **task.collate(samples())).loss.backward()
-    assert found.names == ["c10d.allreduce_.default"]  # our own: they are seen
+    assert collectives.names == ["c10d.allreduce_.default"]  # that of this test
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_four_images_are_overfitted(head):
     model, name, task = build(head)
     batch = task.collate(samples())
-    steps, rate, share = OVERFIT[head]
+    steps, rate, fraction = OVERFIT[head]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
@@ -66,7 +66,7 @@ def test_four_images_are_overfitted(head):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < share * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+    assert losses[-1] < fraction * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
 @pytest.mark.parametrize("head", HEADS)

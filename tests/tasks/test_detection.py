@@ -47,38 +47,41 @@ def test_predictions_inside_a_crowd_do_not_count():
 
 
 def random_scenes(count=40, classes=4):
-    """Truths with crowds, and predictions near them, beside them and of the wrong class; more than COCO counts."""
+    """Return truths with crowds, and predictions near them, elsewhere and of the wrong class.
+
+    The first image has more predictions than COCO counts.
+    """
     generator = torch.Generator().manual_seed(11)
 
     def boxes(n):
         corner = torch.rand(n, 2, generator=generator) * 80
         return torch.cat([corner, corner + 4 + torch.rand(n, 2, generator=generator) * 40], dim=1)
 
-    def whole(high, n):
+    def integers(high, n):
         return torch.randint(0, high, (n,), generator=generator)
 
-    truths, found = [], []
+    truths, predictions = [], []
     for i in range(count):
-        n = int(whole(6, 1))
-        truth = {"boxes": boxes(n), "labels": whole(classes, n), "iscrowd": whole(5, n) == 0}
+        n = int(integers(6, 1))
+        truth = {"boxes": boxes(n), "labels": integers(classes, n), "iscrowd": integers(5, n) == 0}
         near = truth["boxes"] + torch.randn(n, 4, generator=generator) * 1.5
-        more = 130 if i == 0 else int(whole(8, 1))
-        wrong = torch.where(whole(4, n) == 0, whole(classes, n), truth["labels"])
+        more = 130 if i == 0 else int(integers(8, 1))
+        wrong = torch.where(integers(4, n) == 0, integers(classes, n), truth["labels"])
         truths.append(truth)
-        found.append(
+        predictions.append(
             {
                 "boxes": torch.cat([near, boxes(more)]),
-                "labels": torch.cat([wrong, whole(classes, more)]),
+                "labels": torch.cat([wrong, integers(classes, more)]),
                 "scores": torch.cat(
                     [torch.rand(n, generator=generator) * 0.6 + 0.4, torch.rand(more, generator=generator)]
                 ),
             }
         )
-    return truths, found
+    return truths, predictions
 
 
-def coco_map50(truths, found, classes=4):
-    """mAP50 and mAP of pycocotools, fed by hand."""
+def coco_map50(truths, predictions, classes=4):
+    """Return the mAP50 and mAP of pycocotools."""
 
     def rows(things):
         for image, thing in enumerate(things):
@@ -105,7 +108,7 @@ def coco_map50(truths, found, classes=4):
     truth.createIndex()
     results = [
         {"image_id": image, "category_id": int(t["labels"][k]), "bbox": box, "score": float(t["scores"][k])}
-        for image, t, k, box in rows(found)
+        for image, t, k, box in rows(predictions)
     ]
     evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
     evaluation.evaluate()
@@ -115,11 +118,11 @@ def coco_map50(truths, found, classes=4):
 
 
 def test_map50_is_that_of_pycocotools():
-    truths, found = random_scenes()
+    truths, predictions = random_scenes()
     metric = DetectionMetric()
     for start in range(0, 40, 7):
-        metric.update(found[start : start + 7], truths[start : start + 7])
-    result, expected = metric.compute(), coco_map50(truths, found)
+        metric.update(predictions[start : start + 7], truths[start : start + 7])
+    result, expected = metric.compute(), coco_map50(truths, predictions)
     assert 0.05 < expected["map"] < expected["map50"] < 0.95
     assert result == pytest.approx(expected, abs=1e-6)
 
@@ -130,7 +133,7 @@ def test_boxes_come_back_in_original_pixels():
     task = model.tasks["det"].eval()
     with torch.no_grad():
         out = model("det", torch.randn(2, 3, *SIZE))
-        out.cls_logits += 8.0  # so that boxes are found at all
+        out.cls_logits += 8.0  # so that some boxes are above the threshold
         small, same = task.predict(out, [SIZE, SIZE])
         large, _ = task.predict(out, [(SIZE[0] * 3, SIZE[1] * 5), SIZE])
     assert len(small["boxes"]) > 10
