@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from allinone_ds.data.augmentation.transforms import normalize
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.strict import did_you_mean
-from allinone_ds.tasks.base import Task
+
+if TYPE_CHECKING:
+    from allinone_ds.tasks import Task
 
 
 class AllInOneModel(nn.Module):

@@ -47,10 +47,10 @@ def activation_bytes(
                     continue
                 counted[name] = kept.bytes
                 if labels is None:
-                    notes.append(f"{name}: without the activations of the loss, which depend on values")
+                    notes.append(f"{name}: without the activations of the loss, which needs real labels")
                 break
             else:
-                notes.append(f"{name}: without the activations of the head, which depend on values")
+                notes.append(f"{name}: without the activations of the head, which needs real images")
                 kept = SavedBytes(model, checkpointing)
                 with kept:
                     model.backbone(torch.empty(count, 3, *task.image_size))

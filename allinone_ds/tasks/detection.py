@@ -237,5 +237,5 @@ class DetectionMetric:
         metric.warn_on_many_detections = False
         metric.update([predicted for predicted, _ in images], [truth for _, truth in images])
         result = metric.compute()
-        # torchmetrics returns -1 if there is no object of any class
+        # torchmetrics returns -1 if the truth has no object of any class
         return {"map50": max(float(result["map_50"]), 0.0), "map": max(float(result["map"]), 0.0)}

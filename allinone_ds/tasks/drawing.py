@@ -15,7 +15,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 FONT_SIZE = 13
-_SMALLEST = 320  # least shorter side of a drawing in pixels, so that text on it is readable
+_SMALLEST = 320  # minimum length of the shorter side of a drawing in pixels, so that text on it is readable
 _LINE = FONT_SIZE + 6  # height of a line of text in pixels
 
 

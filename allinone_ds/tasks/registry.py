@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.models.backbone import Backbone
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
 from allinone_ds.tasks.classification import ClassificationTask
 from allinone_ds.tasks.detection import DetectionTask
 from allinone_ds.tasks.segmentation import SegmentationTask
+
+if TYPE_CHECKING:
+    from allinone_ds.models.backbone import Backbone
 
 TASKS: dict[str, type[Task]] = {
     "detection": DetectionTask,

@@ -180,4 +180,4 @@ def test_a_task_with_the_abstract_methods_only_gets_the_defaults() -> None:
         empty = model_of("plain")
     notes: list[str] = []
     assert activation_bytes(empty, {"light": 2}, torch.float32, False, notes)["light"] > 0
-    assert notes == ["light: without the activations of the loss, which depend on values"]
+    assert notes == ["light: without the activations of the loss, which needs real labels"]
