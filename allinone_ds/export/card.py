@@ -18,12 +18,6 @@ from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.names import METRICS_FILE, TRAINER_STATE
 
 CARD_FILE = "README.md"
-# What model hubs call the tasks.
-_PIPELINES = {
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-    "classification": "image-classification",
-}
 
 
 @dataclass
@@ -69,13 +63,12 @@ def model_card(facts: ExportFacts, about: RunFacts, model: AllInOneModel) -> str
     """
     names = list(facts.tasks)
     tasks = tasks_of(model)
-    kinds = {name: tasks[name].kind for name in names}
     one = names[0] if len(names) == 1 else None
     front: dict[str, Any] = {"library_name": "allinone_ds", "tags": ["vision", "multi-task", "deepspeed"]}
-    if one and kinds[one] in _PIPELINES:
-        front["pipeline_tag"] = _PIPELINES[kinds[one]]
+    if one and tasks[one].pipeline_tag:
+        front["pipeline_tag"] = tasks[one].pipeline_tag
     heads = ", ".join(
-        f"`{name}` ({kinds[name]}, head {tasks[name].head_name or 'of its own'}, {_millions(tasks[name])})"
+        f"`{name}` ({tasks[name].kind}, head {tasks[name].head_name or 'of its own'}, {_millions(tasks[name])})"
         for name in names
     )
     others = [name for name in about.config.tasks if name not in names]

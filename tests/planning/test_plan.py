@@ -21,7 +21,7 @@ from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
 from tests.planning.ranks_memory import CASES, name_of
-from tests.tasks.test_learning import HEADS
+from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_model
 from tests.tiny_run import tiny_run
 
