@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
 
     Example:
-        >>> main(["plan", "configs/runs/demo.yaml", "--gpus", "2", "--classes", "detection"])
+        >>> main(["train", "nowhere.yaml"])     # prints an error that lists the files that come with the package
         2
     """
     parser = _parser()
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run's folder")
     train.set_defaults(run=commands.train)
 
-    demo = subparsers.add_parser("demo", help="create demo data, train, evaluate and draw predictions (about 2 minutes)")
+    demo = subparsers.add_parser("demo", help="create demo data, train on it and draw predictions (about 2 minutes)")
     demo.add_argument("--full", action="store_true", help="the longer demo (about 10 minutes on 2 cores)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order, augmentation and weights (default 0)")
     demo.add_argument("--output", type=Path, help="folder of the run (default runs/demo or runs/demo_full)")
@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = subparsers.add_parser("predict", help="predict on images with a trained model: pictures and JSON")
     predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (default predictions)")
+    predict.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder to write (default predictions)"
+    )
     predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
                          help="overrides, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)
@@ -80,21 +82,27 @@ def _parser() -> argparse.ArgumentParser:
     export = subparsers.add_parser("export", help="export the model of a run to folders that load without this package")
     export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     export.add_argument("--output", type=Path, help="folder to write to (default RUN/export)")
-    export.add_argument("--onnx", action="store_true", help="also write one ONNX graph per task (requires the extra `onnx`)")
+    export.add_argument(
+        "--onnx", action="store_true", help="also write one ONNX graph per task (needs the extra `onnx`)"
+    )
     export.set_defaults(run=commands.export)
 
     report = subparsers.add_parser("report", help="write an HTML page that shows one run or compares several")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    report.add_argument("--output", type=Path, metavar="FILE", help="HTML file to write (default report.html in the first RUN)")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default report.html in the first RUN)"
+    )
     report.set_defaults(run=commands.report)
 
-    score = subparsers.add_parser("score", help="compute the leaderboard score of the challenge and write its submission file")
+    score = subparsers.add_parser("score", help="compute the challenge's leaderboard score and write its submission")
     score.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     score.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="A: as for eval; B: the other data, e.g. data_root=/other"
     )
-    score.add_argument("--leaderboard", choices=("A", "B"), default="A", help="B first trains the run on other data (default A)")
-    score.add_argument("--output", type=Path, help="A: the submission file; B: folder of the second run (default RUN/B)")
+    score.add_argument(
+        "--leaderboard", choices=("A", "B"), default="A", help="B first trains on other data (default A)"
+    )
+    score.add_argument("--output", type=Path, help="A: submission file; B: folder of the new run (default RUN/B)")
     score.add_argument("--nproc", type=_positive, help="B: number of ranks (default: one per GPU, 2 without GPUs)")
     score.set_defaults(run=commands.score)
 
@@ -117,14 +125,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--nproc", type=_positive, help="ranks of the bandwidth test (default: one per GPU, 2 without GPUs; 1: no test)"
     )
-    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="folder that runs are written to (default runs)")
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="folder that runs write to (default runs)")
     doctor.set_defaults(run=commands.doctor)
 
     plan = subparsers.add_parser("plan", help="estimate the memory and traffic per GPU of a run without starting it")
     plan.add_argument("config", help="YAML file of the run")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
     plan.add_argument("--gpus", type=_positive, required=True, help="number of ranks, one per GPU")
-    plan.add_argument("--classes", nargs="*", default=[], metavar="TASK:N", help="number of classes of a task whose data is not on this machine")
+    plan.add_argument(
+        "--classes",
+        nargs="*",
+        default=[],
+        metavar="TASK:N",
+        help="classes of a task whose data is not here",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.set_defaults(run=commands.plan)
     return parser

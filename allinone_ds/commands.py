@@ -188,13 +188,13 @@ def score(args: argparse.Namespace) -> int:
 
 
 def _train_on_other_data(args: argparse.Namespace) -> Path:
-    """Train the configuration of a run, from its weights, on the data that the overrides name; return the new folder."""
+    """Train the configuration of a run, from its weights, on the data that the overrides name; return its folder."""
     from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.run_folder.names import CONFIG_FILE
     from allinone_ds.training.launcher import default_ranks
 
     if not args.overrides:
-        raise ConfigError("leaderboard B trains on other data of the same tasks; name it with overrides, for example data_root=/other")
+        raise ConfigError("leaderboard B trains on other data of the same tasks; name it, for example data_root=/other")
     folder = args.output or args.folder / "B"
     own = [f"output_dir={folder}", f"model.start_from={args.folder}", "trainer.resume_from_checkpoint=false"]
     overrides = [*own, *args.overrides]

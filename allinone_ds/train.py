@@ -1,8 +1,8 @@
 """Train one run. A launcher starts this module once per rank.
 
-    deepspeed --module allinone_ds.train configs/runs/demo.yaml trainer.max_steps=50
-    torchrun --nproc_per_node 2 -m allinone_ds.train configs/runs/demo.yaml
-    allinone-ds train configs/runs/demo.yaml --nproc 2
+deepspeed --module allinone_ds.train configs/runs/demo.yaml trainer.max_steps=50
+torchrun --nproc_per_node 2 -m allinone_ds.train configs/runs/demo.yaml
+allinone-ds train configs/runs/demo.yaml --nproc 2
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def checkpoint_to_resume(
         faults = find_faults(Path(resume_from))
         if faults:
             raise ConfigError(
-                f"trainer.resume_from_checkpoint = {resume_from}: this checkpoint is broken: {_first(faults)}; choose a "
-                "different one"
+                f"trainer.resume_from_checkpoint = {resume_from}: the checkpoint is broken: {_first(faults)}; choose "
+                "a different one"
             )
         return Path(resume_from), []
     broken: list[tuple[Path, str]] = []

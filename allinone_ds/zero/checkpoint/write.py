@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from allinone_ds.errors import UnsupportedEngine
-from allinone_ds.zero.checkpoint.layout import KNOWN_CLASSES
+from allinone_ds.zero.checkpoint.layout import read_file
 
 Take = Callable[[Any, Path], None]
 """Gets a file's content and its path, and writes it now or later."""
@@ -20,9 +19,8 @@ Take = Callable[[Any, Path], None]
 class CheckpointFiles(TorchCheckpointEngine):
     """DeepSpeed's own reader and writer of files, with two differences.
 
-    Reading is `torch.load(weights_only=True)` with `KNOWN_CLASSES` allowed: DeepSpeed's own would run any code that a
-    file holds. And during `save_engine` a failed write is noted, not raised: a rank that left `save_checkpoint` in its
-    middle would leave the others waiting in its barriers.
+    Reading is `read_file`, because DeepSpeed's own would run any code that a file holds. During `save_engine` a failed
+    write is noted, not raised: a rank that left `save_checkpoint` early would leave the others waiting in its barriers.
     """
 
     def __init__(self, own: TorchCheckpointEngine) -> None:
@@ -45,8 +43,7 @@ class CheckpointFiles(TorchCheckpointEngine):
             self.errors.append(f"{Path(path).name}: {error}")
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return read_file(path, map_location, mmap=False)
 
 
 def own_checkpoint_files(engine: Any) -> CheckpointFiles:
