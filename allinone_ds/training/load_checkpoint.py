@@ -75,8 +75,8 @@ def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
         trainer.warn(
             trainer.state.global_step,
             f"the learning rates of {checkpoint.name} are kept: their maximum is {max(loaded):g}, this run is "
-            f"configured with {max(configured):g}. To train with different ones, start a new run: a different output_dir "
-            f"and model.start_from={checkpoint}",
+            f"configured with {max(configured):g}. To change them, start a new run with a different output_dir and "
+            f"model.start_from={checkpoint}",
         )
     for group, rate in zip(trainer.deepspeed.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate

@@ -143,9 +143,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
 
 
 def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
-    words = (
-        "import sys; from allinone_ds.run_folder import lock; lock.lock_folder(sys.argv[1]); print(flush=True); input()"
-    )
+    words = "import sys; from allinone_ds.run_folder import lock; lock.lock_folder(sys.argv[1]); print(); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", words, str(tmp_path)],
         stdin=subprocess.PIPE,
