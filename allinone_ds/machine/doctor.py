@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -21,7 +22,7 @@ from packaging.requirements import Requirement
 from allinone_ds.machine.findings import Finding, bandwidth_findings
 
 PACKAGES = ("torch", "torchvision", "transformers", "deepspeed", "accelerate")
-LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
+LOCAL_FILE_SYSTEMS = ("overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
@@ -52,34 +53,19 @@ def accelerators() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        memory = psutil.virtual_memory().total / 2**30
-        driver = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-        return [
-            Finding(
-                "accelerator",
-                f"none; {os.cpu_count()} CPU cores, {memory:.0f} GiB",
-                "error" if driver else "warning",
-                "there is a GPU driver, but torch cannot use it: install the torch build for it"
-                if driver
-                else "runs train on the CPU and communicate over gloo",
-            )
-        ]
+        cpu = f"none; {os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+        if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists():
+            advice = "there is a GPU driver, but torch cannot use it: install the torch build for it"
+            return [Finding("accelerator", cpu, "error", advice)]
+        return [Finding("accelerator", cpu, "warning", "runs train on the CPU and communicate over gloo")]
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        busy = free < 0.9 * total
-        found.append(
-            Finding(
-                f"GPU {index}",
-                f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free",
-                "warning" if busy else "ok",
-                "a different process uses it" if busy else "",
-            )
-        )
+        text = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        in_use = ("warning", "a different process uses it") if free < 0.9 * total else ()
+        found.append(Finding(f"GPU {index}", text, *in_use))
     if not torch.cuda.is_bf16_supported():
-        found.append(
-            Finding("bf16", "not supported by these GPUs", "warning", "use a DeepSpeed config of fp16 or fp32")
-        )
+        found.append(Finding("bf16", "not supported by these GPUs", "warning", "use a DeepSpeed config with fp16"))
     return found
 
 
@@ -104,14 +90,8 @@ def network() -> list[Finding]:
     }
     outer = {name: ips for name, ips in addresses.items() if ips and not ips[0].startswith("127.")}
     shown = ", ".join(f"{name} {ips[0]} ({stats[name].speed or '?'} Mbit/s)" for name, ips in outer.items())
-    found = [
-        Finding(
-            "interfaces",
-            shown or "only loopback",
-            "ok" if outer else "warning",
-            "" if outer else "other hosts cannot be reached; runs on this host work",
-        )
-    ]
+    alone = () if outer else ("warning", "other hosts cannot be reached; runs on this host work")
+    found = [Finding("interfaces", shown or "only loopback", *alone)]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         configured = os.environ.get(variable)
         names = [n.lstrip("^=") for n in (configured or "").split(",") if n]
@@ -128,19 +108,16 @@ def network() -> list[Finding]:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
         own = "unknown"
+    name = f"{socket.gethostname()} is {own}"
     if not own.startswith("127.") and own != "unknown":
-        found.append(Finding("host name", f"{socket.gethostname()} is {own}"))
+        found.append(Finding("host name", name))
     elif outer and "GLOO_SOCKET_IFNAME" not in os.environ:
-        found.append(
-            Finding(
-                "host name",
-                f"{socket.gethostname()} is {own}",
-                "warning",
-                "gloo would listen on an address that other hosts cannot reach: for runs on several hosts set "
-                f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to {next(iter(outer))}, for the DeepSpeed launcher in "
-                "./.deepspeed_env",
-            )
+        advice = (
+            "gloo would listen on an address that other hosts cannot reach: for runs on several hosts set "
+            f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to {next(iter(outer))}, for the DeepSpeed launcher in "
+            "./.deepspeed_env"
         )
+        found.append(Finding("host name", name, "warning", advice))
     return found
 
 
@@ -152,9 +129,8 @@ def port() -> Finding:
         try:
             probe.bind(("", number))
         except OSError as error:
-            return Finding(
-                "port", f"{number}: {error.strerror}", "warning", "set MASTER_PORT, or end the run that uses it"
-            )
+            advice = "set MASTER_PORT, or end the run that uses it"
+            return Finding("port", f"{number}: {error.strerror}", "warning", advice)
     return Finding("port", f"{number} is free")
 
 
@@ -166,17 +142,12 @@ def disk(folder: Path) -> list[Finding]:
     mounts = sorted(psutil.disk_partitions(all=True), key=lambda mount: len(mount.mountpoint))
     inside = [mount for mount in mounts if place == Path(mount.mountpoint) or Path(mount.mountpoint) in place.parents]
     kind = inside[-1].fstype if inside else "unknown"
-    local = kind in LOCAL_FILE_SYSTEMS
-    found = [
-        Finding(
-            "file system",
-            f"{place} is {kind}",
-            "warning" if kind in ("tmpfs", "ramfs") else "ok",
-            "its content is lost when the machine stops"
-            if kind in ("tmpfs", "ramfs")
-            else ("it is local: a run on several hosts needs a shared one" if local else ""),
-        )
-    ]
+    if kind in ("tmpfs", "ramfs"):
+        advice = "its content is lost when the machine stops"
+    else:
+        advice = "it is local: a run on several hosts needs a shared one" if kind in LOCAL_FILE_SYSTEMS else ""
+    level: Literal["ok", "warning"] = "warning" if kind in ("tmpfs", "ramfs") else "ok"
+    found = [Finding("file system", f"{place} is {kind}", level, advice)]
     free = shutil.disk_usage(place).free / 2**30
     low = free < 20
     space = f"{free:.0f} GiB" if free >= 1 else f"{free * 1024:.0f} MiB"

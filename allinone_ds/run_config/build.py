@@ -79,15 +79,15 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
     return data
 
 
-def spelled_out(asked: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
+def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
     """Return a backbone configuration that needs no checkpoint: the sizes of the built backbone replace it.
 
     Args:
-        asked: configuration that the backbone was built from.
+        configured: configuration that the backbone was built from.
         built: configuration of the built backbone.
     """
-    if asked.checkpoint is None:
-        return asked
+    if configured.checkpoint is None:
+        return configured
     default = type(built)().to_dict()
     derived = (
         "out_indices",
@@ -103,4 +103,4 @@ def spelled_out(asked: BackboneConfig, built: PreTrainedConfig) -> BackboneConfi
         for key, value in built.to_dict().items()
         if not key.startswith("_") and key not in derived and key in default and value != default[key]
     }
-    return asked.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})
+    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})

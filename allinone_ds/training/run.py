@@ -16,7 +16,7 @@ from allinone_ds.reporting.predictions_page import collect_drawings, write_page
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_report
 from allinone_ds.run_config.arguments import arguments_from_config
-from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, spelled_out
+from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, without_checkpoint
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.atomic_file import write_atomically
@@ -62,7 +62,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)
-    facts = ModelFacts(backbone=spelled_out(config.model.backbone, model.backbone.config), classes=classes)
+    facts = ModelFacts(backbone=without_checkpoint(config.model.backbone, model.backbone.config), classes=classes)
     weighting, balancer_options = balancer_from_config(config.balancer)
     events = EventLog(config.run_dir)
     trainer = AllInOneTrainer(

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -181,7 +180,21 @@ class AllInOneTrainer(DurableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the data from the current step on. Each rank reads its own samples, so accelerate shards nothing."""
-        return _TrainSteps(self)  # type: ignore[return-value]
+        return self._train_steps()  # type: ignore[return-value]
+
+    def _train_steps(self) -> Iterator[StepBatch]:
+        """Yield the data per step. A generator: it opens the loader when the step to resume at is known."""
+        data: Any = self.train_dataset
+        yield from train_loader(
+            data,
+            self.schedule,
+            self.args.process_index,
+            self.state.global_step,
+            self.state.max_steps,
+            self.args.dataloader_num_workers,
+            self.args.max_broken_images,
+            share=self.own_micro_batches,
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return the data of the next step, and no item count: every task averages its own losses."""
@@ -339,26 +352,3 @@ class AllInOneTrainer(DurableTrainer):
             )
         module: Any = self.model
         return module.to(self.args.device)
-
-
-@dataclass
-class _TrainSteps:
-    """Iterable of the data per step. The loader opens when iteration starts, when the step to resume at is known."""
-
-    trainer: AllInOneTrainer
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        trainer, args = self.trainer, self.trainer.args
-        data: Any = trainer.train_dataset
-        return iter(
-            train_loader(
-                data,
-                trainer.schedule,
-                args.process_index,
-                trainer.state.global_step,
-                trainer.state.max_steps,
-                args.dataloader_num_workers,
-                args.max_broken_images,
-                share=trainer.own_micro_batches,
-            )
-        )
