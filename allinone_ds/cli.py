@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="overrides, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)
 
-    export = subparsers.add_parser("export", help="export the model of a run to folders that load without this package")
+    export = subparsers.add_parser("export", help="export the model of a run to self-contained folders")
     export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     export.add_argument("--output", type=Path, help="folder to write to (default RUN/export)")
     export.add_argument(

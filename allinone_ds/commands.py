@@ -78,12 +78,12 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         job = bar.add_task(f"training on {ranks} ranks", total=None, state="starting")
-        begun: dict[str, float] = {}
+        started: dict[str, float] = {}
 
         def show(event: dict[str, Any]) -> None:
             step = event["step"]
             if event["event"] == "begin":
-                begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
+                started.update(step=step, time=event["time"], max_steps=event["max_steps"])
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
             elif event["event"] == "warning":
                 console.print(f"warning: {event['message']}", style="yellow")
@@ -92,9 +92,9 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
             elif "eval_score" in event:
                 console.print(f"step {step}  {metrics_line(event)}")
             elif task_losses(event):
-                pace = (event["time"] - begun["time"]) / max(step - begun["step"], 1)
+                pace = (event["time"] - started["time"]) / max(step - started["step"], 1)
                 losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
-                total = int(begun["max_steps"])
+                total = int(started["max_steps"])
                 line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
                 bar.update(job, completed=step, state=line)
                 if not console.is_terminal:

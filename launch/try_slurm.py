@@ -132,8 +132,8 @@ class Job:
     def starts(self, count: int) -> None:
         """Wait until the run has started `count` times and has saved a new checkpoint."""
         self.wait(lambda: len(self.events("begin")) == count, 300, f"start {count} of the run")
-        begun = self.events("begin")[-1]["step"]
-        self.wait(lambda: self.last() > begun, 300, f"a checkpoint after start {count}")
+        started = self.events("begin")[-1]["step"]
+        self.wait(lambda: self.last() > started, 300, f"a checkpoint after start {count}")
 
     def last(self) -> int:
         """Return the step of the last checkpoint."""
@@ -141,9 +141,9 @@ class Job:
 
     def stops(self, count: int, why: str) -> None:
         """Wait until the run has stopped `count` times and the job is requeued."""
-        begun = time.monotonic()
+        started = time.monotonic()
         self.wait(lambda: len(self.events("stopped")) == count, 300, f"a stop after {why}")
-        seconds, event = time.monotonic() - begun, self.events("stopped")[-1]
+        seconds, event = time.monotonic() - started, self.events("stopped")[-1]
         self.wait(lambda: self.details().get("Restarts") == str(count), 120, f"requeue {count}")
         print(f"{why}: saved and stopped at step {event['step']} after {seconds:.0f} s; requeued", flush=True)
 
@@ -174,11 +174,11 @@ def main() -> int:
         hosts.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         job.wait(lambda: job.details().get("JobState") in states, 300, "the end of the job")
-        begun = [event["step"] for event in job.events("begin")]
+        started = [event["step"] for event in job.events("begin")]
         stopped = [event["step"] for event in job.events("stopped")]
         state, finished = job.details()["JobState"], (job.run / "metrics.json").is_file()
-        print(f"starts at steps {begun}, stops at steps {stopped}; the job is {state}")
-        passed = state == "COMPLETED" and finished and begun == [0, *stopped] and len(stopped) == 2
+        print(f"starts at steps {started}, stops at steps {stopped}; the job is {state}")
+        passed = state == "COMPLETED" and finished and started == [0, *stopped] and len(stopped) == 2
         if not passed:
             print(job.log.read_text()[-3000:])
         return 0 if passed else 1

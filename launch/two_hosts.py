@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def lose_one_and_resume(hosts: SshHosts, folder: Path, log: Path) -> int:
-    begun, output = time.monotonic(), folder / "run"
+    started, output = time.monotonic(), folder / "run"
     sizes = DemoSizes(detection=(24, 4), segmentation=(24, 4), classification=(24, 4))
     make_demo_data(folder / "data", sizes=sizes, progress=False)
     hosts.make()
@@ -118,8 +118,8 @@ def lose_one_and_resume(hosts: SshHosts, folder: Path, log: Path) -> int:
     wait_for(lambda: first.poll() is not None, 300, "the end of the run that lost a host", log)
     seconds = time.monotonic() - lost
     at = checkpoints(output)[-1].name
-    said = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "(no error message)")
-    print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and printed:\n  {said}")
+    message = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "(no error message)")
+    print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and printed:\n  {message}")
     hosts.kill_all("a")
     hosts.start_sshd("a")
     hosts.reconnect("b")
@@ -129,8 +129,8 @@ def lose_one_and_resume(hosts: SshHosts, folder: Path, log: Path) -> int:
     steps = [event["step"] for event in events if event["event"] == "begin"]
     finished = (output / "metrics.json").is_file() and second.returncode == 0
     print(f"resumed from {at} at step {steps[-1]}; {'finished' if finished else 'FAILED'}", end=" ")
-    print(f"after {time.monotonic() - begun:.0f} s in total")
-    passed = finished and len(steps) == 2 and at == f"checkpoint-{steps[1]}" and "rank 1" in said
+    print(f"after {time.monotonic() - started:.0f} s in total")
+    passed = finished and len(steps) == 2 and at == f"checkpoint-{steps[1]}" and "rank 1" in message
     if not passed:
         print(log.read_text()[-3000:])
     return 0 if passed else 1

@@ -65,7 +65,7 @@ def accelerators() -> list[Finding]:
         in_use = ("warning", "a different process uses it") if free < 0.9 * total else ()
         found.append(Finding(f"GPU {index}", text, *in_use))
     if not torch.cuda.is_bf16_supported():
-        found.append(Finding("bf16", "not supported by these GPUs", "warning", "use a DeepSpeed config with fp16"))
+        found.append(Finding("bf16", "not supported by these GPUs", "warning", "use fp16 or fp32"))
     return found
 
 
