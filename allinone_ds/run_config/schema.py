@@ -73,7 +73,13 @@ class TaskConfig(Strict):
 
 
 class RunConfig(Strict):
-    """The configuration of one run; `load_config` reads it from a YAML file."""
+    """The configuration of one run; `load_config` reads it from a YAML file.
+
+    Example:
+        >>> config = load_config("configs/runs/demo.yaml")
+        >>> config.tasks["detection"].batch_size, config.step_images
+        (6, 28)
+    """
 
     name: str
     output_dir: Path | None = None
