@@ -78,7 +78,7 @@ class RunConfig(Strict):
     Example:
         >>> config = load_config("configs/runs/demo.yaml")
         >>> config.tasks["detection"].batch_size, config.step_images
-        (6, 28)
+        (6, 34)
     """
 
     name: str
