@@ -17,7 +17,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.predictor import evaluate_run, load_run, predict_images
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.run_folder.checkpoints import checkpoints
-from allinone_ds.training.checkpointing import read_loop_state
+from allinone_ds.training.load_checkpoint import read_loop_state
 from tests.tiny_run import TEST_SAMPLES, launch
 
 OVERRIDES = ["trainer.load_best_model_at_end=true", "trainer.ema_decay=0.5"]
