@@ -20,8 +20,9 @@ from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.data.loader import StepBatch, TaskData
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.evaluation.metrics import flatten
 from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.predictions_page import collect_drawings
+from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.training.checkpointing import read_loop_state
@@ -289,16 +290,14 @@ class AllInOneTrainer(DurableTrainer):
         """
         data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
         start = time.perf_counter()
-        metrics = evaluate_tasks(
+        evaluation = evaluate_tasks(
             self._evaluable_model(),
             data,
             self.args.device,
-            self.args.process_index,
-            self.args.world_size,
             self.args.dataloader_num_workers,
-            metric_key_prefix,
             around=self.balancer.evaluation if self.balancer else None,
         )
+        metrics = flatten(evaluation, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
         if metric_key_prefix == "eval":  # the trackers' pictures are those of the weights that are trained

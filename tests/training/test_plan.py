@@ -146,7 +146,7 @@ def test_a_large_run_is_planned_without_its_data_or_weights(file: Path, capsys: 
     chosen = [c for c in plan["choices"] if (c["stage"], c["norm"]) == (2, "exact")]
     assert [c["memory"] for c in chosen] == [plan["memory_total"]]
     assert cli.main(["plan", str(file), "--gpus", "8"]) == 0
-    assert "the same run otherwise" in capsys.readouterr().out
+    assert "the same run with other settings" in capsys.readouterr().out
 
 
 def test_classes_that_the_file_expects_are_taken_where_the_data_is_not(file: Path) -> None:
