@@ -115,7 +115,7 @@ def _summary(folder: Path, seconds: float) -> None:
     from allinone_ds.run_folder.names import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
 
     run = read_run(folder)
-    console.print(metrics_table(run.evaluation(), f"{run.metrics['steps']} steps, {clock(seconds)} in all"))
+    console.print(metrics_table(run.evaluation(), f"{run.metrics['steps']} steps, {clock(seconds)} in total"))
     if (averaged := run.evaluation(AVERAGED_PREFIX)).tasks:
         console.print(metrics_table(averaged, "averaged weights"))
     named = {

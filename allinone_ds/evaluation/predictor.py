@@ -24,7 +24,7 @@ from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.weights import read_weights
 from allinone_ds.strict import did_you_mean
-from allinone_ds.tasks import Prediction, Task
+from allinone_ds.tasks import Prediction, Sample, Task
 from allinone_ds.tasks.drawing import to_pil
 from allinone_ds.tasks.test_time import TestTime
 
@@ -98,10 +98,11 @@ class Predictor:
         Raises:
             ConfigError: an image cannot be read, or the model has no such task, or it cannot merge views.
         """
+        chosen = self._task(task)
         several = [images] if isinstance(images, str | Path | Image.Image | Tensor) else list(images)
-        opened = [open_image(image) for image in several]
-        pixels = self.preprocess(opened, task)
-        return predict_batch(self.model, self._task(task), pixels, [{"image": image} for image in opened], test_time)
+        samples: list[Sample] = [{"image": open_image(image)} for image in several]
+        pixels = self.preprocess([sample["image"] for sample in samples], task)
+        return predict_batch(self.model, chosen, pixels, samples, test_time)
 
     def _task(self, name: str | None) -> Task:
         if name is None and len(self.tasks) == 1:
