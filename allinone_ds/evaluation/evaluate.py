@@ -18,12 +18,7 @@ from allinone_ds.tasks import Prediction, Sample, Task
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a nested batch with its tensors on a device; dtypes do not change.
-
-    Example:
-        >>> to_device({"pixel_values": torch.zeros(1), "size": (2, 3)}, torch.device("cpu"))
-        {'pixel_values': tensor([0.]), 'size': (2, 3)}
-    """
+    """Return a nested batch with its tensors on a device; dtypes do not change."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

@@ -23,11 +23,6 @@ class Sizes:
         heads: task -> trained elements of its head.
         micro_steps: task -> micro-steps per optimizer step.
         frozen: elements that are not trained.
-
-    Example:
-        >>> sizes = Sizes(backbone=900, heads={"det": 60, "cls": 40}, micro_steps={"det": 1, "cls": 2})
-        >>> sizes.trained, sizes.largest_task
-        (1000, 960)
     """
 
     backbone: int
@@ -84,12 +79,6 @@ def memory_parts(
         sketch: elements of a sketch.
         averaged: whether an average of the weights is kept (`ema_decay`).
         groups: ranks of each task; None: every rank runs every task.
-
-    Example:
-        >>> sizes = Sizes(backbone=900, heads={"det": 100}, micro_steps={"det": 1})
-        >>> memory, host = memory_parts(Engine(stage=2, bucket=10), sizes, 4, "exact", moments=2, kept=1, sketch=8)
-        >>> memory
-        {'weights': 4000, 'gradients': 1000, 'optimizer': 3000, 'balancer': 1000, 'buffers': 40}
     """
     P = sizes.trained
     part = P if engine.stage == 0 else -(-P // gpus)
@@ -162,11 +151,6 @@ def moved_parts(
             balancer.
         sketch: elements of a sketch.
         groups: ranks of each task; None: every rank runs every task. The result is that of the GPU that sends most.
-
-    Example:
-        >>> sizes = Sizes(backbone=900, heads={"det": 100}, micro_steps={"det": 1})
-        >>> moved_parts(Engine(stage=2, all_reduces=False), sizes, 4, "plain", sketch=8)
-        {'gradients': 3000, 'new weights': 3000, 'norms': 0}
     """
     sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained

@@ -35,12 +35,7 @@ img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 
 
 def document(title: str, sections: Sequence[str]) -> str:
-    """Return a whole page: a heading, and those sections that are not empty.
-
-    Example:
-        >>> "<h1>a &amp; b</h1>" in document("a & b", [table(["task", "miou"], [["seg", "0.5"]])])
-        True
-    """
+    """Return a whole page: a heading, and those sections that are not empty."""
     name = escape(title)
     body = "\n".join([f"<h1>{name}</h1>", *(section for section in sections if section)])
     return f"{HEAD}<title>{name}</title>\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
@@ -67,12 +62,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], code: bool = False
 
 
 def image(media_type: str, content: bytes, description: str) -> str:
-    """Return an image whose content is part of the page.
-
-    Example:
-        >>> image("image/png", b"...", "a street")
-        '<img alt="a street" src="data:image/png;base64,Li4u">'
-    """
+    """Return an image whose content is part of the page."""
     data = base64.b64encode(content).decode()
     return f'<img alt="{escape(description)}" src="data:{media_type};base64,{data}">'
 

@@ -47,10 +47,6 @@ def evaluation_lines(
     Args:
         history: `trainer.state.log_history`.
         tasks: names of the run's tasks.
-
-    Example:
-        >>> evaluation_lines([{"step": 2, "eval_det_map50": 0.5, "eval_det_samples": 9}], ["det"])
-        {'det: map50': ([2], [0.5])}
     """
     return _lines(history, lambda entry: labelled_metrics(entry, tasks))
 

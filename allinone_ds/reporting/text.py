@@ -6,12 +6,7 @@ from typing import Any
 
 
 def task_losses(logs: dict[str, Any]) -> dict[str, float]:
-    """Return task -> loss of one log; a missing value is NaN.
-
-    Example:
-        >>> task_losses({"loss": 3.0, "loss/det": 2.0, "loss/seg": 1.0})
-        {'det': 2.0, 'seg': 1.0}
-    """
+    """Return task -> loss of one log; a missing value is NaN."""
     return {
         key.removeprefix("loss/"): float("nan") if value is None else value
         for key, value in logs.items()
@@ -34,12 +29,7 @@ def metrics_line(logs: dict[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as m:ss, or h:mm:ss.
-
-    Example:
-        >>> clock(75), clock(3675)
-        ('1:15', '1:01:15')
-    """
+    """Return seconds as m:ss, or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,10 +2,10 @@
 
 Keys in W&B and TensorBoard:
     train/NAME                  values of a training log; `TaskLogs` in reporting/logs.py lists the names
-    eval/TASK_METRIC            every evaluation (`main_metric_key`)
-    eval/score                  mean of the tasks' main metrics (SCORE)
-    predictions/TASK            pictures of test images (`pictures_key`)
-    train/global_step           optimizer step, the x axis of everything in W&B (STEP)
+    eval/TASK_METRIC            metrics of every evaluation
+    eval/score                  mean of the tasks' main metrics
+    predictions/TASK            test images with predictions
+    train/global_step           optimizer step, the x axis of everything in W&B
 """
 
 from __future__ import annotations
@@ -28,27 +28,9 @@ from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TENSORBOARD, W
 from allinone_ds.tasks.drawing import to_pil
 
 STEP = "train/global_step"
+METRIC = "eval/{task}_{metric}"
 SCORE = "eval/score"
-
-
-def main_metric_key(task: str, metric: str) -> str:
-    """Return the key of a task's metric.
-
-    Example:
-        >>> main_metric_key("det", "map50")
-        'eval/det_map50'
-    """
-    return f"eval/{task}_{metric}"
-
-
-def pictures_key(task: str) -> str:
-    """Return the key of a task's pictures.
-
-    Example:
-        >>> pictures_key("det")
-        'predictions/det'
-    """
-    return f"predictions/{task}"
+PICTURES = "predictions/{task}"
 
 
 class Tracker(Protocol):
@@ -137,7 +119,7 @@ class WandbTracker(WandbCallback):
         if config.is_file():
             run.config.update({"run": yaml.safe_load(config.read_text())}, allow_val_change=True)
         for name, task in tasks_of(model).items():
-            run.define_metric(main_metric_key(name, task.main_metric), step_metric=STEP, summary="max")
+            run.define_metric(METRIC.format(task=name, metric=task.main_metric), step_metric=STEP, summary="max")
         run.define_metric(SCORE, step_metric=STEP, summary="max")
         if run.step < before.get("rows", 0):  # an offline run does not get its row counter from the server
             run.log({STEP: state.global_step}, step=before["rows"])
@@ -158,7 +140,7 @@ class WandbTracker(WandbCallback):
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         named = {
-            pictures_key(task): [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
+            PICTURES.format(task=task): [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
             for task, drawn in pictures.items()
         }
         self._wandb.log({**named, STEP: step})
@@ -244,5 +226,5 @@ class TensorBoardTracker(TensorBoardCallback):
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         for task, drawn in pictures.items():
             for number, picture in enumerate(drawn):
-                self.tb_writer.add_image(f"{pictures_key(task)}/{number}", picture, step)
+                self.tb_writer.add_image(f"{PICTURES.format(task=task)}/{number}", picture, step)
         self.tb_writer.flush()
