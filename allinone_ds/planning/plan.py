@@ -88,6 +88,15 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
             raise ConfigError(f"classes.{name}: the run has no such task; {did_you_mean(name, config.tasks)}")
     notes: list[str] = []
     trainer = check_trainer_keys(config.trainer)
+    weighting, options = balancer_from_config(config.balancer)
+    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
+    engine = dataclasses.replace(engine, task_traces=options.get("task_traces", True))
+    norm, parallel = options.get("norm", "exact"), options.get("parallel", "data")
+    if not _allowed(engine, norm, parallel, weighting):
+        raise ConfigError(
+            f"balancer: norm={norm!r} and parallel={parallel!r} cannot run with {weighting!r} on ZeRO-{engine.stage}; "
+            "parallel='tasks' needs ZeRO-1 or ZeRO-2; norm='exact' with parallel='data' runs on every engine"
+        )
     counts = {name: _class_count(config, name, classes or {}, notes) for name in config.tasks}
     with torch.device("meta"):
         names = {name: [str(k) for k in range(count)] for name, count in counts.items()}
@@ -95,20 +104,11 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         if config.model.backbone.checkpoint is not None:
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
-    weighting, options = balancer_from_config(config.balancer)
-    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
-    engine = dataclasses.replace(engine, task_traces=options.get("task_traces", True))
     sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    norm, parallel = options.get("norm", "exact"), options.get("parallel", "data")
-    if not _allowed(engine, norm, parallel, weighting):
-        raise ConfigError(
-            f"balancer: norm={norm!r} and parallel={parallel!r} cannot run with {weighting!r} on ZeRO-{engine.stage}; "
-            "parallel='tasks' needs ZeRO-1 or ZeRO-2; norm='exact' with parallel='data' runs on every engine"
-        )
     moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = options.get("sketch_size") or default_size(sizes.trained)
@@ -132,11 +132,8 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
             choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
     memory, host = parts(engine, norm, groups)
     if trainer.get("async_save"):
-        copied = [
-            "optimizer",
-            "average of the weights",
-            *(["weights"] if engine.stage < 3 else []),
-        ]  # what rank 0 copies
+        # parts that rank 0 copies
+        copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]
         host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
     return Plan(
         gpus=gpus,

@@ -181,6 +181,8 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
         memory("balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}")
     with pytest.raises(ConfigError, match="ZeRO-1 or ZeRO-2"):
         memory("balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json")
+    with pytest.raises(ConfigError, match="norm='sketch'.*DBMTL"):  # sees all tasks before it scales one
+        memory("balancer.norm=sketch", "balancer.name=db_mtl")
 
 
 def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:
