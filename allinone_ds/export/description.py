@@ -16,7 +16,7 @@ DESCRIPTION_FILE = "allinone.json"
 
 
 class Preprocessing(Strict):
-    """The way from an image to the network's input, which another runtime has to repeat."""
+    """Preprocessing from an image to the network's input, for use of the model outside of this package."""
 
     resize: Literal["bilinear, antialiased, to image_size, without padding"] = (
         "bilinear, antialiased, to image_size, without padding"
