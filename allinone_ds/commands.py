@@ -109,11 +109,15 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
 
 
 def _summary(folder: Path, seconds: float) -> None:
+    from allinone_ds.evaluation.metrics import AVERAGED_PREFIX
+    from allinone_ds.reporting.run_history import read_run
     from allinone_ds.reporting.text import clock
     from allinone_ds.run_folder.names import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
 
-    metrics = json.loads((folder / METRICS_FILE).read_text())
-    console.print(metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in total"))
+    run = read_run(folder)
+    console.print(metrics_table(run.evaluation(), f"{run.metrics['steps']} steps, {clock(seconds)} in total"))
+    if (averaged := run.evaluation(AVERAGED_PREFIX)).tasks:
+        console.print(metrics_table(averaged, "averaged weights"))
     named = {
         "weights": WEIGHTS_FILE,
         "metrics": METRICS_FILE,

@@ -10,10 +10,10 @@ from transformers import set_seed
 
 from allinone_ds.data.loader import TaskData
 from allinone_ds.distributed import barrier
+from allinone_ds.reporting.pictures import collect_drawings, save_pictures
 from allinone_ds.reporting.plots import write_plots
-from allinone_ds.reporting.predictions_page import collect_drawings, write_page
 from allinone_ds.reporting.progress import PrintProgress
-from allinone_ds.reporting.report import write_report
+from allinone_ds.reporting.report import write_predictions_page, write_report
 from allinone_ds.run_config.arguments import arguments_from_config
 from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, without_checkpoint
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
@@ -95,7 +95,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         _write_metrics(folder, metrics)
         write_plots(trainer.state.log_history, folder / PLOTS)
         if test_data:
-            write_page(drawings, folder, title=config.name, metrics=metrics)
+            save_pictures(drawings, folder)
+            write_predictions_page(folder)
         write_report([folder])
     barrier()
     return metrics

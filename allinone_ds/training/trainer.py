@@ -21,8 +21,9 @@ from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.evaluation.metrics import flatten
 from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.predictions_page import collect_drawings
+from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.training.durable_trainer import DurableTrainer
@@ -310,16 +311,14 @@ class AllInOneTrainer(DurableTrainer):
         """
         data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
         start = time.perf_counter()
-        metrics = evaluate_tasks(
+        evaluation = evaluate_tasks(
             self._evaluable_model(),
             data,
             self.args.device,
-            self.args.process_index,
-            self.args.world_size,
             self.args.dataloader_num_workers,
-            metric_key_prefix,
             around=self.balancer.evaluation if self.balancer else None,
         )
+        metrics = flatten(evaluation, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
         if metric_key_prefix == "eval":  # trackers show predictions of the trained weights, not of averaged ones
