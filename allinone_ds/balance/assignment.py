@@ -17,6 +17,13 @@ class TaskGroups:
     Args:
         ranks: task -> its ranks, ascending; the T tasks in the order they were given.
         world: number of ranks R.
+
+    Example:
+        >>> groups = TaskGroups({"det": (0, 1), "cls": (2,)}, world=3)
+        >>> groups.of(2)
+        ('cls',)
+        >>> groups.share("det", micro_steps=1, rank=0)
+        [(0, 0), (0, 2)]
     """
 
     ranks: Mapping[str, tuple[int, ...]]
@@ -198,6 +205,11 @@ class GroupPlan:
         groups: which ranks run which task.
         seconds: task -> seconds of one micro-batch.
         micro_steps: task -> micro-steps of one rank, where every rank runs every task.
+
+    Example:
+        >>> plan = plan_groups({"det": 3.0, "cls": 1.0}, world=4)
+        >>> plan.step_seconds, plan.sequential_seconds
+        (6.0, 4.0)
     """
 
     groups: TaskGroups

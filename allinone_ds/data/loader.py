@@ -69,7 +69,13 @@ class TaskData:
 
 
 class StepBatch(NamedTuple):
-    """All micro-batches of one optimizer step on one rank; see the example of `TaskData`."""
+    """All micro-batches of one optimizer step on one rank, as `train_loader` yields it.
+
+    Example:
+        >>> step = StepBatch(step=0, batches={"det": [{"labels": [1, 2]}]}, broken=[])
+        >>> list(step.batches)
+        ['det']
+    """
 
     step: int
     """Optimizer step, from 0."""
@@ -81,7 +87,13 @@ class StepBatch(NamedTuple):
 
 @dataclass
 class EvalBatch:
-    """One micro-batch of an evaluation; see the example of `eval_loader`."""
+    """One micro-batch of an evaluation, as `eval_loader` yields it.
+
+    Example:
+        >>> batch = EvalBatch(samples=[{"label": 3}], batch={"labels": [3]}, count=1)
+        >>> batch.broken
+        []
+    """
 
     samples: list[Sample]
     """The samples to evaluate, before the transform; sample i belongs to row i of `batch`."""

@@ -13,7 +13,13 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sample of a micro-batch; see the example of `Schedule`."""
+    """One sample of a micro-batch.
+
+    Example:
+        >>> schedule = Schedule(0, sizes={"det": 10}, batch={"det": (2, 1)}, world_size=1)
+        >>> [draw.position for draw in schedule.draw("det", step=3, micro_step=0, rank=0)]
+        [6, 7]
+    """
 
     index: int
     """Index in the dataset, 0..N-1."""

@@ -50,17 +50,6 @@ class AllInOneTrainer(DurableTrainer):
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
     task because its loss or gradient was not finite.
 
-        args = AllInOneArguments(output_dir="runs/mine", max_steps=1000, deepspeed="configs/deepspeed/zero2.json")
-        trainer = AllInOneTrainer(
-            model=AllInOneModel(backbone, {"boxes": boxes, "classes": classes}),
-            args=args,
-            train_dataset={"boxes": boxes_data, "classes": classes_data},       # TaskData
-            weighting=TBGC(max_norm=0.1),
-        )
-        trainer.train()
-
-    examples/ holds complete scripts. Start them with the `deepspeed` launcher or torchrun.
-
     Args:
         model: an AllInOneModel.
         args: arguments; `args.deepspeed` determines the ZeRO stage.
@@ -77,6 +66,19 @@ class AllInOneTrainer(DurableTrainer):
 
     Attributes:
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
+
+    Example::
+
+        args = AllInOneArguments(output_dir="runs/mine", max_steps=1000, deepspeed="configs/deepspeed/zero2.json")
+        trainer = AllInOneTrainer(
+            model=AllInOneModel(backbone, {"boxes": boxes, "classes": classes}),
+            args=args,
+            train_dataset={"boxes": boxes_data, "classes": classes_data},  # TaskData
+            weighting=TBGC(max_norm=0.1),
+        )
+        trainer.train()
+
+    examples/ contains complete scripts. Start them with the `deepspeed` launcher or torchrun.
     """
 
     def __init__(
