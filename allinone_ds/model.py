@@ -1,4 +1,4 @@
-"""One backbone, many tasks: the module that is handed to DeepSpeed and to the Trainer."""
+"""The module that DeepSpeed and the Trainer receive: one backbone and many tasks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,40 @@ from allinone_ds.models.backbone import Backbone
 from allinone_ds.strict import did_you_mean
 
 if TYPE_CHECKING:
-    from allinone_ds.tasks.base import Task
+    from allinone_ds.tasks import Task
 
 
 class AllInOneModel(nn.Module):
-    """A shared backbone and one head (a `Task`) a task; a forward runs the backbone and ONE head.
+    """A shared backbone and one `Task` per task name; a forward runs the backbone and ONE head.
 
-    The heads take the backbone's dtype: under ZeRO-3 with bf16 it is born in bfloat16, and DeepSpeed wants one dtype.
+    The heads are cast to the dtype of the backbone. Under ZeRO-3 with bf16 the backbone is created in bfloat16, and
+    DeepSpeed requires a single dtype.
 
     Args:
         backbone: what `build_backbone` returned.
-        tasks: tasks by name; the names are those of the balancer and of the logs.
+        tasks: tasks by name; balancer and logs use the same names.
 
     Attributes:
-        config: configuration of the backbone's ViT, where DeepSpeed integrations look up `hidden_size`.
+        config: configuration of the backbone's ViT, from which integrations of DeepSpeed read `hidden_size`.
+
+    Raises:
+        ConfigError: there are no tasks, or PyTorch refuses the name of one as the name of a module.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds.models.backbone import BackboneConfig, build_backbone
+        >>> from allinone_ds.tasks import build_task
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+        >>> backbone = build_backbone(BackboneConfig(config=sizes))
+        >>> tasks = {
+        ...     "seg": build_task("segmentation", "seg", ["road", "sky"], backbone, (32, 32)),
+        ...     "cls": build_task("classification", "cls", ["day", "night"], backbone, (32, 32)),
+        ... }
+        >>> model = AllInOneModel(backbone, tasks)
+        >>> model("cls", torch.zeros(4, 3, 32, 32, dtype=torch.uint8)).logits.shape
+        torch.Size([4, 2])
+        >>> model("seg", torch.randn(1, 3, 32, 32), labels=torch.zeros(1, 32, 32).long()).loss.shape
+        torch.Size([])
     """
 
     def __init__(self, backbone: Backbone, tasks: Mapping[str, Task]) -> None:
@@ -36,13 +56,15 @@ class AllInOneModel(nn.Module):
         self.backbone = backbone
         self.config = backbone.config
         if not tasks:
-            raise ConfigError("tasks: none given; name at least one")
+            raise ConfigError("tasks: the model has no task; give at least one")
         self.tasks = nn.ModuleDict()
         for name, task in tasks.items():
             try:
                 self.tasks[name] = task
             except KeyError as error:
-                raise ConfigError(f"tasks: '{name}' cannot name a task: {error.args[0]}") from error
+                raise ConfigError(
+                    f"tasks: '{name}' cannot name a task ({error.args[0]}); choose a different name"
+                ) from error
         self.tasks.to(next(backbone.parameters()).dtype)
 
     def forward(self, task: str, pixel_values: Tensor, labels: Any = None, **_: Any) -> ModelOutput:
@@ -50,11 +72,14 @@ class AllInOneModel(nn.Module):
 
         Args:
             task: name of the task.
-            pixel_values: (B, 3, H, W), uint8 images, or normalised ones of any floating dtype.
-            labels: targets as the task's `collate` makes them; without them there is no loss.
+            pixel_values: (B, 3, H, W), uint8 images or normalised images of any floating dtype.
+            labels: targets in the form of the task's `collate`; without them there is no loss.
 
         Returns:
-            The task's `ModelOutput`, `loss` in it (a scalar in float32) when labels were given.
+            The task's `ModelOutput`; its `loss` is a float32 scalar if labels were given.
+
+        Raises:
+            KeyError: the model has no task of this name.
         """
         if task not in self.tasks:
             raise KeyError(f"unknown task '{task}'; {did_you_mean(str(task), self.tasks.keys())}")
@@ -65,31 +90,33 @@ class AllInOneModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
+        """Whether layers of the backbone are recomputed in the backward pass; the Trainer reads it."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.net.modules())
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
     ) -> None:
-        """Recompute the backbone's layers in backward; non-reentrant unless told otherwise.
+        """Recompute the backbone's layers in the backward pass.
 
         Args:
-            activation_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
-            more: what else the installed `transformers` takes (`every_n_layers`, `offload`).
+            activation_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False
+                by default.
+            more: further arguments of the installed `transformers` (`every_n_layers`, `offload`).
         """
         self._switch("enable", {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **more)
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep the backbone's activations again."""
+        """Keep the backbone's activations for the backward pass instead of recomputing them."""
         self._switch("disable")
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
     ) -> None:
-        """The same under the name that earlier releases of `transformers` call."""
+        """Call `activation_checkpointing_enable`; earlier releases of `transformers` use this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     def gradient_checkpointing_disable(self) -> None:
-        """The same under the name that earlier releases of `transformers` call."""
+        """Call `activation_checkpointing_disable`; earlier releases of `transformers` use this name."""
         self.activation_checkpointing_disable()
 
     def _switch(self, verb: str, *args: Any, **kwargs: Any) -> None:

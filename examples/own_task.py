@@ -1,6 +1,6 @@
-"""A task of your own, outside of the package: was the image turned by 0, 90, 180 or 270 degrees?
+"""A task of your own, outside the package: predict whether an image was rotated by 0, 90, 180 or 270 degrees.
 
-In a YAML, with this folder on PYTHONPATH: `tasks: {rot: {type: "own_task:RotationTask", ...}}` on any images.
+`python examples/own_task.py` trains it on noise. In a run's YAML file its type is "own_task:RotationTask".
 """
 
 import torch
@@ -20,7 +20,7 @@ class Top1(ClassificationMetric):
 
 
 class RotationTask(Task):
-    kind, main_metric, unit = "classification", "top1", "images"
+    kind, main_metric = "classification", "top1"
 
     def __init__(self, name, classes, channels, *args, **options):
         super().__init__(name, ["0", "90", "180", "270"], channels, *args, **options)
@@ -32,7 +32,7 @@ class RotationTask(Task):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @staticmethod
-    def collate(samples):  # the target depends on the sample alone, so training and evaluation agree
+    def collate(samples):  # the target depends only on the sample, so that training and evaluation agree
         turns = [sample["index"] % 4 for sample in samples]
         images = [image.rot90(k, (-2, -1)) for image, k in zip(stack_images(samples), turns, strict=True)]
         return {"pixel_values": torch.stack(images), "labels": torch.tensor(turns)}
@@ -44,10 +44,10 @@ class RotationTask(Task):
         return Top1(len(self.classes))
 
     def draw(self, image, prediction, sample=None):
-        return caption(enlarge(image.cpu())[0], [f"turned by {self.classes[prediction['label']]}"])
+        return caption(enlarge(image.cpu())[0], [f"rotated by {self.classes[prediction['label']]}"])
 
 
-if __name__ == "__main__":  # 20 steps on noise, to see it run
+if __name__ == "__main__":
     backbone = build_backbone(BackboneConfig(config={"hidden_size": 48, "num_hidden_layers": 2, "image_size": 28}))
     model = AllInOneModel(backbone, {"rot": build_task("__main__:RotationTask", "rot", [], backbone, (28, 28))})
     batch = RotationTask.collate([{"image": torch.randint(255, (3, 28, 28)).byte(), "index": i} for i in range(8)])

@@ -43,7 +43,7 @@ TILE = 28
 FOREGROUND = 12  # grey level above which a pixel of a tile belongs to the product
 MARKER = "demo.json"
 
-Bytes = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Rngs = Iterable[np.random.Generator]
 Advance = Callable[[], None]
 """Advances a progress bar by one image."""
@@ -83,9 +83,9 @@ FULL_SIZES = DemoSizes(detection=(6000, 400), segmentation=(6000, 400), classifi
 class Scene:
     """A composed image with its labels; products that are completely hidden are left out."""
 
-    image: Bytes  # (H, W, 3)
-    label_map: Bytes  # (H, W): 0 background, class + 1 inside products, 255 where product and background are blended
-    instances: Bytes  # (H, W): 0 background, i + 1 where product i is visible
+    image: Pixels  # (H, W, 3)
+    label_map: Pixels  # (H, W): 0 background, class + 1 inside products, 255 where product and background are blended
+    instances: Pixels  # (H, W): 0 background, i + 1 where product i is visible
     boxes: NDArray[np.float32]  # (n, 4) XYXY in pixels, tight around the visible part
     labels: NDArray[np.int64]  # (n,) in 0..9
 
@@ -112,8 +112,8 @@ class DemoData:
 class Pool:
     """The product tiles and background photos of one split."""
 
-    tiles: Bytes  # (n, 28, 28)
-    alphas: Bytes  # (n, 28, 28): 255 inside the product, holes filled
+    tiles: Pixels  # (n, 28, 28)
+    alphas: Pixels  # (n, 28, 28): 255 inside the product, holes filled
     labels: NDArray[np.int64]  # (n,)
     photos: tuple[Image.Image, ...]
     photo_names: tuple[str, ...]
@@ -138,7 +138,7 @@ def load_pool(split: str) -> Pool:
 
 
 def make_pool(
-    tiles: Bytes,
+    tiles: Pixels,
     photos: Sequence[Image.Image],
     photo_names: Sequence[str],
     classes: Sequence[str] = CLASSES,
@@ -319,7 +319,7 @@ def make_demo_data(
     return data
 
 
-def _save(image: Bytes, path: Path) -> None:
+def _save(image: Pixels, path: Path) -> None:
     Image.fromarray(image).save(path, quality=95, subsampling=0)
 
 

@@ -1,4 +1,4 @@
-"""ONNX graphs of single tasks: from normalised pixels to raw predictions, any batch size."""
+"""ONNX graphs of single tasks: from normalised pixels to raw predictions, for any batch size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,20 @@ from torch import Tensor, nn
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.model import AllInOneModel
-from allinone_ds.models.mask2former import Mask2FormerSegmenter
-from allinone_ds.tasks.detection import DetectionTask
-from allinone_ds.tasks.segmentation import SegmentationTask
 
 PACKAGES = ("onnx", "onnxscript")
 INPUT = "pixel_values"
 
 
 class TaskGraph(nn.Module):
-    """One task as a function of pixels.
+    """One task as a function of pixels; it returns the tensors of the task's `export_outputs`.
 
     Args:
-        model: in evaluation mode.
-        task: its name.
+        model: the model in evaluation mode.
+        task: name of the task.
 
     Attributes:
-        names: of the outputs, in their order. Detection: "boxes" (B, A, 4) XYXY in pixels of the network's input and
-            "scores" (B, A, K), before threshold and NMS. Mask2Former: "scores" (B, K, h, w). Other tasks: the tensors
-            of their `ModelOutput`, "logits" for segmentation (B, K, h, w) and classification (B, K).
+        names: names of the outputs in their order, known after the first forward.
     """
 
     def __init__(self, model: AllInOneModel, task: str) -> None:
@@ -45,20 +39,17 @@ class TaskGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(self.task, pixel_values)
-        task: Any = self.model.tasks[self.task]
-        if isinstance(task, DetectionTask):
-            boxes, scores = task.detector.decode(outputs)
-            named = {"boxes": boxes, "scores": scores}
-        elif isinstance(task, SegmentationTask) and isinstance(task.segmenter, Mask2FormerSegmenter):
-            named = {"scores": task.segmenter.scores(outputs)}
-        else:
-            named = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+        named = tasks_of(self.model)[self.task].export_outputs(outputs)
         self.names = list(named)
         return tuple(named.values())
 
 
 def need_onnx() -> None:
-    """Raises a `ConfigError` that says what to install when the exporter's packages are missing."""
+    """Check that the packages of the exporter are installed.
+
+    Raises:
+        ConfigError: names the missing packages and the command that installs them.
+    """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"--onnx needs {' and '.join(missing)}: pip install 'allinone_ds[onnx]'")
@@ -66,19 +57,21 @@ def need_onnx() -> None:
 
 @torch.no_grad()
 def write_onnx(model: AllInOneModel, task: str, target: Path) -> Path:
-    """Write one task's graph; its input is `pixel_values` (batch, 3, H, W), float32, H and W the task's image_size.
+    """Write the graph of one task and return the file.
+
+    Its input is `pixel_values` (B, 3, H, W), normalised, float32, where (H, W) is the task's image_size.
 
     Args:
-        model: in evaluation mode.
-        task: its name.
-        target: the file.
+        model: the model in evaluation mode.
+        task: name of the task.
+        target: the file to write.
     """
     graph = TaskGraph(model, task).eval()
     H, W = tasks_of(model)[task].image_size
     example = torch.zeros(2, 3, H, W, device=next(model.parameters()).device)
-    graph(example)  # names its outputs
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent("torch.onnx", "onnxscript"):
-        warnings.simplefilter("ignore")  # the exporter speaks of its own insides
+    graph(example)  # sets graph.names
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silence("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")  # the exporter's warnings are about its own code
         program = torch.onnx.export(
             graph,
             (example,),
@@ -94,7 +87,8 @@ def write_onnx(model: AllInOneModel, task: str, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _silent(*names: str) -> Iterator[None]:
+def _silence(*names: str) -> Iterator[None]:
+    """Show only errors of these loggers inside this context."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

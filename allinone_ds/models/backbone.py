@@ -1,4 +1,4 @@
-"""The shared backbone: a plain ViT of `transformers`, with an optional convolutional stem."""
+"""The shared backbone: a plain ViT of `transformers` with an optional convolutional stem."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import Strict, did_you_mean
 
-# AutoBackbone.from_pretrained takes hub names only, these take folders too.
+# AutoBackbone.from_pretrained accepts hub names only; these classes also accept folders.
 _CLASSES: dict[str, Any] = {
     "dinov2": Dinov2Backbone,
     "dinov2_with_registers": Dinov2WithRegistersBackbone,
     "dinov3_vit": DINOv3ViTBackbone,
     "vitdet": VitDetBackbone,
 }
-# Where each model keeps the convolution that turns pixels into tokens.
+# The submodule of each model that turns pixels into tokens.
 _PATCH_PROJECTION = {
     "dinov2": "embeddings.patch_embeddings.projection",
     "dinov2_with_registers": "embeddings.patch_embeddings.projection",
     "dinov3_vit": "embeddings.patch_embeddings",
     "vitdet": "embeddings.projection",
 }
-# Architecture and sizes of ViTs that go by a name; those of Meta are as in their published configurations.
+# Architecture and sizes of ViTs with a name; Meta's are those of their published configurations.
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     # DINOv3's ViT-L/16: 0.30 G parameters, rotary positions (any image size)
     "vit_l": ("dinov3_vit", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -57,20 +57,27 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class BackboneConfig(Strict):
-    """Which ViT, its size, where its weights come from and which layers the heads see."""
+    """Architecture, size, initial weights and output layers of the backbone.
+
+    Example:
+        >>> BackboneConfig(name="vit_l").config["hidden_size"]
+        1024
+        >>> BackboneConfig(model_type="vitdet", config={"hidden_size": 192}).stem
+        'patch'
+    """
 
     name: str | None = None
-    """A large ViT by name, one of `NAMED`: fills `model_type` and `config` in, and is gone once the file is read."""
+    """Name of a large ViT, a key of `NAMED`. Validation fills `model_type` and `config` and resets it to None."""
     model_type: Literal["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"] = "dinov2"
-    """Architecture, a `model_type` of `transformers`."""
+    """Architecture: a `model_type` of `transformers`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that model's configuration class (hidden_size, num_hidden_layers, patch_size, drop_path_rate, ...)."""
     checkpoint: str | None = None
-    """Folder (or hub name) of pretrained weights; None starts from scratch."""
+    """Folder or hub name of pretrained weights; None initialises the weights randomly."""
     out_indices: list[int] | None = None
-    """Layers whose outputs the heads see, 1 = first layer; None: four spread evenly, the last included."""
+    """Layers whose outputs the heads receive, 1 = first layer; None: four at even distances, the last one included."""
     stem: Literal["patch", "conv"] = "patch"
-    """How pixels become tokens: one strided convolution, or a stack of 3x3 convolutions of the same total stride."""
+    """How pixels become tokens: by one strided convolution, or by 3x3 convolutions of the same total stride."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,15 +89,15 @@ class BackboneConfig(Strict):
         model_type, sizes = NAMED[data["name"]]
         if data.get("model_type", model_type) != model_type:
             raise ValueError(
-                f"'{data['name']}' is a {model_type}, model_type says '{data['model_type']}'; leave it out"
+                f"'{data['name']}' is a '{model_type}', but model_type is '{data['model_type']}'; remove model_type"
             )
         return {**data, "name": None, "model_type": model_type, "config": {**sizes, **(data.get("config") or {})}}
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions of total stride `stride` in place of one patch projection (https://arxiv.org/abs/2106.14881).
+    """3x3 convolutions of total stride `stride` instead of one patch projection (https://arxiv.org/abs/2106.14881).
 
-    Tiny ViTs learn from scratch with it in minutes where a patch projection needs hours.
+    With it, tiny ViTs learn from scratch in minutes; with a patch projection they need hours.
 
     Args:
         in_channels: channels of the image.
@@ -118,7 +125,7 @@ class ConvStem(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`transformers` reads `projection.weight.dtype` to cast the pixels."""
+        """Weight whose dtype `transformers` reads to cast the pixels."""
         return self.projection.weight
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -126,12 +133,15 @@ class ConvStem(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A ViT of `transformers` that gives feature maps, with what heads need to know about them.
+    """A ViT of `transformers` that returns feature maps, with the sizes that heads need.
+
+    Args:
+        net: a backbone model of `transformers`.
 
     Attributes:
-        channels: channels of every feature map.
-        stride: pixels per feature map cell.
-        num_levels: how many feature maps there are (all of the same resolution).
+        channels: channels C of every feature map.
+        stride: pixels per cell of the feature maps.
+        num_levels: number of feature maps, all of the same resolution.
         config: configuration of the ViT.
     """
 
@@ -144,13 +154,16 @@ class Backbone(nn.Module):
         self.num_levels: int = len(self.config.out_indices)
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
-        """Feature maps of normalised images.
+        """Return the feature maps of normalised images.
 
         Args:
-            pixel_values: (B, 3, H, W), any floating dtype; H and W multiples of the stride.
+            pixel_values: (B, 3, H, W), any floating dtype; H and W are multiples of the stride.
 
         Returns:
-            `.feature_maps`: tuple of `num_levels` x (B, C, H / stride, W / stride).
+            `.feature_maps`: a tuple of `num_levels` maps (B, C, H / stride, W / stride).
+
+        Raises:
+            ValueError: H or W is no multiple of the stride.
         """
         H, W = pixel_values.shape[-2:]
         if H % self.stride or W % self.stride:
@@ -162,10 +175,21 @@ class Backbone(nn.Module):
 
 
 def build_backbone(cfg: BackboneConfig) -> Backbone:
-    """Build the backbone that `cfg` describes; under ZeRO-3 (`HfDeepSpeedConfig` alive) it is born partitioned.
+    """Build the backbone that `cfg` describes.
+
+    Under ZeRO-3, while an `HfDeepSpeedConfig` exists, its parameters are partitioned as they are created.
 
     Raises:
-        ConfigError: for a field that the model's configuration does not have, or settings that contradict each other.
+        ConfigError: the model's configuration does not have a field of `cfg.config`, or settings contradict each other.
+
+    Example:
+        >>> import torch
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+        >>> backbone = build_backbone(BackboneConfig(config=sizes))
+        >>> [tuple(level.shape) for level in backbone(torch.randn(1, 3, 32, 48)).feature_maps]
+        [(1, 32, 4, 6), (1, 32, 4, 6)]
+        >>> backbone.channels, backbone.stride, backbone.num_levels
+        (32, 8, 2)
     """
     try:
         net = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else _from_config(cfg)
@@ -176,9 +200,9 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
     if cfg.stem == "conv":
         path = _PATCH_PROJECTION[cfg.model_type]
         stem = ConvStem(net.config.num_channels, net.config.hidden_size, _patch_size(net.config))
-        net.set_submodule(path, stem.to(next(net.parameters()).dtype))  # ZeRO-3 may have made the ViT bfloat16
+        net.set_submodule(path, stem.to(next(net.parameters()).dtype))  # under ZeRO-3 the ViT may be bfloat16
     for name, parameter in net.named_parameters():
-        if name.endswith("mask_token"):  # only masked pretraining uses it: it would never get a gradient
+        if name.endswith("mask_token"):  # only masked pretraining uses it, so it never gets a gradient
             parameter.requires_grad_(False)
     return Backbone(net)
 
@@ -195,21 +219,21 @@ def _from_config(cfg: BackboneConfig) -> Any:
 
 def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> Any:
     if cfg.stem == "conv":
-        raise ConfigError("model.backbone.stem: 'conv' starts from scratch and would discard the patch projection of "
+        raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
-    found = AutoConfig.from_pretrained(checkpoint)
-    if found.model_type != cfg.model_type:
-        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{found.model_type}', "
-                          f"model_type says '{cfg.model_type}'")  # fmt: skip
-    _check_fields(cfg, found)
-    indices = cfg.out_indices or _spread(found.num_hidden_layers)
-    indices = _checked(indices, found.num_hidden_layers)
-    found = AutoConfig.from_pretrained(checkpoint, out_indices=indices, **cfg.config)
-    _check_values(found)
-    return _CLASSES[cfg.model_type].from_pretrained(checkpoint, config=found, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type != cfg.model_type:
+        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{config.model_type}', but model_type is "
+                          f"'{cfg.model_type}'; change model_type")  # fmt: skip
+    _check_fields(cfg, config)
+    indices = _checked(cfg.out_indices or _spread(config.num_hidden_layers), config.num_hidden_layers)
+    config = AutoConfig.from_pretrained(checkpoint, out_indices=indices, **cfg.config)
+    _check_values(config)
+    return _CLASSES[cfg.model_type].from_pretrained(checkpoint, config=config, dtype=torch.float32)
 
 
 def _check_fields(cfg: BackboneConfig, config: Any) -> None:
+    """Raise if `cfg.config` has a key that is no field of the model's own configuration."""
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     allowed = {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")} - general
     for key in cfg.config:
@@ -219,30 +243,33 @@ def _check_fields(cfg: BackboneConfig, config: Any) -> None:
 
 
 def _check_values(config: Any) -> None:
-    """What `transformers` would take and fail at, or take for something else, in the first forward."""
+    """Raise for values that `transformers` accepts, but that make the first forward fail or mean something else."""
     where, width, heads = "model.backbone.config", config.hidden_size, config.num_attention_heads
     if heads < 1 or config.num_hidden_layers < 1 or config.num_channels != 3:
         raise ConfigError(
             f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}, num_channels "
-            f"{config.num_channels}: allowed are 1 or more, 1 or more, and 3 (RGB)"
+            f"{config.num_channels}; allowed are at least 1, at least 1, and 3 (RGB)"
         )
     if not getattr(config, "reshape_hidden_states", True):
-        raise ConfigError(f"{where}.reshape_hidden_states: must stay true, heads need maps; remove it")
-    least = 4 if config.model_type == "dinov3_vit" else 1  # rotary positions take channels of a head by fours
-    if width % (heads * least):
-        by_fours = ", and a head's share of it a multiple of 4" if least > 1 else ""
-        raise ConfigError(f"{where}: hidden_size {width} must be a multiple of num_attention_heads ({heads}){by_fours}")
+        raise ConfigError(f"{where}.reshape_hidden_states: must be true because heads need maps; remove it")
+    rotary = config.model_type == "dinov3_vit"  # rotary positions need a multiple of 4 channels per head
+    if width % (heads * (4 if rotary else 1)):
+        rotary_rule = ", with a multiple of 4 channels per head" if rotary else ""
+        raise ConfigError(
+            f"{where}: hidden_size {width} must be a multiple of num_attention_heads ({heads}){rotary_rule}"
+        )
     if not 0 <= config.drop_path_rate < 1:
-        raise ConfigError(f"{where}.drop_path_rate = {config.drop_path_rate}: allowed are values from 0 to below 1")
+        raise ConfigError(f"{where}.drop_path_rate = {config.drop_path_rate}; allowed: at least 0 and below 1")
 
 
 def _spread(depth: int) -> list[int]:
+    """Return up to four layer numbers at even distances, the last layer included."""
     return sorted({round(depth * k / 4) for k in (1, 2, 3, 4)} - {0})
 
 
 def _checked(indices: list[int], depth: int) -> list[int]:
     if sorted(set(indices)) != list(indices) or not all(0 <= i <= depth for i in indices):
-        raise ConfigError(f"model.backbone.out_indices = {indices}: give rising layer numbers from 1 to {depth}")
+        raise ConfigError(f"model.backbone.out_indices = {indices}; give increasing layer numbers from 1 to {depth}")
     return indices
 
 
@@ -251,12 +278,14 @@ def _patch_size(config: Any) -> int:
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
-        raise ConfigError(f"model.backbone.config.patch_size = {size}: only square patches are supported")
+        raise ConfigError(
+            f"model.backbone.config.patch_size = {size}; only square patches are supported, give one number"
+        )
     return size[0]
 
 
 def _factors(stride: int) -> list[int]:
-    """`stride` as factors of two, and what is left of it: 16 -> [2, 2, 2, 2], 14 -> [2, 7]."""
+    """Return `stride` as factors of two and the remaining factor: 16 -> [2, 2, 2, 2], 14 -> [2, 7]."""
     factors = []
     while stride % 2 == 0:
         factors.append(2)

@@ -1,4 +1,4 @@
-"""FCOS detection head: torchvision's head, loss and post-processing on the feature maps of a plain ViT."""
+"""The detection head FCOS: torchvision's head, loss and post-processing on the feature maps of a plain ViT."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from transformers.utils import ModelOutput
 from allinone_ds.models.pyramid import Fuse, SimpleFeaturePyramid, group_norm
 from allinone_ds.strict import Strict
 
-# softplus(_UNIT) = 1: every distance starts at one anchor side.
-_UNIT = 0.5413
+_INVERSE_SOFTPLUS_1 = 0.5413  # softplus of it is 1: every distance starts at one anchor side
 
 
 class FCOSOptions(Strict):
-    """Options of detection's head `fcos`."""
+    """Options of the detection head `fcos`.
+
+    Example:
+        >>> FCOSOptions(width=64, scales=[2.0, 1.0, 0.5]).num_convs
+        4
+    """
 
     width: int = Field(256, ge=1)
-    """Channels of the neck and of the two towers."""
+    """Channels of the neck and of both towers."""
     num_convs: int = Field(4, ge=0)
     """3x3 convolutions in each tower."""
     scales: list[float] = [1.0]
-    """Resolution of the levels relative to the backbone's maps, finest first; [1.0]: one level, no pyramid."""
+    """Resolution of the levels relative to the backbone's maps, finest first; [1.0] means one level, no pyramid."""
     anchor_scale: float = Field(2.0, gt=0)
-    """Side of an anchor in strides of its level: the unit of box distances and of `center_radius`."""
+    """Side of an anchor in strides of its level; box distances and `center_radius` are in units of it."""
     center_radius: float = Field(1.5, gt=0)
-    """A location is positive when it is nearer to a box centre than this, in anchor sides."""
+    """A location is positive if it is closer to a box centre than this, in anchor sides."""
     prior: float = Field(0.01, gt=0, lt=1)
-    """Score of every class at every location at the start."""
+    """Initial score of every class at every location."""
     score_threshold: float = Field(0.05, ge=0, lt=1)
-    """Predictions below it are dropped."""
+    """Predictions with a lower score are dropped."""
     nms_threshold: float = Field(0.6, gt=0, le=1)
-    """IoU above which the weaker one of two boxes of a class is dropped."""
+    """IoU above which the weaker of two boxes of one class is dropped."""
     max_detections: int = Field(100, ge=1)
-    """Boxes kept for an image."""
+    """Boxes kept per image."""
 
 
 @dataclass
 class FCOSOutput(ModelOutput):
-    """Raw predictions; A locations over all levels.
+    """Raw predictions at A locations over all levels.
 
     Attributes:
-        loss: classification + box + centerness, float32.
+        loss: sum of the classification, box and centerness losses, float32.
         cls_logits: (B, A, K) float32.
-        bbox_regression: (B, A, 4) float32, distances to left, top, right, bottom in anchor sides.
+        bbox_regression: (B, A, 4) float32, distances to the left, top, right and bottom side in anchor sides.
         bbox_ctrness: (B, A, 1) float32.
         anchors: for each level (A_level, 4) float32, XYXY in pixels of the network's input.
-        loss_parts: the three losses by name, detached.
     """
 
     loss: Tensor | None = None
@@ -60,23 +63,23 @@ class FCOSOutput(ModelOutput):
     bbox_regression: Tensor | None = None
     bbox_ctrness: Tensor | None = None
     anchors: tuple[Tensor, ...] | None = None
-    loss_parts: dict[str, Tensor] | None = None
 
 
 class FCOSDetector(nn.Module):
-    """FCOS (https://arxiv.org/abs/1904.01355) of torchvision, without its transform and backbone.
+    """FCOS (https://arxiv.org/abs/1904.01355) of torchvision without its transform and backbone.
 
-    Three things differ from torchvision's defaults. Distances go through a softplus: behind torchvision's ReLU they
-    have no gradient once all their inputs are negative, and the box loss then stays at exactly 1 (on eight toy images,
-    AdamW 3e-3, that killed 2 of 6 seeds, at 1e-2 3 of 6; with the softplus none). They start at one anchor side
-    instead of zero. Locations sit at the centre of their cell.
+    It differs from torchvision's defaults in three ways. Distances pass through a softplus: after torchvision's ReLU
+    they have no gradient once all inputs are negative, and the box loss then stays at exactly 1. On eight toy images
+    this happened with 2 of 6 seeds at AdamW's learning rate 3e-3 and with 3 of 6 at 1e-2, but never with the softplus.
+    Distances start at one anchor side instead of zero. Locations are at the centre of their cell.
 
     Args:
         num_classes: K.
-        channels: channels of the backbone's maps.
+        channels: channels of each of the backbone's maps.
         stride: pixels per cell of the backbone's maps.
-        num_levels: number of the backbone's maps, all fused by a 1x1 convolution.
-        image_size: (H, W) of the network's input, in pixels.
+        num_levels: number of the backbone's maps, which a 1x1 convolution fuses.
+        image_size: (H, W) of the network's input in pixels.
+        options: see `FCOSOptions`.
     """
 
     def __init__(
@@ -97,12 +100,12 @@ class FCOSDetector(nn.Module):
         single = list(options.scales) == [1.0]
         self.pyramid = None if single else SimpleFeaturePyramid(width, width, options.scales)
 
-        head = FCOSHead(width, 1, num_classes, num_convs=0)  # its towers are built below, with a norm of any width
+        head = FCOSHead(width, 1, num_classes, num_convs=0)  # its towers are built below, with a norm for any width
         head.classification_head = FCOSClassificationHead(
             width, 1, num_classes, options.num_convs, prior_probability=options.prior, norm_layer=group_norm
         )
         head.regression_head = FCOSRegressionHead(width, 1, options.num_convs, norm_layer=group_norm)
-        nn.init.constant_(head.regression_head.bbox_reg.bias, _UNIT)  # type: ignore[arg-type]
+        nn.init.constant_(head.regression_head.bbox_reg.bias, _INVERSE_SOFTPLUS_1)  # type: ignore[arg-type]
         head.regression_head.bbox_reg = nn.Sequential(head.regression_head.bbox_reg, nn.Softplus())
 
         sides = [round(options.anchor_scale * step) for step in self.strides]
@@ -118,7 +121,13 @@ class FCOSDetector(nn.Module):
         )
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> FCOSOutput:
-        """Raw predictions, and the loss when `labels` (a list of {"boxes", "labels"} in input pixels) are given."""
+        """Return the raw predictions, and the loss if labels are given.
+
+        Args:
+            features: the backbone's maps.
+            pixel_values: (B, 3, H, W), of which only the device is read.
+            labels: for each image {"boxes": (n, 4) XYXY in pixels of the network's input, "labels": (n,)}.
+        """
         fused = self.fuse(features)
         maps = [fused] if self.pyramid is None else self.pyramid(fused)
         raw = {key: value.float() for key, value in self.fcos.head(maps).items()}
@@ -127,19 +136,21 @@ class FCOSDetector(nn.Module):
         if labels is not None:
             counts = [len(level) for level in anchors]
             with torch.autocast(pixel_values.device.type, enabled=False):
-                parts = self.fcos.compute_loss(labels, raw, [torch.cat(anchors)] * len(labels), counts)
-                out.loss = torch.stack(list(parts.values())).sum()
-            out.loss_parts = {key: value.detach() for key, value in parts.items()}
+                losses = self.fcos.compute_loss(labels, raw, [torch.cat(anchors)] * len(labels), counts)
+                out.loss = torch.stack(list(losses.values())).sum()
         return out
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """Every location's box (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K), before NMS."""
+        """Return boxes (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K) of all locations."""
         boxes = self.fcos.box_coder.decode(outputs.bbox_regression, torch.cat(list(outputs.anchors)))
         scores = (outputs.cls_logits.sigmoid() * outputs.bbox_ctrness.sigmoid()).sqrt()
         return boxes, scores
 
     def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
-        """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first, after NMS."""
+        """Return for each image "boxes" (n, 4) XYXY in pixels of the network's input, "scores" (n,) and "labels" (n,).
+
+        The boxes are those that NMS keeps, best first.
+        """
         counts = [len(level) for level in outputs.anchors]
         raw = {
             "cls_logits": list(outputs.cls_logits.split(counts, dim=1)),
@@ -150,7 +161,7 @@ class FCOSDetector(nn.Module):
         return self.fcos.postprocess_detections(raw, [list(outputs.anchors)] * batch, [self.image_size] * batch)
 
     def _anchors(self, maps: list[Tensor]) -> list[Tensor]:
-        """One square anchor around the centre of every cell, for each level (h * w, 4) in input pixels."""
+        """Return for each level a square anchor around the centre of every cell, (h * w, 4) in input pixels."""
         generator = self.fcos.anchor_generator
         device = maps[0].device
         generator.set_cell_anchors(torch.float32, device)
@@ -164,7 +175,7 @@ class FCOSDetector(nn.Module):
 
 
 class _NoBackbone(nn.Module):
-    """FCOS asks its backbone for `out_channels`; ours runs outside of it."""
+    """Placeholder from which torchvision's FCOS reads `out_channels`; the backbone runs outside of FCOS."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()

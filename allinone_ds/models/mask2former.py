@@ -25,25 +25,30 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
 
-_SURELY_NOT = -20.0
-"""Logit that masks get where the truth is unknown: its loss, and the gradient through it, is zero."""
+_UNKNOWN_LOGIT = -20.0
+"""Logit of predicted masks where the truth is unknown. Its sigmoid is zero, and so are its loss and its gradient."""
 
 
 class Mask2FormerOptions(Strict):
-    """Options of segmentation's head `mask2former`; defaults as in the paper."""
+    """Options of the segmentation head `mask2former`; the defaults are those of the paper.
+
+    Example:
+        >>> Mask2FormerOptions(width=64, num_queries=20).points
+        12544
+    """
 
     width: int = Field(256, ge=32, multiple_of=32)
     """Channels of the pyramid, of both decoders and of the mask embeddings; a multiple of 32 (GroupNorm)."""
     scales: list[float] = Field(list(SCALES), min_length=4, max_length=4)
     """Resolution of the pyramid's four levels relative to the backbone's maps, finest first."""
     num_queries: int = Field(100, ge=1)
-    """Masks predicted for an image; at least the number of classes that one image can show."""
+    """Masks predicted per image; at least the number of classes that can appear in one image."""
     encoder_layers: int = Field(6, ge=1)
     """Layers of deformable attention in the pixel decoder."""
     decoder_layers: int = Field(10, ge=2)
-    """Predictions of the transformer decoder, its start included: one more than it has layers."""
+    """Predictions of the transformer decoder: one per layer, and one before the first layer."""
     attention_heads: int = Field(8, ge=1)
-    """Heads of all attention."""
+    """Heads of every attention layer."""
     encoder_ffn_dim: int = Field(1024, ge=1)
     """Hidden width of the pixel decoder's feed-forward blocks."""
     ffn_dim: int = Field(2048, ge=1)
@@ -51,19 +56,19 @@ class Mask2FormerOptions(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in both decoders."""
     points: int = Field(12544, ge=1)
-    """Points of a mask that matching and losses look at."""
+    """Points per mask at which matching and losses are computed."""
     no_object_weight: float = Field(0.1, gt=0)
     """Weight of the class "no object" in the classification loss."""
 
 
 @dataclass
 class Mask2FormerOutput(ModelOutput):
-    """Raw predictions of the last layer; N queries.
+    """Raw predictions of the last layer; Q queries.
 
     Attributes:
         loss: matched classification, mask and dice losses of all layers, float32.
-        class_queries_logits: (B, N, K + 1) float32, the last class is "no object".
-        masks_queries_logits: (B, N, h, w) float32.
+        class_queries_logits: (B, Q, K + 1) float32, the last class is "no object".
+        masks_queries_logits: (B, Q, h, w) float32.
     """
 
     loss: Tensor | None = None
@@ -74,21 +79,31 @@ class Mask2FormerOutput(ModelOutput):
 class Mask2FormerSegmenter(nn.Module):
     """Mask2Former (https://arxiv.org/abs/2112.01527) for semantic segmentation, on a simple feature pyramid.
 
-    Positions, sampled locations, matching and losses are float32 whatever the dtype of the weights. Pixels whose class
-    is unknown count for nothing: predicted masks are set to "surely not" there, which equals the truth's masks.
+    Positions, sampled locations, matching and losses are float32 whatever the dtype of the weights. Pixels of unknown
+    class have no influence: at these pixels the predicted masks are replaced by "not part of this mask", as in the
+    truth.
 
     Args:
         num_classes: K.
         channels: channels of the backbone's maps.
         num_levels: number of the backbone's maps.
+        options: see `Mask2FormerOptions`.
+
+    Raises:
+        ConfigError: the width is no multiple of the number of attention heads.
+
+    Attributes:
+        score_name: name of `scores` among the outputs of an ONNX graph.
     """
+
+    score_name = "scores"
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: Mask2FormerOptions) -> None:
         super().__init__()
         width = options.width
         if width % options.attention_heads:
-            raise ConfigError(f"mask2former: width {width} must be a multiple of attention_heads "
-                              f"({options.attention_heads})")  # fmt: skip
+            raise ConfigError(f"mask2former: width {width} is no multiple of attention_heads "
+                              f"{options.attention_heads}; change one of them")  # fmt: skip
         self.config = Mask2FormerConfig(
             feature_size=width,
             mask_feature_size=width,
@@ -104,38 +119,37 @@ class Mask2FormerSegmenter(nn.Module):
             no_object_weight=options.no_object_weight,
             num_labels=num_classes,  # type: ignore[call-arg]
         )
-        self.num_classes = num_classes
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
         self.net = _Decoders(self.config, num_classes)
 
-    def forward(self, features: tuple[Tensor, ...], masks: Tensor | None = None, ignore: int = 255) -> ModelOutput:
-        """Raw predictions, and the loss when label maps are given.
+    def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> ModelOutput:
+        """Return the raw predictions, and the loss if label maps are given.
 
         Args:
             features: the backbone's maps.
             masks: (B, H, W) class ids.
-            ignore: pixels with this value do not count.
+            ignore_index: pixels with this value do not count.
         """
         class_logits, mask_logits = self.net(self.pyramid(self.fuse(features)))
         out = Mask2FormerOutput(class_queries_logits=class_logits[-1], masks_queries_logits=mask_logits[-1])
         if masks is not None:
             with torch.autocast(masks.device.type, enabled=False):
-                out.loss = self.loss(class_logits, mask_logits, masks, ignore)
+                out.loss = self.loss(class_logits, mask_logits, masks, ignore_index)
         return out
 
-    def loss(self, class_logits: list[Tensor], mask_logits: list[Tensor], masks: Tensor, ignore: int) -> Tensor:
-        """Loss of all layers' predictions, float32; 0 (with a graph) when no pixel of the batch is known.
+    def loss(self, class_logits: list[Tensor], mask_logits: list[Tensor], masks: Tensor, ignore_index: int) -> Tensor:
+        """Return the loss of all layers' predictions in float32; 0, with a gradient, if no pixel of the batch is known.
 
         Args:
-            class_logits: for each layer (B, N, K + 1).
-            mask_logits: for each layer (B, N, h, w).
+            class_logits: for each layer (B, Q, K + 1).
+            mask_logits: for each layer (B, Q, h, w).
             masks: (B, H, W) class ids.
-            ignore: pixels with this value do not count.
+            ignore_index: pixels with this value do not count.
         """
         zero = torch.stack([(value * 0.0).sum() for value in (*class_logits, *mask_logits)]).sum()
-        known = masks != ignore
-        used = known.flatten(1).any(1).nonzero()[:, 0].tolist()  # an image without truth says nothing
+        known = masks != ignore_index
+        used = known.flatten(1).any(1).nonzero()[:, 0].tolist()  # images without truth are left out
         if not used:
             return zero
         class_labels = [masks[i][known[i]].long().unique() for i in used]
@@ -145,7 +159,7 @@ class Mask2FormerSegmenter(nn.Module):
         unknown = (~known[used])[:, None].float()
         unknown = F.interpolate(unknown, mask_logits[-1].shape[-2:], mode="area") >= 0.5  # (B, 1, h, w)
         layers = [
-            {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _SURELY_NOT)}
+            {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _UNKNOWN_LOGIT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
         ]
         weights = {
@@ -153,7 +167,7 @@ class Mask2FormerSegmenter(nn.Module):
             "loss_mask": self.config.mask_weight,
             "loss_dice": self.config.dice_weight,
         }
-        # Made anew, since a buffer in the model would be cast to bfloat16 with it.
+        # Built per call: as part of the model its buffer would be cast to bfloat16.
         criterion = _Criterion(self.config, weights).to(masks.device)
         parts = criterion(
             **layers[-1], mask_labels=labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
@@ -163,12 +177,14 @@ class Mask2FormerSegmenter(nn.Module):
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
-        """Score of every class at every cell (B, K, h, w): class probabilities times mask probabilities, over queries.
+        """Return the score of each class at each cell (B, K, h, w): class times mask probability, summed over queries.
 
-        This is the semantic inference of the paper; that of `transformers` resizes all masks to 384 x 384 before.
+        This is the semantic inference of the paper. `transformers` first resizes all masks to 384 x 384.
         """
         classes = outputs.class_queries_logits.softmax(-1)[..., :-1]
-        return torch.einsum("bnk,bnhw->bkhw", classes, outputs.masks_queries_logits.sigmoid())
+        return torch.einsum("bqk,bqhw->bkhw", classes, outputs.masks_queries_logits.sigmoid())
+
+    probabilities = scores
 
 
 class _Decoders(Mask2FormerPreTrainedModel):
@@ -183,12 +199,12 @@ class _Decoders(Mask2FormerPreTrainedModel):
         self.pixel_decoder.position_embedding = _Float32Positions(width // 2, normalize=True)
         self.transformer = Mask2FormerTransformerModule(in_features=width, config=config)
         self.transformer.position_embedder = _Float32Positions(width // 2, normalize=True)
-        self.transformer.decoder.layerdrop = 0.0  # each rank would skip layers of its own: a hang under ZeRO-3
+        self.transformer.decoder.layerdrop = 0.0  # ranks would skip different layers and deadlock under ZeRO-3
         self.class_predictor = nn.Linear(width, num_classes + 1)
         self.post_init()
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits of every layer in float32: classes (B, N, K + 1), masks (B, N, h, w)."""
+        """Return the logits of every layer in float32: classes (B, Q, K + 1), masks (B, Q, h, w)."""
         pixels = self.pixel_decoder(levels)
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         classes = [self.class_predictor(x.transpose(0, 1)).float() for x in decoded.intermediate_hidden_states]
@@ -196,21 +212,21 @@ class _Decoders(Mask2FormerPreTrainedModel):
 
 
 class _Criterion(Mask2FormerLoss):
-    """Divides by the masks of this rank's micro-batch, as all other losses here do, without a collective."""
+    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):
-    """Cell numbers above 256 do not fit bfloat16."""
+    """Position embedding in float32: bfloat16 cannot represent all cell numbers above 256."""
 
     def forward(self, shape: Any, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         return super().forward(shape, device, torch.float32, mask).to(dtype)
 
 
 class _Float32DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
-    """Samples in float32: bfloat16 has too few bits for locations on a map."""
+    """Deformable attention that samples in float32: bfloat16 has too few bits for locations on a map."""
 
     def forward(
         self,
@@ -236,12 +252,12 @@ class _Float32DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeform
             cells = torch.tensor([(W, H) for H, W in spatial_shapes_list], dtype=torch.float32, device=device)
             locations = centers[None, :, None, None, None] + offsets.float() / cells[:, None]
             weights = weights.float().softmax(-1).view(B, N, heads, levels, points)
-            found = multi_scale_deformable_attention(value.float(), spatial_shapes_list, locations, weights)
-        return self.output_proj(found.to(dtype)), weights
+            sampled = multi_scale_deformable_attention(value.float(), spatial_shapes_list, locations, weights)
+        return self.output_proj(sampled.to(dtype)), weights
 
 
 def _cell_centers(H: int, W: int, device: torch.device) -> Tensor:
-    """(H * W, 2): x and y of the centre of every cell, in shares of the map."""
+    """Return x and y of the centre of every cell (H * W, 2), relative to the size of the map."""
     y = (torch.arange(H, device=device, dtype=torch.float32) + 0.5) / H
     x = (torch.arange(W, device=device, dtype=torch.float32) + 0.5) / W
     return torch.stack([x[None].expand(H, W), y[:, None].expand(H, W)], dim=-1).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Feature pyramids on the one resolution of a plain ViT."""
+"""Feature pyramids on the single resolution of a plain ViT."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor, nn
 from allinone_ds.errors import ConfigError
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
+"""Resolutions that a level of the pyramid can have, relative to its input map."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of at most 32 groups, each of 8 channels or more; works at batch 1, unlike BatchNorm.
+    """Return a GroupNorm of at most 32 groups of at least 8 channels each; unlike BatchNorm it works at batch size 1.
 
-    Groups of one channel would make it an instance norm, which erases how strong a channel is in this image: with
-    it, a small stem could not tell green from blue.
+    Groups of one channel would make it an instance norm, which removes the strength of a channel in this image: a
+    small stem with it could not distinguish green from blue.
     """
     groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 8))
     return nn.GroupNorm(groups, channels)
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell, for maps (B, C, h, w); works on any batch and on 1x1 maps."""
+    """LayerNorm over the channels of each cell of maps (B, C, h, w); works for any batch size and on 1x1 maps."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Fuse(nn.Module):
-    """All feature maps of the backbone, concatenated and brought to `out_channels` by a 1x1 convolution and a norm."""
+    """Concatenation of the backbone's feature maps, a 1x1 convolution to `out_channels`, and a norm."""
 
     def __init__(self, channels: int, num_levels: int, out_channels: int) -> None:
         super().__init__()
@@ -44,12 +45,15 @@ class Fuse(nn.Module):
 class SimpleFeaturePyramid(nn.Module):
     """Simple feature pyramid of ViTDet (https://arxiv.org/abs/2203.16527, section 3), with its LayerNorms.
 
-    Every level is computed from the same map: finer ones by transposed convolutions, coarser ones by max pooling.
+    Every level is computed from the same map: finer levels by transposed convolutions, coarser ones by max pooling.
 
     Args:
         channels: channels of the input map.
         out_channels: channels of every level.
-        scales: resolution of each level relative to the input map, finest first; powers of two from 1/2 to 4.
+        scales: resolution of each level relative to the input map, finest first; each is one of `SCALES`.
+
+    Raises:
+        ConfigError: a scale is not one of `SCALES`.
     """
 
     def __init__(self, channels: int, out_channels: int, scales: Sequence[float] = SCALES) -> None:
@@ -59,7 +63,7 @@ class SimpleFeaturePyramid(nn.Module):
     @staticmethod
     def _level(channels: int, out_channels: int, scale: float) -> nn.Sequential:
         if scale not in SCALES:
-            raise ConfigError(f"scales: {scale} is no level of the pyramid; use some of {', '.join(map(str, SCALES))}")
+            raise ConfigError(f"scales: {scale} is no scale of the pyramid; allowed: {', '.join(map(str, SCALES))}")
         layers: list[nn.Module] = []
         width = channels
         if scale < 1:

@@ -1,4 +1,4 @@
-"""RF-DETR detection head: projector, decoder, loss and post-processing of `transformers` on a plain ViT."""
+"""The detection head RF-DETR: projector, decoder, loss and post-processing of `transformers` on a plain ViT."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ from transformers.models.rf_detr.modeling_rf_detr import (
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
-# sigmoid(15) is still below 1 in float32: log(1 - p) in the loss stays finite.
-_LARGEST_LOGIT = 15.0
+_LARGEST_LOGIT = 15.0  # sigmoid(15) is below 1 in float32, so that log(1 - p) in the loss stays finite
 
 
 class RFDetrOptions(Strict):
-    """Options of detection's head `rf_detr`."""
+    """Options of the detection head `rf_detr`.
+
+    Example:
+        >>> RFDetrOptions(num_queries=100).decoder_layers
+        3
+    """
 
     width: int = Field(256, ge=8)
     """Channels of the projector and the decoder (`d_model`)."""
     num_queries: int = Field(300, ge=1)
-    """Boxes predicted for an image; at most the number of the backbone's cells."""
+    """Boxes predicted per image; at most the number of the backbone's cells."""
     groups: int = Field(13, ge=1)
-    """Groups of queries trained in parallel (Group DETR); one of them predicts."""
+    """Groups of queries trained in parallel (Group DETR); one group predicts."""
     decoder_layers: int = Field(3, ge=1)
     """Layers of the decoder."""
     ffn_dim: int = Field(2048, ge=1)
@@ -43,25 +47,29 @@ class RFDetrOptions(Strict):
     cross_attention_heads: int = Field(16, ge=1)
     """Heads of the deformable cross-attention."""
     points: int = Field(4, ge=1)
-    """Locations each head of the deformable attention reads."""
+    """Locations that each head of the deformable attention reads."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in the decoder."""
     score_threshold: float = Field(0.01, ge=0, lt=1)
-    """Predictions below it are dropped."""
+    """Predictions with a lower score are dropped."""
 
 
 class RFDetrDetector(nn.Module):
-    """RF-DETR (https://arxiv.org/abs/2511.09554) of `transformers` behind our own backbone.
+    """RF-DETR (https://arxiv.org/abs/2511.09554) of `transformers` on the shared backbone.
 
-    All maps of the backbone, concatenated, go through RF-DETR's own projector. Boxes are refined, sampled and matched
-    in float32 whatever the dtype of the weights.
+    RF-DETR's projector receives the concatenated maps of the backbone. Boxes are refined, sampled and matched in
+    float32 whatever the dtype of the weights.
 
     Args:
         num_classes: K.
-        channels: channels of the backbone's maps.
+        channels: channels of each of the backbone's maps.
         stride: pixels per cell of the backbone's maps.
         num_levels: number of the backbone's maps.
-        image_size: (H, W) of the network's input, in pixels.
+        image_size: (H, W) of the network's input in pixels.
+        options: see `RFDetrOptions`.
+
+    Raises:
+        ConfigError: more queries than cells, or a width that the numbers of attention heads do not divide.
     """
 
     def __init__(
@@ -77,18 +85,18 @@ class RFDetrDetector(nn.Module):
         cells = (image_size[0] // stride) * (image_size[1] // stride)
         if options.num_queries > cells:
             raise ConfigError(
-                f"rf_detr: num_queries = {options.num_queries}, but images of {image_size[0]} x {image_size[1]} give "
-                f"{cells} cells of {stride} pixels; use at most that many"
+                f"rf_detr: num_queries = {options.num_queries}, but images of {image_size[0]} x {image_size[1]} pixels "
+                f"have {cells} cells of {stride} x {stride} pixels; use at most {cells} queries"
             )
         for name in ("self_attention_heads", "cross_attention_heads"):
             if options.width % getattr(options, name):
-                raise ConfigError(f"rf_detr: width {options.width} must be a multiple of {name} "
-                                  f"({getattr(options, name)})")  # fmt: skip
+                raise ConfigError(f"rf_detr: width {options.width} is no multiple of {name} {getattr(options, name)}; "
+                                  "change one of them")  # fmt: skip
         self.score_threshold = options.score_threshold
         self.num_queries = self.max_detections = options.num_queries
         self.image_size = image_size
         config = RfDetrConfig(
-            backbone_config=_shape_of(8, 1),  # built and thrown away
+            backbone_config=_neck_shape(8, 1),  # replaced below
             d_model=options.width,
             num_queries=options.num_queries,
             group_detr=options.groups,
@@ -102,7 +110,7 @@ class RFDetrDetector(nn.Module):
         )
         self.net = RfDetrForObjectDetection(config)
         neck_config = copy.deepcopy(config)
-        neck_config.backbone_config = _shape_of(channels, num_levels)
+        neck_config.backbone_config = _neck_shape(channels, num_levels)
         neck = _Neck(neck_config)
         neck.apply(self.net._init_weights)
         self.net.model.backbone = neck
@@ -113,7 +121,13 @@ class RFDetrDetector(nn.Module):
     def forward(
         self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None
     ) -> RfDetrObjectDetectionOutput:
-        """Raw predictions, and the loss when `labels` (a list of {"boxes", "labels"} in input pixels) are given."""
+        """Return the raw predictions, and the loss if labels are given.
+
+        Args:
+            features: the backbone's maps.
+            pixel_values: (B, 3, H, W), of which only the device and the size are read.
+            labels: for each image {"boxes": (n, 4) XYXY in pixels of the network's input, "labels": (n,)}.
+        """
         net = self.net
         hidden = net.model(torch.cat(features, dim=1))
         references = hidden.intermediate_reference_points.float()  # (layers, B, Q, 4) or (1, B, Q, 4)
@@ -136,37 +150,40 @@ class RFDetrDetector(nn.Module):
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
         raw = (logits, boxes, enc_logits, enc_boxes)
-        # The matcher raises on non-finite boxes: it gets finite ones, and the loss is made non-finite afterwards.
+        # The matcher raises for non-finite boxes: it gets finite ones, and the last line makes the loss non-finite.
         logits, boxes, enc_logits, enc_boxes = (value.nan_to_num(0.0, 1e4, -1e4) for value in raw)
         logits, enc_logits = (x.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT) for x in (logits, enc_logits))
         layers = [*zip(logits, boxes, strict=True), (enc_logits, enc_boxes)]
-        # the decoder predicts with one group in evaluation, and the loss is that group's
+        # in evaluation the decoder predicts with a single group, so the loss has one as well
         criterion = _Criterion(self.net.config, self.net.config.group_detr if self.training else 1)
         loss = torch.stack([criterion.of_layer(*layer, targets) for layer in layers]).sum()
         return loss + sum((value * 0.0).sum() for value in raw)
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """Every query's box (B, Q, 4) XYXY in pixels of the network's input and scores (B, Q, K)."""
+        """Return boxes (B, Q, 4) XYXY in pixels of the network's input and scores (B, Q, K) of all queries."""
         limit = outputs.pred_boxes.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * limit
         return boxes.clamp(min=0).minimum(limit), outputs.logits.sigmoid()
 
     def postprocess(self, outputs: Any) -> list[dict[str, Tensor]]:
-        """Boxes (n, 4) XYXY in pixels of the network's input, scores (n,), labels (n,); best first."""
-        found = RfDetrImageProcessor().post_process_object_detection(
+        """Return for each image "boxes" (n, 4) XYXY in pixels of the network's input, "scores" (n,) and "labels" (n,).
+
+        The boxes are sorted, best first.
+        """
+        predictions = RfDetrImageProcessor().post_process_object_detection(
             outputs,
             threshold=self.score_threshold,
             target_sizes=[self.image_size] * len(outputs.logits),
             top_k=self.num_queries,
         )
         limit = outputs.logits.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
-        for prediction in found:
+        for prediction in predictions:
             prediction["boxes"] = prediction["boxes"].clamp(min=0).minimum(limit)
-        return found
+        return predictions
 
 
 class _Criterion(LwDetrImageLoss):
-    """Divides by the boxes of this rank's micro-batch, as all other losses here do, without a collective."""
+    """Loss divided by the number of boxes in this rank's micro-batch, without a collective, as all losses here."""
 
     def __init__(self, config: RfDetrConfig, groups: int) -> None:
         matcher = LwDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
@@ -178,16 +195,16 @@ class _Criterion(LwDetrImageLoss):
         }
 
     def of_layer(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """Weighted classification, box and GIoU losses of one layer's predictions, matched anew."""
+        """Match one layer's predictions and return the weighted sum of classification, box and GIoU losses."""
         outputs = {"logits": logits, "pred_boxes": boxes}
         indices = self.matcher(outputs, targets, self.group_detr)
         count = max(self.group_detr * sum(len(target["boxes"]) for target in targets), 1)
-        parts = self.loss_labels(outputs, targets, indices, count) | self.loss_boxes(outputs, targets, indices, count)
-        return torch.stack([value * self.weights[name] for name, value in parts.items()]).sum()
+        losses = self.loss_labels(outputs, targets, indices, count) | self.loss_boxes(outputs, targets, indices, count)
+        return torch.stack([value * self.weights[name] for name, value in losses.items()]).sum()
 
 
 class _Neck(nn.Module):
-    """Stands where RF-DETR has its backbone: takes the concatenated maps instead of pixels."""
+    """Replacement of RF-DETR's backbone that receives the concatenated feature maps instead of pixels."""
 
     def __init__(self, config: RfDetrConfig) -> None:
         super().__init__()
@@ -198,7 +215,10 @@ class _Neck(nn.Module):
 
 
 class _Float32DeformableAttention(MultiScaleDeformableAttention):
-    """Sampling in float32: bfloat16 has too few bits for locations on a map, and CUDA kernels refuse mixed dtypes."""
+    """Deformable attention that samples in float32.
+
+    bfloat16 has too few bits for locations on a map, and CUDA kernels refuse mixed dtypes.
+    """
 
     def forward(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = value.dtype
@@ -207,8 +227,8 @@ class _Float32DeformableAttention(MultiScaleDeformableAttention):
             return super().forward(value.float(), *args, **kwargs).to(dtype)
 
 
-def _shape_of(channels: int, num_levels: int) -> RfDetrDinov2Config:
-    """A configuration that only tells RF-DETR how many channels and maps come in."""
+def _neck_shape(channels: int, num_levels: int) -> RfDetrDinov2Config:
+    """Return a backbone configuration from which RF-DETR reads the number of channels and maps only."""
     return RfDetrDinov2Config(
         hidden_size=channels,
         num_hidden_layers=num_levels,
@@ -219,7 +239,7 @@ def _shape_of(channels: int, num_levels: int) -> RfDetrDinov2Config:
 
 
 def _targets(labels: list[dict[str, Tensor]], pixel_values: Tensor) -> list[dict[str, Tensor]]:
-    """Boxes as RF-DETR's loss takes them: centre and size, in shares of the image."""
+    """Return the targets in the form of RF-DETR's loss: centre and size of each box, relative to the image."""
     H, W = pixel_values.shape[-2:]
     targets = []
     for target in labels:

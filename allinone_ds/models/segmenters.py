@@ -1,32 +1,102 @@
-"""Segmentation heads: a light upsampling decoder and UPerNet of `transformers`."""
+"""Segmentation heads that predict logits per cell: a light upsampling decoder, and UPerNet of `transformers`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
+from transformers.utils import ModelOutput
 
 from allinone_ds.models.pyramid import SCALES, ChannelNorm, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
 
 
+@dataclass
+class SegmentationOutput(ModelOutput):
+    """Raw predictions.
+
+    Attributes:
+        loss: mean cross-entropy over the valid pixels of the micro-batch, float32.
+        logits: (B, K, h, w) at the head's resolution.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class LogitSegmenter(nn.Module, ABC):
+    """Base class of segmenters that predict class logits per cell.
+
+    Attributes:
+        score_name: name of `scores` among the outputs of an ONNX graph.
+    """
+
+    score_name = "logits"
+
+    @abstractmethod
+    def logits(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Return the class logits (B, K, h, w) of the backbone's feature maps."""
+
+    def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> SegmentationOutput:
+        """Return the logits, and the loss if label maps are given.
+
+        Args:
+            features: the backbone's maps.
+            masks: (B, H, W) class ids.
+            ignore_index: pixels with this value do not count.
+        """
+        logits = self.logits(features)
+        out = SegmentationOutput(logits=logits)
+        if masks is not None:
+            with torch.autocast(masks.device.type, enabled=False):
+                out.loss = segmentation_loss(logits, masks, ignore_index)
+        return out
+
+    @staticmethod
+    def scores(outputs: Any) -> Tensor:
+        """Return scores (B, K, h, w), the largest of which is the predicted class."""
+        return outputs.logits
+
+    @staticmethod
+    def probabilities(outputs: Any) -> Tensor:
+        """Return scores (B, K, h, w) that may be averaged over views."""
+        return outputs.logits.float().softmax(1)
+
+
 class LightOptions(Strict):
-    """Options of segmentation's head `light`."""
+    """Options of the segmentation head `light`.
+
+    Example:
+        >>> LightOptions(width=64, upsamples=2).num_convs
+        1
+    """
 
     width: int = Field(128, ge=1)
     """Channels of the decoder."""
     num_convs: int = Field(1, ge=0)
     """3x3 convolutions at the backbone's resolution."""
     upsamples: int = Field(1, ge=0)
-    """Steps of doubled resolution, each followed by a 3x3 convolution of half the channels."""
+    """Doublings of the resolution, each followed by a 3x3 convolution to half the channels."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of channels dropped before the classifier."""
+    """Probability of dropping a channel before the classifier in training."""
 
 
-class LightSegmenter(nn.Module):
-    """Fused maps -> convolutions -> bilinear steps of x2 with a convolution each -> 1x1 classifier."""
+class LightSegmenter(LogitSegmenter):
+    """Fused maps -> convolutions -> bilinear x2 upsampling with a convolution each -> 1x1 classifier.
+
+    Args:
+        num_classes: K.
+        channels: channels of each of the backbone's maps.
+        num_levels: number of the backbone's maps.
+        options: see `LightOptions`.
+    """
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: LightOptions) -> None:
         super().__init__()
@@ -43,29 +113,40 @@ class LightSegmenter(nn.Module):
         self.fuse = Fuse(channels, num_levels, options.width)
         self.decoder = nn.Sequential(*layers)
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        _start_uniform(self.classifier)
+        _initialize_uniform(self.classifier)
 
-    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+    def logits(self, features: tuple[Tensor, ...]) -> Tensor:
         return self.classifier(self.decoder(self.fuse(features)))  # (B, K, h * 2^upsamples, w * 2^upsamples)
 
 
 class UPerNetOptions(Strict):
-    """Options of segmentation's head `upernet`."""
+    """Options of the segmentation head `upernet`.
+
+    Example:
+        >>> UPerNetOptions(width=64).pool_scales
+        [1, 2, 3, 6]
+    """
 
     width: int = Field(256, ge=1)
     """Channels of the pyramid and of the head."""
     scales: list[float] = list(SCALES)
     """Resolution of the pyramid's levels relative to the backbone's maps, finest first."""
     pool_scales: list[int] = [1, 2, 3, 6]
-    """Side of each grid of the pyramid pooling module, in cells."""
+    """Side of each grid of the pyramid pooling module in cells."""
 
 
-class UPerNetSegmenter(nn.Module):
+class UPerNetSegmenter(LogitSegmenter):
     """UPerNet (https://arxiv.org/abs/1807.10221) on a simple feature pyramid.
 
-    Its BatchNorms, which fail at batch 1 and on the 1x1 map of the pooling branch, are LayerNorms over channels here.
-    GroupNorm works too, but so many in a row wear down what sets one image apart from the next: on four toy images the
-    loss stood at 0.12 after 200 steps, with LayerNorm at 0.03.
+    UPerNet's BatchNorms fail at batch size 1 and on the 1x1 map of the pooling branch; LayerNorms over channels
+    replace them. GroupNorm also works, but so many in a row reduce the differences between images: on four toy images
+    the loss was 0.12 after 200 steps, and 0.03 with LayerNorm.
+
+    Args:
+        num_classes: K.
+        channels: channels of each of the backbone's maps.
+        num_levels: number of the backbone's maps.
+        options: see `UPerNetOptions`.
     """
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: UPerNetOptions) -> None:
@@ -78,19 +159,19 @@ class UPerNetSegmenter(nn.Module):
         for module in self.head.modules():
             if isinstance(module, UperNetConvModule):
                 module.batch_norm = ChannelNorm(width)  # type: ignore[assignment]
-        _start_uniform(self.head.classifier)
+        _initialize_uniform(self.head.classifier)
 
-    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+    def logits(self, features: tuple[Tensor, ...]) -> Tensor:
         return self.head(self.pyramid(self.fuse(features)))  # (B, K, h * scales[0], w * scales[0])
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, ignore_index: int) -> Tensor:
-    """Mean cross-entropy over the valid pixels of the batch, in float32 at the resolution of the masks.
+    """Return the mean cross-entropy over the valid pixels of the batch, in float32 at the resolution of the masks.
 
     Args:
         logits: (B, K, h, w), any floating dtype.
         masks: (B, H, W) class ids.
-        ignore_index: pixels with this value do not count; 0 is returned (with a graph) when no other are there.
+        ignore_index: pixels with this value do not count; without any other pixel the result is 0, with a gradient.
     """
     logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, masks.long(), ignore_index=ignore_index, reduction="sum")
@@ -101,8 +182,8 @@ def _conv(channels: int, out_channels: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), ChannelNorm(out_channels), nn.GELU()]
 
 
-def _start_uniform(classifier: nn.Conv2d) -> None:
-    """Small weights and no bias: every class starts equally likely."""
+def _initialize_uniform(classifier: nn.Conv2d) -> None:
+    """Set small weights and no bias, so that all classes start equally likely."""
     nn.init.normal_(classifier.weight, std=0.01)
     if classifier.bias is not None:
         nn.init.zeros_(classifier.bias)

@@ -1,4 +1,4 @@
-"""How many bytes autograd keeps for a backward, of a real forward or of one on fake tensors, which have shapes only."""
+"""Count the bytes that autograd keeps for the backward pass, in a real forward or in one on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,68 +17,61 @@ from allinone_ds.model import AllInOneModel
 def activation_bytes(
     model: AllInOneModel, batches: Mapping[str, int], dtype: torch.dtype, checkpointing: bool, notes: list[str]
 ) -> dict[str, int]:
-    """Bytes that autograd keeps for the backward of one micro-step of each task.
+    """Return the bytes that autograd keeps for the backward pass of one micro-step of each task.
 
-    With activation checkpointing a layer of the backbone keeps its input alone, and one layer is whole at a time.
+    The forwards run on fake tensors, which have shapes but no memory. With activation checkpointing each layer of the
+    backbone keeps only its input, and the activations of one layer exist at a time.
 
     Args:
-        model: on the meta device; it is left there in `dtype`, with fake weights.
-        batches: images of a micro-batch by task.
-        dtype: of the weights.
+        model: a model on the meta device; afterwards it has fake weights in `dtype`.
+        batches: images per micro-batch by task.
+        dtype: dtype of the weights.
         checkpointing: whether the backbone's layers are recomputed.
-        notes: gets a line for each task whose loss is left out.
+        notes: receives a line for each task whose loss or head is left out.
     """
-    found = {}
+    counted = {}
     model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         for name, count in batches.items():
             task: Any = model.tasks[name]
-            labels = _fake_labels(task, count)
-            # some heads look at values: a matcher in the loss, a check for infinities in training
-            for training, given in ((True, labels), (True, None), (False, None)):
+            example = task.example_labels(count)
+            # some heads depend on values, which fake tensors lack: a matcher in the loss, a check for infinities
+            for training, labels in ((True, example), (True, None), (False, None)):
                 model.train(training)
                 kept = SavedBytes(model, checkpointing)
                 try:
                     with kept:
-                        model(name, torch.empty(count, 3, *task.image_size), given)
+                        model(name, torch.empty(count, 3, *task.image_size), labels)
                 except DataDependentOutputException:
                     continue
-                found[name] = kept.bytes
-                if given is None:
-                    notes.append(f"{name}: without the loss's own activations, which depend on values")
+                counted[name] = kept.bytes
+                if labels is None:
+                    notes.append(f"{name}: without the activations of the loss, which needs real labels")
                 break
             else:
-                notes.append(f"{name}: its head's activations depend on values; only the backbone's are counted")
+                notes.append(f"{name}: without the activations of the head, which needs real images")
                 kept = SavedBytes(model, checkpointing)
                 with kept:
                     model.backbone(torch.empty(count, 3, *task.image_size))
-                found[name] = kept.bytes
-    return found
-
-
-def _fake_labels(task: Any, count: int) -> Any:
-    if task.kind == "segmentation":
-        return torch.zeros(count, *task.image_size, dtype=torch.uint8)
-    if task.kind == "classification":
-        return torch.zeros(count, dtype=torch.long)
-    return None
+                counted[name] = kept.bytes
+    return counted
 
 
 class SavedBytes:
-    """Inside this context: the bytes of the tensors that autograd keeps, each storage once, weights not counted.
+    """Context that counts the bytes of the tensors that autograd keeps: each storage once, and no weights.
 
     Args:
-        model: whose weights are not counted.
-        checkpointing: count as if the layers of the backbone were checkpointed (they must not be).
+        model: the model that runs; its weights are not counted.
+        checkpointing: count as if the layers of the backbone were checkpointed; in fact they must not be.
 
     Attributes:
-        bytes: how many.
+        bytes: bytes counted so far.
     """
 
     def __init__(self, model: AllInOneModel, checkpointing: bool = False) -> None:
         self._own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-        self._kept: dict[int, Any] = {}  # storages stay alive, or their addresses would come again
+        self._kept: dict[int, Any] = {}  # keeps storages alive, so that no address is used twice
         self._layer: int | None = None
         self._inside: list[int] = []
         self._inputs = 0
@@ -126,5 +119,5 @@ class SavedBytes:
 
 
 def _backbone_layers(model: AllInOneModel) -> list[nn.Module]:
-    """The layers that activation checkpointing recomputes."""
+    """Return the layers that activation checkpointing recomputes."""
     return [m for m in model.backbone.modules() if isinstance(m, GradientCheckpointingLayer)]

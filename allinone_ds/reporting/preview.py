@@ -1,12 +1,12 @@
-"""Contact sheets of augmentation: a row a branch, a column a training sample, boxes and masks drawn."""
+"""Contact sheets of augmentation: one row per branch, one column per training sample, with the truth drawn."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -18,50 +18,51 @@ from allinone_ds.data.schedule import Draw, Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.run_config.schema import RunConfig
-from allinone_ds.tasks.drawing import FONT, FONT_SIZE, draw_boxes, draw_mask, to_pil
+from allinone_ds.tasks import TASKS, Task, task_class
+from allinone_ds.tasks.drawing import FONT, FONT_SIZE, to_pil
 
-_CELL = 320  # longer side of one picture, pixels
-_GAP = 6
-_LINE = FONT_SIZE + 8
-_NAMED = 8  # boxes up to which their classes are written
+_CELL = 320  # longer side of one picture in pixels
+_GAP = 6  # pixels between pictures
+_LINE = FONT_SIZE + 8  # height of a line of text in pixels
 
 
 def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
-    """Draw what each branch of each task makes of the first samples of the run.
+    """Draw the first samples of the run as each branch of each task's augmentation transforms them.
 
-    The first row is the plain resize, the truth as the dataset has it. Pixels of a mask without class (255) are dark.
+    The first row shows the samples after the plain resize. Pixels of a mask without a class (255) are dark.
 
     Args:
         config: the run; only its training data is read.
-        output: NAME.png becomes NAME-TASK.png for every task.
-        samples: columns.
+        output: NAME.png stands for one NAME-TASK.png per task.
+        samples: number of columns.
 
     Returns:
         The files written.
 
     Raises:
-        ConfigError: `output` does not end as a picture's name does.
-        DataError: the data cannot be trained on.
+        ConfigError: `output` does not end in .png, .jpg or .jpeg.
+        DataError: the training data cannot be used.
     """
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ConfigError(f"--output {output}: must be a picture's name that ends in .png or .jpg")
+        raise ConfigError(f"--output {output}: the name must end in .png, .jpg or .jpeg")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, task in config.tasks.items():
         dataset = open_source(task.train, config.data_root)
+        drawer = truth_drawer(task.type, dataset.kind)
         seed = config.trainer.get("data_seed")
         seed = config.trainer.get("seed", 42) if seed is None else seed  # 42 is Trainer's default
-        drawn = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
+        chosen = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
         plain = eval_transform(task.image_size)
-        rows = [("plain resize", [draw_sample(plain(sample), dataset.classes) for _, sample in drawn])]
+        rows = [("plain resize", [draw_sample(plain(sample), dataset.classes, drawer) for _, sample in chosen])]
         transform = train_transform(task.augment, task.image_size, dataset.kind)
         with own_random_state():
             for branch, probability in transform.probabilities.items():
-                alone, pictures = transform.only(branch), []
-                for draw, sample in drawn:
+                transform_of_branch, pictures = transform.only(branch), []
+                for draw, sample in chosen:
                     seed_all(draw.seed)
-                    more = FurtherSamples(dataset, [], config.max_broken_images)
-                    pictures.append(draw_sample(alone(sample, more), dataset.classes))
+                    further = FurtherSamples(dataset, [], config.max_broken_images)
+                    pictures.append(draw_sample(transform_of_branch(sample, further), dataset.classes, drawer))
                 rows.append((f"{branch}: {probability:.0%} of the samples", pictures))
         file = output.with_name(f"{output.stem}-{name}{output.suffix}")
         _sheet(rows).save(file)
@@ -70,47 +71,56 @@ def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
 
 
 def _readable(dataset: SampleDataset, schedule: Schedule, task: str, count: int) -> list[tuple[Draw, Sample]]:
-    """The first `count` samples that can be read, in the order the run takes them."""
-    found: list[tuple[Draw, Sample]] = []
+    """Return the first `count` samples that can be read, in the order of the run's schedule."""
+    readable: list[tuple[Draw, Sample]] = []
     for position in range(len(dataset)):
         draw = schedule.at(task, position)
         try:
-            found.append((draw, dataset[draw.index]))
+            readable.append((draw, dataset[draw.index]))
         except BrokenSample:
             continue
-        if len(found) == count:
+        if len(readable) == count:
             break
-    if not found:
-        raise DataError(f"{dataset.name}: not one of {len(dataset)} samples can be read; repair them")
-    return found
+    if not readable:
+        raise DataError(f"{dataset.name}: none of {len(dataset)} samples can be read; repair them")
+    return readable
 
 
-def draw_sample(sample: Sample, classes: list[str]) -> Tensor:
-    """One transformed sample as a picture: uint8 (3, h, w), the longer side of one fixed length."""
+def truth_drawer(type_name: str, kind: str) -> type[Task]:
+    """Return the class whose `draw_truth` draws the samples of a task.
+
+    This is the task's own class, or that of the package for this kind of data set if it has no `draw_truth` of its own.
+
+    Args:
+        type_name: type of the task in the run's YAML file.
+        kind: kind of the data set.
+    """
+    task = task_class(type_name)
+    return TASKS.get(kind, task) if task.draw_truth is Task.draw_truth else task
+
+
+def draw_sample(sample: Sample, classes: list[str], drawer: type[Task]) -> Tensor:
+    """Return a transformed sample as a picture, uint8 (3, h, w), whose longer side has a fixed length.
+
+    Args:
+        sample: the sample; everything in it that is a `tv_tensors` is resized to the picture.
+        classes: class names of its data set.
+        drawer: the class whose `draw_truth` draws it.
+    """
     height, width = sample["image"].shape[-2:]
     factor = _CELL / max(height, width)
     size = [max(1, round(height * factor)), max(1, round(width * factor))]
     small = max(height, width) < _CELL  # pixels stay sharp squares
-    kind = InterpolationMode.NEAREST if small else InterpolationMode.BILINEAR
-    image = F.resize(sample["image"].as_subclass(Tensor), size, kind, antialias=not small)
-    text = ""
-    if "mask" in sample:
-        mask = F.resize(sample["mask"].as_subclass(Tensor)[None], size, InterpolationMode.NEAREST)[0]
-        image, present = draw_mask(image, mask, len(classes), alpha=0.35)
-        image = torch.where(mask >= len(classes), image // 4, image)
-        text = ", ".join(classes[k] for k in present)
-    elif "boxes" in sample:
-        boxes = sample["boxes"].as_subclass(Tensor) * torch.tensor([size[1] / width, size[0] / height] * 2)
-        names = [classes[k] for k in sample["labels"].tolist()] if len(boxes) <= _NAMED else []
-        image = draw_boxes(image, boxes, sample["labels"], names, len(classes))
-        text = "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
-    elif "label" in sample:
-        text = classes[sample["label"]]
-    return _titled(image, text)
+    interpolation = InterpolationMode.NEAREST if small else InterpolationMode.BILINEAR
+    resized = dict(sample)
+    for key, value in sample.items():
+        if isinstance(value, tv_tensors.TVTensor):
+            resized[key] = F.resize(value, size, interpolation, antialias=not small)
+    return _titled(*drawer.draw_truth(resized, classes))
 
 
 def _titled(image: Tensor, text: str) -> Tensor:
-    """The image with a line of text above, cut to its width."""
+    """Return the image with a line of text above it, which is shortened to the image's width."""
     height, width = image.shape[-2:]
     canvas = Image.new("RGB", (width, height + _LINE), "white")
     font = ImageFont.truetype(FONT, FONT_SIZE)
@@ -122,7 +132,7 @@ def _titled(image: Tensor, text: str) -> Tensor:
 
 
 def _sheet(rows: list[tuple[str, list[Tensor]]]) -> Image.Image:
-    """Rows of pictures of one size, a line of text above each row."""
+    """Return the sheet of rows of pictures of equal size, with a line of text above each row."""
     height, width = rows[0][1][0].shape[-2:]
     columns = len(rows[0][1])
     title = _LINE + 4

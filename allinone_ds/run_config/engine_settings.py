@@ -1,4 +1,4 @@
-"""What of a DeepSpeed configuration decides memory and messages of a step."""
+"""The settings of a DeepSpeed configuration on which memory and traffic of a step depend."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from allinone_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Engine:
-    """What of a DeepSpeed configuration decides memory and messages.
+    """Settings of a DeepSpeed engine.
 
     Attributes:
-        stage: ZeRO stage.
-        weight_bytes: of one element of the model's weights.
-        fp32_accumulation: gradients of 16-bit weights accumulate in float32.
-        offload: the optimizer lives in the host's memory.
+        stage: ZeRO stage, 0 to 3.
+        weight_bytes: bytes per element of the model's weights.
+        fp32_accumulation: whether gradients of 16-bit weights accumulate in float32.
+        offload: whether the optimizer is in the host's memory.
         bucket: elements of a reduce bucket.
-        buckets: how many there are.
-        prefetched: elements of weights that ZeRO-3 gathers ahead of their use.
+        buckets: number of reduce buckets.
+        prefetched: elements of weights that ZeRO-3 gathers before they are used.
         retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
-        task_traces: as of TaskBalancer; a model of at most `retained` elements stays gathered over the whole step.
-        all_reduces: gradients go to every rank, not to their owner alone: DeepSpeed's default below ZeRO-3.
+        task_traces: option of `TaskBalancer`: ZeRO-3 keeps a model of at most `retained` elements gathered over the
+            whole step.
+        all_reduces: whether DeepSpeed all-reduces gradients to every rank, its default below ZeRO-3, instead of
+            reducing each to its owner.
     """
 
     stage: int
@@ -39,12 +41,12 @@ class Engine:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of one element of an accumulated gradient."""
+        """Bytes per element of an accumulated gradient."""
         return 4 if self.fp32_accumulation else self.weight_bytes
 
     @property
     def wraps_bf16(self) -> bool:
-        """DeepSpeed's `BF16_Optimizer`: ZeRO-1 whose every rank keeps the whole fp32 gradient."""
+        """Whether DeepSpeed uses `BF16_Optimizer`: ZeRO-1 in which every rank keeps the whole fp32 gradient."""
         return self.stage == 1 and self.weight_bytes == 2 and self.fp32_accumulation and not self.offload
 
     @property
@@ -54,25 +56,34 @@ class Engine:
 
 
 def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bool = False) -> Engine:
-    """What of a DeepSpeed configuration counts here.
+    """Read the settings of a DeepSpeed configuration.
 
     Args:
-        deepspeed: content of the file.
-        bf16: what the trainer's arguments say, for "auto" in the file.
-        fp16: likewise.
+        deepspeed: content of the configuration file.
+        bf16: value of the trainer's argument, which "auto" in the file means.
+        fp16: value of the trainer's argument, which "auto" in the file means.
+
+    Raises:
+        ConfigError: `deepspeed` is the name of a file.
+
+    Example:
+        >>> engine = read_engine({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+        >>> engine.stage, engine.weight_bytes
+        (2, 2)
     """
     if isinstance(deepspeed, str):
-        raise ConfigError("deepspeed: give the content of the file; load_config reads it")
+        raise ConfigError(f"deepspeed = {deepspeed!r} is a name; give the content of the file, which load_config reads")
     zero = deepspeed.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
     half = any(
-        deepspeed.get(kind, {}).get("enabled") is True or (deepspeed.get(kind, {}).get("enabled") == "auto" and asked)
-        for kind, asked in (("bf16", bf16), ("fp16", fp16))
+        deepspeed.get(kind, {}).get("enabled") is True
+        or (deepspeed.get(kind, {}).get("enabled") == "auto" and argument)
+        for kind, argument in (("bf16", bf16), ("fp16", fp16))
     )
     offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
     accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
     live = _number(zero.get("stage3_max_live_parameters"), 10**9)
-    reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # there and back: half of it each way
+    reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # it spans forward and backward: half of it each
     overlap = bool(zero.get("overlap_comm", stage == 3))
     return Engine(
         stage=stage,

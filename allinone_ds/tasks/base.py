@@ -1,4 +1,4 @@
-"""What a task is: head, loss, targets, metric and drawing in one class."""
+"""The base class of all tasks: one class holds the head, loss, targets, metric and drawing of a task kind."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from allinone_ds.data.base import Sample
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict, did_you_mean, explain
 from allinone_ds.tasks.test_time import TestTime, View
 
-Sample = dict[str, Any]
 Prediction = dict[str, Any]
+"""One image's prediction; the keys depend on the task, see its `predict`."""
 
 
 class Task(nn.Module, ABC):
-    """Base of every task; subclass it anywhere and name it `module:Class` in the config.
+    """Base class of all tasks. Subclass it in any module and name it as "module:Class" in a run's YAML file.
 
-    A subclass sets `kind`, `main_metric` and `unit`, builds its head in `__init__` (after `super().__init__`), and
-    writes `forward`, `collate`, `predict`, `metric` and `draw`. The backbone runs outside: `forward` gets its maps.
+    A subclass sets `kind` and `main_metric`, builds its head in `__init__` (after `super().__init__`), and implements
+    `forward`, `collate`, `predict`, `metric` and `draw`. All other methods have defaults. The backbone is not part of
+    a task: `forward` receives its feature maps.
 
     Args:
         name: name of the task in the run.
-        classes: class names.
-        channels: channels C of each of the backbone's maps.
-        stride: pixels per cell of those maps.
-        num_levels: how many maps there are.
-        image_size: (H, W) of the network's input, in pixels.
-        head: which head, one of `HEADS`; None takes the first.
+        classes: class names by label.
+        channels: channels C of each feature map.
+        stride: pixels per cell of the feature maps.
+        num_levels: number of feature maps.
+        image_size: (H, W) of the network's input in pixels, multiples of `stride`.
+        head: a key of `HEADS`; None selects the first.
         options: fields of that head's options class.
 
+    Raises:
+        ConfigError: `image_size`, `head` or one of the options is invalid.
+
     Attributes:
-        kind: kind of data it reads ("detection", "segmentation", "classification", or your own).
-        main_metric: the key of `metric().compute()` that stands for the task in the run's score: in 0 to 1, the larger
-            the better (the best checkpoint has the largest mean; below 0 counts as 0).
-        unit: what a micro-loss averages over. The average is taken within the micro-batch of one rank: the mean over
-            its "objects" (their positive locations for FCOS; RF-DETR alone divides by the objects of all ranks, as
-            `transformers` does), its "valid pixels" (Mask2Former: its masks) or its "images". A task's gradient is the
-            plain mean of its micro-losses over micro-steps and ranks. So 1 x 8 equals 4 x 2 exactly for "images"; for
-            the others only when the micro-batches hold equally many objects or valid pixels.
+        kind: kind of data set that the task reads: "detection", "segmentation", "classification", or a new one.
+        main_metric: the key of `metric().compute()` that enters the run's score. Its values lie in 0..1 and larger is
+            better: the best checkpoint has the largest mean over tasks, and a value below 0 counts as 0.
+        pipeline_tag: what model hubs call the kind, for the model card; None if they have no name for it.
+        HEADS: options class of each head by name; empty if the task has one head, which reads `options` itself.
+
+    Example:
+        >>> import torch
+        >>> from transformers.modeling_outputs import ImageClassifierOutput
+        >>> from allinone_ds.tasks.classification import ClassificationTask
+        >>> class BrightnessTask(ClassificationTask):
+        ...     def forward(self, features, pixel_values, labels=None):
+        ...         logits = torch.stack([-pixel_values.mean((1, 2, 3)), pixel_values.mean((1, 2, 3))], dim=1)  # (B, 2)
+        ...         return ImageClassifierOutput(logits=logits)
+        >>> task = BrightnessTask("light", ["dark", "bright"], channels=8, stride=4, num_levels=1, image_size=(8, 8))
+        >>> outputs = task((torch.zeros(1, 8, 2, 2),), torch.ones(1, 3, 8, 8))
+        >>> task.classes[task.predict(outputs, sizes=[(8, 8)])[0]["label"]]
+        'bright'
     """
 
     kind: ClassVar[str]
     main_metric: ClassVar[str]
-    unit: ClassVar[str]
+    pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
-    """Options class of every head, by name; empty: the task has one head and reads `options` itself."""
 
     def __init__(
         self,
@@ -75,9 +89,10 @@ class Task(nn.Module, ABC):
         self.head_name, self.options = self._head_options(head, options)
 
     def _head_options(self, head: str | None, options: dict[str, Any]) -> tuple[str | None, Any]:
+        """Return the name of the head and its options, validated where the task has options classes."""
         if not self.HEADS:
             if head is not None:
-                raise ConfigError(f"tasks.{self.name}.head = '{head}': this task has no choice of heads; remove it")
+                raise ConfigError(f"tasks.{self.name}.head = '{head}': this task has only one head; remove the key")
             return None, options
         head = head or next(iter(self.HEADS))
         if head not in self.HEADS:
@@ -90,51 +105,115 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        """Raw predictions, and the loss when labels are given.
+        """Return the raw predictions, and the loss if labels are given.
+
+        The loss is a mean over the micro-batch of one rank, and a task's gradient is the plain mean of its losses over
+        micro-steps and ranks. Splitting a batch differently therefore leaves the gradient unchanged only where all
+        micro-batches average over equally many items (images, valid pixels, objects).
 
         Args:
-            features: `num_levels` maps of (B, C, H / stride, W / stride), in the dtype of the weights.
+            features: `num_levels` maps (B, C, H / stride, W / stride), in the dtype of the weights.
             pixel_values: (B, 3, H, W) normalised images.
-            labels: what `collate` put under "labels".
+            labels: what `collate` returned under "labels".
 
         Returns:
-            A `ModelOutput` whose `loss` is a float32 scalar, or None without labels. It must depend on every weight of
-            the head even when the batch holds no target.
+            A `ModelOutput` whose `loss` is a float32 scalar, or None without labels. The loss must depend on every
+            weight of the head even if the batch contains no target.
         """
 
     @staticmethod
     @abstractmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-        """A batch {"pixel_values", "labels"} of transformed samples (all of one size); pixels uint8 or normalised."""
+        """Return the batch {"pixel_values", "labels"} of transformed samples of equal size.
+
+        `pixel_values` (B, 3, H, W) are uint8 (`stack_pixels`) or normalised (`stack_images`).
+        """
 
     @abstractmethod
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Final predictions for each image, in pixels of the original images.
+        """Return the final prediction of each image, in pixels of the original image.
 
         Args:
             outputs: what `forward` returned.
-            sizes: (H, W) of each original image, in pixels.
+            sizes: (H, W) of each original image in pixels.
         """
 
+    @abstractmethod
+    def metric(self) -> Any:
+        """Return a new metric with `update(predictions, samples)`, `reset()`, `to(device)` and `compute()`.
+
+        `compute` synchronises all ranks and returns {name: value}, among them `main_metric`.
+        """
+
+    @abstractmethod
+    def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
+        """Return the prediction drawn on the image, next to the truth if `sample` is given.
+
+        Args:
+            image: uint8 (3, H, W).
+            prediction: an element of what `predict` returned.
+            sample: the original sample.
+
+        Returns:
+            uint8 (3, H', W').
+        """
+
+    def to_json(self, prediction: Prediction) -> dict[str, Any]:
+        """Return the prediction as plain numbers and lists."""
+        return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in prediction.items()}
+
+    @staticmethod
+    def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
+        """Return the truth of a sample drawn on its image, uint8 (3, H, W), and one line of text that describes it.
+
+        `allinone-ds preview` calls it, without building the task. The default draws nothing.
+
+        Args:
+            sample: a transformed sample.
+            classes: class names of its data set.
+        """
+        return sample["image"].as_subclass(Tensor), ""
+
+    def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
+        """Return the outputs of the task's ONNX graph by name, in their order.
+
+        The default returns every tensor of `outputs`.
+
+        Args:
+            outputs: what `forward` returned without labels.
+        """
+        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+    def example_labels(self, batch_size: int) -> Any:
+        """Return labels of `batch_size` images, to count the activations that the loss keeps for the backward pass.
+
+        The default, None, leaves the loss out of the count. It is right for losses whose activations depend on values.
+        """
+        return None
+
     def check_test_time(self, options: TestTime) -> None:
-        """Raise `ConfigError` for views that this task cannot predict or merge; a task that can, overrides it."""
+        """Check that the task can predict and merge the views; by default it can merge none.
+
+        Raises:
+            ConfigError: names the option and what is allowed.
+        """
         raise ConfigError(f"tasks.{self.name}.test_time: '{self.kind}' cannot merge views; remove it")
 
     def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """What `predict` gives, from several views of the same images.
+        """Return one prediction per image, as `predict` does, merged from several views of the images.
 
         Args:
-            views: outputs for every view.
-            sizes: (H, W) of each original image, in pixels.
+            views: outputs for each view.
+            sizes: (H, W) of each original image in pixels.
         """
         raise NotImplementedError(f"{type(self).__name__}.predict_views")
 
     @contextlib.contextmanager
     def at_size(self, size: tuple[int, int]) -> Iterator[None]:
-        """Inside this block the network's input is of another size.
+        """Expect network inputs of a different size inside this context.
 
         Args:
-            size: (H, W) in pixels, multiples of the stride.
+            size: (H, W) in pixels, multiples of `stride`.
         """
         before, self.image_size = self.image_size, size
         try:
@@ -142,19 +221,7 @@ class Task(nn.Module, ABC):
         finally:
             self.image_size = before
 
-    @abstractmethod
-    def metric(self) -> Any:
-        """A fresh metric: `update(predictions, samples)`, `compute() -> dict[str, float]`, `reset()`, `to(device)`."""
-
-    @abstractmethod
-    def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
-        """The prediction drawn on the image (uint8, 3 x H' x W'), beside the truth when `sample` is given."""
-
-    def to_json(self, prediction: Prediction) -> dict[str, Any]:
-        """The prediction as plain numbers and lists."""
-        return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in prediction.items()}
-
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Context in which losses are computed: autocast off."""
+    """Return a context without autocast, in which losses are computed."""
     return torch.autocast(device.type, enabled=False)

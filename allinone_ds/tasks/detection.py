@@ -1,4 +1,4 @@
-"""Object detection: boxes with classes; heads FCOS and RF-DETR; mAP as COCO counts it."""
+"""Object detection: boxes with classes; heads `fcos` and `rf_detr`; mAP as COCO defines it."""
 
 from __future__ import annotations
 
@@ -14,37 +14,51 @@ from torchvision.ops import batched_nms
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
+from allinone_ds.data.base import Sample
 from allinone_ds.distributed import gather_objects
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
-from allinone_ds.tasks.base import Prediction, Sample, Task
+from allinone_ds.tasks.base import Prediction, Task
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
 from allinone_ds.tasks.test_time import TestTime, View, view_size
 
 _SAME_OBJECT = 0.6
-"""IoU above which boxes of one class, seen in different views, are one object."""
+"""IoU above which boxes of one class in different views count as one object."""
+_MAX_NAMED_BOXES = 8
+"""`draw_truth` writes class names only up to this many boxes."""
 
-# COCO's, in float64. Those of torchmetrics (1.9) are rounded to float32, some to above the recall they stand for: on
-# random boxes that moved mAP by 4e-4 away from pycocotools.
+# COCO's thresholds in float64. Those of torchmetrics 1.9 are rounded to float32, some of them above the recall they
+# stand for, which changed the mAP of random boxes by 4e-4 relative to pycocotools.
 _IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 _RECALLS = np.linspace(0.0, 1.0, 101).tolist()
 _HEADS: dict[str, Any] = {"fcos": (FCOSDetector, FCOSOptions), "rf_detr": (RFDetrDetector, RFDetrOptions)}
 
 
 class DetectionTask(Task):
-    """Finds boxes of `classes`.
+    """Predicts boxes of `classes`.
 
-    Labels: a list with {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long} for each
-    image. Crowd boxes are no targets; the metric ignores what falls into them.
+    Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long}. Crowd
+    boxes are not targets, and the metric ignores predictions inside them. Loss: mean over the objects of the
+    micro-batch (over their positive locations for the head `fcos`).
+
+    Example:
+        >>> import torch
+        >>> task = DetectionTask("det", ["car"], channels=8, stride=4, num_levels=1, image_size=(16, 16), width=16)
+        >>> labels = [{"boxes": torch.tensor([[2.0, 2.0, 10.0, 12.0]]), "labels": torch.tensor([0])}]
+        >>> outputs = task((torch.randn(1, 8, 4, 4),), torch.randn(1, 3, 16, 16), labels)
+        >>> outputs.loss.shape
+        torch.Size([])
+        >>> sorted(task.predict(outputs, sizes=[(40, 60)])[0])
+        ['boxes', 'labels', 'scores']
     """
 
     kind = "detection"
     main_metric = "map50"
-    unit = "objects"
+    pipeline_tag = "object-detection"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
     shown_score = 0.3
-    """Predictions below this score are neither drawn nor written to json."""
+    """Predictions with a lower score are neither drawn nor written to JSON."""
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
@@ -56,14 +70,15 @@ class DetectionTask(Task):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         if tuple(pixel_values.shape[-2:]) != self.image_size:
             raise ValueError(
-                f"tasks.{self.name}: images of {tuple(pixel_values.shape[-2:])}, image_size is {self.image_size}"
+                f"tasks.{self.name}: images of {tuple(pixel_values.shape[-2:])} pixels, but image_size is "
+                f"{self.image_size}; resize the images"
             )
         if labels is not None:
             for target in labels:
                 if target["boxes"].dtype != torch.float32:
                     raise TypeError(
-                        f"tasks.{self.name}: target boxes came as {target['boxes'].dtype}, which rounds them to whole "
-                        "pixels and worse; cast pixel_values only"
+                        f"tasks.{self.name}: target boxes are {target['boxes'].dtype}, which rounds them to whole "
+                        "pixels or more; they must be torch.float32, cast pixel_values only"
                     )
         return self.detector(features, pixel_values, labels)
 
@@ -79,7 +94,7 @@ class DetectionTask(Task):
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """For each image boxes (n, 4) XYXY, scores (n,) and labels (n,), best first."""
+        """Return for each image "boxes" (n, 4) XYXY, "scores" (n,) and "labels" (n,), best first."""
         predictions = self.detector.postprocess(outputs)
         for prediction, (H, W) in zip(predictions, sizes, strict=True):
             scale = prediction["boxes"].new_tensor([W / self.image_size[1], H / self.image_size[0]]).repeat(2)
@@ -87,10 +102,10 @@ class DetectionTask(Task):
         return predictions
 
     def check_test_time(self, options: TestTime) -> None:
-        """Windows are for label maps, and RF-DETR needs a cell a query.
+        """Refuse windows, which cut objects, and for RF-DETR views with fewer cells than queries.
 
         Raises:
-            ConfigError: what is wrong, and what is allowed.
+            ConfigError: names the option and what is allowed.
         """
         where = f"tasks.{self.name}.test_time"
         if options.windows:
@@ -104,22 +119,22 @@ class DetectionTask(Task):
 
     @torch.no_grad()
     def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Boxes of all views; of two of a class that overlap by more than an IoU of 0.6 the weaker one goes."""
-        found: list[list[Prediction]] = [[] for _ in sizes]
+        """Return the boxes of all views, without the weaker of two of one class with an IoU above 0.6."""
+        views_of_image: list[list[Prediction]] = [[] for _ in sizes]
         for view in views:
             with self.at_size(view.size):
                 predictions = self.predict(view.outputs[0], sizes)
-            for image, prediction, (_, W) in zip(found, predictions, sizes, strict=True):
+            for image, prediction, (_, W) in zip(views_of_image, predictions, sizes, strict=True):
                 if view.flipped:
                     x0, y0, x1, y1 = prediction["boxes"].unbind(-1)
                     prediction["boxes"] = torch.stack([W - x1, y0, W - x0, y1], dim=-1)
                 image.append(prediction)
         merged = []
-        for image in found:
-            every = {key: torch.cat([view[key] for view in image]) for key in ("boxes", "scores", "labels")}
-            keep = batched_nms(every["boxes"], every["scores"], every["labels"], _SAME_OBJECT)
-            keep = keep[: self.detector.max_detections]  # as many as one view may give
-            merged.append({key: value[keep] for key, value in every.items()})
+        for image in views_of_image:
+            together = {key: torch.cat([view[key] for view in image]) for key in ("boxes", "scores", "labels")}
+            keep = batched_nms(together["boxes"], together["scores"], together["labels"], _SAME_OBJECT)
+            keep = keep[: self.detector.max_detections]  # at most as many as for a single view
+            merged.append({key: value[keep] for key, value in together.items()})
         return merged
 
     @contextlib.contextmanager
@@ -147,7 +162,7 @@ class DetectionTask(Task):
         return beside(caption(drawn, ["predicted"]), caption(truth, ["true"]))
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
-        """Objects, best first: class, score and box (XYXY in pixels of the image)."""
+        """Return the objects, best first: class, score and box (XYXY in pixels of the image)."""
         keep = prediction["scores"] >= self.shown_score
         rows = zip(*(prediction[key][keep].tolist() for key in ("labels", "scores", "boxes")), strict=True)
         return {
@@ -157,16 +172,32 @@ class DetectionTask(Task):
             ]
         }
 
+    @staticmethod
+    def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
+        """Return the image with its boxes, and their number."""
+        boxes, labels = sample["boxes"].as_subclass(Tensor), sample["labels"]
+        names = [classes[k] for k in labels.tolist()] if len(boxes) <= _MAX_NAMED_BOXES else []
+        drawn = draw_boxes(sample["image"].as_subclass(Tensor), boxes, labels, names, len(classes))
+        return drawn, "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
+
+    def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
+        """Return "boxes" (B, A, 4) XYXY in pixels of the network's input and "scores" (B, A, K), before NMS.
+
+        A is the number of candidates: the locations of `fcos`, the queries of `rf_detr`.
+        """
+        boxes, scores = self.detector.decode(outputs)
+        return {"boxes": boxes, "scores": scores}
+
     def _boxes(self, image: Tensor, boxes: Tensor, labels: Tensor, names: list[str]) -> Tensor:
         large, factor = enlarge(image.cpu())
         return draw_boxes(large, boxes.as_subclass(Tensor) * factor, labels, names, len(self.classes))
 
 
 class DetectionMetric:
-    """COCO's mAP ("map", mean over IoU .50 to .95) and mAP50 ("map50") over all ranks.
+    """COCO's mAP ("map", mean over IoU 0.50 to 0.95) and mAP50 ("map50") over the images of all ranks.
 
-    torchmetrics gathers one tensor an image and needs equally many images on every rank; ranks here may hold different
-    numbers, so the lists are gathered as objects and rank by rank the same result is computed.
+    torchmetrics gathers one tensor per image and needs equally many images on every rank. Here the numbers may differ:
+    the lists are gathered as objects, and every rank computes the same result from all of them.
     """
 
     def __init__(self) -> None:
@@ -176,23 +207,23 @@ class DetectionMetric:
         self.images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def to(self, device: Any) -> DetectionMetric:
-        """Boxes are kept on the CPU whatever the device."""
+        """Return itself: boxes are kept on the CPU whatever the device."""
         return self
 
     def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:
-        """Add images: predictions of `predict` and the original samples."""
+        """Add images: their predictions and the original samples."""
         for prediction, sample in zip(predictions, samples, strict=True):
-            found = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+            predicted = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
             truth = {
                 "boxes": sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4),
                 "labels": sample["labels"],
             }
             if "iscrowd" in sample:
                 truth["iscrowd"] = sample["iscrowd"].long()
-            self.images.append((found, truth))
+            self.images.append((predicted, truth))
 
     def compute(self) -> dict[str, float]:
-        """{"map50", "map"} over the images of all ranks; every rank must call it, all get the same."""
+        """Return {"map50", "map"}, the same on every rank; every rank must call it."""
         images = [image for of_rank in gather_objects(self.images) for image in of_rank]
         if not images:
             return {"map50": 0.0, "map": 0.0}
@@ -204,7 +235,7 @@ class DetectionMetric:
             sync_on_compute=False,
         )
         metric.warn_on_many_detections = False
-        metric.update([found for found, _ in images], [truth for _, truth in images])
+        metric.update([predicted for predicted, _ in images], [truth for _, truth in images])
         result = metric.compute()
-        # -1 stands for "no object of any class": nothing was found of nothing
+        # torchmetrics returns -1 if the truth has no object of any class
         return {"map50": max(float(result["map_50"]), 0.0), "map": max(float(result["map"]), 0.0)}

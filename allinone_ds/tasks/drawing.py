@@ -1,4 +1,4 @@
-"""Shared pieces of the tasks' drawings: upscaling, colours, captions, legends."""
+"""Parts of the tasks' drawings: enlargement, colours, boxes, masks, captions, legends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 FONT_SIZE = 13
-_SMALLEST = 320  # shorter side of a drawing in pixels: text is readable from here on
+_SMALLEST = 320  # minimum length of the shorter side of a drawing in pixels, so that text on it is readable
 _LINE = FONT_SIZE + 6  # height of a line of text in pixels
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """`count` RGB colours, the same in every run; neighbours differ strongly in hue."""
+    """Return `count` RGB colours, the same in every run; neighbours differ strongly in hue."""
     golden = 0.61803398875
     colors = []
     for i in range(count):
@@ -29,29 +29,29 @@ def palette(count: int) -> list[tuple[int, int, int]]:
     return colors
 
 
-def enlarge(image: Tensor, smallest: int = _SMALLEST) -> tuple[Tensor, int]:
-    """The image (3, H, W) blown up by a whole factor so that text on it is readable, and the factor.
+def enlarge(image: Tensor) -> tuple[Tensor, int]:
+    """Return the image (3, H, W) enlarged by an integer factor so that text on it is readable, and the factor.
 
-    Pixels stay sharp squares: what is seen is what the network saw.
+    Pixels are repeated, not interpolated, so that the drawing shows exactly what the network was given.
     """
     image = image.as_subclass(Tensor)
-    factor = max(1, -(-smallest // min(image.shape[-2:])))
+    factor = max(1, -(-_SMALLEST // min(image.shape[-2:])))
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1), factor
 
 
 def enlarge_mask(mask: Tensor, factor: int) -> Tensor:
-    """The label map (H, W) blown up by the factor that `enlarge` gave."""
+    """Return the label map (H, W) enlarged by the factor that `enlarge` returned."""
     return mask.as_subclass(Tensor).repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, names: list[str], num_classes: int) -> Tensor:
-    """The image with boxes (n, 4) XYXY in its pixels, coloured by their labels (n,); the first lies on top.
+    """Return the image with boxes coloured by their labels; the first box is drawn on top.
 
     Args:
         image: uint8 (3, H, W).
-        boxes: of the image, in pixels.
-        labels: 0..num_classes-1.
-        names: text at each box; an empty list writes none.
+        boxes: (n, 4) XYXY in pixels of the image.
+        labels: (n,) in 0..num_classes-1.
+        names: text at each box; an empty list for no text.
         num_classes: K.
     """
     if len(boxes) == 0:
@@ -71,7 +71,14 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, names: list[str], n
 
 
 def draw_mask(image: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55) -> tuple[Tensor, list[int]]:
-    """The image (3, H, W) under its label map (H, W), whose colours have a share of `alpha`; and the classes in it."""
+    """Return the image blended with the colours of its label map, and the class ids that appear in the map.
+
+    Args:
+        image: uint8 (3, H, W).
+        mask: (H, W) class ids; ids from `num_classes` on are not drawn.
+        num_classes: K.
+        alpha: weight of the colours, 0..1.
+    """
     mask = mask.as_subclass(Tensor).cpu()
     present = [k for k in mask.unique().tolist() if k < num_classes]
     if present:
@@ -81,17 +88,17 @@ def draw_mask(image: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55
 
 
 def caption(image: Tensor, lines: list[str]) -> Tensor:
-    """The image with lines of text in a strip above it."""
+    """Return the image with lines of text in a strip above it."""
     return _with_strip(image, [(line, None) for line in lines], above=True)
 
 
 def legend(image: Tensor, entries: list[tuple[str, tuple[int, int, int]]]) -> Tensor:
-    """The image with coloured squares and their names in a strip below it, as many to a row as fit."""
+    """Return the image with coloured squares and their names in a strip below it, as many per row as fit."""
     return _with_strip(image, [(name, color) for name, color in entries], above=False)
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Two drawings next to each other; the lower one is padded with white."""
+    """Return two drawings next to each other; the one of smaller height is padded with white."""
     height = max(left.shape[-2], right.shape[-2])
     left, right = (F.pad(x, (0, 0, 0, height - x.shape[-2]), value=255) for x in (left, right))
     gap = torch.full((3, height, 6), 255, dtype=torch.uint8)
@@ -99,27 +106,28 @@ def beside(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _with_strip(image: Tensor, entries: list[tuple[str, tuple[int, int, int] | None]], above: bool) -> Tensor:
+    """Return the image with a strip of entries (text, colour of its square or None); texts without square get a row."""
     width = image.shape[-1]
     font = ImageFont.truetype(FONT, FONT_SIZE)
-    places: list[tuple[int, int, int]] = []
+    positions: list[tuple[int, int, int]] = []  # left, top, width of the square
     x, row = 4, 0
     for text, color in entries:
-        box = 0 if color is None else FONT_SIZE + 4
-        needed = box + int(font.getlength(text)) + 10
-        if places and (color is None or x + needed > width):
+        square = 0 if color is None else FONT_SIZE + 4
+        entry_width = square + int(font.getlength(text)) + 10
+        if positions and (color is None or x + entry_width > width):
             x, row = 4, row + 1
-        places.append((x, row * _LINE + 2, box))
-        x += needed
+        positions.append((x, row * _LINE + 2, square))
+        x += entry_width
     strip = Image.new("RGB", (width, (row + 1) * _LINE + 2 if entries else 0), "white")
     draw = ImageDraw.Draw(strip)
-    for (text, color), (left, top, box) in zip(entries, places, strict=True):
+    for (text, color), (left, top, square) in zip(entries, positions, strict=True):
         if color is not None:
             draw.rectangle([left, top + 2, left + FONT_SIZE - 2, top + FONT_SIZE], fill=color)
-        draw.text((left + box, top), text, fill="black", font=font)
+        draw.text((left + square, top), text, fill="black", font=font)
     drawn = pil_to_tensor(strip)
     return torch.cat([drawn, image] if above else [image, drawn], dim=-2)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A drawing as a PIL image, to save it."""
+    """Return a drawing, uint8 (3, H, W), as a PIL image."""
     return to_pil_image(image)

@@ -1,9 +1,8 @@
-"""Semantic segmentation: a class for every pixel; heads light, UPerNet and Mask2Former; mIoU."""
+"""Semantic segmentation: one class per pixel; heads `light`, `upernet` and `mask2former`; mean IoU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,21 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
+from allinone_ds.data.base import IGNORE, Sample
 from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmenter
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
+    SegmentationOutput,
     UPerNetOptions,
     UPerNetSegmenter,
-    segmentation_loss,
 )
-from allinone_ds.tasks.base import Prediction, Sample, Task, full_precision
+from allinone_ds.tasks.base import Prediction, Task
 from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
 from allinone_ds.tasks.test_time import TestTime, View
 
-IGNORE = 255
+__all__ = ["SegmentationMetric", "SegmentationOutput", "SegmentationTask"]
+
 _HEADS: dict[str, Any] = {
     "light": (LightSegmenter, LightOptions),
     "upernet": (UPerNetSegmenter, UPerNetOptions),
@@ -33,25 +34,26 @@ _HEADS: dict[str, Any] = {
 }
 
 
-@dataclass
-class SegmentationOutput(ModelOutput):
-    """Raw predictions.
-
-    Attributes:
-        loss: mean cross-entropy over valid pixels, float32.
-        logits: (B, K, h, w) at the head's resolution.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-
-
 class SegmentationTask(Task):
-    """Gives every pixel one of `classes`. Labels: (B, H, W) uint8 or long; 255 is ignored."""
+    """Assigns one of `classes` to each pixel.
+
+    Labels: (B, H, W) uint8 or long; 255 is ignored. Loss: mean over the valid pixels of the micro-batch (over its
+    masks for the head `mask2former`).
+
+    Example:
+        >>> import torch
+        >>> task = SegmentationTask("seg", ["road", "sky"], channels=8, stride=4, num_levels=1, image_size=(16, 16))
+        >>> labels = torch.randint(0, 2, (1, 16, 16))
+        >>> outputs = task((torch.randn(1, 8, 4, 4),), torch.randn(1, 3, 16, 16), labels)
+        >>> outputs.loss.shape
+        torch.Size([])
+        >>> task.predict(outputs, sizes=[(20, 30)])[0]["mask"].shape
+        torch.Size([20, 30])
+    """
 
     kind = "segmentation"
     main_metric = "miou"
-    unit = "valid pixels"
+    pipeline_tag = "image-segmentation"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
@@ -59,14 +61,7 @@ class SegmentationTask(Task):
         self.segmenter = _HEADS[str(self.head_name)][0](len(self.classes), self.channels, self.num_levels, self.options)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        if isinstance(self.segmenter, Mask2FormerSegmenter):
-            return self.segmenter(features, labels, IGNORE)
-        logits = self.segmenter(features)
-        out = SegmentationOutput(logits=logits)
-        if labels is not None:
-            with full_precision(pixel_values.device):
-                out.loss = segmentation_loss(logits, labels, IGNORE)
-        return out
+        return self.segmenter(features, labels, IGNORE)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -75,17 +70,16 @@ class SegmentationTask(Task):
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """For each image a "mask" (H, W) uint8 of class ids."""
-        queries = isinstance(self.segmenter, Mask2FormerSegmenter)
-        maps = self.segmenter.scores(outputs) if queries else outputs.logits
-        return [_argmax(_resize(scores[None], size)) for scores, size in zip(maps, sizes, strict=True)]
+        """Return for each image a "mask" (H, W) uint8 of class ids."""
+        scores = self.segmenter.scores(outputs)
+        return [_argmax(_resize(s[None], size)) for s, size in zip(scores, sizes, strict=True)]
 
     def check_test_time(self, options: TestTime) -> None:
-        """Every view can be merged."""
+        """Accept all views: each can be merged."""
 
     @torch.no_grad()
     def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Masks of the mean class probabilities: over the windows that see a pixel, then over views."""
+        """Return masks of the mean class probabilities: over the windows that contain a pixel, then over the views."""
         total: list[Tensor | float] = [0.0] * len(sizes)
         for view in views:
             scores = self._view_scores(view)
@@ -95,22 +89,17 @@ class SegmentationTask(Task):
         return [_argmax(scores) for scores in total if isinstance(scores, Tensor)]
 
     def _view_scores(self, view: View) -> Tensor:
-        """(B, K, H, W) class probabilities of a whole view; (B, K, h, w) as the head gives them without windows."""
-        parts = [self._probabilities(outputs) for outputs in view.outputs]
+        """Return class probabilities: (B, K, H, W) put together from windows, or (B, K, h, w) of a view without."""
+        parts = [self.segmenter.probabilities(outputs) for outputs in view.outputs]
         if len(parts) == 1:
             return parts[0]
         H, W = (min(side, window) for side, window in zip(view.size, self.image_size, strict=True))
-        canvas = parts[0].new_zeros(*parts[0].shape[:2], *view.size)
-        seen = canvas.new_zeros(view.size)
+        total = parts[0].new_zeros(*parts[0].shape[:2], *view.size)
+        count = total.new_zeros(view.size)
         for part, (top, left) in zip(parts, view.corners, strict=True):
-            canvas[..., top : top + H, left : left + W] += _resize(part, (H, W))
-            seen[top : top + H, left : left + W] += 1
-        return canvas / seen
-
-    def _probabilities(self, outputs: Any) -> Tensor:
-        if isinstance(self.segmenter, Mask2FormerSegmenter):
-            return self.segmenter.scores(outputs)
-        return outputs.logits.float().softmax(1)
+            total[..., top : top + H, left : left + W] += _resize(part, (H, W))
+            count[top : top + H, left : left + W] += 1
+        return total / count
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(len(self.classes))
@@ -129,10 +118,24 @@ class SegmentationTask(Task):
         return legend(large, [(self.classes[k], colors[k]) for k in present])
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
-        """Share of the image for each class found; the mask itself is a picture."""
+        """Return the fraction of the image for each predicted class; the mask itself is written as a picture."""
         mask = prediction["mask"]
-        counts = torch.bincount(mask.flatten().long().cpu(), minlength=len(self.classes)) / mask.numel()
-        return {"share": {self.classes[k]: round(float(s), 4) for k, s in enumerate(counts.tolist()) if s > 0}}
+        fractions = torch.bincount(mask.flatten().long().cpu(), minlength=len(self.classes)) / mask.numel()
+        return {"share": {self.classes[k]: round(float(f), 4) for k, f in enumerate(fractions.tolist()) if f > 0}}
+
+    @staticmethod
+    def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
+        """Return the image with the colours of its classes, dark where there is none, and the names of the classes."""
+        mask = sample["mask"].as_subclass(Tensor)
+        drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, len(classes), alpha=0.35)
+        return torch.where(mask >= len(classes), drawn // 4, drawn), ", ".join(classes[k] for k in present)
+
+    def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
+        """Return "logits" (B, K, h, w), which `mask2former` does not have: "scores" (B, K, h, w) instead."""
+        return {self.segmenter.score_name: self.segmenter.scores(outputs)}
+
+    def example_labels(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, *self.image_size, dtype=torch.uint8)
 
 
 def _resize(scores: Tensor, size: Sequence[int]) -> Tensor:
@@ -140,27 +143,29 @@ def _resize(scores: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _argmax(scores: Tensor) -> Prediction:
-    """Scores (1, K, H, W) as a prediction."""
+    """Return scores (1, K, H, W) as a prediction."""
     return {"mask": scores[0].argmax(0).to(torch.uint8)}
 
 
 class SegmentationMetric(MulticlassConfusionMatrix):
-    """mIoU: intersection over union of each class over all images of all ranks, mean over the classes that appear in
-    the truth or in the predictions; pixels of value 255 in the truth do not count."""
+    """mIoU: the intersection over union of each class over the images of all ranks, averaged over classes.
+
+    Classes that appear neither in the truth nor in a prediction are left out, and so are pixels whose truth is 255.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes=num_classes, ignore_index=IGNORE, validate_args=False)
 
     def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:  # type: ignore[override]
-        """Add images: predictions of `predict` and the original samples."""
+        """Add images: their predictions and the original samples."""
         for prediction, sample in zip(predictions, samples, strict=True):
             truth = sample["mask"].as_subclass(Tensor).to(self.device).long()
             super().update(prediction["mask"].to(self.device).long(), truth)
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
-        """{"miou"}."""
+        """Return {"miou"}, the same on every rank."""
         counts = super().compute().double()  # (K, K), rows: truth
-        both = counts.diag()
-        either = counts.sum(0) + counts.sum(1) - both
-        seen = either > 0
-        return {"miou": float((both[seen] / either[seen]).mean()) if seen.any() else 0.0}
+        intersection = counts.diag()
+        union = counts.sum(0) + counts.sum(1) - intersection
+        present = union > 0
+        return {"miou": float((intersection[present] / union[present]).mean()) if present.any() else 0.0}

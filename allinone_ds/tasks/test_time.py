@@ -1,4 +1,4 @@
-"""Test-time augmentation: several views of an image, whose predictions a task makes one."""
+"""Test-time augmentation: the views of an image, whose predictions a task merges into one."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ from pydantic import Field
 from allinone_ds.strict import Strict
 
 _OVERLAP = 3
-"""Neighbouring windows share at least a third of their side."""
+"""Neighbouring windows overlap by at least 1 / _OVERLAP of their side."""
 
 
 class TestTime(Strict):
-    """Which views of an image are predicted and averaged, in evaluation and prediction (`tasks.NAME.test_time`)."""
+    """Which views of an image are predicted and averaged in evaluation and prediction (`tasks.NAME.test_time`).
 
-    __test__ = False  # no test of pytest's
+    Example:
+        >>> TestTime(scales=[1.0, 1.5], flip=True).windows
+        False
+    """
+
+    __test__ = False  # pytest would collect the class as a test
 
     scales: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
-    """Sizes of the views as parts of `image_size`, rounded to whole patches."""
+    """Sizes of the views relative to `image_size`, rounded to whole patches."""
     flip: bool = False
-    """Also the mirror image of every view."""
+    """Also predict the mirror image of each view."""
     windows: bool = False
-    """Segmentation: a view larger than `image_size` is seen through windows of that size that slide over it, a third
-    of each shared with the next, instead of at once."""
+    """Segmentation: predict a view larger than `image_size` in windows of that size, which slide over the view and
+    overlap by a third, instead of all at once."""
 
 
 @dataclass
 class View:
-    """What the model said about one view of a batch.
+    """The model's outputs for one view of a batch.
 
     Attributes:
-        size: (H, W) of the view, in pixels.
+        size: (H, W) of the view in pixels.
         flipped: whether left and right are swapped.
-        outputs: what the task's `forward` returned: one for the whole view, or one a window.
-        corners: (top, left) of each of them in the view, in pixels.
+        outputs: what the task's `forward` returned, once for the whole view or once per window.
+        corners: (top, left) of each window in the view in pixels.
     """
 
     size: tuple[int, int]
@@ -45,13 +50,27 @@ class View:
 
 
 def view_size(image_size: tuple[int, int], scale: float, stride: int) -> tuple[int, int]:
-    """(H, W) of a view: `scale` times the image size, rounded to multiples of `stride`, one at least."""
+    """Return (H, W) of a view: `scale` times the image size, rounded to positive multiples of `stride`.
+
+    Example:
+        >>> view_size((32, 48), 0.75, 16)
+        (32, 32)
+    """
     H, W = (max(round(side * scale / stride), 1) * stride for side in image_size)
     return H, W
 
 
 def window_corners(size: tuple[int, int], window: tuple[int, int]) -> list[tuple[int, int]]:
-    """(top, left) of the windows that cover a view, the last ones at its border; [(0, 0)] when one is enough."""
+    """Return (top, left) of the windows that cover a view; the last ones end at its border.
+
+    Args:
+        size: (H, W) of the view in pixels.
+        window: (H, W) of a window in pixels.
+
+    Example:
+        >>> window_corners((16, 70), (32, 32))
+        [(0, 0), (0, 22), (0, 38)]
+    """
     return [(top, left) for top in _starts(size[0], window[0]) for left in _starts(size[1], window[1])]
 
 

@@ -23,7 +23,6 @@ from tests.balance.engines import (
     run_task,
     toy,
     weights,
-    whole_master,
 )
 
 KINDS = tuple(kind for kind in FP32_KINDS if kind != "zero0 fp32")

@@ -73,10 +73,10 @@ def test_only_a_source_can_be_opened(coco_root):
 # ---- a new format: one class, and one line that registers it
 
 
-class FlatFolderSource(SourceConfig):
+class OneClassSource(SourceConfig):
     """All images of a folder are of one class, named after the folder."""
 
-    format: Literal["flat_folder"]
+    format: Literal["one_class"]
     images: str
 
     def open(self, root, classes=None):
@@ -85,15 +85,15 @@ class FlatFolderSource(SourceConfig):
         return ClassifiedDataset(str(folder), folder, files, [0] * len(files), [folder.name])
 
 
-Extended = TypeAdapter(source_type((*SOURCE_CLASSES, FlatFolderSource)))
+Extended = TypeAdapter(source_type((*SOURCE_CLASSES, OneClassSource)))
 
 
 def test_a_new_format_is_opened_and_checked(tmp_path):
     write_images(tmp_path / "cat")
     (tmp_path / "cat" / "3.png").write_bytes(b"no image")
     (tmp_path / "dog").mkdir()
-    cats = Extended.validate_python({"format": "flat_folder", "images": "cat", "expect": {"samples": COUNT + 1}})
-    dogs = Extended.validate_python({"format": "flat_folder", "images": "dog"})
+    cats = Extended.validate_python({"format": "one_class", "images": "cat", "expect": {"samples": COUNT + 1}})
+    dogs = Extended.validate_python({"format": "one_class", "images": "dog"})
     found = check_sources({"cats": cats, "dogs": dogs}, tmp_path, progress=False)
     assert [Path(p.file).name for p in found] == ["cat", "3.png", "dog"]
     assert [p.reason.split(";")[0] for p in found] == [
@@ -108,11 +108,11 @@ def test_a_new_format_is_opened_and_checked(tmp_path):
 
 
 def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
-    with pytest.raises(ValidationError, match="format is 'flat_foldr'; did you mean 'flat_folder'"):
-        Extended.validate_python({"format": "flat_foldr", "images": "cat"})
-    with pytest.raises(ValidationError, match=r"flat_folder\.image\n.*not permitted"):
-        Extended.validate_python({"format": "flat_folder", "images": "cat", "image": "x"})
-    assert isinstance(Extended.validate_python(COCO), SourceConfig)  # the formats of the package are still there
+    with pytest.raises(ValidationError, match="format is 'one_clas'; did you mean 'one_class'"):
+        Extended.validate_python({"format": "one_clas", "images": "cat"})
+    with pytest.raises(ValidationError, match=r"one_class\.image\n.*not permitted"):
+        Extended.validate_python({"format": "one_class", "images": "cat", "image": "x"})
+    assert isinstance(Extended.validate_python(COCO), SourceConfig)  # the formats of the package remain available
 
 
 def test_every_format_of_the_package_is_registered():

@@ -111,7 +111,7 @@ def test_weights_of_another_run_are_taken_where_they_fit(run: Path) -> None:
         assert torch.equal(value, before[name] if name.startswith("tasks.det.") else theirs[name]), name
     sizes = {**facts.backbone.config, "hidden_size": 64}
     wider = ModelFacts(backbone=facts.backbone.model_copy(update={"config": sizes}), classes=facts.classes)
-    with pytest.raises(ConfigError, match="model.start_from: the backbone.*is another"):
+    with pytest.raises(ConfigError, match="model.start_from: the backbone.*differs"):
         start_from(build_model(config, wider), run)
 
 

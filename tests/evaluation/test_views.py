@@ -19,7 +19,7 @@ from allinone_ds.evaluation.predictor import open_image
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks.segmentation import SegmentationOutput
 from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
-from tests.tasks.test_learning import build
+from tests.tasks.heads import build
 from tests.tiny import CLASSES, SIZE, samples, tiny_model
 
 EVERY = {"scales": [0.75, 1.0, 2.0], "flip": True}

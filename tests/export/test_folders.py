@@ -1,4 +1,4 @@
-"""Exported folders give what the run's model gives, load without the run, and say what they are."""
+"""Exported folders give the outputs of the run's model, load without the run, and describe themselves."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def assert_same_outputs(found, expected, task: str) -> None:
-    """Two models' raw outputs of a task are the same bits."""
-    ours, theirs = found(task, PIXELS), expected(task, PIXELS)
+def assert_same_outputs(actual, expected, task: str) -> None:
+    """Check that the raw outputs of two models for a task are equal bit by bit."""
+    ours, theirs = actual(task, PIXELS), expected(task, PIXELS)
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         if isinstance(value, torch.Tensor):
@@ -39,20 +39,20 @@ def test_every_folder_gives_what_the_run_gives(tmp_path: Path, stem: str, heads:
     done = export_run(tmp_path / "run", tmp_path / "out")
     assert done.source == tmp_path / "run" / "model.safetensors"
     (tmp_path / "run").rename(tmp_path / "gone")
-    whole = allinone_ds.load(tmp_path / "out" / "model")
-    assert list(whole.tasks) == ["det", "seg", "cls"]
+    all_tasks = allinone_ds.load(tmp_path / "out" / "model")
+    assert list(all_tasks.tasks) == ["det", "seg", "cls"]
     photo = Image.effect_noise((50, 40), 90).convert("RGB")
     photo.save(tmp_path / "photo.png")
-    for name in whole.tasks:
-        alone = allinone_ds.load(tmp_path / "out" / "tasks" / name)
-        assert list(alone.tasks) == [name] and alone.tasks[name].classes == CLASSES
-        assert not alone.model.training
-        assert_same_outputs(alone.model, model, name)
-        assert_same_outputs(whole.model, model, name)
-        first, again = alone.predict(photo)[0], whole.predict([tmp_path / "photo.png"], name)[0]
+    for name in all_tasks.tasks:
+        one_task = allinone_ds.load(tmp_path / "out" / "tasks" / name)
+        assert list(one_task.tasks) == [name] and one_task.tasks[name].classes == CLASSES
+        assert not one_task.model.training
+        assert_same_outputs(one_task.model, model, name)
+        assert_same_outputs(all_tasks.model, model, name)
+        first, again = one_task.predict(photo)[0], all_tasks.predict([tmp_path / "photo.png"], name)[0]
         assert first.keys() == again.keys()
         assert all(torch.equal(torch.as_tensor(first[key]), torch.as_tensor(again[key])) for key in first)
-    assert tuple(whole.predict(photo, "seg")[0]["mask"].shape) == (40, 50)
+    assert tuple(all_tasks.predict(photo, "seg")[0]["mask"].shape) == (40, 50)
     from_run = allinone_ds.load(tmp_path / "gone")
     assert_same_outputs(from_run.model, model, "seg")
 
@@ -68,9 +68,9 @@ def test_the_backbone_loads_in_transformers(tmp_path: Path, monkeypatch: pytest.
     name = type(model.backbone.net).__name__
     assert f"{name}.from_pretrained" in (folder / "README.md").read_text()
     direct = getattr(transformers, name).from_pretrained(folder)
-    found = transformers.AutoConfig.from_pretrained(folder)
-    offline = type(transformers.AutoBackbone.from_config(found)).from_pretrained(folder)
-    # AutoBackbone asks the hub for the name before it looks at the folder; a hub that has it stands in here
+    config = transformers.AutoConfig.from_pretrained(folder)
+    offline = type(transformers.AutoBackbone.from_config(config)).from_pretrained(folder)
+    # AutoBackbone asks the hub for the name before it reads the folder; this hub has every name
     hub = SimpleNamespace(repo_exists=lambda name: True)
     monkeypatch.setattr("transformers.models.auto.auto_factory.hf_api", lambda: hub)
     auto = transformers.AutoBackbone.from_pretrained(folder)
@@ -124,8 +124,8 @@ def test_the_card_says_what_how_good_and_on_what(tmp_path: Path) -> None:
     ):
         assert part in card, part
     assert "top1" not in card and str(tmp_path) not in card
-    whole = (tmp_path / "export" / "model" / "README.md").read_text()
-    assert "| cls | top1 | 0.5000 |" in whole and 'task="det"' in whole
+    card = (tmp_path / "export" / "model" / "README.md").read_text()
+    assert "| cls | top1 | 0.5000 |" in card and 'task="det"' in card
 
 
 def test_a_run_that_has_not_ended_gives_its_last_checkpoint_and_says_so(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         allinone_ds.load(folder)
     seg = facts["tasks"]["seg"]
     change(tasks={"seg": {**seg, "classes": [*seg["classes"], "more"]}})
-    with pytest.raises(ConfigError, match="do not fit together"):
+    with pytest.raises(ConfigError, match="model.safetensors does not fit allinone.json"):
         allinone_ds.load(folder)
     change(bakbone={})
     with pytest.raises(ConfigError, match="did you mean 'backbone'"):

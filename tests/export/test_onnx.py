@@ -1,4 +1,4 @@
-"""ONNX graphs give in onnxruntime what PyTorch gives, for any batch size."""
+"""The outputs of ONNX graphs in onnxruntime equal those of PyTorch for any batch size."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_graphs_equal_the_model(tmp_path: Path, heads: dict, outputs: dict[str, 
         assert [value.name for value in session.get_outputs()] == names
         for batch in (1, 3):
             pixels = torch.randn(batch, 3, 32, 32, generator=generator)
-            found = session.run(None, {"pixel_values": pixels.numpy()})
+            actual = session.run(None, {"pixel_values": pixels.numpy()})
             with torch.no_grad():
                 expected = TaskGraph(model, name)(pixels)
-            for ours, theirs in zip(found, expected, strict=True):  # boxes in pixels, scores and logits around 1
+            for ours, theirs in zip(actual, expected, strict=True):  # boxes in pixels, scores and logits around 1
                 torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
 
 

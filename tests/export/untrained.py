@@ -1,4 +1,4 @@
-"""A run's folder without a run: its configuration, its model with fresh weights, its safetensors."""
+"""A run's folder without training: its configuration, and a model with random weights as safetensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RF_DETR = {
 
 
 MASK2FORMER = {"width": 32, "num_queries": 12, "encoder_layers": 1, "decoder_layers": 2, "attention_heads": 4}
-LIGHT: dict[str, dict[str, Any]] = {}  # those of the tiny run
+LIGHT: dict[str, dict[str, Any]] = {}  # the heads of the tiny run
 STRONG = {"det": {"head": "rf_detr", "options": RF_DETR}, "seg": {"head": "upernet", "options": {"width": 32}}}
 WINNING = {
     "det": {"head": "rf_detr", "options": RF_DETR},
@@ -47,9 +47,9 @@ def untrained_run(
     """Write a run's folder and return its model.
 
     Args:
-        folder: of the run.
-        stem: of the backbone.
-        heads: by task, what differs from the tiny run's light ones.
+        folder: folder of the run.
+        stem: stem of the backbone.
+        heads: settings by task that replace those of the tiny run.
         home: folder of the demo data whose classes the heads have; None: no data, and the classes of tests.tiny.
         backbone: further fields of BackboneConfig.
     """
@@ -66,7 +66,10 @@ def untrained_run(
     torch.manual_seed(3)
     model = build_model(config, facts).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # heads start at zero: nothing could differ
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # near zero at first, so that all heads would be alike
             if parameter.requires_grad and name.endswith(("classifier.weight", "cls_logits.weight")):
                 parameter.normal_(std=0.5)
     save_run_files(config, facts, folder)

@@ -26,12 +26,13 @@ from allinone_ds.run_folder.checkpoints import (
     checkpoints,
     clear_run,
     clear_unfinished,
+    mark_broken,
+    parse_resume,
     prune,
-    set_aside,
 )
 from allinone_ds.run_folder.event_log import EventLog
-from allinone_ds.run_folder.lock import check_free, claim
-from allinone_ds.run_folder.manifest import MANIFEST_FILE, faults_of, files_of, measure, write_manifest
+from allinone_ds.run_folder.lock import check_free, lock_folder
+from allinone_ds.run_folder.manifest import MANIFEST_FILE, faults_of, file_entry, files_of, write_manifest
 from allinone_ds.training.launcher import _tail, follow_run
 from allinone_ds.training.out_of_memory import out_of_memory
 from allinone_ds.training.signals import StopOnSignal
@@ -78,7 +79,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     (path / "inner").mkdir(parents=True)
     (path / "weights").write_bytes(bytes(range(200)))
     (path / "inner" / "state").write_text(f"step {step}")
-    write_manifest(path, {name: measure(path / name) for name in files_of(path)}, step=step)
+    write_manifest(path, {name: file_entry(path / name) for name in files_of(path)}, step=step)
     return path
 
 
@@ -89,10 +90,10 @@ def test_a_manifest_finds_every_kind_of_damage(tmp_path: Path) -> None:
     assert faults_of(good) == []
     for name, damage, word in (
         ("weights", lambda p: p.write_bytes(p.read_bytes()[:-1]), "199 bytes, 200 were written"),
-        ("weights", lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\0"), "another checksum"),
+        ("weights", lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\0"), "checksum of weights differs"),
         ("inner/state", lambda p: p.unlink(), "is missing"),
         (MANIFEST_FILE, lambda p: p.write_text(p.read_text()[:-9]), "cannot be read"),
-        (MANIFEST_FILE, lambda p: p.unlink(), "not written to its end"),
+        (MANIFEST_FILE, lambda p: p.unlink(), "save did not finish"),
     ):
         bad = tmp_path / "bad"
         shutil.copytree(good, bad)
@@ -142,7 +143,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
 
 
 def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
-    words = "import sys; from allinone_ds.run_folder.lock import claim; claim(sys.argv[1]); print(flush=True); input()"
+    words = "import sys; from allinone_ds.run_folder import lock; lock.lock_folder(sys.argv[1]); print(); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", words, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -152,7 +153,7 @@ def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None and holder.stdout.readline()
         checkpoint(tmp_path, 2)
-        for refused in (claim, check_free, clear_run):
+        for refused in (lock_folder, check_free, clear_run):
             with pytest.raises(ConfigError, match=f"process {holder.pid} on .* is writing to"):
                 refused(tmp_path)
         with pytest.raises(ConfigError, match="is writing to"):
@@ -161,7 +162,7 @@ def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
         holder.kill()
         holder.communicate()
     for _ in range(2):
-        claim(tmp_path)
+        lock_folder(tmp_path)
     assert checkpoints(tmp_path)
 
 
@@ -172,18 +173,18 @@ def test_a_run_of_another_host_is_waited_for(
     real = lock._try_lock
     monkeypatch.setattr(lock, "_try_lock", lambda folder: (real(folder)[0], held.pop()) if held else real(folder))
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
-    claim(tmp_path)
+    lock_folder(tmp_path)
     assert not held and capsys.readouterr().out.count("waiting for process 7 on elsewhere") == 1
     held = ["process 7 on elsewhere"] * 9
-    monkeypatch.setattr(lock, "PATIENCE", -1.0)
+    monkeypatch.setattr(lock, "MAX_WAIT", -1.0)
     with pytest.raises(ConfigError, match="process 7 on elsewhere is writing to"):
-        claim(tmp_path / "other")
+        lock_folder(tmp_path / "other")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/run cannot be written to .*give another output_dir"):
-        claim(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="file/run cannot be written to .*choose a different output_dir"):
+        lock_folder(tmp_path / "file" / "run")
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
@@ -203,16 +204,16 @@ def test_the_last_whole_checkpoint_is_resumed_and_the_broken_ones_named(tmp_path
     assert checkpoint_to_resume(True, tmp_path) == (paths[2], [])
     (paths[2] / "weights").write_bytes(b"")
     (paths[1] / "inner" / "state").unlink()
-    found, broken = checkpoint_to_resume("true", tmp_path)
+    found, broken = checkpoint_to_resume(parse_resume("true"), tmp_path)
     assert found == paths[0]
     assert [path for path, _ in broken] == [paths[2], paths[1]]
     assert "weights has 0 bytes" in broken[0][1] and "state is missing" in broken[1][1]
     with pytest.raises(ConfigError, match="checkpoint-10.*is broken.*weights"):
         checkpoint_to_resume(str(paths[2]), tmp_path)
-    aside = set_aside(paths[2])
+    aside = mark_broken(paths[2])
     assert aside.is_dir() and checkpoints(tmp_path) == paths[:2]
     (paths[0] / "weights").unlink()
-    with pytest.raises(ConfigError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ConfigError, match="no checkpoint in .* is complete"):
         checkpoint_to_resume(True, tmp_path)
 
 
@@ -280,17 +281,17 @@ def watch(rank: int, seen: dict[int, list], answered: float = 100.0) -> StallWat
         ({0: [5, "a", 95, 1, 99], 1: [4, "b", 94, 1, 99]}, 99, None),
         ({0: [5, "a", 80, 1, 99], 1: [4, "b", 95, 1, 99]}, 99, None),  # 0 waits for 1, which moves
         ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 80]}, 99, "rank 1 .*does not answer.* at b.* at a"),
-        ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 99]}, 99, "rank 1 .*is alive but does not come on"),
-        ({0: [5, "a", 85, 1, 99], 1: [5, "a", 80, 1, 99]}, 99, "no rank has moved.* at a"),
+        ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 99]}, 99, "rank 1 .*is alive"),
+        ({0: [5, "a", 85, 1, 99], 1: [5, "a", 80, 1, 99]}, 99, "no rank has made progress.* at a"),
         ({0: [5, "a", 89, 1, 99], 1: [5, "a", 91, 1, 95]}, 99, None),  # 1 has just stopped, or is a little late
         ({0: [5, "a", 88, 1, 99], 1: [5, "a", 91, 1, 93]}, 99, "rank 1 .*does not answer"),
         ({0: [6, "a", 88, 1, 91], 1: [5, "b", 88, 1, 91]}, 91, None),  # rank 0 keeps silent, 1 had been behind it
-        ({0: [6, "a", 88, 1, 89], 1: [5, "b", 88, 1, 89]}, 89, "rank 0, which keeps"),
-        ({0: [5, "a", 85, 1, 85], 1: [5, "a", 85, 1, 85]}, 85, "rank 0, which keeps.* at a; rank 1 is at here"),
+        ({0: [6, "a", 88, 1, 89], 1: [5, "b", 88, 1, 89]}, 89, "rank 0, which hosts"),
+        ({0: [5, "a", 85, 1, 85], 1: [5, "a", 85, 1, 85]}, 85, "rank 0, which hosts.* at a; rank 1 is at here"),
     ],
 )
 def test_the_rank_that_others_wait_for_is_named(seen: dict, answered: float, words: str | None) -> None:
-    found = watch(1, seen, answered)._verdict(100.0)
+    found = watch(1, seen, answered)._stall_message(100.0)
     assert (not found) if words is None else re.search(words, found), found
 
 

@@ -76,12 +76,12 @@ def test_a_key_in_deepspeed_env_is_refused_and_seen(tmp_path: Path) -> None:
 def test_the_doctor_puts_a_bandwidth_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"all_reduce": 2.0, "reduce_scatter": 3.0}
     result = {"ranks": 2, "backend": "nccl", "GB/s": {str(2**26): speeds}, "clocks_differ_s": 7.0}
-    found = {finding.what: finding for finding in doctor.between_ranks(result)}
+    found = {finding.what: finding for finding in doctor.bandwidth_findings(result)}
     assert "all-reduce 2.00 GB/s, reduce-scatter 3.00 GB/s (2 ranks, nccl)" in found["64 MiB"].found
     assert found["gradients"].level == "warning" and "0.6 s" in found["gradients"].found
     assert found["clocks"].level == "warning" and "7.0 s" in found["clocks"].found
     result |= {"clocks_differ_s": 0.1, "backend": "gloo"}
-    assert [finding.level for finding in doctor.between_ranks(result)] == ["ok", "ok"]
+    assert [finding.level for finding in doctor.bandwidth_findings(result)] == ["ok", "ok"]
     said = "[rank1]: Traceback\n[rank1]: RuntimeError: Unable to find address for: nosuch0\n=======\n"
     failed = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: failed)

@@ -66,11 +66,11 @@ def test_a_local_checkpoint_gives_its_weights(tmp_path):
     [
         ({"config": {"hiden_size": 64}}, "did you mean 'hidden_size'"),
         ({"config": TINY, "out_indices": [1, 9]}, "from 1 to 2"),
-        ({"config": TINY, "out_indices": [2, 1]}, "rising"),
+        ({"config": TINY, "out_indices": [2, 1]}, "increasing"),
         ({"config": {**TINY, "num_attention_heads": 0}}, "num_attention_heads 0"),
         ({"config": {**TINY, "num_hidden_layers": 0}}, "num_hidden_layers 0"),
         ({"config": {**TINY, "num_channels": 1}}, "num_channels 1"),
-        ({"config": {**TINY, "reshape_hidden_states": False}}, "reshape_hidden_states: must stay true"),
+        ({"config": {**TINY, "reshape_hidden_states": False}}, "reshape_hidden_states: must be true"),
         ({"config": {**TINY, "hidden_size": "32"}}, "'hidden_size' expected int, got str"),
         ({"checkpoint": "nowhere", "stem": "conv"}, "use 'patch'"),
         ({"checkpoint": "/nowhere/at/all"}, "nowhere"),
@@ -80,9 +80,9 @@ def test_a_local_checkpoint_gives_its_weights(tmp_path):
         ),
         (
             {"model_type": "dinov3_vit", "config": {"hidden_size": 36, "num_attention_heads": 6}},
-            "hidden_size 36 .* and a head's share of it a multiple of 4",
+            "hidden_size 36 .* with a multiple of 4 channels per head",
         ),
-        ({"config": TINY | {"drop_path_rate": 1.0}}, r"drop_path_rate = 1\.0: allowed are values from 0 to below 1"),
+        ({"config": TINY | {"drop_path_rate": 1.0}}, r"drop_path_rate = 1\.0; allowed: at least 0 and below 1"),
         ({"config": TINY | {"drop_path_rate": -0.1}}, r"drop_path_rate = -0\.1"),
     ],
 )

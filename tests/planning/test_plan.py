@@ -21,7 +21,7 @@ from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.schema import load_config
 from tests.launcher import run_ranks
 from tests.planning.ranks_memory import CASES, name_of
-from tests.tasks.test_learning import HEADS
+from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_model
 from tests.tiny_run import tiny_run
 
@@ -146,7 +146,7 @@ def test_a_large_run_is_planned_without_its_data_or_weights(file: Path, capsys: 
     chosen = [c for c in plan["choices"] if (c["stage"], c["norm"]) == (2, "exact")]
     assert [c["memory"] for c in chosen] == [plan["memory_total"]]
     assert cli.main(["plan", str(file), "--gpus", "8"]) == 0
-    assert "the same run otherwise" in capsys.readouterr().out
+    assert "the same run with other settings" in capsys.readouterr().out
 
 
 def test_classes_that_the_file_expects_are_taken_where_the_data_is_not(file: Path) -> None:
@@ -181,6 +181,8 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
         memory("balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}")
     with pytest.raises(ConfigError, match="ZeRO-1 or ZeRO-2"):
         memory("balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json")
+    with pytest.raises(ConfigError, match="norm='sketch'.*DBMTL"):  # sees all tasks before it scales one
+        memory("balancer.norm=sketch", "balancer.name=db_mtl")
 
 
 def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:

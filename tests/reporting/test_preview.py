@@ -1,4 +1,4 @@
-"""Contact sheets: a row a branch, a column a sample, the truth drawn where it is."""
+"""Contact sheets: one row per branch, one column per sample, the truth drawn at its pixels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torchvision import tv_tensors
 
 from allinone_ds import cli
 from allinone_ds.reporting.preview import draw_sample
+from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.tasks.segmentation import SegmentationTask
 
 BRANCHES = {
     "branches": {
@@ -23,7 +25,7 @@ BRANCHES = {
 }
 
 
-def test_a_task_gets_a_sheet_with_a_row_a_branch(
+def test_a_task_gets_a_sheet_with_one_row_per_branch(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = yaml.safe_load((home / "tiny.yaml").read_text())
@@ -37,11 +39,11 @@ def test_a_task_gets_a_sheet_with_a_row_a_branch(
     command = ["preview", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "new" / "p.png"), "--samples", "3"]
     assert cli.main(command) == 0
     assert torch.equal(torch.get_rng_state(), start)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     heights = {}
     for task in ("det", "seg", "cls"):
         file = tmp_path / "new" / f"p-{task}.png"
-        assert str(file) in said
+        assert str(file) in printed
         sheet = np.array(Image.open(file))
         assert sheet.shape[1] == 3 * 326 + 6
         heights[task] = sheet.shape[0]
@@ -57,7 +59,7 @@ def test_a_task_gets_a_sheet_with_a_row_a_branch(
 def test_boxes_and_masks_are_drawn_on_their_pixels() -> None:
     image = tv_tensors.Image(torch.full((3, 40, 80), 100, dtype=torch.uint8))
     box = tv_tensors.BoundingBoxes([[20.0, 10.0, 60.0, 30.0]], format="XYXY", canvas_size=(40, 80))
-    drawn = draw_sample({"image": image, "boxes": box, "labels": torch.tensor([0])}, ["sign"])
+    drawn = draw_sample({"image": image, "boxes": box, "labels": torch.tensor([0])}, ["sign"], DetectionTask)
     changed = (drawn[:, 21:] != 100).any(dim=0)  # below the line of text; the picture is 4 times as large
     assert changed.shape == (160, 320)
     ys, xs = torch.where(changed)
@@ -65,7 +67,7 @@ def test_boxes_and_masks_are_drawn_on_their_pixels() -> None:
     mask = tv_tensors.Mask(torch.zeros(40, 80, dtype=torch.uint8))
     mask[:, 40:] = 255
     before = image.clone()
-    drawn = draw_sample({"image": image, "mask": mask}, ["road"])[:, 21:]
+    drawn = draw_sample({"image": image, "mask": mask}, ["road"], SegmentationTask)[:, 21:]
     assert (drawn[:, :, 170:] == 25).all() and (drawn[:, :, :150] != 100).any(dim=0).all()
     assert torch.equal(image, before)
 

@@ -16,8 +16,8 @@ import yaml
 
 from allinone_ds import cli
 from allinone_ds.errors import ConfigError
-from allinone_ds.reporting.predictions_page import write_page
-from allinone_ds.reporting.report import _limits, write_report
+from allinone_ds.reporting.pictures import save_pictures
+from allinone_ds.reporting.report import _limits, write_predictions_page, write_report
 from allinone_ds.reporting.run_history import read_run
 from tests.tiny_run import tiny_run
 
@@ -58,7 +58,8 @@ def finished_run(folder: Path, **trainer: object) -> Path:
     (folder / "metrics.json").write_text(json.dumps(metrics))
     wide = torch.full((3, 300, 640), 90, dtype=torch.uint8)
     pictures = {"det": [wide] * 2, "seg": [wide] * 2, "cls": [wide[:, :, :320]] * 3}
-    write_page(pictures, folder, "tiny", metrics)
+    save_pictures(pictures, folder)
+    write_predictions_page(folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from allinone_ds.reporting.meters import Pace, shares
+from allinone_ds.reporting.meters import Pace, update_shares
 from allinone_ds.reporting.trackers import WandbTracker, _of_one_size
 from tests.launcher import run_ranks
 from tests.tiny_run import TEST_SAMPLES
@@ -175,9 +175,9 @@ def test_shares_leave_out_skipped_tasks() -> None:
     def tensors(*values: float) -> dict[str, torch.Tensor]:
         return {task: torch.tensor(value) for task, value in zip("abc", values, strict=True)}
 
-    found = shares(tensors(3.0, 40.0, float("inf")), tensors(1.0, 0.1, 0.0))
+    found = update_shares(tensors(3.0, 40.0, float("inf")), tensors(1.0, 0.1, 0.0))
     assert {task: float(value) for task, value in found.items()} == pytest.approx({"a": 0.36, "b": 0.64, "c": 0.0})
-    assert torch.isnan(shares(tensors(1.0, 1.0, 1.0), tensors(0.0, 0.0, 0.0))["a"])
+    assert torch.isnan(update_shares(tensors(1.0, 1.0, 1.0), tensors(0.0, 0.0, 0.0))["a"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc"}', '{"id": "abc", "rows": null}'])
@@ -188,11 +188,11 @@ def test_a_spoilt_note_of_the_id_ends_no_run(tmp_path: Path, content: str) -> No
         state=SimpleNamespace(global_step=3), warn=lambda step, message: told.append(message)
     )
     file = tmp_path / "wandb.json"
-    assert tracker._remembered(file) == {} and not told
+    assert tracker._read_id(file) == {} and not told
     file.write_text('{"id": "abc", "rows": 7}')
-    assert tracker._remembered(file) == {"id": "abc", "rows": 7} and not told
+    assert tracker._read_id(file) == {"id": "abc", "rows": 7} and not told
     file.write_text(content)
-    assert tracker._remembered(file) == {} and "WANDB_RUN_ID" in told[0]
+    assert tracker._read_id(file) == {} and "WANDB_RUN_ID" in told[0]
 
 
 def test_pictures_of_a_gallery_have_one_size() -> None:

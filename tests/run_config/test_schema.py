@@ -59,9 +59,9 @@ def test_overrides_may_add_a_whole_task(file: Path) -> None:
         ("lerning_rate", 1, "did you mean 'learning_rate'"),
         ("max_steps", "many", "trainer.max_steps = 'many'"),
         ("per_device_train_batch_size", 4, "tasks.NAME.batch_size"),
-        ("deepspeed", "x.json", "decided by 'deepspeed'"),
-        ("num_train_epochs", 3, "decided by 'trainer.max_steps'"),
-        ("label_smoothing_factor", 0.1, "decided by 'tasks.NAME.options'"),
+        ("deepspeed", "x.json", "set by 'deepspeed'"),
+        ("num_train_epochs", 3, "set by 'trainer.max_steps'"),
+        ("label_smoothing_factor", 0.1, "set by 'tasks.NAME.options'"),
     ],
 )
 def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message: str) -> None:
@@ -150,7 +150,7 @@ def test_a_file_is_laid_over_its_base(file: Path, tmp_path: Path) -> None:
         ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}, "optimizer: .*backbone_lr_factor"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {}}}}, "scheduler: .*lr_scheduler_type"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
-        ({"eval_strategy": "epoch"}, "eval_strategy = epoch: every task has epochs of its own"),
+        ({"eval_strategy": "epoch"}, "eval_strategy = epoch: the tasks have epochs of different lengths"),
         ({"save_strategy": "epoch"}, "save_strategy = epoch"),
         ({"logging_strategy": "epoch"}, "logging_strategy = epoch"),
     ],

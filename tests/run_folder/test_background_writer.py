@@ -9,7 +9,7 @@ import torch
 
 from allinone_ds.errors import ConfigError, RunError
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.run_folder.background_writer import BackgroundSaver
+from allinone_ds.run_folder.background_saver import BackgroundSaver
 from tests.integration.test_faults import run_faults
 
 # compared with a run that saves in the step; the first with ZeRO 1, 2 and 3
@@ -37,16 +37,16 @@ def test_what_is_taken_is_a_copy_whose_memory_is_used_again() -> None:
     places = []
     for value in (0.0, 1.0):
         flat.fill_(value)
-        saver.take(content, Path("file"))
+        saver.stage(content, Path("file"))
         flat.fill_(7.0)  # the optimizer steps in place
-        path, copy = saver.taken[0]
+        path, copy = saver.staged[0]
         assert path == Path("file") and copy["name"] == "text"
         for tensor in (copy["flat"], copy["cut"][0], copy["cut"][1][0]):
             assert (tensor == value).all()
         places.append(copy["flat"].data_ptr())
         saver.start(1, lambda: None)
         saver.finish()
-        assert saver.taken == []
+        assert saver.staged == []
     assert places[0] == places[1] != flat.data_ptr()
 
 

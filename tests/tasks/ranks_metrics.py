@@ -1,4 +1,4 @@
-"""Two ranks with unequal numbers of images: metrics must equal those of one process. Started by test_ranks.py."""
+"""Two ranks with different numbers of images: metrics equal those of one process. Started by test_ranks.py."""
 
 import sys
 
@@ -9,14 +9,14 @@ from tests.launcher import run_checks
 from tests.tiny import samples, tiny_model
 
 
-def compare(name: str, share: slice) -> None:
-    """Metric of all ranks, each holding `share` of seven images, against the metric of one process."""
+def compare(name: str, part: slice) -> None:
+    """Compare the metric of all ranks, of which each has `part` of seven images, with that of one process."""
     torch.manual_seed(3)
     task = tiny_model().tasks[name]
-    made = samples(7)
+    images = samples(7)
     generator = torch.Generator().manual_seed(5)
     predictions = []
-    for i, sample in enumerate(made):
+    for i, sample in enumerate(images):
         jitter = torch.randint(0, 5, (1, 4), generator=generator)
         predictions.append(
             {
@@ -27,39 +27,39 @@ def compare(name: str, share: slice) -> None:
                 "label": 1,
             }
         )
-    together = task.metric()
-    together.update(predictions[share], made[share])
-    found = together.compute()
-    alone = task.metric()
+    metric = task.metric()
+    metric.update(predictions[part], images[part])
+    distributed = metric.compute()
+    single = task.metric()
     if name == "det":
-        alone.images, ours = [], dist.is_initialized
-        alone.update(predictions, made)
+        single.images, is_initialized = [], dist.is_initialized
+        single.update(predictions, images)
         dist.is_initialized = lambda: False
         try:
-            expected = alone.compute()
+            expected = single.compute()
         finally:
-            dist.is_initialized = ours
+            dist.is_initialized = is_initialized
     else:
-        alone.sync_on_compute = False
-        alone._to_sync = False
-        alone.update(predictions, made)
-        expected = alone.compute()
-    assert set(found) == set(expected)
+        single.sync_on_compute = False
+        single._to_sync = False
+        single.update(predictions, images)
+        expected = single.compute()
+    assert set(distributed) == set(expected)
     for key, value in expected.items():
-        assert abs(found[key] - value) < 1e-6, (name, key, found[key], value)
-    assert 0 < found[task.main_metric] <= 1
+        assert abs(distributed[key] - value) < 1e-6, (name, key, distributed[key], value)
+    assert 0 < distributed[task.main_metric] <= 1
 
 
 def check_unequal() -> None:
-    share = slice(0, 5) if dist.get_rank() == 0 else slice(5, 7)
+    part = slice(0, 5) if dist.get_rank() == 0 else slice(5, 7)
     for name in ("det", "seg", "cls"):
-        compare(name, share)
+        compare(name, part)
 
 
 def check_a_rank_without_images() -> None:
-    share = slice(0, 7) if dist.get_rank() == 0 else slice(7, 7)
+    part = slice(0, 7) if dist.get_rank() == 0 else slice(7, 7)
     for name in ("det", "seg", "cls"):
-        compare(name, share)
+        compare(name, part)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Models built under ZeRO-3 (`HfDeepSpeedConfig`): every head trains, and starts from the same weights as without.
-Started by test_ranks.py."""
+"""Models built under ZeRO-3 (`HfDeepSpeedConfig`): every head trains, and its weights are initialised. Started by
+test_ranks.py."""
 
 import sys
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from tests.launcher import run_checks
-from tests.tasks.test_learning import HEADS
+from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_model
 
 
@@ -28,7 +28,7 @@ def train(kind: dict[str, tuple[str, dict]], bf16: bool) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "steps_per_print": 1000000,
     }
-    alive = HfDeepSpeedConfig(settings)  # noqa: F841, read through a weak reference
+    alive = HfDeepSpeedConfig(settings)  # noqa: F841, transformers holds it by a weak reference
     model = tiny_model(kind)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
     for key, parameter in engine.module.named_parameters():

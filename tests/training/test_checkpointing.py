@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.training import checkpointing as saving
-from allinone_ds.training.checkpointing import best_beside, check_model
+from allinone_ds.training import load_checkpoint as loading
+from allinone_ds.training import save_checkpoint as saving
 from allinone_ds.training.ema import AverageWeights
-from allinone_ds.training.run import _last_evaluation, _tell_beginning
+from allinone_ds.training.load_checkpoint import best_checkpoint, check_model
+from allinone_ds.training.run import _last_evaluation, _warn_at_start
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
 
@@ -27,11 +28,11 @@ def test_the_best_checkpoint_is_looked_for_beside_the_resumed_one(tmp_path: Path
     here.mkdir(parents=True)
     there.mkdir(parents=True)
     (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(there)}))
-    assert best_beside(here) is None
+    assert best_checkpoint(here) is None
     (tmp_path / "new" / "checkpoint-2").mkdir()
-    assert best_beside(here) == str(tmp_path / "new" / "checkpoint-2")
+    assert best_checkpoint(here) == str(tmp_path / "new" / "checkpoint-2")
     (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
-    assert best_beside(here) is None
+    assert best_checkpoint(here) is None
 
 
 def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -> None:
@@ -49,9 +50,9 @@ def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -
 @pytest.mark.parametrize(
     ("heads", "backbone", "words"),
     [
-        ({"det": LIGHT["det"], "seg": LIGHT["seg"]}, {}, ["task 'cls' is in it, but not in this run"]),
-        ({**LIGHT, "seg": ("light", {"width": 16})}, {}, ["task 'seg' is another: tasks.seg.", "(16,", "(32,"]),
-        (LIGHT, {"hidden_size": 16}, ["the backbone is another: backbone.", "task 'det' is another"]),
+        ({"det": LIGHT["det"], "seg": LIGHT["seg"]}, {}, ["task 'cls' is in the checkpoint, but not in this run"]),
+        ({**LIGHT, "seg": ("light", {"width": 16})}, {}, ["task 'seg' differs: tasks.seg.", "(16,", "(32,"]),
+        (LIGHT, {"hidden_size": 16}, ["the backbone differs: backbone.", "task 'det' differs"]),
     ],
 )
 def test_another_model_is_named(tmp_path: Path, heads: dict, backbone: dict, words: list[str]) -> None:
@@ -64,7 +65,7 @@ def test_another_model_is_named(tmp_path: Path, heads: dict, backbone: dict, wor
     for word in (*words, f"model.start_from={tmp_path}"):
         assert word in str(error.value)
     save_file(tiny_model({"det": LIGHT["det"]}).state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="task 'seg' is not in it; task 'cls' is not in it"):
+    with pytest.raises(ConfigError, match="task 'seg' is not in the checkpoint; task 'cls' is not in the checkpoint"):
         check_model(model, tmp_path)
 
 
@@ -94,7 +95,7 @@ def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> Non
     assert not told if words is None else words in told[0] and "step 5" in told[0]
 
 
-@pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "their peak is 0.5, this run asks for 0.1")])
+@pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "maximum is 0.5, this run is configured with 0.1")])
 def test_learning_rates_that_a_resume_does_not_take_are_told(
     monkeypatch: pytest.MonkeyPatch, asked: float, words: str | None
 ) -> None:
@@ -103,10 +104,10 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
     now, told = scheduler(asked), []
-    monkeypatch.setattr(saving, "check_model", lambda *_: None)
-    monkeypatch.setattr(saving, "own_checkpoint_files", lambda *_: None)
-    monkeypatch.setattr(saving, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
-    monkeypatch.setattr(saving, "deepspeed_load_checkpoint", lambda *_: None)
+    monkeypatch.setattr(loading, "check_model", lambda *_: None)
+    monkeypatch.setattr(loading, "own_checkpoint_files", lambda *_: None)
+    monkeypatch.setattr(loading, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
+    monkeypatch.setattr(loading, "deepspeed_load_checkpoint", lambda *_: None)
     trainer = SimpleNamespace(
         deepspeed=SimpleNamespace(module=None, zero_optimization_stage=lambda: 0, optimizer=now.optimizer),
         args=SimpleNamespace(world_size=1),
@@ -115,7 +116,7 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
         _load_optimizer_and_scheduler=lambda folder: now.load_state_dict(scheduler(0.5).state_dict()),
         warn=lambda step, message: told.append(message),
     )
-    saving.load_engine(trainer, Path("run/checkpoint-4"))
+    loading.load_engine(trainer, Path("run/checkpoint-4"))
     assert now.optimizer.param_groups[0]["lr"] == 0.5
     assert not told if words is None else words in told[0] and "model.start_from=run/checkpoint-4" in told[0]
 
@@ -125,11 +126,11 @@ def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() ->
     trainer: Any = SimpleNamespace(warn=lambda step, message: told.append(message))
     problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
     data: Any = SimpleNamespace(dataset=SimpleNamespace(structural=problems))
-    _tell_beginning(trainer, {"det": data}, ["det", "seg"])
-    assert "start_from: the heads of det, seg start fresh" in told[0]
+    _warn_at_start(trainer, {"det": data}, ["det", "seg"])
+    assert "start_from: the heads of det, seg start from random weights" in told[0]
     assert told[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
     told.clear()
-    _tell_beginning(trainer, {}, [])
+    _warn_at_start(trainer, {}, [])
     assert told == []
 
 

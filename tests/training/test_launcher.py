@@ -19,7 +19,7 @@ from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.meters import Means
 from allinone_ds.reporting.plots import series, write_plots
-from allinone_ds.run_config.build import spelled_out
+from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.training import launcher as launch
 from allinone_ds.training.launcher import follow_run
 from allinone_ds.training.optimizer import parameter_groups
@@ -97,7 +97,7 @@ def test_a_backbone_from_a_checkpoint_is_built_again_without_it(tmp_path: Path) 
     first = build_backbone(BackboneConfig(config=TINY))
     first.net.save_pretrained(tmp_path)
     asked = BackboneConfig(checkpoint=str(tmp_path), out_indices=[1, 2])
-    again = build_backbone(spelled_out(asked, build_backbone(asked).config))
+    again = build_backbone(without_checkpoint(asked, build_backbone(asked).config))
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in first.named_parameters()}
     assert again.num_levels == 2
 

@@ -63,7 +63,7 @@ def test_a_named_backbone_is_spelled_out_and_its_fields_can_be_replaced() -> Non
     assert BackboneConfig.model_validate(cfg.model_dump()) == cfg
     with pytest.raises(ValueError, match="did you mean 'vit_l'"):
         BackboneConfig(name="vit_ll")
-    with pytest.raises(ValueError, match="model_type says 'vitdet'"):
+    with pytest.raises(ValueError, match="model_type is 'vitdet'"):
         BackboneConfig(name="vit_l", model_type="vitdet")
 
 

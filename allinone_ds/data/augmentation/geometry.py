@@ -54,8 +54,8 @@ class LargeScaleJitter(v2.Transform):
 
     def __init__(self, size: int | Sequence[int], scale: Sequence[float] = (0.5, 2.0), fill: int = 114):
         super().__init__()
-        self.size = _sides(size)
-        self.scale = _range("scale", scale)
+        self.size = _height_and_width(size)
+        self.scale = _validate_range("scale", scale)
         self.fill = fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class Mosaic(MultiSampleTransform):
         self, size: int | Sequence[int], p: float = 1.0, center: Sequence[float] = (0.5, 1.5), fill: int = 114
     ) -> None:
         super().__init__()
-        self.size = _sides(size)
-        self.p = _probability(p)
-        self.center = _range("center", center)
+        self.size = _height_and_width(size)
+        self.p = _validate_probability(p)
+        self.center = _validate_range("center", center)
         if not 0.5 <= self.center[0] <= self.center[1] <= 1.5:
             raise ValueError(f"center is {list(center)}; it must lie within 0.5..1.5")
         self.fill = fill
@@ -163,8 +163,8 @@ class MixUp(MultiSampleTransform):
 
     def __init__(self, p: float = 1.0, scale: Sequence[float] = (0.5, 1.5), fill: int = 114):
         super().__init__()
-        self.p = _probability(p)
-        self.scale = _range("scale", scale)
+        self.p = _validate_probability(p)
+        self.scale = _validate_range("scale", scale)
         self.fill = fill
 
     def forward(self, sample: Sample, further: DrawSample) -> Sample:  # type: ignore[override]
@@ -206,17 +206,17 @@ def _boxes(boxes: Tensor, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     return tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _range(name: str, given: Sequence[float]) -> tuple[float, float]:
+def _validate_range(name: str, given: Sequence[float]) -> tuple[float, float]:
     if len(given) != 2 or not 0 < given[0] <= given[1]:
         raise ValueError(f"{name} is {list(given)}; give (least, largest), both above 0")
     return float(given[0]), float(given[1])
 
 
-def _probability(p: float) -> float:
+def _validate_probability(p: float) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; it must lie in 0..1")
     return p

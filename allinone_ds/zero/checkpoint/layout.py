@@ -139,10 +139,16 @@ class SavedShards:
         return [files[rank] for rank in sorted(files)]
 
 
-def read_file(file: Path) -> Any:
-    """Return the content of a file that DeepSpeed wrote, mapped, without running code from it."""
+def read_file(file: str | Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
+    """Return the content of a checkpoint file, without running code from it.
+
+    Args:
+        file: a file of DeepSpeed or of `training`.
+        map_location: as for `torch.load`.
+        mmap: map the file instead of reading it.
+    """
     with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def _states(saved: Mapping[str, Any], groups: int) -> list[dict[str, Any]]:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from allinone_ds.errors import UnsupportedEngine
-from allinone_ds.zero.checkpoint.layout import KNOWN_CLASSES
+from allinone_ds.zero.checkpoint.layout import read_file
 
 Take = Callable[[Any, Path], None]
 """Receives the content and the path of a file, and writes it now or later."""
@@ -20,9 +19,8 @@ Take = Callable[[Any, Path], None]
 class CheckpointFiles(TorchCheckpointEngine):
     """DeepSpeed's own reader and writer of files, with two differences.
 
-    Reading is `torch.load(weights_only=True)` with `KNOWN_CLASSES` allowed, where DeepSpeed's own reader would run any
-    code in a file. During `save_engine` a failed write is recorded, not raised: when a rank leaves `save_checkpoint`
-    early, the others wait in its barriers.
+    Reading is `read_file`, where DeepSpeed's own reader would run any code in a file. During `save_engine` a failed
+    write is recorded, not raised: when a rank leaves `save_checkpoint` early, the others wait in its barriers.
 
     Args:
         own: the reader and writer that the engine has.
@@ -50,8 +48,7 @@ class CheckpointFiles(TorchCheckpointEngine):
             self.errors.append(f"{Path(path).name}: {error}")
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return read_file(path, map_location, mmap=False)
 
 
 def own_checkpoint_files(engine: Any) -> CheckpointFiles:

@@ -1,4 +1,4 @@
-"""allinone.json: what an exported folder says about its model, beside the weights."""
+"""allinone.json: the description of the model in an exported folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.strict import Strict, explain
 
-FACTS_FILE = "allinone.json"
+DESCRIPTION_FILE = "allinone.json"
 
 
 class Preprocessing(Strict):
-    """From a picture to the network's input; what another runtime has to do itself."""
+    """Preprocessing from an image to the network's input, for use of the model outside of this package."""
 
     resize: Literal["bilinear, antialiased, to image_size, without padding"] = (
         "bilinear, antialiased, to image_size, without padding"
@@ -29,42 +29,46 @@ class Preprocessing(Strict):
 
 
 class ExportedTask(Strict):
-    """One head."""
+    """One task and its head."""
 
     type: str
-    """A key of `allinone_ds.tasks.TASKS`, or "module:Class" for a task of one's own."""
+    """A key of `allinone_ds.tasks.TASKS`, or "module:Class" for a task defined elsewhere."""
     head: str | None
     options: dict[str, Any]
     image_size: tuple[int, int]
     """(H, W) of the network's input in pixels."""
     classes: list[str]
-    """Class names by label."""
+    """Class names in the order of labels."""
 
 
-class ExportFacts(Strict):
-    """All of an exported model but its weights."""
+class ModelDescription(Strict):
+    """Everything about an exported model except its weights."""
 
     version: Literal[1] = 1
-    """Of this file's layout."""
+    """Version of the file's layout."""
     backbone: BackboneConfig
     tasks: dict[str, ExportedTask] = Field(min_length=1)
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
 
     def save(self, folder: Path) -> None:
-        (folder / FACTS_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+        """Write allinone.json."""
+        (folder / DESCRIPTION_FILE).write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> ExportFacts:
-        """The facts of an exported folder.
+    def read(cls, folder: Path) -> ModelDescription:
+        """Read the description of an exported folder.
 
         Raises:
-            ConfigError: a fault in the file, or a normalisation that this release does not do.
+            ConfigError: the file is not valid, or its preprocessing differs from that of this release.
         """
-        file = folder / FACTS_FILE
+        file = folder / DESCRIPTION_FILE
         try:
-            facts = cls.model_validate_json(file.read_text())
+            description = cls.model_validate_json(file.read_text())
         except ValidationError as error:
             raise ConfigError(explain(error, cls, str(file))) from error
-        if facts.preprocessing != Preprocessing():
-            raise ConfigError(f"{file}: preprocessing is {facts.preprocessing}, this release does {Preprocessing()}")
-        return facts
+        if description.preprocessing != Preprocessing():
+            raise ConfigError(
+                f"{file}: preprocessing is {description.preprocessing}, this release supports only {Preprocessing()}; "
+                "export the run with this release"
+            )
+        return description

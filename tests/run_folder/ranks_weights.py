@@ -1,4 +1,4 @@
-"""Two ranks: what comes out of ZeRO shards is what the optimizer held. Started by test_shards.py."""
+"""Two ranks: weights read from ZeRO shards equal those of the optimizer. Started by test_weights.py."""
 
 import sys
 import tempfile

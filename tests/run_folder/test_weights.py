@@ -1,4 +1,4 @@
-"""Weights out of ZeRO shards, and which of two sources is taken."""
+"""Weights read from ZeRO shards, and folders without weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.launcher import run_ranks
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_ranks(Path(__file__).parent / "ranks_shards.py", 2, tmp_path_factory.mktemp("shards"))
+    return run_ranks(Path(__file__).parent / "ranks_weights.py", 2, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("check", ["check_stage_1", "check_stage_2", "check_stage_3"])
@@ -21,7 +21,7 @@ def test_shards_of_every_stage_give_the_float32_masters(results: dict[str, str],
     assert results[check] == ""
 
 
-def test_folders_without_weights_say_so(tmp_path: Path) -> None:
+def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither model.safetensors nor ZeRO shards"):
         read_weights(tmp_path)
     (tmp_path / "latest").write_text("global_step1")

@@ -5,45 +5,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.tiny import LIGHT, SIZE, samples, tiny_model
+from tests.tasks.heads import HEADS, build
+from tests.tiny import SIZE, samples, tiny_model
 
-HEADS = {
-    "fcos": ("det", *LIGHT["det"]),
-    "fcos-pyramid": ("det", "fcos", {"width": 32, "num_convs": 1, "scales": [2.0, 1.0, 0.5]}),
-    "rf_detr": (
-        "det",
-        "rf_detr",
-        {
-            "width": 32,
-            "num_queries": 16,
-            "groups": 3,
-            "decoder_layers": 2,
-            "ffn_dim": 64,
-            "self_attention_heads": 4,
-            "cross_attention_heads": 4,
-        },
-    ),
-    "light": ("seg", *LIGHT["seg"]),
-    "upernet": ("seg", "upernet", {"width": 16, "scales": [2.0, 1.0, 0.5]}),
-    "mask2former": (
-        "seg",
-        "mask2former",
-        {
-            "width": 32,
-            "num_queries": 8,
-            "encoder_layers": 1,
-            "decoder_layers": 4,
-            "attention_heads": 4,
-            "encoder_ffn_dim": 64,
-            "ffn_dim": 64,
-            "points": 256,
-        },
-    ),
-    "linear": ("cls", *LIGHT["cls"]),
-    "arcface": ("cls", "arcface", {"width": 32, "scale": 16.0}),
-    "sub-center": ("cls", "arcface", {"width": 32, "scale": 16.0, "sub_centers": 3, "class_counts": [50, 10, 2]}),
-}
-# head -> steps, learning rate, largest share of the first loss that may be left
+# head -> steps, learning rate, largest allowed fraction of the first loss after them
 OVERFIT = {
     "fcos": (60, 3e-3, 0.3),
     "fcos-pyramid": (40, 3e-3, 0.4),
@@ -57,12 +22,6 @@ OVERFIT = {
 }
 
 
-def build(head):
-    name, kind, options = HEADS[head]
-    model = tiny_model({name: (kind, options)})
-    return model, name, model.tasks[name]
-
-
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -71,7 +30,7 @@ def one_rank():
 
 
 class Collectives(TorchDispatchMode):
-    """Names of the collectives that were called."""
+    """Context that records the names of the collectives called inside it."""
 
     def __init__(self):
         super().__init__()
@@ -85,19 +44,19 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_no_forward_or_loss_communicates(one_rank, head):
-    # ranks that run other tasks at that moment would not answer
+    # ranks that run a different task at that time would not take part
     model, name, task = build(head)
-    with Collectives() as found:
+    with Collectives() as collectives:
         dist.all_reduce(torch.zeros(1))
         model(name, **task.collate(samples())).loss.backward()
-    assert found.names == ["c10d.allreduce_.default"]  # our own: they are seen
+    assert collectives.names == ["c10d.allreduce_.default"]  # that of this test
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_four_images_are_overfitted(head):
     model, name, task = build(head)
     batch = task.collate(samples())
-    steps, rate, share = OVERFIT[head]
+    steps, rate, fraction = OVERFIT[head]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
@@ -107,7 +66,7 @@ def test_four_images_are_overfitted(head):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < share * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+    assert losses[-1] < fraction * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -174,32 +133,7 @@ def test_evaluation_with_labels_has_a_loss_and_predictions_for_each_image(head):
         assert isinstance(task.to_json(prediction), dict)
 
 
-def test_box_distances_keep_a_gradient_however_negative_their_input():
-    model, name, task = build("fcos")
-    regression = task.detector.fcos.head.regression_head
-    with torch.no_grad():
-        regression.bbox_reg[0].bias.fill_(-5.0)
-    model(name, **task.collate(samples())).loss.backward()
-    assert (regression.bbox_reg[0].bias.grad.abs() > 1e-6).all()  # a ReLU: exactly 0
-
-
-def test_label_smoothing_spreads_a_share_over_all_classes_in_training_alone():
-    task = tiny_model({"cls": ("linear", {"label_smoothing": 0.3})}).tasks["cls"]
-    torch.nn.init.normal_(task.classifier.weight)
-    features, pixels = (torch.randn(4, 32, 8, 8),) * task.num_levels, torch.zeros(4, 3, *SIZE)
-    labels = torch.tensor([0, 1, 2, 1])
-    out = task(features, pixels, labels)
-    logs = out.logits.detach().log_softmax(-1)
-    plain, spread = -logs[range(4), labels].mean(), -logs.mean()
-    torch.testing.assert_close(out.loss.detach(), 0.7 * plain + 0.3 * spread)
-    torch.testing.assert_close(task.eval()(features, pixels, labels).loss.detach(), plain)
-
-
-def test_the_margin_of_arcface_makes_the_loss_of_training_harder_and_not_that_of_evaluation():
-    model, name, task = build("arcface")
-    features, pixels = (torch.randn(4, 32, 8, 8),) * task.num_levels, torch.zeros(4, 3, *SIZE)
-    labels = torch.tensor([0, 1, 2, 1])
-    harder = task(features, pixels, labels).loss
-    out = task.eval()(features, pixels, labels)
-    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
-    assert harder > out.loss + 1
+@pytest.mark.parametrize(("name", "main"), [("det", "map50"), ("seg", "miou"), ("cls", "top1")])
+def test_main_metric_is_computed(name, main):
+    task = tiny_model().tasks[name]
+    assert task.main_metric == main and main in task.metric().compute()

@@ -1,4 +1,4 @@
-"""The model of all tasks: routing, checkpointing, dtypes."""
+"""The model of all tasks: routing, activation checkpointing, dtypes."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from allinone_ds.data.augmentation.transforms import stack_images
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
-from allinone_ds.models.pyramid import SimpleFeaturePyramid, group_norm
 from allinone_ds.tasks import build_task
 from tests.tiny import CLASSES, SIZE, samples, tiny_backbone, tiny_model
 
@@ -60,7 +59,7 @@ def test_checkpointing_changes_no_gradient(model_type):
         torch.testing.assert_close(grad, again[key])
 
 
-def test_checkpointing_answers_to_its_earlier_name():
+def test_checkpointing_is_enabled_by_its_earlier_name():
     model = tiny_model()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert model.is_gradient_checkpointing
@@ -68,17 +67,5 @@ def test_checkpointing_answers_to_its_earlier_name():
     assert not model.is_gradient_checkpointing
 
 
-def test_config_tells_the_hidden_size():
+def test_config_has_the_hidden_size():
     assert tiny_model().config.hidden_size == 32
-
-
-def test_pyramid_levels_have_their_scales():
-    levels = SimpleFeaturePyramid(32, 16)(torch.randn(1, 32, 6, 5))
-    assert [tuple(level.shape[1:]) for level in levels] == [(16, 24, 20), (16, 12, 10), (16, 6, 5), (16, 3, 3)]
-    with pytest.raises(ConfigError, match="scales: 3"):
-        SimpleFeaturePyramid(32, 16, [3])
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (128, 16), (48, 6), (16, 2), (12, 1), (5, 1)])
-def test_groups_hold_eight_channels_or_more(channels, groups):
-    assert group_norm(channels).num_groups == groups
