@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from allinone_ds import DWA, TBGC, GlobalClip, Sum, TaskClip, Uncertainty
 from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.testing.reference import factors, gradients, norm_of
+from allinone_ds.zero.params import whole_master
 from tests.balance.engines import (
     CASES,
     FP32_KINDS,
