@@ -1,21 +1,21 @@
-"""A tiny run on demo data, and ways to start it on two ranks."""
+"""A tiny run on demo data, and a function that starts it through the real launchers."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from allinone_ds.testing.launcher import torchrun
 from allinone_ds.training.launcher import free_port, launch_environment
 
-TEST_SAMPLES = {"det": 9, "seg": 7, "cls": 11}  # odd: two ranks cannot share them out evenly
+TEST_SAMPLES = {"det": 9, "seg": 7, "cls": 11}  # odd, so two ranks get unequal numbers
 
 
 def tiny_run(folder: Path) -> dict[str, Any]:
-    """Content of a run's YAML file: three tasks, 4 steps, a checkpoint and an evaluation every 2."""
+    """Return the content of the run's YAML file: three tasks, 4 steps, a checkpoint and an evaluation every 2 steps."""
 
     def source(kind: str, split: str) -> dict[str, str]:
         if kind == "detection":
@@ -55,15 +55,15 @@ def tiny_run(folder: Path) -> dict[str, Any]:
 def launch(
     home: Path, launcher: str, *arguments: str, ranks: int = 2, config: str = "tiny.yaml"
 ) -> subprocess.CompletedProcess[str]:
-    """Train a run's file through the DeepSpeed launcher or torchrun; fails the test when it fails."""
-    start: Sequence[str]
-    if launcher == "deepspeed":
-        start = ["deepspeed.launcher.runner", f"--num_accelerators={ranks}", f"--master_port={free_port()}", "--module"]
-    else:
-        start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    command = [sys.executable, "-m", *start, "allinone_ds.train", config, *arguments]
+    """Train the run of a file through a launcher, "deepspeed" or "torchrun"; fail the test if training fails."""
     environment = {**launch_environment(ranks, compiles=False), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1]) + os.pathsep + environment.get("PYTHONPATH", "")
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    worker = ["-m", "allinone_ds.train", config, *arguments]
+    if launcher == "deepspeed":
+        start = ["deepspeed.launcher.runner", f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+        command = [sys.executable, "-m", *start, "--module", *worker[1:]]
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    else:
+        done = torchrun(worker, ranks, environment=environment, folder=home, capture=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     return done

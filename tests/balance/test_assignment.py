@@ -1,4 +1,4 @@
-"""Which ranks run which task, which micro-batches are a rank's, and the plan, against trying everything."""
+"""Which ranks run which task, which micro-batches belong to a rank, and the plan, compared with every division."""
 
 from __future__ import annotations
 

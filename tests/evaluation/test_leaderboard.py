@@ -1,4 +1,4 @@
-"""Leaderboard scores, the predictions behind them, and starting from another run's weights."""
+"""Leaderboard scores and the predictions that they are computed from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation import leaderboard as score_module
 from allinone_ds.evaluation.leaderboard import score_run
 from allinone_ds.run_config.build import build_model, open_test_data
-from allinone_ds.run_config.run_files import ModelFacts, read_run_files
-from allinone_ds.training.warm_start import start_from
+from allinone_ds.run_config.run_files import read_run_files
 from tests.export.untrained import untrained_run
 
 
@@ -97,22 +96,6 @@ def test_a_leaderboard_needs_one_task_of_every_kind(run: Path, tmp_path: Path) -
     assert set(score_run(folder, "B")["metrics"]) == {"det", "cls"}
     with pytest.raises(ConfigError, match="other data"):
         commands._train_on_other_data(cli._parser().parse_args(["score", str(run), "--leaderboard", "B"]))
-
-
-def test_weights_of_another_run_are_taken_where_they_fit(run: Path) -> None:
-    config, facts = read_run_files(run)
-    theirs = load_file(run / "model.safetensors")
-    torch.manual_seed(99)
-    other = ModelFacts(backbone=facts.backbone, classes={**facts.classes, "det": [*facts.classes["det"][:-1], "hat"]})
-    model = build_model(config, other)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert start_from(model, run) == ["det"]  # as many classes, one of another name
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name] if name.startswith("tasks.det.") else theirs[name]), name
-    sizes = {**facts.backbone.config, "hidden_size": 64}
-    wider = ModelFacts(backbone=facts.backbone.model_copy(update={"config": sizes}), classes=facts.classes)
-    with pytest.raises(ConfigError, match="model.start_from: the backbone.*differs"):
-        start_from(build_model(config, wider), run)
 
 
 def test_leaderboard_b_trains_the_same_run_on_other_data_under_zero_3(

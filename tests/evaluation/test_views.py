@@ -1,4 +1,4 @@
-"""Test-time augmentation: views come back to the image's own pixels, and the number of forwards is fixed."""
+"""Test-time views: predictions return to the pixels of the image, and the number of forward passes is fixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank really holds in a balanced step, part by part, against the plan. Started by test_plan.py."""
+"""What a rank holds in a balanced step, part by part, compared with the plan. Started by test_memory.py."""
 
 import sys
 from functools import partial

@@ -1,127 +1,19 @@
-"""The plan against what is measured: part by part on two ranks, activations against real forwards."""
+"""The plan of a run before it starts."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from allinone_ds import cli
-from allinone_ds.balance.assignment import task_groups
 from allinone_ds.errors import ConfigError
-from allinone_ds.planning.activations import SavedBytes, activation_bytes
-from allinone_ds.planning.memory import Sizes, moved_parts
 from allinone_ds.planning.plan import plan_run
-from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.schema import load_config
-from tests.launcher import run_ranks
-from tests.planning.ranks_memory import CASES, name_of
-from tests.tasks.heads import HEADS
-from tests.tiny import samples, tiny_model
 from tests.tiny_run import tiny_run
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_ranks(HERE / "ranks_memory.py", 2, tmp_path_factory.mktemp("plan"))
-
-
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_every_part_is_within_15_percent_of_what_a_rank_holds(ranks: dict[str, str], case: tuple) -> None:
-    assert ranks[name_of(case)] == ""
-
-
-BACKBONE = {"hidden_size": 64, "num_hidden_layers": 4}
-
-
-F32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("head", "dtype", "model_type"),
-    [
-        ("fcos", BF16, "dinov2"),
-        ("rf_detr", F32, "dinov2"),
-        ("light", BF16, "dinov2"),
-        ("upernet", F32, "dinov2"),
-        ("mask2former", BF16, "dinov2"),
-        ("linear", F32, "dinov3_vit"),
-        ("arcface", BF16, "vitdet"),
-    ],
-)
-def test_activations_are_within_15_percent_of_a_real_forward(head: str, dtype: torch.dtype, model_type: str) -> None:
-    name, kind, options = HEADS[head]
-    model = tiny_model({name: (kind, options)}, model_type=model_type, **BACKBONE).to(dtype)
-    with SavedBytes(model) as real:
-        model(name, **model.tasks[name].collate(samples(4)))
-    with torch.device("meta"):
-        empty = tiny_model({name: (kind, options)}, model_type=model_type, **BACKBONE)
-    planned = activation_bytes(empty, {name: 4}, dtype, False, [])
-    assert planned[name] == pytest.approx(real.bytes, rel=0.15)
-
-
-def test_checkpointing_leaves_the_layers_inputs_and_one_layer() -> None:
-    pixels = torch.randn(4, 3, 32, 32)
-    model = tiny_model(**BACKBONE)
-    with SavedBytes(model, checkpointing=True) as planned:
-        model("cls", pixels)
-    with SavedBytes(model) as whole:
-        model("cls", pixels)
-    layer = model.backbone.net.get_submodule("layer.0" if hasattr(model.backbone.net, "layer") else "encoder.layer.0")
-    tokens = torch.randn(4, 65, 64, requires_grad=True)
-    with SavedBytes(model) as one:
-        layer(tokens)
-    inputs = 4 * tokens.nbytes
-    outside = whole.bytes - 4 * one.bytes
-    assert planned.bytes == pytest.approx(outside + inputs + one.bytes, rel=0.15)
-    assert planned.bytes < 0.6 * whole.bytes
-
-
-def test_bytes_moved_follow_the_collectives() -> None:
-    sizes = Sizes(backbone=900, heads={"a": 60, "b": 40}, micro_steps={"a": 1, "b": 3})
-
-    def moved(stage: int, norm: str = "exact", gpus: int = 4) -> dict[str, int]:
-        parts = moved_parts(Engine(stage, weight_bytes=2, all_reduces=stage < 3), sizes, gpus, norm, sketch=8)
-        return {key: value for key, value in parts.items() if key != "norms"}
-
-    # a ring of 4: 3/4 of the elements a pass, two bytes each; tasks have 960 and 940 parameters
-    assert moved(0) == {"gradients": 0.75 * 2 * 2 * 1000 * 2}  # an all-reduce of everything a task
-    assert moved(1) == {"gradients": 2 * 0.75 * (960 + 940) * 2, "new weights": 0.75 * 1000 * 2}
-    assert moved(2) == {"gradients": 2 * 0.75 * (960 + 3 * 940) * 2, "new weights": 0.75 * 1000 * 2}
-    assert moved(3)["gradients"] == 0.75 * (960 + 3 * 940) * 2  # a reduce-scatter
-    assert moved(3)["weights"] == 2 * 0.75 * (960 + 3 * 940) * 2  # forward and backward
-    small = Engine(3, weight_bytes=2, retained=10_000, task_traces=False, all_reduces=False)
-    kept = moved_parts(small, sizes, 4, "exact", sketch=8)
-    assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered from forward to backward
-    small = dataclasses.replace(small, task_traces=True)
-    assert moved_parts(small, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 1000 * 2  # and over the whole step
-    for norm in ("sketch", "delayed"):
-        assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
-    assert set(moved(3, gpus=1).values()) == {0}
-    groups = task_groups({"a": 3, "b": 1}, ("a", "b"), 4)
-    apart = moved_parts(Engine(2, weight_bytes=2), sizes, 4, "exact", 8, groups)
-    assert apart["gradients"] == moved(2, "sketch")["gradients"]
-    assert apart["norms"] == 0.75 * 2 * 3 * 8 * 2 + 2 / 3 * 960 * 4  # a reduce-scatter among three ranks, in float32
-
-
-def test_the_deepspeed_file_decides() -> None:
-    bf16 = read_engine(
-        {
-            "bf16": {"enabled": "auto"},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 10},
-        },
-        bf16=True,
-    )
-    assert (bf16.stage, bf16.weight_bytes, bf16.fp32_accumulation, bf16.offload, bf16.bucket) == (2, 2, True, True, 10)
-    assert read_engine({"bf16": {"enabled": "auto"}}).weight_bytes == 4
 
 
 @pytest.fixture

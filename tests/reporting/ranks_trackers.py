@@ -1,4 +1,4 @@
-"""Two ranks train a tracked run, break it off and resume it. Started by test_trackers.py."""
+"""Two ranks train a tracked run, interrupt it and resume it. Started by test_trackers.py."""
 
 import shutil
 import sys

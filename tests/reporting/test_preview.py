@@ -1,4 +1,4 @@
-"""Contact sheets: one row per branch, one column per sample, the truth drawn at its pixels."""
+"""Contact sheets: one row per branch, one column per sample, labels drawn at their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of runs: what it says, and that a browser shows it without asking anybody for anything."""
+"""The HTML report of runs: its content, and that a browser shows it without loading anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trackers get from a run on two ranks that is broken off and resumed: read back from the files they write."""
+"""What trackers record of a run on two ranks that is interrupted and resumed, read back from their files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from allinone_ds.reporting.meters import Pace, update_shares
 from allinone_ds.reporting.trackers import WandbTracker, _of_one_size
 from tests.launcher import run_ranks
 from tests.tiny_run import TEST_SAMPLES
 
 # 0.31 has the reader of offline runs, `wandb leet inspect`
 pytest.importorskip("wandb", minversion="0.31", reason="needs the extra `tracking`")
+
+
 pytest.importorskip("tensorboard", reason="needs the extra `tracking`")
+
 
 SECRET = "s3cr3t-4711"
 MAIN = {"det": "map50", "seg": "miou", "cls": "top1"}
@@ -147,37 +149,6 @@ def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
     assert [event.step for event in events.Scalars("train/loss/det")] == [1, 2, 3, 4]  # once each, over the resume
     assert {f"predictions/{task}/0" for task in TEST_SAMPLES} <= set(tags["images"])
     assert "config/text_summary" in tags["tensors"]
-
-
-def test_pace_counts_images_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("allinone_ds.reporting.meters.time.perf_counter", lambda: now[0])
-    pace = Pace({"a": 8, "b": 2}, torch.device("cpu"))
-    assert pace.drain() == {}
-    for _ in range(2):
-        with pace.waiting():
-            now[0] += 1.0
-        with pace.working():
-            now[0] += 3.0
-        now[0] += 100.0  # an evaluation
-    found = pace.drain()
-    assert found.pop("memory/peak_gib") > 0
-    assert found == {
-        "seconds/step": 4.0,
-        "seconds/data_wait": 1.0,
-        "images_per_second/a": 2.0,
-        "images_per_second/b": 0.5,
-    }
-    assert pace.drain() == {}
-
-
-def test_shares_leave_out_skipped_tasks() -> None:
-    def tensors(*values: float) -> dict[str, torch.Tensor]:
-        return {task: torch.tensor(value) for task, value in zip("abc", values, strict=True)}
-
-    found = update_shares(tensors(3.0, 40.0, float("inf")), tensors(1.0, 0.1, 0.0))
-    assert {task: float(value) for task, value in found.items()} == pytest.approx({"a": 0.36, "b": 0.64, "c": 0.0})
-    assert torch.isnan(update_shares(tensors(1.0, 1.0, 1.0), tensors(0.0, 0.0, 0.0))["a"])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc"}', '{"id": "abc", "rows": null}'])

@@ -1,5 +1,5 @@
-"""Averaged weights on every engine kind, large backbones born partitioned, compiled forwards. Started by
-test_optimizer.py."""
+"""Averaged weights on every engine kind, large backbones created partitioned, compiled forwards. Started by
+test_ema.py."""
 
 import sys
 import tempfile

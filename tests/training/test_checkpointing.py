@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the best one is found where it lies, another model or other data are told."""
+"""Resuming from a checkpoint: the best one is found, and a different model or different data are reported."""
 
 from __future__ import annotations
 

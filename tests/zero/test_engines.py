@@ -1,4 +1,4 @@
-"""Pieces of a rank's shard cover it, whatever lies on the rank."""
+"""The pieces of a rank's shard cover it, whichever parameters the rank holds."""
 
 from __future__ import annotations
 
