@@ -47,7 +47,7 @@ def measure_on_ranks(
     Raises:
         SystemExit: a rank failed.
     """
-    variables = {**worker_environment(), **(environment or {})}
+    variables = {**(environment or {}), **worker_environment()}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
         worker = ["-m", module, *arguments, f"--worker={target}"]
