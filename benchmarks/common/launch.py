@@ -65,6 +65,10 @@ def serve(target: Path, measure: Callable[[], Any]) -> None:
     import deepspeed
     import torch.distributed as dist
 
+    from allinone_ds.zero.kernels import spare_cpu_kernel
+
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        spare_cpu_kernel()
     deepspeed.init_distributed()
     result = measure()
     if dist.get_rank() == 0:

@@ -70,8 +70,8 @@ class Block:
         """Return the number of missing runs and of all runs."""
         chosen = sum(record is None for method in self.methods for _, record in self.choices(method))
         seeds = sum(len(SEEDS) - len(runs) for runs in self.runs.values())
-        whole = sum(len(self.records.rates(self.optimizer, method)) + len(SEEDS) for method in self.methods)
-        return chosen + seeds, whole
+        total = sum(len(self.records.rates(self.optimizer, method)) + len(SEEDS) for method in self.methods)
+        return chosen + seeds, total
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
@@ -144,10 +144,9 @@ def results_table(block: Block) -> list[str]:
     for method in block.multi:
         runs = list(block.runs[method].values())
         cells = {task: spread([run["metrics"][task] for run in runs], _three) for task in TASKS}
-        whole = [run for run in runs if not run["diverged"]]
-        share = (
-            " / ".join(_percent(statistics.fmean(run["shares"][t] for run in whole)) for t in TASKS) if whole else ""
-        )
+        stable = [run for run in runs if not run["diverged"]]
+        parts = [_percent(statistics.fmean(run["shares"][task] for run in stable)) for task in TASKS if stable]
+        share = " / ".join(parts)
         seconds = [
             f"{statistics.fmean(run[key] for run in runs):.0f}" if runs else ""
             for key in ("wall_seconds", "cpu_seconds")
@@ -231,13 +230,13 @@ def report(records: Records, blocks: Sequence[tuple[str, str]]) -> str:
     lines: list[str] = []
     for data, optimizer in blocks:
         block = Block(records, data, optimizer)
-        missing, whole = block.missing()
+        missing, total = block.missing()
         lines += [f"### {TITLES[data, optimizer]}", ""]
         lines += [
-            f"{whole - missing} of {whole} runs are done" + (f"; **{missing} are missing**." if missing else "."),
+            f"{total - missing} of {total} runs are done" + (f"; **{missing} are missing**." if missing else "."),
             "",
         ]
-        if missing == whole:
+        if missing == total:
             continue
         weights = records.static_weights(data, optimizer) if "static" in block.methods else None
         if any(block.runs.values()):
