@@ -13,7 +13,7 @@ from benchmarks.ladder.records import Records
 from benchmarks.ladder.stats import ALPHA, compare, holm, relative_change
 
 METRICS = {"detection": "mAP50", "segmentation": "mIoU", "classification": "top-1"}
-BEGIN, END = "<!-- written by benchmarks/ladder.py: begin -->", "<!-- written by benchmarks/ladder.py: end -->"
+BEGIN, END = "<!-- written by benchmarks.ladder: begin -->", "<!-- written by benchmarks.ladder: end -->"
 REFERENCE = "tbgc"
 
 # ---- a block of records ----
