@@ -1,6 +1,6 @@
-"""Build the vendored pictures of the demo: two tile sheets of Fashion-MNIST and photos of scikit-image.
+"""Build the images that the demo ships with: two tile sheets of Fashion-MNIST and photos of scikit-image.
 
-Run once by a maintainer; users never need it, its output is in `allinone_ds/data/assets`.
+Only maintainers run this script; its output is in `allinone_ds/data/assets`.
 
     apt-get install dataset-fashion-mnist && pip install scikit-image
     python tools/make_demo_assets.py
@@ -19,8 +19,9 @@ TILE = 28
 COLUMNS = 100
 PER_CLASS = {"train": 300, "test": 100}
 CLASSES = 10
-PHOTO_SIDE = 320
-# The licence of each photo is the one its scikit-image docstring names; assets/NOTICE repeats them.
+PHOTO_SIDE = 320  # pixels of the shorter side
+ASSETS = Path(__file__).parents[1] / "allinone_ds/data/assets"
+# The licence of each photo is in its scikit-image docstring and in assets/NOTICE.
 PHOTOS = {
     "train": (
         "astronaut.png",
@@ -36,7 +37,7 @@ PHOTOS = {
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read one gzipped idx file of unsigned bytes."""
+    """Return the content of a gzipped idx file of unsigned bytes."""
     raw = gzip.decompress(path.read_bytes())
     dims = raw[3]
     shape = np.frombuffer(raw, ">i4", count=dims, offset=4)
@@ -44,7 +45,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def tile_sheet(images: np.ndarray, labels: np.ndarray, per_class: int) -> Image.Image:
-    """The first `per_class` photos of every class, class after class, COLUMNS in a row."""
+    """Return a sheet of the first `per_class` photos of each class, sorted by class, with `COLUMNS` per row."""
     chosen = np.concatenate([images[labels == k][:per_class] for k in range(CLASSES)])  # (K * n, 28, 28)
     rows = len(chosen) // COLUMNS
     grid = chosen.reshape(rows, COLUMNS, TILE, TILE).transpose(0, 2, 1, 3)
@@ -54,8 +55,8 @@ def tile_sheet(images: np.ndarray, labels: np.ndarray, per_class: int) -> Image.
 def main() -> None:
     """Write tiles-{train,test}.png and photos/{train,test}-*.jpg."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "allinone_ds/data/assets")
+    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="its folder")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)

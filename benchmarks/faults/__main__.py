@@ -1,14 +1,16 @@
-"""Break a tiny run in every way we know, go on from its checkpoint, and compare with a run that nothing happened to.
+"""Does a run lose anything when it is killed, stopped, moved to other ranks or damaged?
 
-    python benchmarks/faults --json benchmarks/results/faults.json     # the table of docs/reliability.md
-    python benchmarks/faults --only kill --kills 8                     # rows whose name holds the word
-    python benchmarks/faults --async                                   # checkpoints are written in the background
+    python -m benchmarks.faults --json benchmarks/results/faults.json     # the table of docs/reliability.md: 11 minutes
+    python -m benchmarks.faults --only kill --kills 8                     # rows whose name contains the word
+    python -m benchmarks.faults --async                                   # checkpoints are written in the background
 
-"Lost nothing" means: the run was found and resumed without help and ended with the same weights and the same logged
-losses, norms and rates as the unbroken run, bit for bit (2 ranks, CPU, fp32), and, where the fault is to be named, it
-was. With --async the unbroken run saves in the step, the others in the background, where a checkpoint is written only
-after the next step has been trained. With --json every try is written down at once, and the same command goes on where
-it was cut off.
+A tiny run is broken in each of these ways, resumed from its last checkpoint, and compared with an unbroken run. "Lost
+nothing" means that the run resumed without help and ended with bitwise the same weights and logged losses, norms and
+rates as the unbroken run (2 ranks, CPU, fp32), and that it reported the fault where it has to.
+
+With --async the unbroken run saves in the step and the others in the background, where each checkpoint is delayed until
+the next step has been trained. With --json the result of every try is written immediately, and the same command
+continues after an interruption.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import Lost, NotPossible
-from ranks import import_everything
-from table import Row, markdown, rows
-from tries import Tries
+from benchmarks.common.forked_run import import_everything
+from benchmarks.faults.bench import Lost, NotPossible
+from benchmarks.faults.table import Row, markdown, rows
+from benchmarks.faults.tries import Tries
 
 
 def attempt(bench: Tries, row: Row, seed: int) -> None:
-    """One try of a row, or several in one run; notes what came out."""
+    """Make one attempt of a row, which is one try or several in one run, and note the result in the row."""
     bench.stage = row.stages[row.attempts % len(row.stages)]
     bench.random.seed(f"{seed} {row.fault} {row.attempts}")
     bench.in_save = 0
@@ -51,15 +53,18 @@ def attempt(bench: Tries, row: Row, seed: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="kill -9 at so many moments in all (100)")
-    parser.add_argument("--times", type=int, default=6, help="tries of every other row with a random moment or file")
-    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="number of kill -9 in total (default: 100)")
+    parser.add_argument(
+        "--times", type=int, default=6, help="tries per other row with a random moment or file (default: 6)"
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
     parser.add_argument("--async", action="store_true", dest="background", help="save in the background")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--once", action="store_true", help="10 kills, every other row once, with ZeRO-2")
-    parser.add_argument("--json", type=Path, help="write the table there after every try, and go on from it")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and files (default: 0)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="ZeRO stages (default: 1 2 3)")
+    parser.add_argument("--once", action="store_true", help="make 10 kills and try each other row once, with ZeRO-2")
+    parser.add_argument("--json", type=Path, help="write the rows to this file after every try, and continue from it")
     args = parser.parse_args()
     table = rows(args.kills, args.times, tuple(args.stages), args.once)
     chosen = [row for row in table if any(word in row.fault for word in args.only)]
@@ -72,8 +77,8 @@ def main() -> int:
             for row, known in zip(chosen, record.pop("rows"), strict=True):
                 row.restore(known)
     record["starts"] += 1
-    asked_to_end: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: asked_to_end.append(number))
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
     import_everything()
     begun, earlier = time.monotonic(), record["seconds"]
 
@@ -93,8 +98,8 @@ def main() -> int:
                     clock = f"{record['seconds'] // 60}:{record['seconds'] % 60:02}"
                     print(f"{clock}  row {number} of {len(chosen)}  {row.fault}: {row.kept} of {row.tried}",
                           file=sys.stderr, flush=True)  # fmt: skip
-                    if asked_to_end:
-                        print("ended by SIGTERM; the same command with --json goes on", file=sys.stderr, flush=True)
+                    if terminated:
+                        print("stopped by SIGTERM; with --json the same command continues", file=sys.stderr, flush=True)
                         return 1
         finally:
             bench.close()

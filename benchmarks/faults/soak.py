@@ -1,4 +1,4 @@
-"""kill -9 at random moments: a run is killed, the run that goes on from it is killed too, and so on."""
+"""kill -9 at random moments: a run is killed, resumed from its last checkpoint, killed again, and so on."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import signal
 import time
 from pathlib import Path
 
-from bench import Bench, Lost, demand
-from ranks import SAVE_STEPS, STEPS, Ranks, last_step
-
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.manifest import faults_of
+from benchmarks.common.forked_run import SAVE_STEPS, STEPS, Ranks, last_step
+from benchmarks.faults.bench import Bench, Lost, require
 
 CHAIN = 5
-"""Kills of one run at most, before it may go on to its end."""
+"""Maximum number of kills of one run before it is resumed to its end."""
 
 
 def soak(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
-    """Kill one rank or all of a run up to `most` times, at random moments of it or of its saves.
+    """Kill one rank or all ranks of a run up to `most` times, at random moments of training or of its saves.
 
-    After every kill the last checkpoint must be whole, no older than before, and equal to the unbroken run's of the
-    same step, bit for bit; at the end the run must end as that one did. A run that ends before a kill comes ends the
-    chain.
+    After every kill the last checkpoint must be complete, no older than before the kill, and bitwise equal to that of
+    the unbroken run at the same step. The outcome of the last resume must equal that of the unbroken run. The chain
+    also ends when a run finishes before the moment of the next kill.
+
+    Args:
+        bench: starts the runs.
+        everyone: kill all ranks instead of one.
+        in_save: kill during a save instead of at any moment of training.
+        most: maximum number of kills.
 
     Returns:
-        How many kills there were.
+        The number of kills.
     """
-    output = bench.output()
+    output = bench.new_output()
     kills = 0
     try:
         while kills < min(most, CHAIN):
-            bench.whole()
-            ranks = bench.resumed(output)
+            bench.unbroken()
+            ranks = bench.start_or_resume(output)
             if not _wait_for_a_moment(bench, ranks, output, in_save):
-                demand(not any(ranks.wait().values()), "the run could not go on", ranks)
+                require(not any(ranks.wait().values()), "the run could not be resumed", ranks)
                 if not in_save:
                     bench.came_too_late()
                 break
@@ -44,12 +49,12 @@ def soak(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
             ranks.wait(grace=0.0 if in_save else 0.3)
             bench.in_save += any(path.exists() for path in scratch)
             after = last_step(output)
-            demand(after >= before, f"the checkpoint of step {before} is gone", ranks)
+            require(after >= before, f"the checkpoint of step {before} has disappeared", ranks)
             if after:
                 faults = faults_of(checkpoints(output)[-1])
-                demand(not faults, f"the checkpoint of step {after} is broken: {faults}", ranks)
+                require(not faults, f"the checkpoint of step {after} is broken: {faults}", ranks)
                 bench.compare(output, after)
-        bench.go_on(output)
+        bench.resume_to_end(output)
     except Lost as error:
         error.tries = max(1, kills)
         raise
@@ -57,7 +62,7 @@ def soak(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
 
 
 def _wait_for_a_moment(bench: Bench, ranks: Ranks, output: Path, in_save: bool) -> bool:
-    """Wait until the kill is due; False when a rank has ended before that."""
+    """Wait until the moment of the kill; return False if a rank ended before."""
     if in_save:
         first = last_step(output) + SAVE_STEPS
         step = bench.random.randrange(first, STEPS + 1, SAVE_STEPS) if first <= STEPS else first

@@ -1,4 +1,4 @@
-"""The rows of the table: which fault, how it is injected, how often it is tried."""
+"""The rows of the table: each fault, how it is injected, and how often it is tried."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ranks import LOGGING_STEPS, STEPS
-from soak import soak
-from tries import NAN, Tries
+from benchmarks.common.forked_run import LOGGING_STEPS, STEPS
+from benchmarks.faults.soak import soak
+from benchmarks.faults.tries import NAN, Tries
 
 INF = float("inf")
 
@@ -19,15 +19,17 @@ class Row:
     """One line of the table.
 
     Attributes:
-        fault: its name.
-        how: it is injected.
-        times: how many tries there shall be; 0 where it is not possible.
-        stages: ZeRO stages of the attempts in turn.
-        attempt: called with the bench and how many tries are left; returns how many it made (None: one).
-        attempts, tried, kept: how many there were; of the tries, in how many nothing was lost.
-        in_save: kills that left an unfinished checkpoint.
-        seconds: it took.
-        notes: what was lost, or why it was not tried.
+        fault: name of the fault.
+        how: how it is injected.
+        times: number of tries to make; 0 where the fault cannot be injected.
+        stages: ZeRO stages of successive attempts.
+        attempt: called with the bench and the number of tries left; returns how many it made (None: one).
+        attempts: number of calls of `attempt`.
+        tried: number of tries.
+        kept: number of tries in which nothing was lost.
+        in_save: number of kills that left an unfinished checkpoint.
+        seconds: duration of all attempts.
+        notes: what was lost, or why the fault was not tried.
     """
 
     fault: str
@@ -43,24 +45,24 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """All but the attempt, as plain values."""
+        """Return all fields except `attempt`, as JSON values."""
         content = {key: value for key, value in vars(self).items() if key != "attempt"}
         return {**content, "seconds": round(self.seconds, 1)}
 
-    def restore(self, known: dict[str, Any]) -> None:
-        """Take over what an earlier start of the same command noted."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from the record of an earlier, interrupted start of the same command."""
         for key in ("times", "attempts", "tried", "kept", "in_save", "seconds", "notes"):
-            setattr(self, key, known[key])
+            setattr(self, key, saved[key])
 
 
 def rows(kills: int, times: int, stages: tuple[int, ...], once: bool) -> list[Row]:
-    """The table, nothing tried yet.
+    """Return all rows of the table before the first try.
 
     Args:
-        kills: moments of kill -9 in all.
-        times: tries of the other rows with a random moment or file.
-        stages: ZeRO stages; rows without luck are tried once for each.
-        once: 10 kills and every other row once, with ZeRO-2; the first with all stages.
+        kills: number of kill -9 in total.
+        times: tries of each other row with a random moment or file.
+        stages: ZeRO stages; rows without randomness are tried once per stage.
+        once: make 10 kills and try each other row once with ZeRO-2; only the first row uses all stages.
     """
     each = len(stages)
     if once:
@@ -77,11 +79,13 @@ def rows(kills: int, times: int, stages: tuple[int, ...], once: bool) -> list[Ro
     return table
 
 
-def widen(tasks: dict[str, Any]) -> None:
+def change_head(tasks: dict[str, Any]) -> None:
+    """Change the width of a head in a run's `tasks:` block."""
     tasks["seg"]["options"]["width"] = 16
 
 
 def cut_steps(once: bool) -> Sequence[int]:
+    """Return the steps after which a run is stopped and resumed."""
     return [LOGGING_STEPS + 2] if once else range(1, STEPS)
 
 
@@ -101,7 +105,7 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how, said = "resumed without it", "task 'cls' is in it, but not in this run"
     yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
     how = "resumed with a head of 16 instead of 32 channels"
-    yield "other head", how, "once", lambda b, _: b.other_model(widen, "task 'seg' differs: tasks.seg.")
+    yield "other head", how, "once", lambda b, _: b.other_model(change_head, "task 'seg' differs: tasks.seg.")
     how = "SIGKILL at a random moment, again after every resume"
     yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
     yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)
@@ -143,12 +147,12 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table, and below it what was lost or not possible."""
+    """Return the table as Markdown, followed by the notes on what was lost or could not be tried."""
     lines = ["| fault | injected | tried | lost nothing |", "|---|---|---|---|"]
     lines += [f"| {row.fault} | {row.how} | {row.tried} | {row.kept} |" for row in table]
     kills = [row for row in table if row.fault.startswith("kill -9")]
     if kills:
         moments, in_save = sum(row.tried for row in kills), sum(row.in_save for row in kills)
-        lines += ["", f"kill -9 at {moments} moments in all; {in_save} left an unfinished checkpoint behind."]
+        lines += ["", f"kill -9 at {moments} moments in total; {in_save} left an unfinished checkpoint."]
     lines += [f"\n{row.fault}: {note}" for row in table for note in row.notes]
     return "\n".join(lines)

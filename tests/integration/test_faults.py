@@ -29,7 +29,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 def run_faults(target: Path, *flags: str) -> dict[str, dict]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults"), "--once", "--json", str(target), *flags]
+    command = [sys.executable, "-m", "benchmarks.faults", "--once", "--json", str(target), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert target.exists(), done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,0 +1,1 @@
+"""What several benchmarks share: the machine's description, launching ranks, models, alternating rounds, records."""

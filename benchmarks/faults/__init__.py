@@ -1,0 +1,1 @@
+"""Does a run lose anything when it is killed, stopped or damaged?"""

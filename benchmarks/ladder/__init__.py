@@ -1,0 +1,1 @@
+"""Does balancing improve the trained model? Methods compared over five seeds."""

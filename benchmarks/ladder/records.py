@@ -1,0 +1,126 @@
+"""The records of all runs of a size, in one file: one JSON object per line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ladder.data import describe
+from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, CLIPPED, RATES, SEEDS, SGD_RATES, TASKS, Spec
+
+
+class Records:
+    """The records of one size, and the decisions that follow from them.
+
+    A finished run appends one line. Lines that are cut off, lack a field, or belong to other settings are ignored; of
+    several valid records of a run the last one is used.
+
+    Args:
+        file: of the records, `results/ladder_SIZE.jsonl`.
+        base: content of the size's run, `SIZE.yaml`.
+        size: its name.
+    """
+
+    def __init__(self, file: Path, base: dict[str, Any], size: str):
+        self.file, self.base, self.size = file, base, size
+        self._stamp: tuple[int, int] | None = None
+        self._lines: dict[Spec, list[dict[str, Any]]] = {}
+
+    def settings(self, data: str) -> str:
+        """Return a digest of what comparable runs have in common: the base run and the data."""
+        text = json.dumps([self.base, describe(data, self.size)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def read(self, spec: Spec) -> dict[str, Any] | None:
+        """Return the record of a run; None if there is no valid one."""
+        self._load()
+        valid = (record for record in reversed(self._lines.get(spec, [])) if self._is_valid(spec, record))
+        return next(valid, None)
+
+    def append(self, spec: Spec, record: dict[str, Any]) -> None:
+        """Add the record of a finished run, with one write."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({**asdict(spec), "size": self.size, **record}).encode() + b"\n"
+        with self.file.open("ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # the last line was cut off
+            file.write(line)
+            os.fsync(file.fileno())
+
+    def _is_valid(self, spec: Spec, record: dict[str, Any]) -> bool:
+        try:
+            comparable = record["settings"] == self.settings(spec.data)
+            comparable &= record["steps"] == self.base["trainer"]["max_steps"]
+            return comparable and all(isinstance(record["metrics"][task], float) for task in spec.tasks)
+        except (KeyError, TypeError):
+            return False
+
+    def _load(self) -> None:
+        if not self.file.exists():
+            self._stamp, self._lines = None, {}
+            return
+        status = self.file.stat()
+        if self._stamp == (status.st_mtime_ns, status.st_size):
+            return
+        self._stamp, self._lines = (status.st_mtime_ns, status.st_size), {}
+        for line in self.file.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                self._lines.setdefault(Spec(**{field.name: record[field.name] for field in fields(Spec)}), []).append(
+                    record
+                )
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    # ---- decisions ----
+
+    def rates(self, optimizer: str, method: str) -> tuple[float, ...]:
+        """Return the learning rates that are tried for a method, in rising order."""
+        return RATES[self.size] if optimizer == "adamw" else SGD_RATES[method in CLIPPED]
+
+    def choice(self, data: str, optimizer: str, method: str) -> list[Spec]:
+        """Return the runs that decide a method's learning rate."""
+        return [Spec(data, optimizer, method, lr, CHOICE_SEED, "validation") for lr in self.rates(optimizer, method)]
+
+    def chosen(self, data: str, optimizer: str, method: str) -> float | None:
+        """Return the best learning rate of a method; None while a record is missing."""
+        found = [(self.read(spec), spec.lr) for spec in self.choice(data, optimizer, method)]
+        scores = [(statistics.fmean(record["metrics"].values()), lr) for record, lr in found if record is not None]
+        return max(scores)[1] if len(scores) == len(found) else None
+
+    def static_weights(self, data: str, optimizer: str) -> dict[str, float] | None:
+        """Return the static weights w_t = sqrt(mean_s m_s^2) / m_t.
+
+        m_t is task t's median norm in the plain sum's validation run at its chosen rate. The weights equalize the
+        median norms and keep their root mean square.
+
+        Returns:
+            Task -> weight; None while the plain sum's rate is not chosen, or if it diverged at every rate.
+        """
+        lr = self.chosen(data, optimizer, "sum")
+        record = None if lr is None else self.read(Spec(data, optimizer, "sum", lr, CHOICE_SEED, "validation"))
+        if record is None or record["diverged"]:
+            return None
+        norms = {task: record["norms"][task]["median"] for task in TASKS}
+        scale = statistics.fmean(norm**2 for norm in norms.values()) ** 0.5
+        return {task: float(f"{scale / norm:.4g}") for task, norm in norms.items()}
+
+    def planned(self, data: str, optimizer: str) -> Iterator[Spec]:
+        """Yield the runs of a block in order, as far as the records determine them."""
+        methods = BLOCKS[data, optimizer]
+        first = sorted(methods, key=lambda method: method != "sum")  # the static weights depend on the plain sum
+        for method in first:
+            if method != "static" or self.static_weights(data, optimizer) is not None:
+                yield from self.choice(data, optimizer, method)
+        for seed in SEEDS:
+            for method in methods:
+                lr = self.chosen(data, optimizer, method)
+                if lr is not None:
+                    yield Spec(data, optimizer, method, lr, seed, "test")

@@ -1,0 +1,1 @@
+"""How much time, memory and traffic does balancing cost, beside plain DeepSpeed and other implementations?"""
