@@ -5,8 +5,8 @@
     python -m benchmarks.speed --list
 
 Runs the benchmarks of this folder and writes their tables into the pages, each between the two comments with its name.
-The figures go to benchmarks/results/ as JSON with a description of the machine; docs/images/peers.png is drawn again. Root is
-needed for network namespaces.
+The figures go to benchmarks/results/ as JSON with a description of the machine; docs/images/peers.png is drawn again.
+Root is needed for network namespaces.
 """
 
 from __future__ import annotations
