@@ -1,4 +1,4 @@
-"""Public names of a folder that load on first use, so that importing the folder stays quick."""
+"""Public names of a package that are imported on first use, so that importing the package stays fast."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
-    """Return the module-level `__getattr__` and `__all__` of a package whose public names load on first use.
+    """Return the module-level `__getattr__` and `__all__` of a package whose public names are imported on first use.
 
     Args:
-        package: name of the package, its `__name__`.
-        modules: module, relative to the package -> the public names that it defines.
+        package: `__name__` of the package.
+        modules: module, relative to the package -> public names that it defines.
 
     Example:
         >>> __getattr__, __all__ = lazy_names("allinone_ds.export", {"loading": ("load",)})

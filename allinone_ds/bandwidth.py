@@ -1,4 +1,4 @@
-"""Entry point of `torchrun ... -m allinone_ds.bandwidth`; see `allinone_ds.machine.bandwidth`."""
+"""Entry point of `torchrun -m allinone_ds.bandwidth`; see `allinone_ds.machine.bandwidth`."""
 
 from __future__ import annotations
 

@@ -14,15 +14,22 @@ from allinone_ds.errors import AllInOneError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
+    Args:
+        argv: arguments of the command; None reads `sys.argv`.
+
     Returns:
-        Exit status: 0; 1 when a run failed or `check` found faults; 2 for a configuration or data that cannot be
-        used; 75 when SIGTERM or SIGUSR1 ended a run after a checkpoint; 130 when interrupted.
+        Exit code: 0; 1 if a run failed or `check` found errors; 2 for an invalid configuration or invalid data; 75 if
+        SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
+
+    Example:
+        >>> main(["train", "nowhere.yaml"])     # prints an error that lists the files that come with the package
+        2
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if any(item.startswith("-") or "=" not in item for item in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides behind an option
+    if rest:  # overrides after an option
         args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args)
@@ -37,24 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="allinone-ds",
-        description="Train one shared vision backbone on many tasks under DeepSpeed ZeRO, every task's pull balanced.",
+        description="Train one shared vision backbone on many tasks with DeepSpeed ZeRO and balanced task gradients.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = subparsers.add_parser("train", help="train a run (starts the DeepSpeed launcher)")
-    train.add_argument("config", help="the run's YAML file")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, e.g. trainer.max_steps=50")
-    train.add_argument("--nproc", type=_positive, help="ranks on this machine (default: the GPUs, or 2 without any)")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
+    train = subparsers.add_parser("train", help="train a run on this machine (starts the DeepSpeed launcher)")
+    train.add_argument("config", help="YAML file of the run")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. trainer.max_steps=50")
+    train.add_argument("--nproc", type=_positive, help="number of ranks (default: one per GPU, 2 without GPUs)")
+    train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run's folder")
     train.set_defaults(run=commands.train)
 
-    demo = subparsers.add_parser("demo", help="make demo data, train on it, evaluate, draw")
-    demo.add_argument("--full", action="store_true", help="the longer demo (about 25 minutes on 2 cores)")
-    demo.add_argument("--seed", type=int, default=0, help="of data order, augmentation and weights (default 0)")
+    demo = subparsers.add_parser("demo", help="create demo data, train on it and draw predictions (about 2 minutes)")
+    demo.add_argument("--full", action="store_true", help="the longer demo (about 10 minutes on 2 cores)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data order, augmentation and weights (default 0)")
     demo.add_argument("--output", type=Path, help="folder of the run (default runs/demo or runs/demo_full)")
-    demo.add_argument("--data", type=Path, help="folder of the demo data (default: the config's data_root)")
-    demo.add_argument("--steps", type=_positive, help="optimizer steps instead of the config's")
-    demo.add_argument("--nproc", type=_positive, help="ranks (default: the GPUs, or 2 without any)")
+    demo.add_argument("--data", type=Path, help="folder of the demo data (default: data_root of the YAML file)")
+    demo.add_argument("--steps", type=_positive, help="number of optimizer steps (default: as in the YAML file)")
+    demo.add_argument("--nproc", type=_positive, help="number of ranks (default: one per GPU, 2 without GPUs)")
     demo.set_defaults(run=commands.demo)
 
     evaluate = subparsers.add_parser("eval", help="evaluate a trained run on its test data")
@@ -62,62 +69,76 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tasks.NAME.test_time.flip=true")
     evaluate.set_defaults(run=commands.evaluate)
 
-    predict = subparsers.add_parser("predict", help="run a trained model on images: pictures and json")
+    predict = subparsers.add_parser("predict", help="predict on images with a trained model: pictures and JSON")
     predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (predictions)")
+    predict.add_argument(
+        "--output", type=Path, default=Path("predictions"), help="folder to write (default predictions)"
+    )
     predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
-                         help="overrides of the run's configuration, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
+                         help="overrides, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)
 
-    export = subparsers.add_parser("export", help="write a run's model as folders that load without it")
+    export = subparsers.add_parser("export", help="export the model of a run to self-contained folders")
     export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     export.add_argument("--output", type=Path, help="folder to write to (default RUN/export)")
-    export.add_argument("--onnx", action="store_true", help="also an ONNX graph for every task (extra `onnx`)")
+    export.add_argument(
+        "--onnx", action="store_true", help="also write one ONNX graph per task (needs the extra `onnx`)"
+    )
     export.set_defaults(run=commands.export)
 
-    report = subparsers.add_parser("report", help="one page of HTML about one run or several side by side")
+    report = subparsers.add_parser("report", help="write an HTML page that shows one run or compares several")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default report.html in the first RUN)")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to write (default report.html in the first RUN)"
+    )
     report.set_defaults(run=commands.report)
 
-    score = subparsers.add_parser("score", help="the challenge's leaderboard score and the predictions behind it")
+    score = subparsers.add_parser("score", help="compute the challenge's leaderboard score and write its submission")
     score.add_argument("folder", type=Path, metavar="RUN", help="folder of a run or of one of its checkpoints")
     score.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="A: as of eval; B: the second data, e.g. data_root=/other"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="A: as for eval; B: the other data, e.g. data_root=/other"
     )
-    score.add_argument("--leaderboard", choices=("A", "B"), default="A", help="B trains the run on other data first")
-    score.add_argument("--output", type=Path, help="A: the submission file; B: folder of the second run (RUN/B)")
-    score.add_argument("--nproc", type=_positive, help="B: ranks (default: the GPUs, or 2 without any)")
+    score.add_argument(
+        "--leaderboard", choices=("A", "B"), default="A", help="B first trains on other data (default A)"
+    )
+    score.add_argument("--output", type=Path, help="A: submission file; B: folder of the new run (default RUN/B)")
+    score.add_argument("--nproc", type=_positive, help="B: number of ranks (default: one per GPU, 2 without GPUs)")
     score.set_defaults(run=commands.score)
 
-    check = subparsers.add_parser("check", help="read every file of a run's data and report faults")
-    check.add_argument("config", help="the run's YAML file")
-    check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    check = subparsers.add_parser("check", help="read all data files of a run and report problems")
+    check.add_argument("config", help="YAML file of the run")
+    check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
     check.set_defaults(run=commands.check)
 
-    preview = subparsers.add_parser("preview", help="draw what every branch of augmentation does to training samples")
-    preview.add_argument("config", help="the run's YAML file")
-    preview.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
+    preview = subparsers.add_parser("preview", help="draw training samples under each branch of their augmentation")
+    preview.add_argument("config", help="YAML file of the run")
+    preview.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
     preview.add_argument("--output", type=Path, default=Path("preview.png"), metavar="FILE",
-                         help="NAME.png gives one NAME-TASK.png a task (default preview.png)")  # fmt: skip
-    preview.add_argument("--samples", type=_positive, default=6, help="columns of a sheet (default 6)")
+                         help="NAME.png writes one NAME-TASK.png per task (default preview.png)")  # fmt: skip
+    preview.add_argument("--samples", type=_positive, default=6, help="samples per branch (default 6)")
     preview.set_defaults(run=commands.preview)
 
     doctor = subparsers.add_parser(
-        "doctor", help="look at this machine: versions, accelerators, network, disk, bandwidth"
+        "doctor", help="check this machine: versions, accelerators, network, disk, bandwidth"
     )
     doctor.add_argument(
-        "--nproc", type=_positive, help="ranks of the bandwidth test (default: the GPUs, or 2; 1: none)"
+        "--nproc", type=_positive, help="ranks of the bandwidth test (default: one per GPU, 2 without GPUs; 1: no test)"
     )
-    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be written (runs)")
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="folder that runs write to (default runs)")
     doctor.set_defaults(run=commands.doctor)
 
-    plan = subparsers.add_parser("plan", help="memory and messages that a run needs of each GPU, before there is any")
-    plan.add_argument("config", help="the run's YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides")
-    plan.add_argument("--gpus", type=_positive, required=True, help="ranks of the job")
-    plan.add_argument("--classes", nargs="*", default=[], metavar="TASK:N", help="classes of tasks without data here")
+    plan = subparsers.add_parser("plan", help="estimate the memory and traffic per GPU of a run without starting it")
+    plan.add_argument("config", help="YAML file of the run")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
+    plan.add_argument("--gpus", type=_positive, required=True, help="number of ranks, one per GPU")
+    plan.add_argument(
+        "--classes",
+        nargs="*",
+        default=[],
+        metavar="TASK:N",
+        help="classes of a task whose data is not here",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.set_defaults(run=commands.plan)
     return parser

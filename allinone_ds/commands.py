@@ -1,4 +1,4 @@
-"""What each subcommand of `allinone-ds` does. Heavy modules are imported by the command that needs them."""
+"""The subcommands of `allinone-ds`. Each imports the modules it needs, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from allinone_ds.reporting.tables import metrics_table, plan_tables
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
-_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)  # names are printed as they are
+_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
 console = _console()
 
 
@@ -65,12 +65,12 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _folder_of(content: dict[str, Any]) -> Path:
-    # the ranks read the file strictly; here only the place of the log is needed
+    # the ranks validate the file; only the folder of the log is needed here
     return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
 
 
 def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
-    """Start the launcher and show its progress until it ends; returns seconds."""
+    """Start the launcher, show the progress of the run until it ends, and return the seconds that it took."""
     from allinone_ds.reporting.text import clock, metrics_line, task_losses
     from allinone_ds.training.launcher import follow_run, launch_command, launch_environment
 
@@ -78,12 +78,12 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         job = bar.add_task(f"training on {ranks} ranks", total=None, state="starting")
-        begun: dict[str, float] = {}
+        started: dict[str, float] = {}
 
         def show(event: dict[str, Any]) -> None:
             step = event["step"]
             if event["event"] == "begin":
-                begun.update(step=step, time=event["time"], max_steps=event["max_steps"])
+                started.update(step=step, time=event["time"], max_steps=event["max_steps"])
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
             elif event["event"] == "warning":
                 console.print(f"warning: {event['message']}", style="yellow")
@@ -92,28 +92,32 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
             elif "eval_score" in event:
                 console.print(f"step {step}  {metrics_line(event)}")
             elif task_losses(event):
-                pace = (event["time"] - begun["time"]) / max(step - begun["step"], 1)
+                pace = (event["time"] - started["time"]) / max(step - started["step"], 1)
                 losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
-                total = int(begun["max_steps"])
+                total = int(started["max_steps"])
                 line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
                 bar.update(job, completed=step, state=line)
                 if not console.is_terminal:
                     console.print(line)
 
         trainer = content.get("trainer")
-        asked = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them switches it on
-        compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in asked)
+        options = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them enables it
+        compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in options)
         environment = launch_environment(ranks, compiles)
         follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
     return time.perf_counter() - start
 
 
 def _summary(folder: Path, seconds: float) -> None:
+    from allinone_ds.evaluation.metrics import AVERAGED_PREFIX
+    from allinone_ds.reporting.run_history import read_run
     from allinone_ds.reporting.text import clock
     from allinone_ds.run_folder.names import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
 
-    metrics = json.loads((folder / METRICS_FILE).read_text())
-    console.print(metrics_table(metrics, f"{metrics['steps']} steps, {clock(seconds)} in all"))
+    run = read_run(folder)
+    console.print(metrics_table(run.evaluation(), f"{run.metrics['steps']} steps, {clock(seconds)} in total"))
+    if (averaged := run.evaluation(AVERAGED_PREFIX)).tasks:
+        console.print(metrics_table(averaged, "averaged weights"))
     named = {
         "weights": WEIGHTS_FILE,
         "metrics": METRICS_FILE,
@@ -188,20 +192,20 @@ def score(args: argparse.Namespace) -> int:
 
 
 def _train_on_other_data(args: argparse.Namespace) -> Path:
-    """The run's configuration, from its weights, on the data that the overrides name."""
+    """Train the configuration of a run, from its weights, on the data that the overrides name; return its folder."""
     from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.run_folder.names import CONFIG_FILE
     from allinone_ds.training.launcher import default_ranks
 
     if not args.overrides:
-        raise ConfigError("leaderboard B trains on other data of the same kinds; give it, for example data_root=/other")
+        raise ConfigError("leaderboard B trains on other data of the same tasks; name it, for example data_root=/other")
     folder = args.output or args.folder / "B"
     own = [f"output_dir={folder}", f"model.start_from={args.folder}", "trainer.resume_from_checkpoint=false"]
     overrides = [*own, *args.overrides]
     config = args.folder / CONFIG_FILE
     if not config.is_file():
         raise ConfigError(
-            f"{args.folder}: no {CONFIG_FILE} in it; give the folder of a run or of one of its checkpoints"
+            f"{args.folder} holds no {CONFIG_FILE}; give the folder of a run or of one of its checkpoints"
         )
     _run(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
     return folder
@@ -245,7 +249,7 @@ def doctor(args: argparse.Namespace) -> int:
     from allinone_ds.machine.doctor import examine
     from allinone_ds.training.launcher import default_ranks
 
-    with console.status("looking"):
+    with console.status("checking this machine"):
         findings = examine(args.folder, args.nproc or default_ranks())
     colors = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
@@ -264,7 +268,7 @@ def plan(args: argparse.Namespace) -> int:
     for item in args.classes:
         task, _, count = item.partition(":")
         if not count.isdigit() or int(count) < 1:
-            hint = "; KEY=VALUE overrides go before --classes" if "=" in item else ""
+            hint = "; put KEY=VALUE overrides before --classes" if "=" in item else ""
             raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45{hint}")
         classes[task] = int(count)
     plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
@@ -279,6 +283,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
+    """Silence the libraries that the command is about to import."""
     import logging
     import os
     import warnings

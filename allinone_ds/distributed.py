@@ -1,4 +1,7 @@
-"""What a rank needs to know of the other ranks, and small exchanges with them. A job of one rank needs no group."""
+"""Rank helpers and small exchanges between ranks. On a single rank none of them needs a process group.
+
+"Collective" in a docstring means: every rank must call the function, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _cpu_groups: dict[bool, tuple[Any, Any]] = {}
-"""Whether the group is apart from training's -> (the default group when it was made, the group)."""
+"""`apart` of `cpu_group` -> (the default group at that time, the group)."""
 
 
 def rank() -> int:
@@ -23,31 +26,32 @@ def world_size() -> int:
 
 
 def cpu_group(apart: bool = False) -> Any:
-    """Return a process group of all ranks for small CPU messages, which never wait for an accelerator. Collective.
+    """Return a gloo process group of all ranks for small CPU messages, which never wait for an accelerator. Collective.
 
-    The group is made at the first call and kept until the default group ends, so repeated calls cost nothing.
+    The first call creates the group; later calls return the same one until `leave`.
 
     Args:
-        apart: a group that training never uses, for a thread beside it: its messages cannot meet those of a step.
+        apart: return a second group that the training step never uses, for a thread that runs at the same time.
 
     Returns:
-        The group; None, which is the default group, on one rank, or when that is gloo already and `apart` is False.
+        The group. None, which stands for the default group, on a single rank, and if the default group is gloo and
+        `apart` is False.
     """
     if world_size() == 1 or (not apart and dist.get_backend() == "gloo"):
         return None
     default = dist.group.WORLD
-    made_under, group = _cpu_groups.get(apart, (None, None))
-    if made_under is not default:
+    created_under, group = _cpu_groups.get(apart, (None, None))
+    if created_under is not default:
         group = dist.new_group(backend="gloo")
         _cpu_groups[apart] = default, group
     return group
 
 
 def leave() -> None:
-    """Leave the default process group and all groups made from it; nothing happens without one.
+    """Destroy the default process group and all groups created from it; without one, do nothing.
 
-    With gloo, a process that just exits may abort. Do not call it after an error: other ranks may still be in a
-    collective, and this one would wait for them.
+    A process with a gloo group that exits without this call may abort. Do not call it after an error: other ranks may
+    still be in a collective, and this rank would wait for them.
     """
     _cpu_groups.clear()
     if dist.is_available() and dist.is_initialized():
@@ -55,7 +59,7 @@ def leave() -> None:
 
 
 def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Tensor:
-    """Reduce a tensor over all ranks, in place; return it. Collective."""
+    """Reduce a tensor over all ranks in place and return it. Collective."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
@@ -65,14 +69,14 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     """Return whether a flag is set on any rank. Collective.
 
     Args:
-        flag: of this rank.
-        device: of the message; None is the CPU.
+        flag: the flag of this rank.
+        device: device of the message; None is the CPU.
     """
     return bool(all_reduce(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX))
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """Return every rank's value, in the order of ranks. Collective."""
+    """Return the value of every rank, in the order of ranks. Collective."""
     every = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(every, value, group=group)
@@ -80,11 +84,11 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 def broadcast_object(value: Any, group: Any = None) -> Any:
-    """Return rank 0's value. Collective."""
-    box = [value]
+    """Return the value of rank 0. Collective."""
+    values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
+        dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
 
 
 def barrier(group: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The errors that a user sees. All derive from `AllInOneError`, which knows the exit status of a command they end."""
+"""The errors that users see. All derive from `AllInOneError`, which holds the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 REQUEUE = 75
-"""Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a run that saved a checkpoint and ended because of a signal: EX_TEMPFAIL of sysexits.h."""
 
 
 class AllInOneError(Exception):
-    """Base of every error with a message for the user."""
+    """Base class of all errors whose message is written for the user."""
 
     exit_code: int = 1
-    """Exit status of a command that ends with this error."""
+    """Exit code of a command that this error ends."""
     on_all_ranks: bool = False
-    """Whether every rank raises the error with the same words, so only one of them prints it."""
+    """Whether every rank raises the error with the same message, so that only rank 0 prints it."""
 
 
 class ConfigError(AllInOneError, ValueError):
-    """A configuration that cannot be used. The message names the field, what was found and what is allowed."""
+    """An invalid configuration. The message names the field, what was found, what is allowed and what to do."""
 
     exit_code = 2
     on_all_ranks = True
 
 
 class UnsupportedEngine(ConfigError):
-    """A DeepSpeed engine, or a setting of it, with which balanced gradients would be wrong."""
+    """A DeepSpeed engine or setting with which the balanced gradients would be wrong."""
 
 
 class DataError(AllInOneError):
-    """Data that cannot be trained on. The message names the file, what was found, what is allowed and what to do.
+    """Invalid data. The message names the file, what was found, what is allowed and what to do.
 
     Args:
-        message: the text for the user.
-        problems: every fault behind it (`allinone_ds.data.Problem`), where there is a list.
+        message: text for the user.
+        problems: list of `allinone_ds.data.base.Problem`, one per fault; empty if only the message is known.
     """
 
     exit_code = 2
@@ -45,7 +45,7 @@ class DataError(AllInOneError):
 
 
 class BrokenSample(AllInOneError):
-    """One sample that cannot be read. Training takes the next sample of the order instead and counts it.
+    """A sample that cannot be read. Training counts it and uses the next sample in the order instead.
 
     Args:
         path: the file.
@@ -62,14 +62,14 @@ class BrokenSample(AllInOneError):
 
 
 class BalancerError(AllInOneError, RuntimeError):
-    """The balancer was used wrongly; no weight, optimizer state or schedule was changed."""
+    """An incorrect use of the balancer. No weight, optimizer state or schedule was changed."""
 
 
 class NonFinite(AllInOneError, RuntimeError):
-    """Tasks whose loss or gradient was not finite, in a step that is not to be taken; nothing was changed.
+    """A loss or gradient that is not finite, in a step that is therefore not executed. No weight was changed.
 
     Args:
-        tasks: their names.
+        tasks: names of the tasks that it concerns.
     """
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
@@ -78,11 +78,11 @@ class NonFinite(AllInOneError, RuntimeError):
 
 
 class RunError(AllInOneError):
-    """A run that cannot go on. The message says what happened, where, and what to do.
+    """A run that cannot continue. The message says what happened, where, and what to do.
 
     Args:
-        message: the text for the user.
-        on_all_ranks: every rank raises the error with the same words, so only one of them prints it.
+        message: text for the user.
+        on_all_ranks: whether every rank raises the error with the same message, so that only rank 0 prints it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = False) -> None:
@@ -91,11 +91,11 @@ class RunError(AllInOneError):
 
 
 class RunFailed(AllInOneError):
-    """A launched run ended with an error. The message is what the user should read.
+    """A run that was started by the launcher and failed.
 
     Args:
-        message: the run's own error message, or the end of its log.
-        exit_code: exit status of the launcher.
+        message: the error message of the run, or the last lines of its log.
+        exit_code: exit code of the launcher.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

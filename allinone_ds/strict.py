@@ -1,4 +1,4 @@
-"""Strictly read configuration: unknown keys are errors that name the nearest valid one."""
+"""Strict configuration classes: an unknown key is an error that suggests the nearest valid key."""
 
 from __future__ import annotations
 
@@ -12,17 +12,28 @@ from allinone_ds.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """Base of every configuration class: unknown fields are refused, values are checked on assignment."""
+    """Base class of all configuration classes: unknown fields are refused, and assigned values are validated.
+
+    Example:
+        >>> class Optimizer(Strict):
+        ...     learning_rate: float = 1e-3
+        >>> Optimizer(learning_rate="0.1").learning_rate
+        0.1
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
-    """A half sentence that names the nearest valid name (when one is near) and all that is allowed.
+    """Return the end of an error message: the nearest valid name, if there is a near one, and all valid names.
 
     Args:
-        found: the name somebody wrote.
-        allowed: every valid name.
+        found: the name that is not valid.
+        allowed: all valid names.
+
+    Example:
+        >>> did_you_mean("segm", ["det", "seg"])
+        "did you mean 'seg'? allowed: det, seg"
     """
     names = sorted(allowed)
     near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
@@ -31,20 +42,18 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Every configuration class that an annotation such as `dict[str, A]` or `A | B | None` mentions."""
+    """Return all configuration classes in an annotation such as `dict[str, A]` or `A | B | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """Names of the fields that may stand where `path` (without its last part) points, as far as types tell."""
+    """Return the names of the fields that are valid below `path`, as far as the annotations tell."""
     candidates = [model]
     for part in path:
         fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
-        tagged = [
-            c for c in candidates if str(part) in _tags(c)
-        ]  # pydantic puts the tag of a union's member in the path
+        tagged = [c for c in candidates if str(part) in _tags(c)]  # the path holds the tag of a union's member
         if fields:
             candidates = _models_in(fields[0].annotation)
         elif tagged:
@@ -53,7 +62,7 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
 
 def _tags(model: type[BaseModel]) -> list[str]:
-    """The values of the model's Literal fields, by which a union tells its members apart."""
+    """Return the values of the model's Literal fields, by which a union distinguishes its members."""
     return [
         str(v)
         for f in model.model_fields.values()
@@ -63,11 +72,11 @@ def _tags(model: type[BaseModel]) -> list[str]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """Turn a pydantic error into one line a mistake: dotted field, what was found, what is allowed.
+    """Return one line per mistake in a pydantic error: dotted field, what was found, what is allowed.
 
     Args:
-        error: what pydantic raised.
-        model: the class that was being filled, for its valid names.
+        error: the error that pydantic raised.
+        model: the class that was validated.
         where: the file or object that was read.
     """
     lines = []
@@ -79,7 +88,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
             lines.append(f"{where}: unknown key '{dotted}'; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: '{dotted}' is missing; add it")
-        elif isinstance(item.get("ctx", {}).get("error"), ConfigError):  # says all there is to say
+        elif isinstance(item.get("ctx", {}).get("error"), ConfigError):
             lines.append(f"{where}: {dotted}: {item['ctx']['error']}" if dotted else f"{where}: {item['ctx']['error']}")
         else:
             lines.append(f"{where}: '{dotted}' = {item['input']!r}: {item['msg']}")

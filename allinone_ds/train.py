@@ -1,4 +1,4 @@
-"""Train one run; started once a rank by a launcher.
+"""Train one run. A launcher starts this module once per rank.
 
 deepspeed --module allinone_ds.train configs/runs/demo.yaml trainer.max_steps=50
 torchrun --nproc_per_node 2 -m allinone_ds.train configs/runs/demo.yaml
@@ -15,23 +15,23 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the run's file, train, evaluate and write its folder.
+    """Read the configuration of a run, train, evaluate and write the run's folder.
 
     Returns:
-        Exit status: 0; 1 when the run cannot go on; 2 for a configuration or data that cannot be used; 75 when SIGTERM
-        or SIGUSR1 ended it after a checkpoint: start it again with --resume.
+        Exit code: 0; 1 if the run cannot continue; 2 for an invalid configuration or invalid data; 75 if SIGTERM or
+        SIGUSR1 ended the run after it saved a checkpoint: start it again with --resume.
     """
-    parser = argparse.ArgumentParser(prog="allinone_ds.train", description="Train one run, on this rank.")
-    parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. trainer.max_steps=50")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run's folder")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the DeepSpeed launcher")
+    parser = argparse.ArgumentParser(prog="allinone_ds.train", description="Train one run on this rank.")
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, e.g. trainer.max_steps=50")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run's folder")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the DeepSpeed launcher")
     args = parser.parse_intermixed_args(argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
 
-    gc.disable()  # collecting while modules load finds nothing to free, and takes a fifth of the time
+    gc.disable()  # while modules are imported it frees nothing and takes a fifth of the time
     from allinone_ds.distributed import leave
     from allinone_ds.errors import REQUEUE, AllInOneError
     from allinone_ds.run_config.schema import load_config
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
 
-        gc.freeze()  # modules stay for good: no later collection looks at them again
+        gc.freeze()  # exempts the imported modules from all later collections
         gc.enable()
         status = 0 if train_run(config) is not None else REQUEUE
         leave()

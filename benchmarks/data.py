@@ -52,7 +52,8 @@ def transform_directly(task: str, root: Path, branch: str, positions: range, out
     """Reads and transforms samples of the schedule, one after another; puts the seconds that took into `out`."""
     import torch
 
-    from allinone_ds.data.loader import FurtherSamples, seed_all
+    from allinone_ds.data.further_samples import FurtherSamples
+    from allinone_ds.data.random_state import seed_all
 
     torch.set_num_threads(1)
     data, schedule = open_task(task, root, branch)

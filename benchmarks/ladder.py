@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="folder for data and runs (runs/ladder)")
     parser.add_argument("--results", type=Path, default=HERE / "results/ladder", help="folder of the records")
     parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--page", type=Path, help="write the tables into this page, and plots beside it")
+    parser.add_argument("--page", type=Path, help="write the tables into this page, and plots into images/ beside it")
     args = parser.parse_args(argv)
 
     from allinone_ds.training.launcher import gpu_count
@@ -232,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
     text = report(records, blocks)
     print(text)
     if args.page:
-        plots = write_plots(records, args.page.parent)
-        pictures = "".join(f"\n![{shows}]({file.name})\n\n*{shows}.*\n" for file, shows in plots.items())
+        plots = write_plots(records, args.page.parent / "images")
+        pictures = "".join(f"\n![{shows}](images/{file.name})\n\n*{shows}.*\n" for file, shows in plots.items())
         write_page(args.page, text + pictures)
 
 

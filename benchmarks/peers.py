@@ -1,6 +1,6 @@
 """Balanced multi-task steps side by side: this package, DeepSpeed's accessors, a dense T x P matrix, torchjd.
 
-    sudo python benchmarks/peers.py --json benchmarks/results/peers.json --plot docs/peers.png
+    sudo python benchmarks/peers.py --json benchmarks/results/peers.json --plot docs/images/peers.png
     sudo python benchmarks/peers.py --rate 400mbit --tasks 3 --ranks 2 --json benchmarks/results/peers_400mbit.json
 
 Every way makes the same kind of step (a ViT, a linear head a task, T batches, AdamW, ZeRO-2 where there is an engine)

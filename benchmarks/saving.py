@@ -55,7 +55,7 @@ def watch_windows(target: Path, length: int, kinds: list[str]) -> Any:
     from transformers import TrainerCallback
 
     import allinone_ds.training.run as run
-    from allinone_ds.run_folder.background_writer import BackgroundSaver
+    from allinone_ds.run_folder.background_saver import BackgroundSaver
     from allinone_ds.training.trainer import AllInOneTrainer
 
     rows: list[dict[str, Any]] = []

@@ -36,8 +36,8 @@ def measure() -> list[dict]:
 
     from allinone_ds import TBGC, TaskBalancer
     from allinone_ds.balance.sketch import default_size
-    from allinone_ds.planning.engine_settings import read_engine
     from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
+    from allinone_ds.run_config.engine_settings import read_engine
 
     world, rows = dist.get_world_size(), []
     x, y = torch.randn(1, 3, SHAPE[2], SHAPE[2]), torch.zeros(1, dtype=torch.long)
@@ -85,8 +85,8 @@ def _elements(module) -> int:
 def on_paper(gpus: int) -> list[dict]:
     """Memory (without activations) and bytes sent by one GPU of `gpus`, for a large model in bf16 with AdamW."""
     from allinone_ds.balance.sketch import default_size
-    from allinone_ds.planning.engine_settings import read_engine
     from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
+    from allinone_ds.run_config.engine_settings import read_engine
 
     sizes = Sizes(LARGE["backbone"], dict.fromkeys(TASKS, LARGE["head"]), dict.fromkeys(TASKS, 1))
     sketch, rows = default_size(sizes.trained), []

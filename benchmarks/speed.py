@@ -33,7 +33,7 @@ RUNS = {
         "model.backbone.config.num_attention_heads=6 model.backbone.out_indices=[11]",
     ),
     "start-up": ("docs/performance.md", "startup.py --json benchmarks/results/startup.json"),
-    "peers": ("docs/performance.md", "peers.py --json benchmarks/results/peers.json --plot docs/peers.png"),
+    "peers": ("docs/performance.md", "peers.py --json benchmarks/results/peers.json --plot docs/images/peers.png"),
     "peers on a slow link": (
         "docs/performance.md",
         "peers.py --rate 400mbit --tasks 3 --ranks 2 --json benchmarks/results/peers_400mbit.json",

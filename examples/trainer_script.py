@@ -1,4 +1,4 @@
-"""A Trainer script of your own: two tasks on one ViT, balanced, ZeRO-2; callbacks and report_to as in transformers.
+"""Train two tasks on one ViT with balanced gradients and ZeRO-2; callbacks and `report_to` are those of transformers.
 
 torchrun --nproc_per_node 2 examples/trainer_script.py
 """
@@ -15,12 +15,12 @@ from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.tasks import build_task
 
-SIZE = (48, 48)
+SIZE = (48, 48)  # H, W in pixels
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 48}
-KINDS = {"boxes": "detection", "labels": "classification"}  # the tasks, by their own names
+KINDS = {"boxes": "detection", "labels": "classification"}  # name of a task -> its kind
 
 
-class Show(TrainerCallback):
+class PrintMetrics(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if state.is_world_process_zero:
             print(state.global_step, {k: v for k, v in logs.items() if k.startswith(("loss/", "grad_norm/", "eval_"))})
@@ -30,7 +30,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--output", default="runs/trainer_script")
 script = parser.parse_args()
-args = AllInOneArguments(  # starts the process group; under ZeRO-3 it must exist before the model does
+args = AllInOneArguments(  # starts the process group, which ZeRO-3 needs before the model is built
     output_dir=script.output, max_steps=script.steps, logging_steps=20, learning_rate=1e-3, backbone_lr_factor=1.0,
     deepspeed="configs/deepspeed/zero2.json", save_strategy="no", per_device_train_batch_size=16,
 )  # fmt: skip
@@ -52,7 +52,7 @@ trainer = AllInOneTrainer(
     AllInOneModel(backbone, tasks), args,
     train_dataset={task: task_data(task, "train") for task in tasks},
     eval_dataset={task: task_data(task, "test", demo.classes) for task in tasks},
-    weighting=TBGC(max_norm=0.1), callbacks=[Show()],
+    weighting=TBGC(max_norm=0.1), callbacks=[PrintMetrics()],
 )  # fmt: skip
 trainer.train()
 trainer.evaluate()

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable, gone when the process ends that made them."""
+"""Two hosts on one machine: connected network namespaces, which are removed when the process that uses them ends."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 ADDRESSES = {"a": "10.213.77.1", "b": "10.213.77.2"}
 ETC = Path("/etc/netns")
-"""`ip netns exec NAME` shows what lies in its folder NAME as /etc."""
+"""`ip netns exec NAME` mounts the files in its folder NAME over /etc."""
 
 
 class Hosts:
-    """Two namespaces `aioPIDa` and `aioPIDb`; each host knows both as node-a and node-b.
+    """Two network namespaces, `aioPIDa` and `aioPIDb`, whose host names are node-a and node-b.
 
     Args:
-        folder: for what the hosts need; it is deleted with them.
+        folder: folder for the files of the hosts; it is deleted with them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,6 +30,7 @@ class Hosts:
         self.started: dict[str, list[subprocess.Popen]] = {host: [] for host in ADDRESSES}
 
     def make(self) -> None:
+        """Create the namespaces and connect them."""
         for name in self.names.values():
             run("ip", "netns", "add", name)
             (ETC / name).mkdir(parents=True)
@@ -43,11 +44,11 @@ class Hosts:
             run("ip", "-n", name, "link", "set", "eth0", "up")
 
     def inside(self, host: str, *command: str) -> list[str]:
-        """The command line that runs a command on a host."""
+        """Return the command line that runs a command on a host."""
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def start(self, host: str, *command: str, log: Path, **options: object) -> subprocess.Popen:
-        """Start a command on a host; its output is appended to `log`."""
+        """Start a command on a host and append its output to `log`."""
         with log.open("ab") as sink:
             process = subprocess.Popen(
                 self.inside(host, *command), stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
@@ -56,7 +57,7 @@ class Hosts:
         return process
 
     def kill_all(self, host: str) -> int:
-        """Kill every process of a host, by its number; returns how many there were."""
+        """Kill every process on a host by its process id; return how many were killed."""
         killed = 0
         while pids := run("ip", "netns", "pids", self.names[host]).split():
             for pid in pids:
@@ -70,11 +71,12 @@ class Hosts:
         return killed
 
     def lose(self, host: str) -> int:
-        """Cut the cable, so that nobody hears of it, then kill what runs there."""
+        """Disconnect a host, so that its connections are not closed, then kill its processes; return their number."""
         run("ip", "-n", self.names[host], "link", "set", "eth0", "down")
         return self.kill_all(host)
 
     def remove(self) -> None:
+        """Kill all processes on the hosts and delete the namespaces."""
         known = run("ip", "netns", "list").split()
         for host, name in self.names.items():
             if name in known:
@@ -85,39 +87,39 @@ class Hosts:
 
 @contextlib.contextmanager
 def two_hosts(kind: type[Hosts] = Hosts) -> Iterator[Hosts]:
-    """Hosts that are not made yet, with an empty folder.
+    """Yield hosts that are not created yet, with an empty folder.
 
-    Both, and all that runs on the hosts, are removed at the end of the block by a process of its own; also when this
-    process is killed before.
+    A separate process removes both, and all processes on the hosts, at the end of the block, even if this process is
+    killed.
     """
     hosts = kind(Path(tempfile.mkdtemp(prefix="two-hosts-")))
-    ear, mouth = os.pipe()  # nothing is said: the pipe closes when this process ends
-    keeper = os.fork()
-    if keeper == 0:
+    reader, writer = os.pipe()  # nothing is written: the pipe closes when this process ends
+    remover = os.fork()
+    if remover == 0:
         status = 1
         try:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.setsid()  # a signal to this process's group is not for the keeper
-            os.close(mouth)
-            os.read(ear, 1)
+            os.setsid()  # signals to the group of this process must not end the remover
+            os.close(writer)
+            os.read(reader, 1)
             hosts.remove()
             shutil.rmtree(hosts.folder)
             status = 0
         finally:
             os._exit(status)
-    os.close(ear)
+    os.close(reader)
     try:
         yield hosts
     finally:
-        os.close(mouth)
-        os.waitpid(keeper, 0)
+        os.close(writer)
+        os.waitpid(remover, 0)
 
 
 def run(*command: str, **options: object) -> str:
-    """Output of a command.
+    """Run a command and return its output.
 
     Raises:
-        RuntimeError: it failed; with what it said.
+        RuntimeError: the command failed; the message holds its error output.
     """
     done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
     if done.returncode:
@@ -126,25 +128,25 @@ def run(*command: str, **options: object) -> str:
 
 
 def what_is_missing(programs: Sequence[str], packages: str) -> str:
-    """Why this machine cannot do it; empty when it can."""
+    """Return why this machine cannot run the test; empty if it can."""
     missing = [name for name in ("ip", *programs) if shutil.which(name) is None]
     if missing:
-        return f"needs {', '.join(missing)} (Debian: iproute2, {packages})"
+        return f"needs {', '.join(missing)} (Debian packages: iproute2, {packages})"
     probe = f"aio{os.getpid()}x"
     try:
         run("ip", "netns", "add", probe)
         run("ip", "netns", "exec", probe, "true")
         run("ip", "netns", "del", probe)
     except RuntimeError as error:
-        return f"network namespaces are not allowed here ({error}); run it as root"
+        return f"network namespaces are not allowed here ({error}); run this script as root"
     return ""
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str, log: Path) -> None:
-    """Wait until something holds; ends the program with the end of `log` when it does not in time."""
+    """Wait until a condition holds; if it takes too long, exit with the end of `log`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            said = log.read_text()[-3000:] if log.exists() else "nothing"
-            raise SystemExit(f"{what} did not happen in {seconds:.0f} s; the end of {log.name}:\n{said}")
+            tail = log.read_text()[-3000:] if log.exists() else "(empty)"
+            raise SystemExit(f"{what} did not happen within {seconds:.0f} s; the end of {log.name}:\n{tail}")
         time.sleep(0.05)

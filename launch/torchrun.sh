@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train with torchrun: run it on every host, with the same arguments.
+# Train with torchrun: run this script on every host with the same arguments.
 #
 #   NNODES=2 MASTER_ADDR=gpu-node-1 launch/torchrun.sh CONFIG RUN [KEY=VALUE...]
 #
-# NPROC: ranks on this host (default: its GPUs). SIGTERM ends the step, saves and ends; GRACE is how many seconds the ranks
-# have for it. Goes on from RUN's last whole checkpoint when it has one.
+# NPROC: ranks on this host (default: one per GPU). SIGTERM saves a checkpoint after the current step and ends the run;
+# GRACE: seconds that the ranks have for it. Resumes from the last complete checkpoint of RUN.
 set -euo pipefail
 config=$1 run=$2
 shift 2

@@ -1,12 +1,11 @@
-"""SLURM on one machine: submit slurm.sbatch, preempt it, let its time run out, and see the run go on each time.
+"""SLURM on one machine: submit slurm.sbatch, preempt it, let it reach its time limit, and check that it resumes.
 
     sudo python launch/try_slurm.py                   # a few minutes on 2 cores
 
-The cluster is two network namespaces, each with a slurmd that claims 64 CPUs and 8 GPUs (empty files; the ranks train a
-shortened demo on the CPU), a controller and a munged of its own. slurm.sbatch is submitted as it is. A job of a
-partition with a higher priority preempts it; later its time limit is lowered, so that SLURM sends SIGUSR1. Both times
-it must save, go back into the queue and go on from where it was. Everything made here is removed again by a process of
-its own that waits for this one to end, however it ends.
+The cluster consists of two network namespaces, each with a slurmd that reports 64 CPUs and 8 GPUs (empty files; the
+ranks train a shortened demo on the CPU), a controller and a munged. slurm.sbatch is submitted unchanged. A job of a
+partition with a higher priority preempts it; later its time limit is reduced, so that SLURM sends SIGUSR1. Both times
+it must save a checkpoint, be requeued and resume. A separate process removes everything when this one ends.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
 
 class SlurmHosts(Hosts):
-    """Two hosts of a SLURM cluster: the controller is on host A, a node on each."""
+    """Two hosts of a SLURM cluster: the controller on host A, and one node on each."""
 
     def make(self) -> None:
         super().make()
@@ -56,7 +55,7 @@ class SlurmHosts(Hosts):
         )
         gpus = f"File={folder}/gpu[0-7]"
         (folder / "gres.conf").write_text(f"AutoDetect=off\nNodeName=node-a,node-b Name=gpu {gpus}\n")
-        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # must load; nothing here uses it
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # required by SLURM, but not used
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # torchrun, for the job
@@ -86,13 +85,13 @@ class SlurmHosts(Hosts):
         )
 
     def daemon(self, host: str, name: str, *flags: str) -> None:
-        # /sys/fs/cgroup is empty in a namespace, and slurmd wants something mounted there
+        # /sys/fs/cgroup is empty in a namespace, and slurmd requires a mount there
         script = 'hostname "$0"; mount -t tmpfs none /sys/fs/cgroup; exec "$@"'
         command = ["unshare", "--uts", "sh", "-c", script, f"node-{host}", name, *flags]
         self.start(host, *command, log=self.folder / f"{name}.log", env=self.environment)
 
     def ask(self, *command: str) -> str:
-        """Output of one of SLURM's commands on host A; empty while the controller does not answer."""
+        """Return the output of a SLURM command on host A; empty while the controller does not answer."""
         try:
             return run(*self.inside("a", *command), env=self.environment, cwd=ROOT)
         except RuntimeError as error:
@@ -111,40 +110,42 @@ class Job:
         self.content["data_root"] = str(hosts.folder / "data")
         self.write_config(10**5)
         variables = f"ALL,CONFIG={self.config},RUN={self.run}"
-        said = hosts.ask("sbatch", "--parsable", f"--output={self.log}", f"--export={variables}", "launch/slurm.sbatch")
-        self.number = said.strip()
+        output = hosts.ask(
+            "sbatch", "--parsable", f"--output={self.log}", f"--export={variables}", "launch/slurm.sbatch"
+        )
+        self.number = output.strip()
 
     def write_config(self, steps: int) -> None:
         trainer = {**self.content["trainer"], "max_steps": steps, "save_steps": 10, "save_total_limit": 2}
         self.config.write_text(yaml.safe_dump({**self.content, "trainer": trainer}))
 
-    def facts(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+    def details(self) -> dict[str, str]:
+        """Return the fields of `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.hosts.ask("scontrol", "show", "job", self.number)))
 
     def events(self, kind: str) -> list[dict]:
-        """Events of one kind in the run's log."""
+        """Return the events of one kind in the log of the run."""
         log = self.run / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
     def starts(self, count: int) -> None:
-        """Wait until the run has begun so many times and trained on to its next checkpoint."""
+        """Wait until the run has started `count` times and has saved a new checkpoint."""
         self.wait(lambda: len(self.events("begin")) == count, 300, f"start {count} of the run")
-        begun = self.events("begin")[-1]["step"]
-        self.wait(lambda: self.last() > begun, 300, f"a checkpoint after start {count}")
+        started = self.events("begin")[-1]["step"]
+        self.wait(lambda: self.last() > started, 300, f"a checkpoint after start {count}")
 
     def last(self) -> int:
-        """Step of the last checkpoint."""
+        """Return the step of the last checkpoint."""
         return max([0, *(int(path.name.rpartition("-")[2]) for path in checkpoints(self.run))])
 
     def stops(self, count: int, why: str) -> None:
-        """Wait until the run has stopped and the job is waiting or running again."""
-        begun = time.monotonic()
+        """Wait until the run has stopped `count` times and the job is requeued."""
+        started = time.monotonic()
         self.wait(lambda: len(self.events("stopped")) == count, 300, f"a stop after {why}")
-        seconds, event = time.monotonic() - begun, self.events("stopped")[-1]
-        self.wait(lambda: self.facts().get("Restarts") == str(count), 120, f"requeue {count}")
-        print(f"{why}: saved and stopped at step {event['step']} after {seconds:.0f} s; in the queue again", flush=True)
+        seconds, event = time.monotonic() - started, self.events("stopped")[-1]
+        self.wait(lambda: self.details().get("Restarts") == str(count), 120, f"requeue {count}")
+        print(f"{why}: saved and stopped at step {event['step']} after {seconds:.0f} s; requeued", flush=True)
 
     def wait(self, condition, seconds: float, what: str) -> None:
         wait_for(condition, seconds, what, self.log)
@@ -162,25 +163,25 @@ def main() -> int:
         job = Job(hosts)
         print(f"submitted launch/slurm.sbatch as job {job.number}: {hosts.ask('slurmd', '-V').strip()}, two nodes")
         job.starts(1)
-        urgent = ["--partition=high", "--nodes=2", "--exclusive", f"--output={hosts.folder}/urgent.log"]
-        hosts.ask("sbatch", *urgent, "--wrap=sleep 3")
+        other = ["--partition=high", "--nodes=2", "--exclusive", f"--output={hosts.folder}/other.log"]
+        hosts.ask("sbatch", *other, "--wrap=sleep 3")
         job.stops(1, "preempted by a job of a higher priority")
         job.starts(2)
-        ran = job.facts()["RunTime"].split(":")  # [days-]hours, minutes, seconds
+        ran = job.details()["RunTime"].split(":")  # [days-]hours, minutes, seconds
         hosts.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={int(ran[-2]) + 2}")
         job.stops(2, "less than 300 s left (SIGUSR1)")
         job.write_config(job.last() + 20)
         hosts.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        job.wait(lambda: job.facts().get("JobState") in states, 300, "the end of the job")
-        begun = [event["step"] for event in job.events("begin")]
+        job.wait(lambda: job.details().get("JobState") in states, 300, "the end of the job")
+        started = [event["step"] for event in job.events("begin")]
         stopped = [event["step"] for event in job.events("stopped")]
-        state, whole = job.facts()["JobState"], (job.run / "metrics.json").is_file()
-        print(f"starts at steps {begun}, stops at steps {stopped}; the job is {state}")
-        good = state == "COMPLETED" and whole and begun == [0, *stopped] and len(stopped) == 2
-        if not good:
+        state, finished = job.details()["JobState"], (job.run / "metrics.json").is_file()
+        print(f"starts at steps {started}, stops at steps {stopped}; the job is {state}")
+        passed = state == "COMPLETED" and finished and started == [0, *stopped] and len(stopped) == 2
+        if not passed:
             print(job.log.read_text()[-3000:])
-        return 0 if good else 1
+        return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Two hosts on one machine: train on both through `deepspeed --hostfile`, lose one, go on from the checkpoint.
+"""Two hosts on one machine: train on both with `deepspeed --hostfile`, lose one, and resume from the checkpoint.
 
     sudo python launch/two_hosts.py                   # a minute or two on 2 cores
 
-The hosts are two network namespaces joined by a virtual cable, each with an sshd of its own; the shared file system is
-this machine's. The DeepSpeed launcher starts a shortened demo on both over ssh (pdsh). After the second checkpoint the
-cable of host B is cut and all of its processes are killed: the run must say that rank 1 is gone, and the second start
-must go on from the last checkpoint to the end. Everything made here (namespaces, what runs in them, keys) is removed
-again by a process of its own that waits for this one to end, however it ends.
+The hosts are two connected network namespaces, each with an sshd; they share the file system of this machine. The
+DeepSpeed launcher starts a shortened demo on both over ssh (pdsh). After the second checkpoint host B is disconnected
+and all of its processes are killed: the run must report that rank 1 does not answer, and the second start must resume
+from the last checkpoint and finish. A separate process removes the namespaces, their processes and the keys when this
+process ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class SshHosts(Hosts):
-    """Two hosts with an sshd each, on port 2222."""
+    """Two hosts, each with an sshd on port 2222."""
 
     def make(self) -> None:
         super().make()
@@ -40,7 +40,7 @@ class SshHosts(Hosts):
         (self.folder / "ssh_config").write_text(
             f"Host *\n Port 2222\n IdentityFile {self.folder}/user\n IdentitiesOnly yes\n"
             " StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
-            " ServerAliveInterval 3\n ServerAliveCountMax 3\n"  # else ssh, and pdsh, wait for a lost host for ever
+            " ServerAliveInterval 3\n ServerAliveCountMax 3\n"  # else ssh, and so pdsh, waits for a lost host forever
         )
         for host in ADDRESSES:
             self.start_sshd(host)
@@ -55,17 +55,18 @@ class SshHosts(Hosts):
         Path("/run/sshd").mkdir(exist_ok=True)
         self.start(host, str(shutil.which("sshd")), "-D", "-e", "-f", str(file), log=self.folder / "sshd.log")
 
-    def bring_back(self, host: str) -> None:
+    def reconnect(self, host: str) -> None:
+        """Connect a lost host again and start its sshd."""
         run("ip", "-n", self.names[host], "link", "set", "eth0", "up")
         self.start_sshd(host)
 
 
 def start(hosts: SshHosts, folder: Path, log: Path, *flags: str) -> subprocess.Popen:
-    """The DeepSpeed launcher on host A, for both hosts."""
+    """Start the DeepSpeed launcher on host A for both hosts."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
     variables = {
-        "GLOO_SOCKET_IFNAME": "eth0",  # else gloo listens at 127.0.0.1 and the ranks never meet
+        "GLOO_SOCKET_IFNAME": "eth0",  # else gloo listens on 127.0.0.1 and the ranks cannot connect
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
@@ -89,7 +90,7 @@ def start(hosts: SshHosts, folder: Path, log: Path, *flags: str) -> subprocess.P
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=Path, help="copy the run's log there")
+    parser.add_argument("--keep", type=Path, help="file to copy the log of the run to")
     args = parser.parse_args()
     if missing := what_is_missing(("sshd", "ssh-keygen", "pdsh"), "openssh-server, pdsh"):
         print(f"skipped: {missing}")
@@ -99,14 +100,14 @@ def main() -> int:
     with two_hosts(SshHosts) as hosts:
         log = hosts.folder / "log"
         try:
-            return lose_one_and_go_on(hosts, hosts.folder, log)
+            return lose_one_and_resume(hosts, hosts.folder, log)
         finally:
             if args.keep and log.exists():
                 shutil.copy(log, args.keep)
 
 
-def lose_one_and_go_on(hosts: SshHosts, folder: Path, log: Path) -> int:
-    begun, output = time.monotonic(), folder / "run"
+def lose_one_and_resume(hosts: SshHosts, folder: Path, log: Path) -> int:
+    started, output = time.monotonic(), folder / "run"
     sizes = DemoSizes(detection=(24, 4), segmentation=(24, 4), classification=(24, 4))
     make_demo_data(folder / "data", sizes=sizes, progress=False)
     hosts.make()
@@ -117,22 +118,22 @@ def lose_one_and_go_on(hosts: SshHosts, folder: Path, log: Path) -> int:
     wait_for(lambda: first.poll() is not None, 300, "the end of the run that lost a host", log)
     seconds = time.monotonic() - lost
     at = checkpoints(output)[-1].name
-    said = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "nothing was said")
-    print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and said:\n  {said}")
+    message = next((s for s in log.read_text().splitlines() if "error: " in s and "rank" in s), "(no error message)")
+    print(f"host B lost ({killed} processes killed); the run ended after {seconds:.1f} s and printed:\n  {message}")
     hosts.kill_all("a")
     hosts.start_sshd("a")
-    hosts.bring_back("b")
+    hosts.reconnect("b")
     second = start(hosts, folder, log, "--resume")
     wait_for(lambda: second.poll() is not None, 600, "the end of the resumed run", log)
     events = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     steps = [event["step"] for event in events if event["event"] == "begin"]
-    whole = (output / "metrics.json").is_file() and second.returncode == 0
-    print(f"resumed from {at} at step {steps[-1]}; {'ended whole' if whole else 'FAILED'}", end=" ")
-    print(f"after {time.monotonic() - begun:.0f} s in all")
-    good = whole and len(steps) == 2 and at == f"checkpoint-{steps[1]}" and "rank 1" in said
-    if not good:
+    finished = (output / "metrics.json").is_file() and second.returncode == 0
+    print(f"resumed from {at} at step {steps[-1]}; {'finished' if finished else 'FAILED'}", end=" ")
+    print(f"after {time.monotonic() - started:.0f} s in total")
+    passed = finished and len(steps) == 2 and at == f"checkpoint-{steps[1]}" and "rank 1" in message
+    if not passed:
         print(log.read_text()[-3000:])
-    return 0 if good else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

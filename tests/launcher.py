@@ -1,11 +1,14 @@
-"""Runs functions of a worker script on several ranks through torchrun; each becomes a test of its own.
+"""Runs functions of a worker script on several ranks; each becomes a test of its own.
 
-A worker module has `check_*` functions that every rank calls; a check fails when it raises on any rank. One launch runs
-all of them, since starting ranks costs more than most checks.
+A worker script has `check_*` functions that every rank calls; a check fails when it raises on any rank. One start of
+the ranks runs all of them. The ranks of these scripts are forked (see `tests.rank_server`); whole runs are started by
+the real launchers (see `tests.tiny_run` and `tests/integration`).
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import subprocess
@@ -15,30 +18,61 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from allinone_ds.training.launcher import free_port
+
+ROOT = Path(__file__).parents[1]
+_servers: list[subprocess.Popen[str]] = []
 
 
 def run_ranks(script: Path, world: int, folder: Path, *arguments: str, timeout: int = 600) -> dict[str, str]:
-    """Start `script` on `world` CPU ranks; returns check name -> "" or the traceback of the first failing rank."""
+    """Run a script on CPU ranks and return its result.
+
+    Args:
+        script: calls `run_checks`, or writes JSON to the path that is its first argument.
+        world: number of ranks.
+        folder: for the result and for what the ranks print.
+        arguments: of the script, after the path of its result.
+        timeout: seconds, after which the ranks are killed.
+
+    Returns:
+        What the script wrote: the name of each check -> "" or the traceback of the first rank that failed.
+
+    Raises:
+        RuntimeError: the script left no result; the message has what the ranks printed.
+    """
     out = folder / f"{script.stem}-{world}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*command, str(script), str(out), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-    )
+    log = folder / f"{script.stem}-{world}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    environment["LOCAL_SIZE"] = str(world)  # else DeepSpeed starts `numactl` to count devices before each reduction
+    request = {"script": str(script), "arguments": [str(out), *arguments], "world": world, "folder": str(ROOT),
+               "environment": environment, "log": str(log), "timeout": timeout}  # fmt: skip
+    statuses = _ask(request)
     if not out.exists():
-        raise RuntimeError(
-            f"{script.name} on {world} ranks left no result:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        )
+        said = log.read_text(errors="replace")[-9000:] if log.exists() else ""
+        raise RuntimeError(f"{script.name} on {world} ranks left no result, exit statuses {statuses}:\n{said}")
     return json.loads(out.read_text())
 
 
+def _ask(request: dict) -> list[int]:
+    """Hand a request to the rank server, started where none runs; return the exit statuses of the ranks."""
+    if not _servers or _servers[-1].poll() is not None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.rank_server"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        _servers.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, bufsize=1, **pipes))
+        atexit.register(_servers[-1].communicate)  # closes its input and waits for it
+    server = _servers[-1]
+    server.stdin.write(json.dumps(request) + "\n")
+    answer = server.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"the rank server ended with status {server.wait()}; its output is above")
+    return json.loads(answer)["statuses"]
+
+
 def join_ranks() -> None:
-    """Join the process group that torchrun set up, without compiling a kernel that only CPU inference calls."""
+    """Join the process group of the ranks, without compiling a kernel that only CPU inference calls."""
     import deepspeed
 
     from allinone_ds.zero.kernels import spare_cpu_kernel
@@ -48,7 +82,7 @@ def join_ranks() -> None:
 
 
 def run_checks(checks: dict[str, Callable[[], None]], out: str) -> None:
-    """On each rank: call all checks in order, gather what each raised, write it on rank 0. Collective.
+    """Call all checks in order on each rank, gather what each raised, and write it on rank 0. Collective.
 
     A check that raises on one rank alone leaves the others in a collective that it never joins. The gathering has a
     group of its own, so the two never meet: it gives up after two minutes and the rank ends with what it raised.
@@ -70,6 +104,8 @@ def run_checks(checks: dict[str, Callable[[], None]], out: str) -> None:
         except RuntimeError as error:
             raise RuntimeError(f"{name}: a rank did not come out of it. {problem or 'This rank passed.'}") from error
         results[name] = next((p for p in every if p), "")
+        gc.collect()
+        gc.freeze()  # modules that the check imported; see `rank_server.import_libraries`
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     dist.barrier()

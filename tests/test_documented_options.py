@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from allinone_ds import TBGC
+from allinone_ds.balance.options import NORMS, PARALLEL, WEIGHTINGS, combination_error
 from allinone_ds.data.augmentation.catalog import OWN
 from allinone_ds.run_config.schema import TaskConfig
 from allinone_ds.tasks import TASKS
@@ -58,3 +60,28 @@ def test_every_key_of_a_task() -> None:
     start = next(number for number, row in enumerate(page) if row[0].strip() == "key of a task")
     told = [name for row in page[start + 1 :] for name in re.findall(r"`(\w+)`", row[0])]
     assert sorted(told) == sorted(TaskConfig.model_fields)
+
+
+def test_the_table_of_combinations_is_what_the_rules_say() -> None:
+    engines = {"ZeRO 0": (0, False), "ZeRO 1, bf16 with fp32 accumulation": (1, False), **{
+        f"ZeRO {stage}": (stage, True) for stage in (1, 2, 3)}}  # fmt: skip
+
+    def cell(norm: str, parallel: str, engine: str) -> str:
+        for answer, weighting in (("yes", TBGC(target="mean")), ("one at a time", TBGC())):
+            if combination_error(norm, parallel, weighting, *engines[engine]) is None:
+                return answer
+        return "no"
+
+    page = [row for row in rows("balancer.md") if len(row) == 7]
+    header, *body = [[cell.strip("| ") for cell in row] for row in page]
+    assert header == ["norm", "parallel", *engines]
+    assert sorted(row[:2] for row in body) == sorted([norm, parallel] for norm in NORMS for parallel in PARALLEL)
+    for norm, parallel, *cells in body:
+        assert cells == [cell(norm, parallel, engine) for engine in engines], (norm, parallel)
+
+
+def test_weightings_that_need_one_task_at_a_time_are_listed() -> None:
+    named = re.search(r"one task at a\s+time \((.*?)\)", (DOCS / "balancer.md").read_text(), re.DOTALL)
+    assert named is not None
+    streaming = [name for name, kind in WEIGHTINGS.items() if kind.streams or name == "tbgc"]
+    assert sorted(re.findall(r"`(\w+)`", named[1])) == sorted(streaming)

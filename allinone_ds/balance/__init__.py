@@ -1,6 +1,6 @@
 """The idea of the package: `TaskBalancer`, the weightings, and the report of each step.
 
-May import `zero`, `testing`, and the modules at the bottom of the package. Knows tensors, not DeepSpeed.
+It knows tensors, not DeepSpeed, and may import `zero`, `testing` and the modules at the bottom of the package.
 """
 
 from allinone_ds._lazy import lazy_names
@@ -10,7 +10,7 @@ __getattr__, __all__ = lazy_names(
     {
         "assignment": ["GroupPlan", "TaskGroups", "groups_for", "plan_groups", "task_groups"],
         "balancer": ["TaskBalancer"],
-        "options": ["balancer_from_config", "weighting_from_config"],
+        "options": ["BalancerConfig", "balancer_from_config", "weighting_from_config"],
         "report": ["StepReport"],
         "weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],
         "weightings.base": ["StepRecord", "Weighting"],

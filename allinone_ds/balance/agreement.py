@@ -1,4 +1,4 @@
-"""Ranks tell each other what they are about to do, so that a disagreement is an error and not a hang."""
+"""Ranks compare what they are about to do, so that a disagreement is an error and not a hang."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from allinone_ds.errors import BalancerError
 
 
 class Agreement:
-    """A small exchange between all ranks over the CPU: it never waits for the accelerator.
-
-    Collective to make: every rank of the default process group must.
+    """Small CPU messages between all ranks, which never wait for the accelerator. Construct it on every rank.
 
     Args:
-        names: what can be agreed on; the same on all ranks.
+        names: what ranks can agree on; the same on all ranks.
     """
 
     def __init__(self, names: tuple[str, ...]):
@@ -26,14 +24,14 @@ class Agreement:
         self.group: Any = cpu_group()
 
     def check(self, name: str, number: int) -> None:
-        """Raise on every rank unless all ranks came with the same name and number.
+        """Raise on every rank unless all ranks pass the same name and number. Collective.
 
         Args:
-            name: one of `names`: the task this rank enters, or the step.
+            name: one of `names`: the task that this rank enters, or the step.
             number: micro-steps of the task.
 
         Raises:
-            BalancerError: names every rank and what it came with.
+            BalancerError: names every rank and what it passed.
         """
         if self.world == 1:
             return
@@ -42,31 +40,28 @@ class Agreement:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
         if extremes[0] == -extremes[1] and extremes[2] == -extremes[3]:
             return
-        mine = torch.tensor([code, number])
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(every, mine, group=self.group)
-        found = "; ".join(f"rank {r}: {self._say(int(e[0]), int(e[1]))}" for r, e in enumerate(every))
+        passed = "; ".join(f"rank {r}: {self._text(*row)}" for r, row in enumerate(self.rows([code, number])))
         raise BalancerError(
-            f"ranks disagree on what comes next ({found}); every rank must run the same tasks with the same number of "
+            f"ranks disagree on what comes next ({passed}); every rank must run the same tasks with the same number of "
             "micro-steps in the same order: derive the order from (seed, step), not from a rank's own data"
         )
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
-        """Every rank's numbers, by rank; each brings equally many."""
-        mine = torch.tensor(numbers)
-        every = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(every, mine, group=self.group)
+        """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
+        own = torch.tensor(numbers)
+        every = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(every, own, group=self.group)
         return [row.tolist() for row in every]
 
     def same(self, flags: list[bool]) -> bool:
-        """Whether every rank came with the same flags."""
+        """Return whether every rank passes the same flags. Collective."""
         return all(row == [int(flag) for flag in flags] for row in self.rows([int(flag) for flag in flags]))
 
     def union(self, flags: list[bool]) -> list[bool]:
-        """Element-wise `or` of every rank's flags."""
+        """Return the element-wise `or` of every rank's flags. Collective."""
         votes = torch.tensor(flags, dtype=torch.int32)
-        return [bool(v) for v in all_reduce(votes, dist.ReduceOp.MAX, self.group)]
+        return [bool(vote) for vote in all_reduce(votes, dist.ReduceOp.MAX, self.group)]
 
-    def _say(self, code: int, number: int) -> str:
+    def _text(self, code: int, number: int) -> str:
         name = self.names[code]
         return f"task '{name}', {number} micro-steps" if number >= 0 else name

@@ -1,4 +1,4 @@
-"""Norms, inner products and scaled sums of gradient shards; one pass over the data each, no wait for the device."""
+"""Norms, inner products and scaled sums of gradient shards: one pass over the data each, no wait for the device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CHUNK = 1 << 20
 
 
 def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all elements, float64, 0-dim, on `device`.
+    """Return the sum of squares of all elements, float64, 0-dim, on `device`.
 
     Args:
         tensors: 1-D tensors of any floating type.
-        device: where the result goes when there is nothing to sum.
+        device: of the result when there is nothing to sum.
     """
     chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK) if chunk.numel()]
     if not chunks:
@@ -26,11 +26,11 @@ def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def inner_products(shards: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """Inner products of T gradients' parts on this rank, float64, (T, T).
+    """Return the inner products of T gradients' parts on this rank, float64, (T, T).
 
     Args:
-        shards: T lists of equally long 1-D tensors.
-        device: where the result goes.
+        shards: T lists of 1-D tensors, of equal lengths.
+        device: of the result.
     """
     count = len(shards)
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
@@ -43,35 +43,35 @@ def inner_products(shards: Sequence[Sequence[Tensor]], device: torch.device) -> 
     return gram
 
 
-def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor, finite: Tensor) -> None:
-    """sums += factor * gradients where `finite`, else nothing; without a wait for an accelerator.
+def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor, usable: Tensor) -> None:
+    """Add factor * gradients to `sums` in place, or nothing unless `usable`; never waits for an accelerator.
 
     Args:
         sums: 1-D tensors, changed in place.
         gradients: as `sums`, of any floating type; their content may be changed.
         factor: 0-dim.
-        finite: 0-dim bool: False when the gradient holds inf or nan.
+        usable: 0-dim bool: False when the gradients may hold inf or nan.
     """
     if factor.is_cpu:
-        if finite:
+        if usable:
             alpha = float(factor)
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient, alpha=alpha)
         return
-    factor = torch.where(finite, factor, torch.zeros_like(factor)).float()
+    factor = torch.where(usable, factor, torch.zeros_like(factor)).float()
     for total, gradient in zip(sums, gradients, strict=True):
         total.addcmul_(gradient.nan_to_num_(0.0, 0.0, 0.0), factor)  # inf x 0 is nan
 
 
-def scale_or_zero(tensor: Tensor, factor: Tensor, finite: Tensor) -> Tensor:
-    """`tensor` times `factor`, in place; zeros unless `finite`. Without a wait for an accelerator.
+def scale_or_zero(tensor: Tensor, factor: Tensor, usable: Tensor) -> Tensor:
+    """Return `tensor` times `factor`, in place, or zeros unless `usable`; never waits for an accelerator.
 
     Args:
         tensor: of any shape and floating type.
         factor: 0-dim.
-        finite: 0-dim bool: False when the tensor may hold inf or nan.
+        usable: 0-dim bool: False when the tensor may hold inf or nan.
     """
     if factor.is_cpu:
-        return tensor.mul_(float(factor)) if finite else tensor.zero_()
-    factor = torch.where(finite, factor, torch.zeros_like(factor))
+        return tensor.mul_(float(factor)) if usable else tensor.zero_()
+    factor = torch.where(usable, factor, torch.zeros_like(factor))
     return tensor.nan_to_num_(0.0, 0.0, 0.0).mul_(factor.to(tensor.dtype))  # inf x 0 is nan

@@ -17,6 +17,13 @@ class TaskGroups:
     Args:
         ranks: task -> its ranks, ascending; the T tasks in the order they were given.
         world: number of ranks R.
+
+    Example:
+        >>> groups = TaskGroups({"det": (0, 1), "cls": (2,)}, world=3)
+        >>> groups.of(2)
+        ('cls',)
+        >>> groups.share("det", micro_steps=1, rank=0)
+        [(0, 0), (0, 2)]
     """
 
     ranks: Mapping[str, tuple[int, ...]]
@@ -29,21 +36,21 @@ class TaskGroups:
 
     @property
     def members(self) -> dict[tuple[int, ...], tuple[str, ...]]:
-        """The ranks of each group -> its tasks."""
+        """The ranks of each group -> the tasks of the group."""
         found: dict[tuple[int, ...], tuple[str, ...]] = {}
         for task, ranks in self.ranks.items():
             found[ranks] = (*found.get(ranks, ()), task)
         return found
 
     def of(self, rank: int) -> tuple[str, ...]:
-        """The tasks that a rank runs."""
+        """Return the tasks that a rank runs."""
         return tuple(task for task, ranks in self.ranks.items() if rank in ranks)
 
     def share(self, task: str, micro_steps: int, rank: int) -> list[tuple[int, int]]:
-        """The micro-batches of a task that a rank runs, so that all its ranks together run those of all R ranks.
+        """Return the micro-batches of a task that a rank runs; its ranks together run those of all R ranks.
 
-        Where every rank runs every task, micro-step k of rank r is a micro-batch of its own: micro_steps * R of them.
-        The ranks of a group deal them out like cards.
+        Where every rank runs every task, micro-step k of rank r is one micro-batch, so there are micro_steps * R of
+        them. The ranks of a group take them in turns.
 
         Args:
             task: one of `tasks`.
@@ -51,7 +58,7 @@ class TaskGroups:
             rank: 0..R-1.
 
         Returns:
-            (micro-step, rank) of each, in the order they are to run; empty for a rank that does not run the task.
+            (micro-step, rank) of each, in the order in which they run; empty for a rank that does not run the task.
         """
         ranks = self.ranks[task]
         if rank not in ranks:
@@ -60,19 +67,31 @@ class TaskGroups:
         return [divmod(number, self.world) for number in mine]
 
 
+def task_names(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the tasks.
+
+    Raises:
+        ValueError: no name, a name twice, or a name that is not a non-empty string.
+    """
+    names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"tasks = {names!r}; pass at least one name, each once, each a non-empty string")
+    return names
+
+
 def everyone(tasks: Iterable[str], world: int) -> TaskGroups:
-    """Every rank runs every task."""
+    """Return groups in which every rank runs every task."""
     return TaskGroups({task: tuple(range(world)) for task in tasks}, world)
 
 
 def task_groups(
     groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, tasks: tuple[str, ...], world: int
 ) -> TaskGroups:
-    """The groups that a user asks for.
+    """Return the groups that a user asks for.
 
     Args:
         groups: task -> how many ranks run it (consecutive ranks, in the order of `tasks`), or task -> its ranks; tasks
-            with the same ranks run there one after another. None: ranks are dealt out evenly.
+            with the same ranks run there one after another. None: ranks are divided evenly.
         tasks: names of the T tasks.
         world: number of ranks R.
 
@@ -96,10 +115,25 @@ def task_groups(
     return TaskGroups(ranks, world)
 
 
+def check_groups(groups: Mapping[str, int | Sequence[int]], tasks: tuple[str, ...]) -> None:
+    """Raise for groups that fit no job at all, before the number of ranks is known.
+
+    Args:
+        groups: as of `task_groups`.
+        tasks: names of the T tasks.
+
+    Raises:
+        ConfigError: says which task or rank is wrong, and what is allowed.
+    """
+    counts = [value for value in groups.values() if isinstance(value, int)]
+    ranks = [rank for value in groups.values() if not isinstance(value, int | str) for rank in value]
+    task_groups(groups, tasks, max([sum(counts), *(rank + 1 for rank in ranks if isinstance(rank, int))]))
+
+
 def groups_for(
     parallel: str, groups: Mapping[str, int | Sequence[int]] | TaskGroups | None, tasks: tuple[str, ...], world: int
 ) -> TaskGroups:
-    """Which ranks run which task: those that `groups` says, or all with parallel="data".
+    """Return which ranks run which task: those that `groups` names, or all with parallel="data".
 
     Raises:
         ConfigError: as of `task_groups`, and groups where every rank runs every task.
@@ -112,7 +146,7 @@ def groups_for(
 
 
 def _evenly(tasks: tuple[str, ...], world: int) -> dict[str, int | Sequence[int]]:
-    """As many ranks a task as go round, the first tasks one more; with more tasks than ranks, tasks share ranks."""
+    """Divide ranks evenly, the first tasks get one more; with more tasks than ranks, tasks have ranks in common."""
     if len(tasks) > world:
         return {task: (number % world,) for number, task in enumerate(tasks)}
     each, left = divmod(world, len(tasks))
@@ -123,8 +157,8 @@ def _consecutive(counts: Mapping[str, int], world: int) -> dict[str, tuple[int, 
     if sum(counts.values()) != world or min(counts.values()) < 1:
         found = ", ".join(f"{task} {count}" for task, count in counts.items())
         raise ConfigError(
-            f"groups: {found}; the numbers must be from 1 on and add up to the {world} ranks of this job. Tasks that "
-            "are to share ranks are given as lists of ranks, the same for each"
+            f"groups: {found}; the numbers must be 1 or more and add up to the {world} ranks of this job. Give "
+            "tasks that run on the same ranks as lists of ranks, the same list for each"
         )
     ranks, first = {}, 0
     for task, count in counts.items():
@@ -160,17 +194,22 @@ def _check_partition(ranks: Mapping[str, tuple[int, ...]], world: int) -> None:
 
 
 MOST_TASKS = 8
-"""Every way to put tasks together is tried: 4,140 of them for 8 tasks."""
+"""Every partition of the tasks is tried: 4,140 of them for 8 tasks."""
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """A division of R ranks among T tasks, and the time it is expected to take.
+    """An assignment of R ranks to T tasks, and the time that a step is expected to take.
 
     Args:
         groups: which ranks run which task.
         seconds: task -> seconds of one micro-batch.
         micro_steps: task -> micro-steps of one rank, where every rank runs every task.
+
+    Example:
+        >>> plan = plan_groups({"det": 3.0, "cls": 1.0}, world=4)
+        >>> plan.step_seconds, plan.sequential_seconds
+        (6.0, 4.0)
     """
 
     groups: TaskGroups
@@ -178,7 +217,7 @@ class GroupPlan:
     micro_steps: Mapping[str, int]
 
     def busy(self, rank: int) -> float:
-        """Seconds of a step in which a rank computes."""
+        """Return the seconds of a step in which a rank computes."""
         return sum(
             self.seconds[task] * len(self.groups.share(task, self.micro_steps[task], rank))
             for task in self.groups.of(rank)
@@ -186,17 +225,17 @@ class GroupPlan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step, without what is sent: those of the busiest rank."""
+        """Seconds of a step without communication: those of the busiest rank."""
         return max(self.busy(rank) for rank in range(self.groups.world))
 
     @property
     def sequential_seconds(self) -> float:
-        """Seconds of the same step where every rank runs every task, without what is sent and waited for in it."""
+        """Seconds of the same step where every rank runs every task, without communication."""
         return sum(self.seconds[task] * self.micro_steps[task] for task in self.groups.tasks)
 
     @property
     def idle(self) -> float:
-        """Part of all ranks' time in which they wait for the busiest, 0 to 1."""
+        """Fraction of all ranks' time in which they wait for the busiest, 0 to 1."""
         return self._idle(range(self.groups.world))
 
     def _idle(self, ranks: Sequence[int]) -> float:
@@ -207,24 +246,25 @@ class GroupPlan:
         for ranks, tasks in self.groups.members.items():
             busy = max(self.busy(rank) for rank in ranks)
             batches = [self.micro_steps[task] * self.groups.world for task in tasks]
-            said = ", ".join(
+            texts = ", ".join(
                 f"{task} ({count} micro-batches of {self.seconds[task]:.3g} s)"
                 for task, count in zip(tasks, batches, strict=True)
             )
-            lines.append(f"{_span(ranks):>9}  {busy:8.3g}  {self._idle(ranks):5.0%}  {said}")
+            lines.append(f"{_span(ranks):>9}  {busy:8.3g}  {self._idle(ranks):5.0%}  {texts}")
         lines.append(
             f"step {self.step_seconds:.3g} s, ranks idle {self.idle:.0%} of it; one task after another on all ranks: "
-            f"{self.sequential_seconds:.3g} s (neither counts what is sent)"
+            f"{self.sequential_seconds:.3g} s (both without communication)"
         )
         return "\n".join(lines)
 
 
 def plan_groups(seconds: Mapping[str, float], world: int, micro_steps: Mapping[str, int] | int = 1) -> GroupPlan:
-    """The division of the ranks among the tasks whose busiest rank has least to do; of equals, the most groups.
+    """Return the assignment of ranks to tasks with the shortest step.
 
-    Tasks may be put together on the same ranks; with two tasks and ranks or more there are always two groups or more,
-    since one group is what parallel="data" does. Exact: all ways to put tasks together are tried, and each hands out
-    its ranks one by one to the group that is busiest.
+    The step is as long as its busiest rank computes. Among equally short steps the one with the most groups is taken.
+    Tasks may run on the same ranks. With two or more tasks and ranks there are always at least two groups, since one
+    group is what parallel="data" does. The search is exact: it tries all partitions of the tasks, and assigns the ranks
+    of each one by one to the busiest group.
 
     Args:
         seconds: task -> seconds of one micro-batch, forward and backward; `TaskBalancer.measure` gives them.
@@ -234,6 +274,12 @@ def plan_groups(seconds: Mapping[str, float], world: int, micro_steps: Mapping[s
 
     Raises:
         ValueError: no task, more than 8, a time or number that is not above 0.
+
+    Example:
+        >>> from allinone_ds import plan_groups
+        >>> plan = plan_groups({"det": 3.0, "cls": 1.0}, world=4)
+        >>> plan.groups.ranks
+        {'det': (0, 1, 2), 'cls': (3,)}
     """
     tasks = tuple(seconds)
     if not 1 <= len(tasks) <= MOST_TASKS:
@@ -249,7 +295,7 @@ def plan_groups(seconds: Mapping[str, float], world: int, micro_steps: Mapping[s
     best: tuple[float, int, list[tuple[str, ...]], list[int]] | None = None
     for blocks in _partitions(tasks):
         if least <= len(blocks) <= world:
-            sizes, slowest = _hand_out(blocks, seconds, steps, world)
+            sizes, slowest = _assign_ranks(blocks, seconds, steps, world)
             if best is None or (slowest, -len(blocks)) < best[:2]:
                 best = slowest, -len(blocks), blocks, sizes
     assert best is not None
@@ -260,10 +306,10 @@ def plan_groups(seconds: Mapping[str, float], world: int, micro_steps: Mapping[s
     return GroupPlan(TaskGroups({task: ranks[task] for task in tasks}, world), dict(seconds), steps)
 
 
-def _hand_out(
+def _assign_ranks(
     blocks: list[tuple[str, ...]], seconds: Mapping[str, float], steps: Mapping[str, int], world: int
 ) -> tuple[list[int], float]:
-    """Ranks of each block, and the seconds of the busiest rank."""
+    """Return the number of ranks of each block, and the seconds of the busiest rank."""
 
     def load(block: tuple[str, ...], size: int) -> float:
         return sum(-(-steps[task] * world // size) * seconds[task] for task in block)
@@ -278,7 +324,7 @@ def _hand_out(
 
 
 def _partitions(tasks: tuple[str, ...]) -> Iterator[list[tuple[str, ...]]]:
-    """Every way to put tasks together."""
+    """Yield every partition of the tasks."""
     if not tasks:
         yield []
         return

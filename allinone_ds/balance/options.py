@@ -1,26 +1,31 @@
-"""Weightings by name: what a run's `balancer:` block may say."""
+"""The `balancer:` block of a run: a weighting by name, the options of `TaskBalancer`, and what combines with what.
+
+The rules of `combination_error` are the only ones: reading a run's file, `allinone-ds plan`, `TaskBalancer` and the
+table in docs/balancer.md all use them.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
-from allinone_ds.balance.arguments import norm_kind
 from allinone_ds.balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import TBGC, GlobalClip, Static, Sum, TaskClip
 from allinone_ds.balance.weightings.gram import GramWeighting
-from allinone_ds.errors import ConfigError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.errors import ConfigError, UnsupportedEngine
+from allinone_ds.strict import Strict, did_you_mean
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC, "db_mtl": DBMTL, "gradnorm": GradNorm,
     "uncertainty": Uncertainty, "dwa": DWA, "famo": FAMO, "random": RandomWeights, "static": Static,
 }  # fmt: skip
+"""Weightings of this package by the name that a run's file gives them."""
 
 TORCHJD: dict[str, str] = {
     "mgda": "MGDAWeighting", "pcgrad": "PCGradWeighting", "cagrad": "CAGradWeighting", "imtl_g": "IMTLGWeighting",
@@ -29,29 +34,96 @@ TORCHJD: dict[str, str] = {
 }  # fmt: skip
 """Names of gradient-balancing methods that `torchjd` (the extra `gram`) computes from the tasks' Gram matrix."""
 
-OPTIONS = ("norm", "sketch_size", "task_traces", "cosines_every", "parallel", "groups")
-"""Keys of a `balancer:` block that are options of `TaskBalancer`, not of the weighting."""
+NORMS = ("exact", "sketch", "delayed")
+PARALLEL = ("data", "tasks")
+NONFINITE = ("skip_task", "skip_step", "stop")
 
 
-def balancer_from_config(config: Mapping[str, Any]) -> tuple[Weighting, dict[str, Any]]:
-    """The weighting and the further options of `TaskBalancer` that a run's `balancer:` block names.
+class BalancerConfig(Strict):
+    """The `balancer:` block of a run's file. Further keys are the options of the weighting that `name` names.
+
+    Raises:
+        pydantic.ValidationError: an unknown name or option, an option out of range, or options that exclude each other;
+            `load_config` and `balancer_from_config` turn it into a `ConfigError`.
+
+    Example:
+        >>> config = BalancerConfig(name="tbgc", max_norm=0.2, norm="sketch")
+        >>> config.weighting()
+        TBGC(max_norm=0.2, target='constant', rescale='clip', heads='same')
+        >>> config.options()
+        {'norm': 'sketch'}
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "tbgc"
+    """Name of the weighting: a key of `WEIGHTINGS` or of `TORCHJD`."""
+    norm: str = "exact"
+    """Where norms come from: "exact", "sketch" or "delayed"; see `TaskBalancer`."""
+    sketch_size: int | None = None
+    """Elements of a sketch; None: 65,536, or more for large models."""
+    parallel: str = "data"
+    """"data": every rank runs every task. "tasks": ranks are divided among the tasks."""
+    groups: dict[str, int | list[int]] | None = None
+    """With parallel="tasks": task -> number of its ranks, or task -> list of its ranks; None: evenly."""
+    task_traces: bool = True
+    """Under ZeRO-3: one parameter trace per task, and weights gathered once per step where they fit."""
+    cosines_every: int = 0
+    """Steps between two measurements of the cosines between the tasks' gradients; 0: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BalancerConfig:
+        check_options(self.norm, self.sketch_size, self.parallel, self.cosines_every)
+        if self.groups is not None and self.parallel != "tasks":
+            raise ConfigError(f"groups = {self.groups!r} with parallel = 'data'; groups are for parallel='tasks'")
+        error = combination_error(self.norm, self.parallel, self.weighting())
+        if error is not None:
+            raise error
+        return self
+
+    def weighting(self) -> Weighting:
+        """Return a new weighting as `name` and its options say."""
+        return weighting_from_config({"name": self.name, **(self.model_extra or {})})
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `TaskBalancer` that the block sets."""
+        own = set(type(self).model_fields) - {"name"}
+        return {key: getattr(self, key) for key in type(self).model_fields if key in own & self.model_fields_set}
+
+
+def balancer_from_config(config: Mapping[str, Any] | BalancerConfig) -> tuple[Weighting, dict[str, Any]]:
+    """Return the weighting and the options of `TaskBalancer` that a run's `balancer:` block names.
 
     Args:
         config: for example {"name": "tbgc", "max_norm": 0.1, "norm": "sketch"}.
 
     Raises:
-        ConfigError: an unknown name or option, or an option out of range.
+        ConfigError: as `BalancerConfig`.
     """
-    options = {key: value for key, value in config.items() if key in OPTIONS}
-    norm_kind(options.get("norm", "exact"), options.get("sketch_size"), options.get("parallel", "data"))
-    return weighting_from_config({k: v for k, v in config.items() if k not in OPTIONS}), options
+    if not isinstance(config, BalancerConfig):
+        try:
+            config = BalancerConfig(**config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = first.get("ctx", {}).get("error")
+            field = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(str(reason) if reason else f"balancer.{field}: {first['msg']}") from error
+    return config.weighting(), config.options()
 
 
 def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
-    """The weighting a run's `balancer:` block names, such as {"name": "tbgc", "max_norm": 0.1}.
+    """Return the weighting that a mapping names.
+
+    Args:
+        config: `name` and the weighting's own options, such as {"name": "tbgc", "max_norm": 0.1}.
 
     Raises:
         ConfigError: an unknown name or option, an option out of range, or a method whose packages are not installed.
+
+    Example:
+        >>> from allinone_ds import weighting_from_config
+        >>> weighting_from_config({"name": "task_clip", "max_norm": 0.5})
+        TaskClip(max_norm=0.5)
     """
     options = dict(config)
     name = str(options.pop("name", "tbgc"))
@@ -59,16 +131,91 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     allowed = [p for p in inspect.signature(make.__init__).parameters if p not in ("self", "args", "kwargs")]
     for key in options:
         if key not in allowed:
-            raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, [*allowed, *OPTIONS])}")
+            known = [*allowed, *(field for field in BalancerConfig.model_fields if field != "name")]
+            raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, known)}")
     try:
-        made = make(**options)
+        made = make(**{key: _typed(make, key, value) for key, value in options.items()})
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"balancer: {error}") from error
     except ImportError as error:
         raise ConfigError(f"balancer.name: '{name}' needs further packages: {error}") from error
     if isinstance(made, Weighting):
         return made
-    return GramWeighting(_from_factor(made.weighting) if name == "nash_mtl" else made)
+    return GramWeighting(_from_jacobian(made.weighting) if name == "nash_mtl" else made)
+
+
+def check_options(norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0) -> None:
+    """Raise unless each option of the balancer has a value that is allowed.
+
+    Raises:
+        ConfigError: names the option, its value and what is allowed.
+    """
+    if parallel not in PARALLEL:
+        raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), PARALLEL)}")
+    if norm not in NORMS:
+        raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), NORMS)}")
+    if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
+        raise ConfigError(
+            f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or an integer of 1 or more with "
+            "norm='sketch' or norm='delayed'"
+        )
+    if not isinstance(cosines_every, int) or cosines_every < 0:
+        raise ConfigError(f"cosines_every = {cosines_every!r}; allowed: an integer of 0 (never) or more")
+
+
+def combination_error(
+    norm: str,
+    parallel: str,
+    weighting: Weighting | None = None,
+    stage: int | None = None,
+    keeps_local_gradients: bool | None = None,
+) -> ConfigError | None:
+    """Return the error of options that cannot run together; None when they can.
+
+    Args:
+        norm: "exact", "sketch" or "delayed".
+        parallel: "data" or "tasks".
+        weighting: None leaves it out of the rules.
+        stage: ZeRO stage; None leaves the engine out of the rules.
+        keeps_local_gradients: whether the engine can keep gradients on the rank over several backwards: ZeRO 1 to 3
+            with DeepSpeed's ZeRO optimizers. ZeRO-1 in bf16 with fp32 accumulation runs `BF16_Optimizer`, which cannot.
+    """
+    if norm == "delayed" and parallel == "tasks":
+        return ConfigError(
+            "norm='delayed' with parallel='tasks': tasks on different ranks reduce once per step in any case; use "
+            "norm='exact' or norm='sketch'"
+        )
+    if norm == "sketch" and parallel == "data" and weighting is not None and not weighting.streams:
+        return ConfigError(
+            f"norm='sketch' cannot serve {weighting!r}, which must see every task before it scales one: T "
+            "gradients of the whole model would stay on every rank; use norm='delayed' or norm='exact'"
+        )
+    if parallel == "tasks" and stage == 3:
+        return UnsupportedEngine(
+            "parallel='tasks' cannot run on ZeRO-3: every forward gathers parameters from all ranks, so ranks in "
+            "different tasks would wait for each other forever; use ZeRO-1 or ZeRO-2, or parallel='data'"
+        )
+    if (norm != "exact" or parallel == "tasks") and stage is not None and not keeps_local_gradients:
+        option = "parallel='tasks'" if parallel == "tasks" else f"norm='{norm}'"
+        return UnsupportedEngine(
+            f"{option} cannot run on this engine (ZeRO stage {stage}), which cannot keep gradients on the rank over a "
+            "step; use norm='exact' with parallel='data', or ZeRO 1, 2 or 3 (ZeRO-1 in bf16 without fp32 accumulation)"
+        )
+    return None
+
+
+def _typed(make: Any, key: str, value: Any) -> Any:
+    """Convert an option to the type that the constructor's signature names, where it names one."""
+    try:
+        adapter = TypeAdapter(get_type_hints(make.__init__)[key])
+    except Exception:  # a signature of another package without types, or with types that pydantic does not know
+        return value
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"balancer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
 
 
 def _torchjd_class(name: str) -> type:
@@ -83,8 +230,8 @@ def _torchjd_class(name: str) -> type:
     return getattr(torchjd.aggregation, TORCHJD[name])
 
 
-def _from_factor(weighting: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A weighting of Jacobians as one of Gram matrices, for methods that see only J J^T: J is the square root of it."""
+def _from_jacobian(weighting: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function of Gram matrices from a weighting of Jacobians that sees only J J^T: J is the square root."""
 
     def from_gram(gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)

@@ -9,24 +9,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepReport:
-    """The record of one balanced step. Equal on all ranks.
+    """The record of one balanced step, equal on all ranks.
 
-    Values are 0-dim float32 tensors on the gradients' device, so that reading none of them costs no wait for the
-    device; `float(report.norms["det"])` when logging.
+    Values are 0-dim float32 tensors on the gradients' device, so that a step waits for the device only when a value is
+    read, for example by `float(report.norms["det"])`.
 
     Args:
         norms: task -> norm of its gradient on the shared backbone, mean over its micro-steps and all its ranks, before
             scaling (and without fp16 loss scale).
-        scales: task -> factor its backbone gradient got; 0 for a skipped task.
+        scales: task -> factor that its backbone gradient got; 0 for a skipped task.
         losses: task -> loss, mean over its micro-steps and all its ranks.
         whole_norms: task -> norm of its whole gradient, head included, before scaling.
         skipped: tasks left out of this step because their loss or gradient was not finite.
         overflow: True when fp16 gradients overflowed; the weights stay, DeepSpeed lowers its loss scale.
         applied: True when the optimizer changed the weights.
+        tasks: names of the T tasks of the step.
         gram: inner products of the tasks' gradients on the shared backbone, (T, T) in the order of `tasks`, float64,
             where the step was asked for it (`cosines_every`) and no task was skipped; else None.
-        norm_error: bound of the norms' relative standard error: 0 when they are exact, sqrt(6 / k) / 2 when they are
-            estimated from sketches of k numbers.
+        norm_error: bound of the relative standard error of the norms: 0 when they are exact, sqrt(6 / k) / 2 when they
+            are estimated from sketches of k numbers.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds import StepReport
+        >>> gram = torch.tensor([[1.0, -1.0], [-1.0, 4.0]])
+        >>> report = StepReport({}, {}, {}, {}, tasks=("det", "seg"), gram=gram)
+        >>> report.cosines()
+        {('det', 'seg'): -0.5}
+        >>> report.conflict_rate()
+        1.0
     """
 
     norms: dict[str, Tensor]
@@ -41,13 +52,13 @@ class StepReport:
     norm_error: float = 0.0
 
     def cosines(self) -> dict[tuple[str, str], float]:
-        """(task, other task) -> cosine of the angle between their backbone gradients, every pair once.
+        """Return (task, other task) -> cosine of the angle between their backbone gradients, every pair once.
 
         Raises:
-            ValueError: this step holds no Gram matrix.
+            ValueError: this step has no Gram matrix.
         """
         if self.gram is None:
-            raise ValueError("this report holds no Gram matrix; make the TaskBalancer with cosines_every=N")
+            raise ValueError("this report has no Gram matrix; construct the TaskBalancer with cosines_every=N")
         gram = self.gram.cpu()
         norms = gram.diagonal().clamp(min=0).sqrt()
         cosine = (gram / (norms[:, None] * norms[None, :]).clamp(min=1e-30)).clamp(-1, 1).tolist()
@@ -55,12 +66,6 @@ class StepReport:
         return {(names[i], names[j]): cosine[i][j] for i in range(len(names)) for j in range(i + 1, len(names))}
 
     def conflict_rate(self) -> float:
-        """Share of the pairs of tasks whose backbone gradients point apart (cosine below 0), 0 to 1."""
+        """Return the fraction of pairs of tasks whose backbone gradients have a cosine below 0, 0 to 1."""
         cosines = self.cosines()
         return sum(value < 0 for value in cosines.values()) / max(len(cosines), 1)
-
-    def shares(self) -> dict[str, float]:
-        """Task -> its share of the sum of squared scaled backbone norms, 0 to 1 (all 0 when every norm is 0)."""
-        squares = {t: float(self.norms[t] * self.scales[t]) ** 2 if t not in self.skipped else 0.0 for t in self.tasks}
-        total = sum(squares.values())
-        return {task: square / total if total > 0 else 0.0 for task, square in squares.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.distributed import world_size
 from allinone_ds.errors import BalancerError
 from allinone_ds.testing import toy
@@ -22,7 +23,7 @@ _LR = 0.5  # weights move far, so that 16-bit rounding stays small beside the mo
 
 def self_test(
     engine: Any,
-    make_balancer: Callable[..., Any],
+    balancer_class: Callable[..., Any],
     norm: str = "exact",
     parallel: str = "data",
     micro_steps: int = 2,
@@ -32,7 +33,7 @@ def self_test(
 
     Args:
         engine: gives ZeRO stage, precision and offload settings; it is not touched.
-        make_balancer: (engine, norm=..., parallel=...) -> a balancer of the toy's tasks with TBGC(0.1).
+        balancer_class: `TaskBalancer`, whose module imports this one.
         norm, parallel: of the balancer.
         micro_steps: micro-steps per task.
         steps: balanced steps; the later ones show what earlier ones leave behind.
@@ -46,7 +47,9 @@ def self_test(
     model, before, reference = (toy.make_model(width=4, depth=1) for _ in range(3))  # small: a sketch of it is exact
     test_engine = engine_like(engine, model.float(), toy.param_groups(model), _LR)
     dtype = next(test_engine.module.parameters()).dtype
-    balancer = make_balancer(test_engine, norm=norm, parallel=parallel)
+    balancer = balancer_class(
+        test_engine, toy.TASKS, "backbone", TBGC(max_norm=0.1), norm=norm, parallel=parallel, self_test=False
+    )
     counts = dict.fromkeys(toy.TASKS, micro_steps)
     reports = train(test_engine, balancer, counts, steps)
     wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, lr=_LR, delayed=norm == "delayed")

@@ -1,6 +1,6 @@
-"""Readers of standard formats, augmentation, the schedule of samples, loaders, and a full check of the data.
+"""Readers of standard data formats, augmentation, the schedule of samples, the loaders, and the check of all data.
 
-May import the modules at the bottom of the package only.
+May import only `strict`, `errors` and `_lazy` of the package.
 """
 
 from allinone_ds._lazy import lazy_names
@@ -19,6 +19,7 @@ __getattr__, __all__ = lazy_names(
         ],
         "base": ["IGNORE", "Problem", "Sample", "SampleDataset"],
         "..errors": ["BrokenSample", "DataError"],
+        "cache": ["CachedDataset"],
         "check": ["check_sources"],
         "formats.class_folders": ["ClassFoldersSource"],
         "formats.classified_files": ["ClassifiedDataset"],
@@ -26,11 +27,10 @@ __getattr__, __all__ = lazy_names(
         "formats.hugging_face": ["Columns", "DatasetsSource", "HubDataset"],
         "formats.image_list": ["ImageListSource"],
         "formats.label_maps": ["LabelMapsDataset", "LabelMapsSource"],
+        "further_samples": ["FurtherSamples"],
         "images": ["read_image", "read_label_map"],
         "loader": [
-            "CachedDataset",
             "EvalBatch",
-            "FurtherSamples",
             "StepBatch",
             "TaskData",
             "eval_loader",

@@ -1,4 +1,4 @@
-"""A full scan of a run's data: every fault of every file, with a progress bar."""
+"""The check of all data of a run: every fault of every file, with a progress bar."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from allinone_ds.data.base import Problem, SampleDataset
+from allinone_ds.data.base import Problem, SampleDataset, size_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
 
-_AHEAD = 256  # samples handed to the threads at a time: bounds memory, keeps all threads busy
+_CHUNK = 256  # samples submitted to the threads at a time: bounds memory and keeps all threads busy
 
 
 def check_sources(
@@ -25,23 +25,30 @@ def check_sources(
     progress: bool = True,
     classes_of: Mapping[str, str] | None = None,
 ) -> list[Problem]:
-    """Reads every sample of every source and tells all that is wrong; never stops at the first fault.
+    """Read every sample of every source and return all faults.
 
-    Also told, as warnings: files of the same content within one source, files listed twice, pictures that no
-    annotation names, boxes without area.
+    Warnings report files of equal content within one source, files that are listed twice, images that no annotation
+    lists, and boxes without area.
 
     Args:
-        sources: {label: dataset, or the config's source}; the label names the progress bar.
+        sources: {label: dataset, or source of a config}; the label is shown beside the progress bar.
         root: folder that relative paths of sources start at (`data_root`).
-        progress: draw a progress bar (on stderr).
-        classes_of: {label of a test set: label of its train set, which stands before it in `sources`}; a class that the
-            train set lacks is then told too.
+        progress: draw a progress bar on stderr.
+        classes_of: {label of a test set: label of its train set, which precedes it in `sources`}; a class that the
+            train set does not have is then an error.
 
     Returns:
-        Faults in the order of sources and samples, each once. `level` tells errors from warnings.
+        The faults in the order of sources and samples, without repetition; `level` is "error" or "warning".
+
+    Example:
+        >>> from allinone_ds.data import ImageListSource
+        >>> source = ImageListSource(format="image_list", images=".", list="no_such_list.txt")
+        >>> [problem] = check_sources({"cls train": source}, root="/", progress=False)
+        >>> print(problem)
+        cls train: /no_such_list.txt: file is missing; correct the path (relative paths start at data_root)
     """
-    found: dict[Problem, None] = {}
-    known: dict[str, list[str]] = {}
+    found: dict[Problem, None] = {}  # a set that keeps the order
+    classes_by_label: dict[str, list[str]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
@@ -50,22 +57,21 @@ def check_sources(
         for label, source in sources.items():
             if isinstance(source, SampleDataset):
                 dataset = source
+                found.update(dict.fromkeys([*dataset.structural, *size_problems(dataset)]))
             else:
                 try:
-                    classes = known.get((classes_of or {}).get(label, ""))
+                    classes = classes_by_label.get((classes_of or {}).get(label, ""))
                     dataset = open_source(source, root, classes, strict=False)
+                    found.update(dict.fromkeys(dataset.structural))
                 except DataError as error:
                     found[Problem(label, str(error))] = None
                     continue
-            known[label] = dataset.classes
-            for problem in getattr(dataset, "structural", []):
-                found[problem] = None
+            classes_by_label[label] = dataset.classes
             first_of: dict[bytes, str] = {}
             row = bar.add_task(label, total=len(dataset))
             indices = iter(range(len(dataset)))
-            # Threads, not processes: decoding and hashing release the interpreter's lock, and nothing is
-            # pickled.
-            while chunk := list(islice(indices, _AHEAD)):
+            # Threads suffice: decoding and hashing release the interpreter's lock. Processes would pickle the dataset.
+            while chunk := list(islice(indices, _CHUNK)):
                 scanned = pool.map(lambda i, dataset=dataset: _scan(dataset, i), chunk)
                 for index, (problems, digest) in zip(chunk, scanned, strict=True):
                     path = dataset.path(index)
@@ -77,7 +83,7 @@ def check_sources(
 
 
 def _scan(dataset: SampleDataset, index: int) -> tuple[list[Problem], bytes | None]:
-    """Faults of one sample, and a digest of its file (None when it has no file of its own)."""
+    """Return the faults of one sample and a digest of its file, or None if the sample has no file of its own."""
     try:
         with open(dataset.path(index), "rb") as file:
             digest = hashlib.file_digest(file, "blake2b").digest()
@@ -85,5 +91,5 @@ def _scan(dataset: SampleDataset, index: int) -> tuple[list[Problem], bytes | No
         digest = None
     try:
         return list(dataset.check(index)), digest
-    except Exception as error:  # a dataset of the user's own may raise anything: tell it, go on
+    except Exception as error:  # a custom dataset may raise anything; the check continues with the next sample
         return [Problem(dataset.path(index), f"raised {type(error).__name__}: {error}")], digest

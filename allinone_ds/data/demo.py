@@ -1,17 +1,17 @@
-"""Demo data: composed scenes from real photos, written to disk in the three formats that the readers read.
+"""Demo data: scenes composed of real photos, written to disk in three of the data formats.
 
-Real product photos (Fashion-MNIST, 10 classes) are cut out and pasted on crops of real photos. Train and test
-use different product photos (the official split) and different background photos. Every scene is a pure
-function of (seed, task, split, index).
+Product photos (Fashion-MNIST, 10 classes) are cut out and pasted on crops of background photos. Train and test use
+different product photos (the official split) and different background photos. Every scene is a pure function of
+(seed, task, split, index).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -40,27 +40,30 @@ SPLITS = ("train", "test")
 TASKS = ("detection", "segmentation", "classification")
 IGNORE = 255
 TILE = 28
-FOREGROUND = 12  # grey levels; above this a tile's pixel belongs to the product
+FOREGROUND = 12  # grey level above which a pixel of a tile belongs to the product
 MARKER = "demo.json"
 
-Bytes = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
+Rngs = Iterable[np.random.Generator]
+Advance = Callable[[], None]
+"""Advances a progress bar by one image."""
 
 
 class SceneLook(Strict):
-    """How the scenes of one task look."""
+    """Size and content of the scenes of one task."""
 
     size: int = Field(default=48, ge=16)
-    """Side of the square picture, pixels."""
+    """Side of the square image in pixels."""
     objects: tuple[int, int] = (1, 2)
-    """Least and most products tried in a picture."""
+    """(least, largest) number of products that are placed in an image, where there is space."""
     scale: tuple[float, float] = (0.45, 0.75)
-    """Least and greatest side of a product's tile, as a part of the picture's side."""
+    """(least, largest) side of a product's tile, as a fraction of the side of the image."""
     overlap: float = Field(default=0.1, ge=0, le=1)
-    """A product is placed only where its tile's box shares at most this part of any earlier one's."""
+    """Largest overlap with the tile of an earlier product, as a fraction of the smaller tile's area."""
 
 
 class DemoSizes(Strict):
-    """Number of pictures a task and split, and how they look."""
+    """Number of images (train, test) per task, and the look of its scenes."""
 
     detection: tuple[int, int] = (2400, 300)
     segmentation: tuple[int, int] = (2400, 300)
@@ -71,31 +74,31 @@ class DemoSizes(Strict):
 
 
 DEMO_SIZES = DemoSizes()
-"""What the five-minute demo trains on."""
+"""Sizes of the five-minute demo."""
 FULL_SIZES = DemoSizes(detection=(6000, 400), segmentation=(6000, 400), classification=(12000, 1000))
-"""What the full demo trains on: the same scenes, more of them."""
+"""Sizes of the full demo: more scenes of the same look."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One composed picture with its truth; products whose visible part is empty are left out."""
+    """A composed image with its labels; products that are completely hidden are left out."""
 
-    image: Bytes  # (H, W, 3)
-    label_map: Bytes  # (H, W): 0 background, class + 1 inside products, 255 where product and background mix
-    instances: Bytes  # (H, W): 0 background, i + 1 where product i is seen
-    boxes: NDArray[np.float32]  # (n, 4) XYXY pixels, tight around what is seen
+    image: Pixels  # (H, W, 3)
+    label_map: Pixels  # (H, W): 0 background, class + 1 inside products, 255 where product and background are blended
+    instances: Pixels  # (H, W): 0 background, i + 1 where product i is visible
+    boxes: NDArray[np.float32]  # (n, 4) XYXY in pixels, tight around the visible part
     labels: NDArray[np.int64]  # (n,) in 0..9
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the demo data lies."""
+    """The folder of the demo data, and its sources."""
 
     root: Path
     classes: tuple[str, ...] = CLASSES
 
     def sources(self, task: str, split: str) -> dict[str, Any]:
-        """The source description of one task and split, paths relative to `root`."""
+        """Return the source of a task and split as a config gives it, with paths relative to `root`."""
         if task == "detection":
             return {"format": "coco", "images": f"{task}/{split}", "annotations": f"{task}/{split}.json"}
         if task == "segmentation":
@@ -107,10 +110,10 @@ class DemoData:
 
 @dataclass(frozen=True)
 class Pool:
-    """What the scenes of one split are made of."""
+    """The product tiles and background photos of one split."""
 
-    tiles: Bytes  # (n, 28, 28)
-    alphas: Bytes  # (n, 28, 28): 255 where the product is, holes filled
+    tiles: Pixels  # (n, 28, 28)
+    alphas: Pixels  # (n, 28, 28): 255 inside the product, holes filled
     labels: NDArray[np.int64]  # (n,)
     photos: tuple[Image.Image, ...]
     photo_names: tuple[str, ...]
@@ -119,7 +122,7 @@ class Pool:
 
 @lru_cache(maxsize=2)
 def load_pool(split: str) -> Pool:
-    """Read the vendored tiles and photos of one split."""
+    """Return the tiles and photos of one split that are part of the package."""
     assets = files("allinone_ds.data") / "assets"
     with (assets / f"tiles-{split}.png").open("rb") as file:
         sheet = np.asarray(Image.open(file))
@@ -135,20 +138,20 @@ def load_pool(split: str) -> Pool:
 
 
 def make_pool(
-    tiles: Bytes,
+    tiles: Pixels,
     photos: Sequence[Image.Image],
     photo_names: Sequence[str],
     classes: Sequence[str] = CLASSES,
 ) -> Pool:
-    """A pool of one's own: cuts the products out of their tiles.
+    """Return a pool of the given tiles and photos, with the products cut out of their tiles.
 
     Args:
-        tiles: (n, 28, 28) grey pictures on black, sorted by class, equally many of every class.
-        photos: what scenes have behind their products, RGB.
-        photo_names: of the photos.
+        tiles: grey images on black (n, 28, 28), sorted by class, equally many per class.
+        photos: background photos, RGB.
+        photo_names: names of the photos.
         classes: names of the classes.
     """
-    # One labelling for all tiles: a frame of background joins every outside; what is not joined is a hole.
+    # One connected-component labelling serves all tiles: a frame connects the outside of all; the rest are holes.
     framed = np.pad(tiles > FOREGROUND, ((0, 0), (1, 1), (1, 1)))
     side = TILE + 2
     outside, _ = ndimage.label(~framed.reshape(-1, side))
@@ -158,13 +161,13 @@ def make_pool(
 
 
 def compose_scene(rng: np.random.Generator, pool: Pool, look: SceneLook, first_label: int | None = None) -> Scene:
-    """Paste cut-out product photos on a crop of a photo.
+    """Return a scene: product tiles pasted on a crop of a background photo.
 
     Args:
-        rng: the only source of chance.
+        rng: the generator of all random numbers.
         pool: tiles and photos of the split.
-        look: size of the picture, number and size of the products.
-        first_label: class of the first product; drawn when None.
+        look: size of the image, number and size of the products.
+        first_label: class of the first product; None draws it.
     """
     size = look.size
     canvas = _background(rng, pool, size)  # (H, W, 3) float32
@@ -174,21 +177,21 @@ def compose_scene(rng: np.random.Generator, pool: Pool, look: SceneLook, first_l
     placed: list[tuple[int, int, int]] = []  # left, top, side of each pasted tile
     for number in range(int(rng.integers(look.objects[0], look.objects[1] + 1))):
         side = min(size, max(8, round(rng.uniform(*look.scale) * size)))
-        spot = _free_spot(rng, placed, side, size, look.overlap)
-        if spot is None:
+        corner = _free_corner(rng, placed, side, size, look.overlap)
+        if corner is None:
             continue
         index = _draw_tile(rng, pool, first_label if number == 0 else None)
-        left, top = spot
-        tile, alpha = _stretched(rng, pool, index, side)  # (s, s) each, in 0..1
+        left, top = corner
+        tile, alpha = _resize_tile(rng, pool, index, side)  # (s, s) each, in 0..1
         window = np.s_[top : top + side, left : left + side]
         tint = rng.uniform(0.55, 1.0, 3).astype(np.float32)
         canvas[window] += alpha[..., None] * (tile[..., None] * tint - canvas[window])
         label = int(pool.labels[index])
         labels.append(label)
-        inside, mixed = alpha >= 0.5, (alpha > 0) & (alpha < 0.9)
+        inside, blended = alpha >= 0.5, (alpha > 0) & (alpha < 0.9)
         instances[window][inside] = len(labels)
         label_map[window][inside] = label + 1
-        label_map[window][mixed] = IGNORE
+        label_map[window][blended] = IGNORE
         placed.append((left, top, side))
     boxes, kept = [], []
     for number, found in enumerate(ndimage.find_objects(instances, max_label=len(labels))):
@@ -206,7 +209,7 @@ def compose_scene(rng: np.random.Generator, pool: Pool, look: SceneLook, first_l
 
 
 def _background(rng: np.random.Generator, pool: Pool, size: int) -> NDArray[np.float32]:
-    """A square crop of a photo, mirrored, turned and tinted by chance, as (H, W, 3) in 0..1."""
+    """Return a square crop of a photo, randomly mirrored, rotated and tinted, (H, W, 3) in 0..1."""
     photo = pool.photos[int(rng.integers(len(pool.photos)))]
     side = rng.uniform(0.3, 1.0) * min(photo.size)
     left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
@@ -226,10 +229,10 @@ def _draw_tile(rng: np.random.Generator, pool: Pool, label: int | None) -> int:
     return label * per_class + int(rng.integers(per_class))
 
 
-def _stretched(
+def _resize_tile(
     rng: np.random.Generator, pool: Pool, index: int, side: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A tile and its alpha at `side` x `side` pixels in 0..1, mirrored by chance."""
+    """Return a tile and its alpha, randomly mirrored, both (side, side) in 0..1."""
     both = np.empty((2, side, side), np.float32)
     for filled, plane in zip(both, (pool.tiles, pool.alphas), strict=True):
         filled[:] = np.asarray(Image.fromarray(plane[index]).resize((side, side), Image.Resampling.BILINEAR))
@@ -239,10 +242,10 @@ def _stretched(
     return both[0], both[1]
 
 
-def _free_spot(
+def _free_corner(
     rng: np.random.Generator, placed: list[tuple[int, int, int]], side: int, size: int, overlap: float
 ) -> tuple[int, int] | None:
-    """A top-left corner where the tile hides little of the earlier ones, or None after ten draws."""
+    """Return a (left, top) corner with little overlap with the earlier tiles, or None after ten draws."""
     for left, top in rng.integers(0, size - side + 1, (10, 2)).tolist():
         for other_left, other_top, other_side in placed:
             width = min(left + side, other_left + other_side) - max(left, other_left)
@@ -261,17 +264,28 @@ def make_demo_data(
     progress: bool = True,
     pools: Mapping[str, Pool] | None = None,
 ) -> DemoData:
-    """Write the demo data of the three tasks; does nothing when `root` already holds the same.
+    """Write the demo data of the three tasks, unless `root` already contains it.
 
     Args:
-        root: folder to fill; made when missing. Folders in it that another program wrote are not touched.
-        seed: two seeds give different scenes; one seed always gives the same files.
-        sizes: number of pictures and their look.
+        root: folder to write to; it is created if necessary. Folders of other programs in it are not modified.
+        seed: seed of the scenes; equal seeds give equal files.
+        sizes: number of images and the look of the scenes; None is that of the five-minute demo.
         progress: show a progress bar.
-        pools: what the scenes of "train" and "test" are made of; None is what comes with the package.
+        pools: tiles and photos of "train" and "test"; None uses those of the package.
+
+    Returns:
+        The folder, with a method that gives the source of each task and split.
 
     Raises:
-        FileExistsError: a folder to be written exists, and no marker says that it is demo data.
+        FileExistsError: a folder to be written exists, and `demo.json` does not mark it as demo data.
+
+    Example:
+        >>> import tempfile
+        >>> sizes = DemoSizes(detection=(2, 1), segmentation=(2, 1), classification=(2, 1))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     data = make_demo_data(Path(root), sizes=sizes, progress=False)
+        >>> data.sources("classification", "train")["list"]
+        'classification/train.txt'
     """
     root, sizes = Path(root), sizes or DemoSizes()
     data = DemoData(root, CLASSES if pools is None else pools["train"].classes)
@@ -285,7 +299,7 @@ def make_demo_data(
         if (root / task).exists():
             if not marker.exists():
                 raise FileExistsError(
-                    f"{root / task} exists and {marker} does not, so it is not demo data; give another folder"
+                    f"{root / task} exists and {marker} does not, so it is not demo data; give a different folder"
                 )
             shutil.rmtree(root / task)
     root.mkdir(parents=True, exist_ok=True)
@@ -296,71 +310,60 @@ def make_demo_data(
         for task_number, task in enumerate(TASKS):
             for split_number, split in enumerate(SPLITS):
                 count = getattr(sizes, task)[split_number]
-                job = bar.add_task(f"composing {task} {split}", total=count)
+                row = bar.add_task(f"composing {task} {split}", total=count)
                 rngs = (np.random.default_rng([seed, task_number, split_number, i]) for i in range(count))
                 look = getattr(sizes, f"{task}_look")
-                tick = _Tick(bar, job)
                 pool = load_pool(split) if pools is None else pools[split]
-                _WRITERS[task](root / task, split, pool, look, rngs, tick)
+                _WRITERS[task](root / task, split, pool, look, rngs, partial(bar.advance, row))
     marker.write_text(json.dumps({**wanted, "complete": True}))
     return data
 
 
-class _Tick:
-    """Moves a progress bar by one at each call."""
-
-    def __init__(self, bar: Any, job: Any) -> None:
-        self.bar, self.job = bar, job
-
-    def __call__(self) -> None:
-        self.bar.advance(self.job)
-
-
-def _save(image: Bytes, path: Path) -> None:
+def _save(image: Pixels, path: Path) -> None:
     Image.fromarray(image).save(path, quality=95, subsampling=0)
 
 
-def _write_detection(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
-    (where / split).mkdir(parents=True)
+def _write_detection(folder: Path, split: str, pool: Pool, look: SceneLook, rngs: Rngs, advance: Advance) -> None:
+    (folder / split).mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for i, rng in enumerate(rngs):
         scene = compose_scene(rng, pool, look)
         name = f"{i:06d}.jpg"
-        _save(scene.image, where / split / name)
+        _save(scene.image, folder / split / name)
         images.append({"id": i, "file_name": name, "width": look.size, "height": look.size})
         for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
             entry = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0}
             annotations.append({**entry, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
-        tick()
+        advance()
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(pool.classes)]
     table = {"images": images, "annotations": annotations, "categories": categories}
-    (where / f"{split}.json").write_text(json.dumps(table))
+    (folder / f"{split}.json").write_text(json.dumps(table))
 
 
-def _write_segmentation(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
+def _write_segmentation(folder: Path, split: str, pool: Pool, look: SceneLook, rngs: Rngs, advance: Advance) -> None:
     for kind in ("images", "label_maps"):
-        (where / split / kind).mkdir(parents=True)
-    (where / "classes.txt").write_text("\n".join(["background", *pool.classes]) + "\n")
+        (folder / split / kind).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(["background", *pool.classes]) + "\n")
     for i, rng in enumerate(rngs):
         scene = compose_scene(rng, pool, look)
-        _save(scene.image, where / split / "images" / f"{i:06d}.jpg")
-        Image.fromarray(scene.label_map).save(where / split / "label_maps" / f"{i:06d}.png", compress_level=1)
-        tick()
+        _save(scene.image, folder / split / "images" / f"{i:06d}.jpg")
+        Image.fromarray(scene.label_map).save(folder / split / "label_maps" / f"{i:06d}.png", compress_level=1)
+        advance()
 
 
-def _write_classification(where: Path, split: str, pool: Pool, look: SceneLook, rngs: Any, tick: _Tick) -> None:
-    (where / split).mkdir(parents=True)
-    (where / "classes.txt").write_text("\n".join(pool.classes) + "\n")
+def _write_classification(folder: Path, split: str, pool: Pool, look: SceneLook, rngs: Rngs, advance: Advance) -> None:
+    (folder / split).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(pool.classes) + "\n")
     lines = []
     for i, rng in enumerate(rngs):
         label = i % len(pool.classes)
         scene = compose_scene(rng, pool, look, first_label=label)
         name = f"{i:06d}.jpg"
-        _save(scene.image, where / split / name)
+        _save(scene.image, folder / split / name)
         lines.append(f"{name} {label}\n")
-        tick()
-    (where / f"{split}.txt").write_text("".join(lines))
+        advance()
+    (folder / f"{split}.txt").write_text("".join(lines))
 
 
 _WRITERS = {

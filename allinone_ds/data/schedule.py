@@ -1,4 +1,4 @@
-"""Which samples a step trains on: a pure function of the seed and the step."""
+"""The samples of every optimizer step: a pure function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -13,35 +13,50 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sample of a micro-batch."""
+    """One sample of a micro-batch.
+
+    Example:
+        >>> schedule = Schedule(0, sizes={"det": 10}, batch={"det": (2, 1)}, world_size=1)
+        >>> [draw.position for draw in schedule.draw("det", step=3, micro_step=0, rank=0)]
+        [6, 7]
+    """
 
     index: int
-    """Place in the dataset, 0..N-1."""
+    """Index in the dataset, 0..N-1."""
     epoch: int
-    """How often the task's dataset was run through before."""
+    """Epochs of the task's dataset that ended before this sample."""
     seed: int
     """Seed of this sample's augmentation, 63 bit."""
     position: int
-    """Place in the task's endless order of samples."""
+    """Position in the task's infinite sequence of samples."""
 
 
 class Schedule:
-    """The order of tasks and samples, computed from (seed, step) alone: nothing to save, nothing to restore.
+    """The order of tasks and samples, computed from (seed, step) alone, so that a checkpoint does not need to hold it.
 
-    A task's samples form one endless order: its dataset permuted anew for every epoch, epoch after epoch.
-    Sample b of micro-step k on rank r at step s stands in it at position p = ((s * K + k) * R + r) * B + b.
-    So ranks see different samples, every sample comes once an epoch, and the order over all ranks does not
-    depend on how many ranks share it as long as R * B stays the same.
+    The samples of a task form an infinite sequence: one permutation of its dataset per epoch. Sample b of micro-step k
+    on rank r in step s has position p = ((s * K + k) * R + r) * B + b in this sequence. Therefore ranks see different
+    samples, every sample occurs once per epoch, and the sequence over all ranks does not depend on the number of ranks
+    as long as R * B is the same.
 
     Args:
-        seed: of the whole run.
+        seed: seed of the run.
         sizes: {task: number of samples N in its dataset}
-        batch: {task: (batch size B per rank and micro-step, micro-steps K)}; its order is the order of tasks
-            in a step
+        batch: {task: (batch size B per rank and micro-step, micro-steps K)}, in the order in which tasks run in a step
         world_size: number of ranks R.
 
     Raises:
-        ValueError: the tasks differ, or a number is below 1.
+        ValueError: `sizes` and `batch` have different tasks, or a number is below 1.
+
+    Example:
+        >>> schedule = Schedule(0, sizes={"det": 10, "cls": 6}, batch={"det": (2, 1), "cls": (3, 2)}, world_size=2)
+        >>> schedule.tasks
+        ('det', 'cls')
+        >>> draws = schedule.draw("cls", step=1, micro_step=0, rank=1)
+        >>> [(draw.position, draw.epoch) for draw in draws]
+        [(15, 2), (16, 2), (17, 2)]
+        >>> schedule.epoch("cls", step=1)
+        2.0
     """
 
     def __init__(
@@ -49,7 +64,7 @@ class Schedule:
     ) -> None:
         if set(sizes) != set(batch):
             raise ValueError(
-                f"sizes are given for tasks {sorted(sizes)}, batch for {sorted(batch)}; give both for each"
+                f"sizes has tasks {sorted(sizes)}, batch has {sorted(batch)}; give both for the same tasks"
             )
         if world_size < 1:
             raise ValueError(f"world_size is {world_size}; it must be at least 1")
@@ -69,15 +84,11 @@ class Schedule:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """All tasks, in the order they were given."""
+        """The tasks, in the order in which they run in every step and on every rank."""
         return tuple(self.batch)
 
-    def order(self, step: int) -> tuple[str, ...]:
-        """Tasks of a step, in the order they run; the same on every rank."""
-        return self.tasks
-
     def draw(self, task: str, step: int, micro_step: int, rank: int) -> list[Draw]:
-        """The B samples of one micro-batch.
+        """Return the B samples of one micro-batch.
 
         Args:
             task: one of `tasks`.
@@ -86,7 +97,7 @@ class Schedule:
             rank: 0..R-1.
 
         Raises:
-            ValueError: micro_step or rank is out of range.
+            ValueError: `micro_step` or `rank` is out of range.
         """
         batch_size, micro_steps = self.batch[task]
         if not 0 <= micro_step < micro_steps:
@@ -97,32 +108,32 @@ class Schedule:
         return [self.at(task, position) for position in range(first, first + batch_size)]
 
     def at(self, task: str, position: int) -> Draw:
-        """The sample at a position of the task's endless order."""
-        epoch, place = divmod(position, self.sizes[task])
-        index = int(self._permutation(task, epoch)[place])
+        """Return the sample at a position of the task's sequence."""
+        epoch, offset = divmod(position, self.sizes[task])
+        index = int(self._permutation(task, epoch)[offset])
         seed = int.from_bytes(_digest(self.seed, task, "augment", position)[:8], "little") >> 1
         return Draw(index, epoch, seed, position)
 
     def epoch(self, task: str, step: int) -> float:
-        """Epochs of the task's dataset that all ranks together have run through before `step`."""
+        """Return the epochs of the task's dataset that all ranks together have consumed before `step`."""
         batch_size, micro_steps = self.batch[task]
         return step * micro_steps * self.world_size * batch_size / self.sizes[task]
 
     def basis(self) -> dict[str, int]:
-        """What the order of samples over all ranks depends on."""
-        found = {"the seed": self.seed}
+        """Return the numbers that the sequence of samples over all ranks depends on, by their description."""
+        numbers = {"the seed": self.seed}
         for task, (batch_size, micro_steps) in self.batch.items():
-            found[f"samples of '{task}'"] = self.sizes[task]
-            found[f"images of '{task}' in a step"] = batch_size * micro_steps * self.world_size
-        return found
+            numbers[f"samples of '{task}'"] = self.sizes[task]
+            numbers[f"images of '{task}' in a step"] = batch_size * micro_steps * self.world_size
+        return numbers
 
     def _permutation(self, task: str, epoch: int) -> np.ndarray:
-        """Order (N,) of one epoch; the two latest of a task are kept: a batch may straddle two epochs."""
+        """Return the permutation (N,) of one epoch; neighbours stay in memory, since a batch may span two epochs."""
         key = (task, epoch)
         if key not in self._permutations:
             for old in [k for k in self._permutations if k[0] == task and abs(k[1] - epoch) > 1]:
                 del self._permutations[old]
-            # RandomState: numpy keeps its numbers for ever, so a run can be resumed on another release.
+            # numpy guarantees the numbers of RandomState, so a run can be resumed with a different release of numpy.
             words = np.frombuffer(_digest(self.seed, task, "order", epoch), dtype="<u4")
             self._permutations[key] = np.random.RandomState(words).permutation(self.sizes[task])
         return self._permutations[key]
@@ -136,5 +147,5 @@ class Schedule:
 
 
 def _digest(*parts: int | str) -> bytes:
-    """32 bytes that depend on every part and on nothing else (`hash` would differ between processes)."""
+    """Return 32 bytes that depend on the parts alone (`hash` differs between processes)."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()

@@ -1,77 +1,81 @@
-"""From a config's `format: ...` to a dataset."""
+"""From `format: ...` in a config to a dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import BeforeValidator, Field
 
-from allinone_ds.data.base import SampleDataset, raise_problems, unmet
-from allinone_ds.data.formats.class_folders import ClassFoldersSource, open_class_folders
-from allinone_ds.data.formats.coco import CocoDataset, CocoSource
-from allinone_ds.data.formats.hugging_face import DatasetsSource, open_datasets
-from allinone_ds.data.formats.image_list import ImageListSource, open_image_list
-from allinone_ds.data.formats.label_maps import LabelMapsDataset, LabelMapsSource
+from allinone_ds.data import formats
+from allinone_ds.data.base import SampleDataset, SourceConfig, raise_problems, size_problems
 from allinone_ds.strict import did_you_mean
 
-FORMATS = ("coco", "label_maps", "image_list", "class_folders", "datasets")
+SOURCE_CLASSES: tuple[type[SourceConfig], ...] = tuple(getattr(formats, name) for name in formats.__all__)
+"""The source class of every format."""
 
 
-def _known_format(value: Any) -> Any:
-    """Refuses an unknown `format` with the nearest name before pydantic looks for its fields."""
-    found = value.get("format") if isinstance(value, dict) else None
-    if isinstance(value, dict) and found not in FORMATS:
-        raise ValueError(f"format is {found!r}; {did_you_mean(str(found), FORMATS)}")
-    return value
+def source_type(classes: Sequence[type[SourceConfig]]) -> Any:
+    """Return the type of a config's source: the class whose `format` the config gives.
+
+    Args:
+        classes: the source classes to choose from.
+    """
+    names = [get_args(source_class.model_fields["format"].annotation)[0] for source_class in classes]
+
+    def refuse_unknown(value: Any) -> Any:
+        """Name the nearest format before pydantic looks for the fields of one."""
+        if isinstance(value, dict) and value.get("format") not in names:
+            found = value.get("format")
+            raise ValueError(f"format is {found!r}; {did_you_mean(str(found), names)}")
+        return value
+
+    union: Any = Union[tuple(classes)]  # noqa: UP007
+    return Annotated[Annotated[union, Field(discriminator="format")], BeforeValidator(refuse_unknown)]
 
 
-Source = Annotated[
-    Annotated[
-        CocoSource | LabelMapsSource | ImageListSource | ClassFoldersSource | DatasetsSource,
-        Field(discriminator="format"),
-    ],
-    BeforeValidator(_known_format),
-]
-"""Where a task's samples come from; `format` says which of the source classes it is."""
+if TYPE_CHECKING:
+    Source = SourceConfig
+else:
+    Source = source_type(SOURCE_CLASSES)
+    """Where the samples of a task come from: one of the source classes, selected by `format`."""
 
 
 def open_source(
     source: Source, root: Path | str, classes: list[str] | None = None, strict: bool = True
 ) -> SampleDataset:
-    """Opens what a config describes.
+    """Open the dataset that a config describes.
 
     Args:
-        source: one of the source classes.
+        source: an instance of a source class.
         root: folder that relative paths start at (`data_root`).
-        classes: class names of the train set. Give them for a test set: its classes then get the same places
-            by name, even where it lacks some.
-        strict: raise structural faults. False keeps them in the dataset's `structural` instead, for a full
-            check.
+        classes: class names of the train set. Give them for a test set: its labels then follow the train set's order,
+            even if it lacks some of the classes.
+        strict: raise the faults that show without decoding an image. False keeps them in the dataset's `structural`,
+            for a complete check.
 
     Raises:
-        DataError: missing or empty data, less or more of it than `expect` says, and every other fault that shows
-            without opening images.
+        DataError: the dataset cannot be opened; if `strict`, also for missing files, annotations that cannot be used,
+            and a number of samples or classes other than `expect` gives.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from allinone_ds.data import ClassFoldersSource
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("cat", "dog"):
+        ...         Path(root, name).mkdir()
+        ...         Image.new("RGB", (6, 4)).save(Path(root, name, "1.png"))
+        ...     dataset = open_source(ClassFoldersSource(format="class_folders", images="."), root)
+        ...     dataset.classes, [dataset[i]["label"] for i in range(len(dataset))]
+        (['cat', 'dog'], [0, 1])
     """
-    dataset = _open(source, Path(root), classes)
-    if source.expect is not None:
-        dataset.structural += unmet(source.expect, dataset)
+    if not isinstance(source, SourceConfig):
+        allowed = ", ".join(sorted(source_class.__name__ for source_class in SOURCE_CLASSES))
+        raise TypeError(f"source is a {type(source).__name__}; give an instance of a source class ({allowed})")
+    dataset = source.open(Path(root), classes)
+    dataset.structural = [*dataset.structural, *size_problems(dataset, source.expect)]
     if strict:
         raise_problems(dataset.name, dataset.structural)
     return dataset
-
-
-def _open(source: Source, root: Path, classes: list[str] | None) -> SampleDataset:
-    """The dataset with its faults kept in `structural`."""
-    match source:
-        case CocoSource():
-            return CocoDataset(source, root, classes, strict=False)
-        case LabelMapsSource():
-            return LabelMapsDataset(source, root, classes, strict=False)
-        case ImageListSource():
-            return open_image_list(source, root, classes, strict=False)
-        case ClassFoldersSource():
-            return open_class_folders(source, root, classes, strict=False)
-        case DatasetsSource():
-            return open_datasets(source, root, classes, strict=False)
-    raise TypeError(f"open_source takes a source of format {', '.join(FORMATS)}, not {type(source).__name__}")

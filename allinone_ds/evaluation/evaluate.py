@@ -1,4 +1,4 @@
-"""Evaluation of every task on all ranks: each sample once, and one number that decides which model is best."""
+"""Evaluation of every task on all ranks: each sample once, and one score that decides which model is best."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from allinone_ds.data.loader import TaskData, eval_loader
+from allinone_ds.distributed import all_reduce, rank, world_size
+from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks import Prediction, Sample, Task
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch, however nested; dtypes stay, heads decide what they compute in."""
+    """Return a nested batch with its tensors on a device; dtypes do not change."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -27,7 +29,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def tasks_of(model: Any) -> dict[str, Task]:
-    """Tasks by name of an AllInOneModel, or of the DeepSpeed engine around it."""
+    """Return the tasks by name of an AllInOneModel, or of the DeepSpeed engine around it."""
     return dict(getattr(model, "module", model).tasks)
 
 
@@ -37,34 +39,30 @@ def evaluate_task(
     name: str,
     data: TaskData,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
     around: Callable[[str], AbstractContextManager[None]] | None = None,
     record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics of one task on its data, the same on every rank.
+    """Return the metrics of one task, the same on every rank. Collective.
 
     Args:
-        model: an AllInOneModel, or the DeepSpeed engine around it. Every rank runs equally many forwards, as ZeRO-3
-            needs.
+        model: an AllInOneModel, or the DeepSpeed engine around it. Every rank runs the same number of forwards, as
+            ZeRO-3 requires.
         name: the task.
-        data: what to evaluate on.
-        device: where the model is.
-        rank: of this process.
-        world_size: number of ranks; every sample is counted on exactly one.
-        num_workers: processes that read images.
-        around: entered with the task's name around each forward, such as `TaskBalancer.evaluation`.
-        record: gets the samples and predictions of every batch of this rank.
+        data: evaluation data; every sample is evaluated on exactly one rank.
+        device: the model's device.
+        num_workers: processes per rank that read images.
+        around: returns a context for each forward, given the task's name; for example `TaskBalancer.evaluation`.
+        record: is called with the samples and predictions of every batch of this rank.
 
     Returns:
-        Values by metric name, and over all ranks `samples`, the number of samples counted, and `broken`, that of
-        unreadable ones when there are any.
+        Metric -> value; and over all ranks `samples`, the number of samples evaluated, and `broken`, the number of
+        unreadable ones, when there are any.
     """
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
-    counted = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
-    loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank, world_size, num_workers)
+    counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
+    loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
     for batch in loader:
         pixels = to_device(batch.batch["pixel_values"], device)
         predictions = predict_batch(model, task, pixels, batch.samples, data.test_time, around)
@@ -72,11 +70,9 @@ def evaluate_task(
             metric.update(predictions, batch.samples)
             if record is not None:
                 record(batch.samples, predictions)
-        counted += torch.tensor([batch.count, len(batch.broken)], device=device)
-    if world_size > 1:
-        torch.distributed.all_reduce(counted)
+        counts += torch.tensor([batch.count, len(batch.broken)], device=device)
     values = {key: float(value) for key, value in metric.compute().items()}
-    samples, broken = counted.tolist()
+    samples, broken = all_reduce(counts).tolist()
     return {**values, "samples": samples, **({"broken": broken} if broken else {})}
 
 
@@ -84,37 +80,37 @@ def evaluate_tasks(
     model: nn.Module,
     data: Mapping[str, TaskData],
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
-    prefix: str = "eval",
     around: Callable[[str], AbstractContextManager[None]] | None = None,
-) -> dict[str, float]:
-    """Metrics of all tasks, named PREFIX_TASK_METRIC, and PREFIX_score, the mean of the tasks' main metrics.
+) -> Evaluation:
+    """Return the metrics of all tasks and the score, the same on every rank. Collective.
 
     Args:
         model: an AllInOneModel, or the DeepSpeed engine around it; left in evaluation mode.
-        data: what to evaluate on, by task.
-        device: where the model is.
-        rank: of this process.
-        world_size: number of ranks.
-        num_workers: processes that read images.
-        prefix: of all names.
-        around: entered with a task's name around each of its forwards, such as `TaskBalancer.evaluation`.
+        data: task -> evaluation data.
+        device: the model's device.
+        num_workers: processes per rank that read images.
+        around: returns a context for each forward, given the task's name; for example `TaskBalancer.evaluation`.
+
+    Example::
+
+        model, config = load_run("runs/demo")
+        data = open_test_data(config, {name: task.classes for name, task in tasks_of(model).items()})
+        found = evaluate_tasks(model, data, torch.device("cpu"))
+        found.tasks["detection"]["map50"], found.score
     """
     model.eval()
     tasks = tasks_of(model)
-    metrics: dict[str, float] = {}
-    main: list[float] = []
-    for name, part in data.items():
-        values = evaluate_task(model, name, part, device, rank, world_size, num_workers, around)
-        metrics.update({f"{prefix}_{name}_{key}": value for key, value in values.items()})
-        main.append(values[tasks[name].main_metric])
-    if main:
-        metrics[f"{prefix}_score"] = score(main)
-    return metrics
+    values = {name: evaluate_task(model, name, part, device, num_workers, around) for name, part in data.items()}
+    main = [values[name][tasks[name].main_metric] for name in values]
+    return Evaluation(values, score(main) if main else None)
 
 
-def score(main: list[float]) -> float:
-    """Mean of the tasks' main metrics; a task without a value (NaN, or torchmetrics' -1) counts 0."""
+def score(main: Sequence[float]) -> float:
+    """Return the mean of the tasks' main metrics; a task without a value (NaN, or torchmetrics' -1) counts 0.
+
+    Example:
+        >>> score([0.5, -1.0, math.nan, 0.5])
+        0.25
+    """
     return sum(0.0 if math.isnan(value) or value < 0 else value for value in main) / len(main)

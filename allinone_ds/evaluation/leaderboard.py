@@ -1,7 +1,7 @@
-"""The challenge's leaderboards: one number for a run, and the file of predictions behind it.
+"""Scores of the CVPR 2023 Foundation Model Challenge, track 1, and the file with the predictions that were scored.
 
-CVPR 2023 Foundation Model Challenge, track 1. A is the mean of top-1, mAP50 and mIoU on the test data. B is the same
-run trained on other data of the same kinds, of which detection and classification count.
+Leaderboard A is the mean of top-1, mAP50 and mIoU on the test data. Leaderboard B is the mean of top-1 and mAP50 of the
+same configuration, trained on other data of the same kinds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_task, score, tasks_of
 from allinone_ds.evaluation.predictor import default_device, load_run
 from allinone_ds.run_config.build import open_test_data
-from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_folder.names import SUBMISSION
 from allinone_ds.tasks import Prediction, Sample, Task
 
@@ -29,7 +28,7 @@ KINDS: dict[Leaderboard, dict[str, str]] = {
     "A": {"classification": "top1", "detection": "map50", "segmentation": "miou"},
     "B": {"classification": "top1", "detection": "map50"},
 }
-"""Kinds of tasks that count, and the metric of each."""
+"""Leaderboard -> kind of task -> the metric that enters the score."""
 
 
 def score_run(
@@ -41,24 +40,30 @@ def score_run(
     """Score a run's model on its test data and write the predictions that were scored.
 
     Args:
-        folder: of a run or of a checkpoint; it has exactly one task of every kind that counts, each with test data.
-        leaderboard: which kinds count; the score is the mean of their metrics.
-        output: the file; None is submission_A.json (or _B) in `folder`.
-        overrides: dotted keys laid over its configuration, for example ["tasks.seg.test_time.flip=true"].
+        folder: folder of a run or of a checkpoint, with exactly one task of every kind that `KINDS` lists for the
+            leaderboard. Each of these tasks has test data.
+        leaderboard: "A" or "B".
+        output: the file to write; None is submission_A.json or submission_B.json in `folder`.
+        overrides: dotted keys that replace values of the run's configuration, for example
+            ["tasks.seg.test_time.flip=true"].
 
     Returns:
-        What the file says of the score: leaderboard, score, and metrics by task; and "file".
+        "leaderboard", "score" (0 to 1), "metrics" (task -> metric -> value) and "file", the path of the file.
 
     Raises:
-        ConfigError: no weights, or not one task of every kind with test data.
+        ConfigError: there are no weights, or a kind does not have exactly one task with test data.
         DataError: the test data cannot be read.
+
+    Example::
+
+        found = score_run("runs/demo", "A", overrides=["tasks.segmentation.test_time.flip=true"])
+        found["score"], found["file"]
     """
     device = default_device()
     model, config = load_run(folder, device, overrides)
-    _, facts = read_run_files(folder)
     tasks = tasks_of(model)
     chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test})
-    data = open_test_data(config, facts.classes)
+    data = open_test_data(config, {name: task.classes for name, task in tasks.items()})
     metrics: dict[str, dict[str, float]] = {}
     written: dict[str, Any] = {}
     for kind, name in chosen.items():
@@ -66,41 +71,42 @@ def score_run(
 
         def keep(samples: Sequence[Sample], predictions: Sequence[Prediction], rows: list[Any] = rows) -> None:
             rows += [
-                {"image": _place(s, config.data_root), **_plain(p)} for s, p in zip(samples, predictions, strict=True)
+                {"image": _relative_path(s, config.data_root), **_to_json(p)}
+                for s, p in zip(samples, predictions, strict=True)
             ]
 
         metrics[name] = evaluate_task(model, name, data[name], device, record=keep)
         written[name] = {"kind": kind, "classes": tasks[name].classes, "predictions": rows}
     main = [metrics[name][metric] for name, metric in zip(chosen.values(), KINDS[leaderboard].values(), strict=True)]
-    facts_of_score = {"leaderboard": leaderboard, "score": score(main), "metrics": metrics}
+    summary = {"leaderboard": leaderboard, "score": score(main), "metrics": metrics}
     target = Path(output) if output is not None else Path(folder) / SUBMISSION.format(leaderboard)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"version": 1, "run": config.name, **facts_of_score, "tasks": written}) + "\n")
-    return {**facts_of_score, "file": str(target)}
+    target.write_text(json.dumps({"version": 1, "run": config.name, **summary, "tasks": written}) + "\n")
+    return {**summary, "file": str(target)}
 
 
 def _one_of_each(tasks: dict[str, Task], kinds: dict[str, str], tested: set[str]) -> dict[str, str]:
-    """Name of the task of each kind."""
+    """Return kind -> name of its only task with test data."""
     chosen = {}
     for kind, metric in kinds.items():
         names = [name for name, task in tasks.items() if task.kind == kind and name in tested]
         if len(names) != 1:
             raise ConfigError(
                 f"the leaderboard needs exactly one {kind} task with test data for its {metric}; this run has "
-                f"{len(names)}{': ' + ', '.join(names) if names else ''}"
+                f"{len(names)}{': ' + ', '.join(names) if names else ''}. Set or remove `test` of its tasks"
             )
         chosen[kind] = names[0]
     return chosen
 
 
-def _place(sample: Sample, root: Path) -> str:
-    """The image's path, relative to `data_root` where it lies there."""
+def _relative_path(sample: Sample, root: Path) -> str:
+    """Return the image's path, relative to `data_root` if it lies below it."""
     path = Path(sample["path"])
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
-def _plain(prediction: Prediction) -> dict[str, Any]:
-    """A prediction in JSON's types: numbers and lists as they are, a label map as a png."""
+def _to_json(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as numbers and lists, a label map as a base64-encoded PNG."""
     plain: dict[str, Any] = {}
     for key, value in prediction.items():
         if key == "mask":

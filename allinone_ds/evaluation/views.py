@@ -1,4 +1,4 @@
-"""Predictions of one batch: plain, or over several views of its images."""
+"""Predictions of one batch, from its images as they are or from several views of them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,28 @@ def predict_batch(
     test_time: TestTime | None = None,
     around: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> list[Prediction]:
-    """A task's predictions for the samples of a batch.
+    """Return a task's predictions for the samples of a batch.
 
-    The number of forwards depends on the options alone: ranks of a ZeRO-3 job stay in step whatever their images, and
-    with none at all.
+    The number of forwards depends on the options only, as ZeRO-3 requires: ranks with different images, or with none,
+    run the same number.
 
     Args:
         model: an AllInOneModel, or the DeepSpeed engine around it, in evaluation mode.
         task: one of its tasks.
-        pixel_values: (B, 3, H, W) the images at the network's size, on the model's device.
-        samples: the same images as they were read; fewer, or none, when `pixel_values` has fillers.
-        test_time: which views to predict; None: `pixel_values` alone.
-        around: entered with the task's name around each forward.
+        pixel_values: (B, 3, H, W), the images at the network's input size, on the model's device.
+        samples: the same images as they were read; fewer than B, or none, when `pixel_values` is padded with images
+            that are not evaluated.
+        test_time: the views to predict; None: `pixel_values` only.
+        around: returns a context for each forward, given the task's name.
 
     Raises:
-        ConfigError: views for a task that cannot merge them.
+        ConfigError: the task cannot merge views.
+
+    Example::
+
+        task = model.tasks["seg"]
+        pixels = task.collate(samples)["pixel_values"]
+        masks = predict_batch(model, task, pixels, samples, TestTime(scales=[1.0, 1.5], flip=True))
     """
 
     def forward(pixels: Tensor) -> Any:
@@ -49,8 +56,8 @@ def predict_batch(
     if test_time is None:
         outputs = forward(pixel_values)
         return task.predict(outputs, sizes) if samples else []
-    views = []
     task.check_test_time(test_time)
+    views = []
     for scale in test_time.scales:
         size = view_size(task.image_size, scale, task.stride)
         larger = size[0] > task.image_size[0] or size[1] > task.image_size[1]
@@ -60,18 +67,18 @@ def predict_batch(
         corners = window_corners(size, window)
         resized = _at_size(pixel_values, samples, size)
         for flipped in (False, True) if test_time.flip else (False,):
-            seen = resized.flip(-1) if flipped else resized
+            view = resized.flip(-1) if flipped else resized
             with task.at_size(window):
-                outputs = [forward(seen[..., top : top + window[0], left : left + window[1]]) for top, left in corners]
+                outputs = [forward(view[..., top : top + window[0], left : left + window[1]]) for top, left in corners]
             views.append(View(size, flipped, outputs, corners))
     return task.predict_views(views, sizes) if samples else []
 
 
 def _at_size(pixel_values: Tensor, samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:
-    """The images at another size of the network's input, from the original pixels."""
+    """Return the images at a different input size (h, w), (B, 3, h, w), resized from the original pixels."""
     if tuple(pixel_values.shape[-2:]) == size:
         return pixel_values
-    if not samples:  # fillers: nobody reads what is predicted for them
+    if not samples:  # only padding, whose predictions are not used
         return F.interpolate(pixel_values.float(), size=size, mode="bilinear", align_corners=False)
     transform = eval_transform(size)
     return stack_images([transform({"image": sample["image"]}) for sample in samples]).to(pixel_values.device)

@@ -1,6 +1,6 @@
-"""Leaving a run: folders that load without it, model cards and ONNX graphs.
+"""Export of trained models: folders that load without the run, model cards and ONNX graphs.
 
-May import `evaluation`, `run_config`, `run_folder` and everything below them.
+May import `evaluation`, `run_config`, `run_folder` and the layers below them.
 """
 
 from allinone_ds._lazy import lazy_names

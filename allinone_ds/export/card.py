@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, how to load it, how good it is, on what data, from which run."""
+"""Model card (README.md) of an exported folder: use, results, data, classes, preprocessing and configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import yaml
 from torch import nn
 
 from allinone_ds.evaluation.evaluate import tasks_of
-from allinone_ds.export.facts import ExportFacts, Preprocessing
+from allinone_ds.evaluation.metrics import Evaluation, nest
+from allinone_ds.export.description import ModelDescription, Preprocessing
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.run_config.schema import RunConfig
@@ -21,102 +22,104 @@ CARD_FILE = "README.md"
 
 
 @dataclass
-class RunFacts:
-    """Where an exported model comes from.
+class Origin:
+    """Run that an exported model comes from.
 
     Attributes:
-        config: of the run.
-        step: optimizer steps trained, when known.
-        metrics: evaluation of exactly these weights, named eval_TASK_METRIC; empty when there was none.
+        config: the run's configuration.
+        step: number of optimizer steps; None if unknown.
+        evaluation: metrics of exactly these weights; empty if they were not evaluated.
     """
 
     config: RunConfig
     step: int | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
 
-def run_facts(folder: Path, config: RunConfig) -> RunFacts:
-    """Steps and metrics of a run's final weights, or of a checkpoint.
+def read_origin(folder: Path, config: RunConfig) -> Origin:
+    """Read the steps and metrics of a run's final weights, or of a checkpoint.
 
     Args:
-        folder: in which the weights lie.
-        config: of the run.
+        folder: folder with the weights.
+        config: the run's configuration.
     """
     if (folder / METRICS_FILE).is_file():
         metrics = json.loads((folder / METRICS_FILE).read_text())
-        return RunFacts(config, metrics.get("best_step", metrics.get("steps")), metrics)
+        return Origin(config, metrics.get("best_step", metrics.get("steps")), nest(metrics, config.tasks))
     if (folder / TRAINER_STATE).is_file():
         state = json.loads((folder / TRAINER_STATE).read_text())
         step = state["global_step"]
-        here = [e for e in state["log_history"] if e.get("step") == step and "eval_score" in e]
-        return RunFacts(config, step, here[-1] if here else {})
-    return RunFacts(config)
+        logged = [e for e in state["log_history"] if e.get("step") == step and "eval_score" in e]
+        return Origin(config, step, nest(logged[-1] if logged else {}, config.tasks))
+    return Origin(config)
 
 
-def model_card(facts: ExportFacts, about: RunFacts, model: AllInOneModel) -> str:
-    """The card of a folder that `allinone_ds.load` reads.
+def model_card(description: ModelDescription, origin: Origin, model: AllInOneModel) -> str:
+    """Return the card of a folder that `allinone_ds.load` reads.
 
     Args:
-        facts: its tasks.
-        about: where it comes from.
-        model: the whole model, for its sizes.
+        description: the folder's tasks.
+        origin: the run it comes from.
+        model: the model with all tasks of the run, for its sizes.
     """
-    names = list(facts.tasks)
+    names = list(description.tasks)
     tasks = tasks_of(model)
     one = names[0] if len(names) == 1 else None
     front: dict[str, Any] = {"library_name": "allinone_ds", "tags": ["vision", "multi-task", "deepspeed"]}
     if one and tasks[one].pipeline_tag:
         front["pipeline_tag"] = tasks[one].pipeline_tag
     heads = ", ".join(
-        f"`{name}` ({tasks[name].kind}, head {tasks[name].head_name or 'of its own'}, {_millions(tasks[name])})"
+        f"`{name}` ({tasks[name].kind}, head {tasks[name].head_name or 'built in'}, {_millions(tasks[name])})"
         for name in names
     )
-    others = [name for name in about.config.tasks if name not in names]
+    others = [name for name in origin.config.tasks if name not in names]
     together = f", together with {', '.join(others)}" if others else ""
     argument = "" if one else f', task="{names[0]}"'
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
-        f"# {about.config.name}" + (f": {one}" if one else ""),
-        f"{_backbone(model.backbone)} and {heads}, trained{_steps(about)} on one shared backbone{together}, the tasks' "
-        "gradients balanced with allinone_ds.",
+        f"# {origin.config.name}" + (f": {one}" if one else ""),
+        f"{_backbone(model.backbone)} and {heads}, trained{_steps(origin)} on one shared backbone{together}. "
+        "allinone_ds balanced the tasks' gradients.",
         "## Use",
         "```python\nimport allinone_ds\n\n"
         f'model = allinone_ds.load("PATH/OF/THIS/FOLDER")\nmodel.predict("photo.jpg"{argument})\n```',
-        _results(about, names),
-        _data(about, names),
+        _results(origin, names),
+        _data(origin, names),
         "## Classes",
-        "\n".join(f"- `{name}` ({len(task.classes)}): {', '.join(task.classes)}" for name, task in facts.tasks.items()),
-        _preprocessing({name: task.image_size for name, task in facts.tasks.items()}),
-        _configuration(about, names),
+        "\n".join(
+            f"- `{name}` ({len(task.classes)}): {', '.join(task.classes)}" for name, task in description.tasks.items()
+        ),
+        _preprocessing({name: task.image_size for name, task in description.tasks.items()}),
+        _configuration(origin, names),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def backbone_card(about: RunFacts, cls: str, backbone: Backbone) -> str:
-    """The card of a backbone's folder.
+def backbone_card(origin: Origin, cls: str, backbone: Backbone) -> str:
+    """Return the card of a backbone's folder.
 
     Args:
-        about: where it comes from.
-        cls: its class in `transformers`.
-        backbone: for its size.
+        origin: the run it comes from.
+        cls: name of its class in `transformers`.
+        backbone: the backbone, for its sizes.
     """
-    names = list(about.config.tasks)
+    names = list(origin.config.tasks)
     front = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["backbone"]}
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
-        f"# {about.config.name}: backbone",
-        f"{_backbone(backbone)}, trained{_steps(about)} on {', '.join(names)}, the tasks' gradients balanced with "
-        "allinone_ds.",
+        f"# {origin.config.name}: backbone",
+        f"{_backbone(backbone)}, trained{_steps(origin)} on {', '.join(names)}. allinone_ds balanced the tasks' "
+        "gradients.",
         "## Use",
         f"From this folder:\n\n```python\nfrom transformers import {cls}\n\n"
         f'backbone = {cls}.from_pretrained("PATH/OF/THIS/FOLDER")\nbackbone(pixel_values).feature_maps\n```',
-        "Without naming the class: `type(AutoBackbone.from_config(AutoConfig.from_pretrained(FOLDER)))` is it. "
-        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads the folder once it is a repository on the hub; of a plain '
-        "folder AutoBackbone of transformers 5 asks the hub first and fails.",
-        _results(about, names),
-        _data(about, names),
+        "`type(AutoBackbone.from_config(AutoConfig.from_pretrained(FOLDER)))` is this class. "
+        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads the folder once it is a repository on the hub. '
+        "`AutoBackbone.from_pretrained(FOLDER)` of transformers 5 fails, because it asks the hub first.",
+        _results(origin, names),
+        _data(origin, names),
         _preprocessing({}),
-        _configuration(about, names),
+        _configuration(origin, names),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -126,22 +129,22 @@ def _backbone(backbone: Backbone) -> str:
     return f"A {config.model_type} of {config.num_hidden_layers} layers x {config.hidden_size} ({_millions(backbone)})"
 
 
-def _steps(about: RunFacts) -> str:
-    return "" if about.step is None else f" for {about.step:,} steps"
+def _steps(origin: Origin) -> str:
+    return "" if origin.step is None else f" for {origin.step:,} steps"
 
 
 def _millions(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters"
 
 
-def _results(about: RunFacts, names: list[str]) -> str:
-    rows = []
-    for name in names:
-        start = f"eval_{name}_"
-        samples = about.metrics.get(f"{start}samples", "")
-        for key, value in about.metrics.items():
-            if key.startswith(start) and isinstance(value, float):
-                rows.append(f"| {name} | {key.removeprefix(start)} | {value:.4f} | {samples} |")
+def _results(origin: Origin, names: list[str]) -> str:
+    evaluation = origin.evaluation
+    rows = [
+        f"| {name} | {metric} | {value:.4f} | {evaluation.tasks[name].get('samples', '')} |"
+        for name in names
+        if name in evaluation.tasks
+        for metric, value in evaluation.metrics(name).items()
+    ]
     if not rows:
         return "## Results\n\nThese weights were not evaluated."
     return (
@@ -150,28 +153,28 @@ def _results(about: RunFacts, names: list[str]) -> str:
     )
 
 
-def _data(about: RunFacts, names: list[str]) -> str:
+def _data(origin: Origin, names: list[str]) -> str:
     rows = []
     for name in names:
-        task = about.config.tasks[name]
+        task = origin.config.tasks[name]
         for split, source in (("train", task.train), ("test", task.test)):
             if source is not None:
-                given = source.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-                form = given.pop("format", source.format)
-                where = ", ".join(f"{key} `{value}`" for key, value in given.items() if key != "classes")
-                rows.append(f"| {name} | {split} | {form} | {where} |")
-    return "## Data\n\n| task | split | format | where |\n|---|---|---|---|\n" + "\n".join(rows)
+                options = source.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+                data_format = options.pop("format", source.format)
+                listed = ", ".join(f"{key} `{value}`" for key, value in options.items() if key != "classes")
+                rows.append(f"| {name} | {split} | {data_format} | {listed} |")
+    return "## Data\n\n| task | split | format | source |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def _preprocessing(sizes: dict[str, tuple[int, int]]) -> str:
-    did = Preprocessing()
+    steps = Preprocessing()
     lines = [f"- `{name}`: {h} x {w} pixels (height x width)" for name, (h, w) in sizes.items()]
-    text = f"RGB, resized ({did.resize}), scaled to 0..1, minus {list(did.mean)}, divided by {list(did.std)}."
+    text = f"RGB, resized ({steps.resize}), scaled to 0..1, minus {list(steps.mean)}, divided by {list(steps.std)}."
     return "\n\n".join(["## Preprocessing", text, *(["\n".join(lines)] if lines else [])])
 
 
-def _configuration(about: RunFacts, names: list[str]) -> str:
-    content = about.config.model_dump(mode="json", exclude={"output_dir", "data_root", "name"})
+def _configuration(origin: Origin, names: list[str]) -> str:
+    content = origin.config.model_dump(mode="json", exclude={"output_dir", "data_root", "name"})
     content["tasks"] = {name: task for name, task in content["tasks"].items() if name in names}
     text = yaml.safe_dump(content, sort_keys=False, width=110)
     return f"## Configuration\n\n```yaml\n{text}```"

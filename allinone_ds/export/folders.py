@@ -1,4 +1,4 @@
-"""A run's weights as folders: every task alone, the whole model, and the backbone for `transformers`."""
+"""Export of a run's weights: one folder per task, one with all tasks, and the backbone for `transformers`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import ViTImageProcessor
 
 from allinone_ds.data.augmentation.transforms import MEAN, STD
-from allinone_ds.export.card import CARD_FILE, RunFacts, backbone_card, model_card, run_facts
-from allinone_ds.export.facts import ExportedTask, ExportFacts
+from allinone_ds.export.card import CARD_FILE, Origin, backbone_card, model_card, read_origin
+from allinone_ds.export.description import ExportedTask, ModelDescription
 from allinone_ds.export.loading import build_exported
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.run_files import ModelFacts, read_run_files
@@ -24,12 +24,12 @@ ONNX_FILE = "model.onnx"
 
 @dataclass
 class Exported:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes:
-        source: file or folder of shards that the weights came from.
+        source: file, or folder of ZeRO shards, that the weights were read from.
         folders: the folders written.
-        notes: what could not be written, and why.
+        notes: folders that were not written, and why.
     """
 
     source: Path
@@ -38,87 +38,92 @@ class Exported:
 
 
 def export_run(run: str | Path, output: str | Path | None = None, onnx: bool = False) -> Exported:
-    """Write a run's model so that it loads without the run: OUTPUT/tasks/NAME, OUTPUT/model and OUTPUT/backbone.
+    """Write a run's model to folders that load without the run: OUTPUT/tasks/NAME, OUTPUT/model and OUTPUT/backbone.
 
-    The first two hold float32 weights (safetensors), allinone.json (what they are weights of, preprocessing, class
-    names) and README.md, and load with `allinone_ds.load`. backbone is a folder of `transformers`; a backbone with a
-    convolutional stem gets none, since no class of `transformers` has such a stem.
+    OUTPUT/tasks/NAME and OUTPUT/model have float32 weights (safetensors), a description (allinone.json) and a model
+    card (README.md), and load with `allinone_ds.load`. OUTPUT/backbone is in the format of `transformers`. It is not
+    written for a backbone with a convolutional stem, since no class of `transformers` has such a stem.
 
     Args:
-        run: folder of a run (its final weights) or of a checkpoint (the float32 masters in its ZeRO shards, whatever
-            its stage and number of ranks were, put together on the CPU).
-        output: folder to write to; None is "export" in `run`. What an earlier export left there is replaced.
-        onnx: also write tasks/NAME/model.onnx.
+        run: folder of a run (its final weights) or of a checkpoint (the float32 masters in its ZeRO shards, of any
+            stage and number of ranks, which are merged on the CPU).
+        output: folder to write to; None is "export" in `run`. Files of an earlier export are replaced.
+        onnx: whether to write tasks/NAME/model.onnx too.
 
     Raises:
-        ConfigError: no run, no weights, or the packages of the extra `onnx` are missing.
+        ConfigError: `run` is not the folder of a run, has no weights, or the packages of the extra `onnx` are missing.
+
+    Example::
+
+        export_run("runs/demo").folders    # runs/demo/export/tasks/detection, ..., runs/demo/export/model
     """
     run = Path(run)
-    config, found = read_run_files(run)
+    config, model_facts = read_run_files(run)
     if onnx:
         from allinone_ds.export.onnx import need_onnx, write_onnx
 
         need_onnx()
     state, source = read_weights(run, prefer_shards=True)
-    facts = _facts(config, found)
-    model = build_exported(facts)
+    description = _describe(config, model_facts)
+    model = build_exported(description)
     model.load_state_dict(state)
     del state
     model.eval()
-    about = run_facts(source.parent, config)  # of a run that has not ended it is the last checkpoint
+    origin = read_origin(source.parent, config)  # the last checkpoint, if the run has not ended
     output = run / EXPORT if output is None else Path(output)
     done = Exported(source)
-    for name, task in facts.tasks.items():
-        part = facts.model_copy(update={"tasks": {name: task}})
-        folder = _write_folder(model, part, about, output / "tasks" / name, done)
+    for name, task in description.tasks.items():
+        part = description.model_copy(update={"tasks": {name: task}})
+        folder = _write_folder(model, part, origin, output / "tasks" / name, done)
         if onnx:
             write_onnx(model, name, folder / ONNX_FILE)
-    _write_folder(model, facts, about, output / "model", done)
-    _write_backbone(model, facts, about, output / "backbone", done)
+    _write_folder(model, description, origin, output / "model", done)
+    _write_backbone(model, origin, output / "backbone", done)
     return done
 
 
-def _facts(config: RunConfig, found: ModelFacts) -> ExportFacts:
+def _describe(config: RunConfig, facts: ModelFacts) -> ModelDescription:
     tasks = {
         name: ExportedTask(
             type=task.type,
             head=task.head,
             options=task.options,
             image_size=task.image_size,
-            classes=found.classes[name],
+            classes=facts.classes[name],
         )
         for name, task in config.tasks.items()
     }
-    return ExportFacts(backbone=found.backbone, tasks=tasks)
+    return ModelDescription(backbone=facts.backbone, tasks=tasks)
 
 
-def _write_folder(model: AllInOneModel, facts: ExportFacts, about: RunFacts, folder: Path, done: Exported) -> Path:
-    """Backbone and the heads that `facts` names."""
+def _write_folder(
+    model: AllInOneModel, description: ModelDescription, origin: Origin, folder: Path, done: Exported
+) -> Path:
+    """Write the backbone and the heads of the described tasks."""
     _clear(folder)
-    kept = ("backbone.", *(f"tasks.{name}." for name in facts.tasks))
+    kept = ("backbone.", *(f"tasks.{name}." for name in description.tasks))
     weights = {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(kept)}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    facts.save(folder)
-    (folder / CARD_FILE).write_text(model_card(facts, about, model))
+    description.save(folder)
+    (folder / CARD_FILE).write_text(model_card(description, origin, model))
     done.folders.append(folder)
     return folder
 
 
-def _write_backbone(model: AllInOneModel, facts: ExportFacts, about: RunFacts, folder: Path, done: Exported) -> None:
-    if facts.backbone.stem == "conv":
+def _write_backbone(model: AllInOneModel, origin: Origin, folder: Path, done: Exported) -> None:
+    if origin.config.model.backbone.stem == "conv":
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier export
         done.notes.append(
-            f"no {folder}: the backbone has a convolutional stem (model.backbone.stem: conv), which no class of "
-            "transformers has, so AutoBackbone could not load it; take "
-            f"allinone_ds.load('{folder.parent / 'model'}').backbone"
+            f"{folder} was not written: no class of transformers has a convolutional stem (model.backbone.stem: conv). "
+            f"Use allinone_ds.load('{folder.parent / 'model'}').backbone"
         )
         return
     _clear(folder)
     net = model.backbone.net
     net.save_pretrained(folder)
-    # pixels as all tasks normalised them; each task has a size of its own, so the backbone states none of them
+    # the normalisation of all tasks; no size, since it differs between tasks
     ViTImageProcessor(do_resize=False, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
-    (folder / CARD_FILE).write_text(backbone_card(about, type(net).__name__, model.backbone))
+    (folder / CARD_FILE).write_text(backbone_card(origin, type(net).__name__, model.backbone))
     done.folders.append(folder)
 
 

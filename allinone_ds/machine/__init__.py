@@ -1,4 +1,4 @@
-"""Is this machine fit for a run: versions, accelerators, network, disk and bandwidth.
+"""Check whether this machine is ready for a run: versions, accelerators, network, disk and bandwidth.
 
-May import the modules at the bottom of the package only.
+May import only the modules at the bottom of the package.
 """

@@ -1,4 +1,4 @@
-"""Memory and traffic of a run, before there is any hardware.
+"""Memory and traffic of a run, computed from its configuration before any hardware is used.
 
-May import `evaluation`, `run_config` and everything below them.
+May import `evaluation`, `run_config` and the layers below them.
 """

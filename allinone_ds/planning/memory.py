@@ -1,4 +1,4 @@
-"""Memory and traffic of one GPU, by part, from the sizes of a model and a DeepSpeed configuration."""
+"""Memory and traffic of one GPU, by part, from the sizes of a model and the settings of its engine."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from torch import nn
 
 from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.model import AllInOneModel
-from allinone_ds.planning.engine_settings import Engine
-
-NORMS = ("exact", "sketch", "delayed")
+from allinone_ds.run_config.engine_settings import Engine
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model that are trained, in elements.
+    """Elements of a model's parameters.
 
     Attributes:
-        backbone: of the shared backbone.
-        heads: of each task's head.
-        frozen: parameters that are not trained.
-        micro_steps: of each task in a step.
+        backbone: trained elements of the shared backbone.
+        heads: task -> trained elements of its head.
+        micro_steps: task -> micro-steps per optimizer step.
+        frozen: elements that are not trained.
     """
 
     backbone: int
@@ -32,15 +30,17 @@ class Sizes:
 
     @property
     def trained(self) -> int:
+        """Trained elements of the model."""
         return self.backbone + sum(self.heads.values())
 
     @property
     def largest_task(self) -> int:
+        """Trained elements of the backbone and the largest head."""
         return self.backbone + max(self.heads.values())
 
 
 def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
-    """Elements of a model's parameters, wherever they are (the meta device too)."""
+    """Return the sizes of a model on any device, also on the meta device."""
 
     def trained(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -64,28 +64,29 @@ def memory_parts(
     averaged: bool = False,
     groups: TaskGroups | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of one GPU, and of the host for each GPU, by part; without activations. P trained elements, N GPUs.
+    """Return bytes by part on one GPU, and in the host's memory per GPU; without activations.
 
     Args:
-        engine: see `Engine`.
-        sizes: see `Sizes`.
-        gpus: N.
+        engine: settings of the engine.
+        sizes: sizes of the model, with P trained elements.
+        gpus: number of ranks R.
         norm: "exact", "sketch" or "delayed".
-        moments: tensors of P elements that the optimizer keeps in float32 beside its copy of the weights.
-        kept: shards the balancer keeps with exact norms: 1, or T for weightings that see all tasks first.
+        moments: float32 tensors of P elements that the optimizer keeps in addition to its copy of the weights.
+        kept: gradient shards that the balancer keeps with exact norms: 1, or T for weightings that need all tasks
+            before they scale one.
         sketch: elements of a sketch.
-        averaged: an average of the weights is kept (`ema_decay`).
-        groups: which ranks run which task; None: every rank every task.
+        averaged: whether an average of the weights is kept (`ema_decay`).
+        groups: ranks of each task; None: every rank runs every task.
     """
     P = sizes.trained
     part = P if engine.stage == 0 else -(-P // gpus)
     whole_weights = P + sizes.frozen
     weights = engine.weight_bytes * (-(-whole_weights // gpus) if engine.stage == 3 else whole_weights)
-    # the optimizer's fp32 copy is a copy even of fp32 weights, but for ZeRO-0
+    # ZeRO 1 to 3 copies the weights for the optimizer even where they are float32
     copies = 0 if engine.stage == 0 and engine.weight_bytes == 4 else 1
     optimizer = 4 * part * (copies + moments)
     average = {"average of the weights": 4 * part} if averaged else {}
-    balancer = 4 * part * (1 if norm == "sketch" or groups else kept)  # delayed: its first step is exact
+    balancer = 4 * part * (1 if norm == "sketch" or groups else kept)  # norm="delayed": its first step is exact
     if groups:
         most = max(len(groups.of(rank)) for rank in range(gpus))
         balancer += (most - 1) * sizes.backbone * engine.gradient_bytes
@@ -97,37 +98,38 @@ def memory_parts(
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm != "exact" or bool(groups))}
     buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
     buffers += engine.weight_bytes * _gathered(engine, sizes, norm)
-    if (norm != "exact" or groups) and engine.fp32_accumulation:  # where local gradients are reduced to
+    if (norm != "exact" or groups) and engine.fp32_accumulation:  # for the reduced local gradients
         buffers += 4 * part
-    beside = {"optimizer": optimizer, "balancer": balancer, **average}
+    movable = {"optimizer": optimizer, "balancer": balancer, **average}
     if engine.offload:
-        return {**memory, "buffers": buffers}, beside
-    return {**memory, **beside, "buffers": buffers}, {}
+        return {**memory, "buffers": buffers}, movable
+    return {**memory, **movable, "buffers": buffers}, {}
 
 
 def _gathered(engine: Engine, sizes: Sizes, norm: str) -> int:
-    """Elements of weights that ZeRO-3 holds gathered at most."""
+    """Return the largest number of elements of weights that ZeRO-3 has gathered at one time."""
     if _stays_gathered(engine, sizes, norm):
         return sizes.trained + sizes.frozen
     return min(engine.prefetched + engine.retained, sizes.largest_task)
 
 
 def _stays_gathered(engine: Engine, sizes: Sizes, norm: str) -> bool:
-    """Whether ZeRO-3 gathers weights once a step."""
+    """Return whether ZeRO-3 gathers the weights only once per step."""
     traced = engine.stage == 3 and engine.task_traces and norm != "plain"
     return traced and sizes.trained + sizes.frozen <= engine.retained
 
 
 def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
+    """Return the bytes of gradients on one GPU; `local`: they stay unreduced on the rank for the whole step."""
     P, part = sizes.trained, -(-sizes.trained // gpus)
     shard = part * engine.gradient_bytes
-    if engine.wraps_bf16:  # the whole gradient in both dtypes
+    if engine.wraps_bf16:  # the whole gradient, in both dtypes
         return P * 4 + sizes.largest_task * engine.weight_bytes
-    if local:  # whole, on every rank, and the buffer that ZeRO-3 always has
+    if local:  # the whole gradient, and the buffer that ZeRO-3 always has
         return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
     if engine.stage == 0:
         return P * engine.weight_bytes
-    if engine.stage == 1:  # local until the task's last micro-step
+    if engine.stage == 1:  # unreduced until the task's last micro-step
         return sizes.largest_task * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
     return shard
 
@@ -135,41 +137,42 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
 def moved_parts(
     engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int, groups: TaskGroups | None = None
 ) -> dict[str, int]:
-    """Bytes that one GPU sends in an optimizer step, by purpose.
+    """Return the bytes that one GPU sends in an optimizer step, by purpose.
 
-    A ring's figures: (N - 1) / N of the elements for a reduce-scatter or an all-gather, twice that for an all-reduce.
+    In a ring of R ranks a reduce-scatter or an all-gather sends (R - 1) / R of the elements, an all-reduce twice that.
 
     Args:
-        engine: see `Engine`.
-        sizes: see `Sizes`.
-        gpus: N.
-        norm: "exact", "sketch" or "delayed"; "plain" is DeepSpeed's accumulation of the same micro-steps, unbalanced.
+        engine: settings of the engine.
+        sizes: sizes of the model.
+        gpus: number of ranks R.
+        norm: "exact", "sketch" or "delayed"; "plain" is DeepSpeed's accumulation of the same micro-steps without a
+            balancer.
         sketch: elements of a sketch.
-        groups: which ranks run which task; None: every rank every task. Of GPUs that send differently, the most.
+        groups: ranks of each task; None: every rank runs every task. The result is that of the GPU that sends most.
     """
-    share = (gpus - 1) / gpus
+    sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
     if groups or norm in ("sketch", "delayed") or (norm == "plain" and engine.stage < 2):
-        reduced = P  # once
-    elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed fills in zeros for the other heads
+        reduced = P  # once per step
+    elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
         reduced = P * len(of_task)
     elif engine.stage == 1:
         reduced = sum(of_task.values())
     else:
         reduced = reduced_each
     factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
-    moved = {"gradients": round(share * factor * reduced * w)}
+    moved = {"gradients": round(sent * factor * reduced * w)}
     if engine.stage in (1, 2):
-        moved["new weights"] = round(share * P * w)
+        moved["new weights"] = round(sent * P * w)
     if _stays_gathered(engine, sizes, norm):
-        moved["weights"] = round(share * (P + sizes.frozen) * w)
-    elif engine.stage == 3:  # for the forward of every micro-step, and again for its backward what was let go
+        moved["weights"] = round(sent * (P + sizes.frozen) * w)
+    elif engine.stage == 3:  # for the forward of every micro-step, and what was released again for its backward
         again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
-        moved["weights"] = round(share * (reduced_each + again) * w)
+        moved["weights"] = round(sent * (reduced_each + again) * w)
     message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4)
-    moved["norms"] = round(share * 2 * message * len(of_task))
+    moved["norms"] = round(sent * 2 * message * len(of_task))
     if groups and norm == "exact":  # a reduce-scatter in float32 within each task's group
         within = {task: (len(ranks) - 1) / len(ranks) * 4 * of_task[task] for task, ranks in groups.ranks.items()}
         moved["norms"] += round(max(sum(within[task] for task in groups.of(rank)) for rank in range(gpus)))

@@ -1,7 +1,7 @@
-"""What a run needs of every GPU, before any is there: memory by part and bytes moved a step, from its configuration.
+"""Memory per GPU and bytes sent per optimizer step, computed from a run's configuration without a GPU.
 
-Nothing of the model's size is allocated. Weights, gradients, optimizer and balancer are counted from the number of
-parameters; activations are the tensors that autograd keeps in a forward on fake tensors, which have shapes only.
+No weights are allocated. Weights, gradients, optimizer and balancer are counted from the number of parameters.
+Activations are the tensors that autograd keeps in a forward on fake tensors, which have shapes but no storage.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from typing import Any
 import torch
 
 from allinone_ds.balance.assignment import TaskGroups, groups_for
-from allinone_ds.balance.options import balancer_from_config
+from allinone_ds.balance.options import NORMS, combination_error
 from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes
-from allinone_ds.planning.engine_settings import Engine, read_engine
-from allinone_ds.planning.memory import NORMS, memory_parts, moved_parts, sizes_of
+from allinone_ds.planning.memory import memory_parts, moved_parts, sizes_of
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
+from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
-from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.strict import did_you_mean
 
-CLASSES = 100
-"""Classes of a task whose data cannot be read, and which the caller does not tell."""
+DEFAULT_CLASSES = 100
+"""Number of classes of a task whose data cannot be read and for which no number is given."""
 
 
 @dataclass
 class Plan:
-    """Needs of one GPU of a run; all sizes in bytes.
+    """Memory and traffic of one GPU of a run, in bytes.
 
     Attributes:
-        gpus: N.
+        gpus: number of ranks R.
         stage: ZeRO stage.
-        norm: how the balancer takes norms.
-        parameters: trained elements by component, and "frozen".
-        memory: on the GPU, by part.
-        host: in the host's memory, for each GPU, by part.
-        moved: sent by a GPU in one optimizer step, by purpose.
-        activations: of each task in one micro-step; `memory` has the largest.
-        choices: for every stage and norm {"stage", "norm", "memory", "moved"}, in all.
-        notes: what was assumed.
+        norm: "exact", "sketch" or "delayed".
+        parameters: component -> trained elements; and "frozen", elements that are not trained.
+        memory: part -> bytes on the GPU.
+        host: part -> bytes in the host's memory per GPU.
+        moved: purpose -> bytes sent in one optimizer step.
+        activations: task -> bytes in one micro-step; the largest of them is in `memory`.
+        choices: one {"stage", "norm", "memory", "moved"} per stage and norm that the weighting allows, in total bytes.
+        notes: assumptions of the plan.
     """
 
     gpus: int
@@ -60,27 +60,37 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain numbers and lists, with totals."""
+        """Return the plan as numbers and lists, with totals."""
         totals = {"memory_total": sum(self.memory.values()), "moved_total": sum(self.moved.values())}
         return {**dataclasses.asdict(self), **totals}
 
 
 def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = None) -> Plan:
-    """Needs of a run on `gpus` GPUs; touches no GPU and allocates no weights.
+    """Compute memory and traffic of a run without a GPU and without its weights.
 
     Args:
-        config: the run.
-        gpus: N, ranks of the job.
-        classes: number of classes by task; of tasks left out the data is asked, or the source's `expect.classes`.
+        config: the run's configuration.
+        gpus: number of ranks R.
+        classes: task -> number of classes. For other tasks it is read from the data, or from the source's
+            `expect.classes` if the data cannot be read.
 
     Raises:
-        ConfigError: a configuration that cannot be used.
+        ConfigError: the configuration cannot run, or `classes` names an unknown task.
+
+    Example::
+
+        plan = plan_run(load_config("configs/runs/demo.yaml"), gpus=8, classes={"detection": 45})
+        sum(plan.memory.values()) / 2**30    # GiB per GPU
     """
     for name in classes or {}:
         if name not in config.tasks:
-            raise ConfigError(f"classes: the run has no task '{name}'; {did_you_mean(name, config.tasks)}")
+            raise ConfigError(f"classes.{name}: the run has no such task; {did_you_mean(name, config.tasks)}")
     notes: list[str] = []
     trainer = check_trainer_keys(config.trainer)
+    check_balancer(config)
+    balancer, weighting = config.balancer, config.balancer.weighting()
+    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
+    engine = dataclasses.replace(engine, task_traces=balancer.task_traces)
     counts = {name: _class_count(config, name, classes or {}, notes) for name in config.tasks}
     with torch.device("meta"):
         names = {name: [str(k) for k in range(count)] for name, count in counts.items()}
@@ -88,23 +98,17 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         if config.model.backbone.checkpoint is not None:
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
-    weighting, options = balancer_from_config(config.balancer)
-    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
-    engine = dataclasses.replace(engine, task_traces=options.get("task_traces", True))
     sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    norm = options.get("norm", "exact")
     moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
-    size = options.get("sketch_size") or default_size(sizes.trained)
+    size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
-    if options.get("parallel") == "tasks":
-        groups = groups_for("tasks", options.get("groups"), tuple(config.tasks), gpus)
-        if engine.stage not in (1, 2) or engine.wraps_bf16:
-            raise ConfigError("balancer.parallel = 'tasks' needs ZeRO-1 or ZeRO-2 (docs/task-parallel.md, Limits)")
+    if balancer.parallel == "tasks":
+        groups = groups_for("tasks", balancer.groups, tuple(config.tasks), gpus)
     averaged = trainer.get("ema_decay") is not None
 
     def parts(engine: Engine, norm: str, groups: TaskGroups | None = None) -> tuple[dict[str, int], dict[str, int]]:
@@ -115,19 +119,20 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     for stage in range(4):
         other = dataclasses.replace(engine, stage=stage, offload=engine.offload and stage > 0)
         for kind in NORMS:
-            if not _allowed(other, kind, weighting.streams):
+            if combination_error(kind, "data", weighting, other.stage, other.keeps_local_gradients):
                 continue
             total = sum(parts(other, kind)[0].values()) + peak
             moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
             choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
-    memory, host = parts(engine, norm, groups)
+    memory, host = parts(engine, balancer.norm, groups)
     if trainer.get("async_save"):
-        copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]  # as rank 0 does
+        # parts that rank 0 copies
+        copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]
         host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
     return Plan(
         gpus=gpus,
         stage=engine.stage,
-        norm=norm,
+        norm=balancer.norm,
         parameters={
             "backbone": sizes.backbone,
             **{f"head {name}": count for name, count in sizes.heads.items()},
@@ -135,7 +140,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         },
         memory={**memory, "activations": peak},
         host=host,
-        moved=moved_parts(engine, sizes, gpus, norm, size, groups),
+        moved=moved_parts(engine, sizes, gpus, balancer.norm, size, groups),
         activations=activations,
         choices=choices,
         notes=notes,
@@ -143,6 +148,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
 
 
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
+    """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
     if name in given:
         return given[name]
     source = config.tasks[name].train
@@ -151,20 +157,14 @@ def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: 
     except DataError:
         if source.expect is not None and source.expect.classes is not None:
             return source.expect.classes
-        notes.append(f"{name}: its data cannot be read, {CLASSES} classes assumed")
-        return CLASSES
+        notes.append(f"{name}: its data cannot be read, {DEFAULT_CLASSES} classes are assumed")
+        return DEFAULT_CLASSES
 
 
 def _moments(optim: str, notes: list[str]) -> int:
+    """Return the number of float32 values that the optimizer keeps per element, in addition to the weight."""
     if optim == "sgd":
         return 0
     if not optim.startswith("adamw"):
-        notes.append(f"optim '{optim}': counted like AdamW, with two moments of every weight")
+        notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")
     return 2
-
-
-def _allowed(engine: Engine, norm: str, streams: bool) -> bool:
-    """Whether the balancer serves the combination: local gradients need ZeRO and no BF16_Optimizer."""
-    if norm == "exact":
-        return True
-    return engine.stage > 0 and not engine.wraps_bf16 and (norm == "delayed" or streams)

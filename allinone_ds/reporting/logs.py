@@ -1,4 +1,4 @@
-"""What a training log says of every task beside Trainer's own values: gathered in each step, read once a log."""
+"""Names and values that a training log has for every task, in addition to those of Trainer."""
 
 from __future__ import annotations
 
@@ -12,25 +12,42 @@ from allinone_ds.balance.report import StepReport
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.distributed import all_reduce
 from allinone_ds.errors import DataError
-from allinone_ds.reporting.meters import Means, Pace, shares
+from allinone_ds.reporting.meters import Means, Pace, update_shares
 
 
 class TaskLogs:
-    """Values by task, as means over the steps since the last log.
+    """Values of a training log. Trackers write NAME as train/NAME (`reporting/trackers.py`).
 
-    loss/TASK, grad_norm/TASK/raw (norm of the task's averaged backbone gradient), grad_norm/TASK/scale (the factor it
-    got), grad_norm/TASK/scaled and grad_norm/TASK/share (of the squared norm of the update); and epoch/TASK,
-    broken_images (unreadable ones, all ranks, whole run) and what `Pace` measures. Of the last step that measured them:
-    cosine/TASK/TASK and conflict_rate, the share of pairs of tasks whose backbone gradients point apart.
+    Means over the steps since the last log:
+        loss/TASK               loss, mean over micro-steps and ranks
+        grad_norm/TASK/raw      norm of the task's averaged backbone gradient, before scaling
+        grad_norm/TASK/scale    factor of that gradient
+        grad_norm/TASK/scaled   their product
+        grad_norm/TASK/share    the task's share of the update, see `update_shares`
+    Of the last step with a Gram matrix (`balancer.cosines_every`):
+        cosine/TASK/TASK        cosine of two tasks' backbone gradients
+        conflict_rate           fraction of the pairs of tasks whose cosine is negative
+    At the time of the log:
+        epoch/TASK              epochs of the task's data
+        broken_images           unreadable images of the whole run, over all ranks
+    and the values of `Pace`.
 
     Args:
-        schedule: of the run.
-        images: images of one step over all ranks, by task.
-        device: where sums are kept.
-        max_broken_images: how many of the whole run may be unreadable.
+        schedule: schedule of the run.
+        images: task -> images of one step over all ranks.
+        device: device of the sums.
+        max_broken_images: number of unreadable images that the whole run may have.
 
     Attributes:
-        pace: where the time of the steps goes.
+        pace: measures the time of the steps.
+
+    Example:
+        >>> values = {"det": torch.tensor(2.0)}
+        >>> schedule = Schedule(seed=0, sizes={"det": 10}, batch={"det": (2, 1)}, world_size=1)
+        >>> logs = TaskLogs(schedule, {"det": 2}, torch.device("cpu"), max_broken_images=0)
+        >>> logs.add(StepReport(norms=values, scales=values, losses=values, whole_norms=values))
+        >>> logs.drain(step=1, history=[])["grad_norm/det/scaled"]
+        4.0
     """
 
     def __init__(
@@ -41,77 +58,77 @@ class TaskLogs:
         self.max_broken_images = max_broken_images
         self.pace = Pace(images, device)
         self._means = Means(device)
-        self._watched: StepReport | None = None  # the last one with cosines
+        self._gram_report: StepReport | None = None  # the last one with a Gram matrix
         self._broken: list[str] = []
         self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
 
     def add(self, report: StepReport) -> None:
-        """One more step."""
-        share = shares(report.norms, report.scales)
+        """Add the values of one step."""
+        shares = update_shares(report.norms, report.scales)
         values: dict[str, Tensor] = {}
         for task in self.schedule.tasks:
             values[f"loss/{task}"] = report.losses[task]
             values[f"grad_norm/{task}/raw"] = report.norms[task]
             values[f"grad_norm/{task}/scale"] = report.scales[task]
             values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
-            values[f"grad_norm/{task}/share"] = share[task]
+            values[f"grad_norm/{task}/share"] = shares[task]
         self._means.add(values)
         if report.gram is not None:
-            self._watched = report
+            self._gram_report = report
 
     def add_broken(self, messages: Sequence[str]) -> None:
-        """Images of this rank that could not be read, one message each."""
+        """Add images of this rank that could not be read, one message each."""
         self._broken += messages
 
     def drain(self, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Values of the steps since the last call; then start anew. Every rank must call it.
+        """Return the values of the steps since the last call. Collective.
 
         Args:
-            step: optimizer steps of the run so far.
-            history: what was logged before.
+            step: number of optimizer steps of the run so far.
+            history: earlier logs of the run.
 
         Raises:
-            DataError: too many images could not be read.
+            DataError: more than `max_broken_images` images could not be read.
         """
         with self.pace.working():
             logs = self._means.drain()
         logs.update(self.pace.drain())
         logs.update({f"epoch/{task}": self.schedule.epoch(task, step) for task in self.schedule.tasks})
         logs["broken_images"] = self._count_broken(history)
-        if self._watched is not None:
-            logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._watched.cosines().items()})
-            logs["conflict_rate"] = self._watched.conflict_rate()
-            self._watched = None
+        if self._gram_report is not None:
+            logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._gram_report.cosines().items()})
+            logs["conflict_rate"] = self._gram_report.conflict_rate()
+            self._gram_report = None
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """What was gathered since the last log, of this rank."""
-        watched = self._watched
+        """Return the values since the last log, of this rank."""
+        report = self._gram_report
         return {
             "means": self._means.state_dict(),
-            "gram": None if watched is None else watched.gram,
-            "gram_tasks": [] if watched is None else list(watched.tasks),
+            "gram": None if report is None else report.gram,
+            "gram_tasks": [] if report is None else list(report.tasks),
             "broken": list(self._broken),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` gave."""
+        """Continue from values that `state_dict` returned."""
         self._means.load_state_dict(state["means"])
-        self._watched = None
+        self._gram_report = None
         if state["gram"] is not None:  # cosines need nothing else of the report
-            self._watched = StepReport({}, {}, {}, {}, tasks=tuple(state["gram_tasks"]), gram=state["gram"])
+            self._gram_report = StepReport({}, {}, {}, {}, tasks=tuple(state["gram_tasks"]), gram=state["gram"])
         self._broken = list(state["broken"])
 
     def _count_broken(self, history: Sequence[Mapping[str, Any]]) -> int:
-        if self._broken_total is None:  # a resumed run goes on counting
+        if self._broken_total is None:  # a resumed run continues the count
             earlier = [entry["broken_images"] for entry in history if "broken_images" in entry]
             self._broken_total = int(earlier[-1]) if earlier else 0
         self._broken_total += int(all_reduce(torch.tensor(len(self._broken), device=self.device)))
         if self._broken_total > self.max_broken_images:
-            found = "; ".join(self._broken[:3])
+            examples = "; ".join(self._broken[:3])
             raise DataError(
                 f"{self._broken_total} images could not be read, max_broken_images allows "
-                f"{self.max_broken_images}; on this rank since the last log: {found or 'none'}. "
+                f"{self.max_broken_images}; on this rank since the last log: {examples or 'none'}. "
                 "`allinone-ds check CONFIG` lists all of them"
             )
         self._broken.clear()

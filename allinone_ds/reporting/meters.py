@@ -1,4 +1,4 @@
-"""What is measured in every step and read once a log: nothing waits for the device until then."""
+"""Values measured in every step and read once per log, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from allinone_ds.distributed import all_reduce
 
 
 class Means:
-    """Means over the steps since the last log, kept as sums on the device; non-finite values are left out.
+    """Means over the steps since the last log, kept as sums on the device. Non-finite values are left out.
 
     Args:
-        device: where the sums are kept.
+        device: device of the sums.
+
+    Example:
+        >>> means = Means(torch.device("cpu"))
+        >>> for loss in (1.0, 3.0, float("nan")):
+        ...     means.add({"loss/det": loss})
+        >>> means.drain()
+        {'loss/det': 2.0}
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +35,7 @@ class Means:
         self._sums: Tensor | None = None  # (2, names): sums, counts
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one step's values: names to scalars. The names are the same in every step."""
+        """Add one step's values, name -> scalar. The names are the same in every step."""
         row = torch.stack(
             [torch.as_tensor(v, device=self.device).detach().reshape(()).double() for v in values.values()]
         )
@@ -37,23 +44,25 @@ class Means:
         if self._sums is None:
             self._names, self._sums = list(values), step
         elif self._names != list(values):
-            raise ValueError(f"this step reports {list(values)}, the steps before it {self._names}")
+            raise ValueError(
+                f"values {list(values)} differ from those of the steps before, {self._names}; add the same names"
+            )
         else:
             self._sums += step
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums since the last log, of this rank."""
+        """Return the sums since the last log, of this rank."""
         return {"names": list(self._names), "sums": self._sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the sums that `state_dict` gave."""
+        """Continue from sums that `state_dict` returned."""
         self._names = list(state["names"])
         self._sums = None if state["sums"] is None else state["sums"].to(self.device)
 
     def drain(self) -> dict[str, float]:
-        """Means by name, over steps and over all ranks; then start anew. Every rank must call it.
+        """Return name -> mean over the steps since the last call and over all ranks. Collective.
 
-        A name that had no finite value is NaN.
+        The mean of a name without a finite value is NaN.
         """
         if self._sums is None:
             return {}
@@ -63,14 +72,23 @@ class Means:
 
 
 class Pace:
-    """Where the time of the steps since the last log went, by the host's clock; the device is never waited for.
+    """Time of the steps since the last log, without evaluation and saving, measured by the host's clock.
 
-    On a GPU the host runs ahead of the device and catches up when a log is drained, so time a log is right and time a
-    single step would not be. Evaluation and saving are not in it.
+    On a GPU the host runs ahead of the device and waits for it when a log is drained. The time between two logs is
+    therefore exact, and the time of a single step would not be.
 
     Args:
-        images: images of one step over all ranks, by task.
-        device: of this rank.
+        images: task -> images of one step over all ranks.
+        device: this rank's device.
+
+    Example:
+        >>> pace = Pace({"det": 8}, torch.device("cpu"))
+        >>> with pace.waiting():
+        ...     batch = torch.zeros(8)
+        >>> with pace.working():
+        ...     loss = batch.sum()
+        >>> sorted(pace.drain())
+        ['images_per_second/det', 'memory/peak_gib', 'seconds/data_wait', 'seconds/step']
     """
 
     def __init__(self, images: Mapping[str, int], device: torch.device) -> None:
@@ -81,13 +99,13 @@ class Pace:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in which the step's data is waited for; begins a step."""
+        """Measure the time for which a step waits for its data; begins a step."""
         self._steps += 1
         yield from self._timed("wait")
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Time in which the step is computed, or its log read from the device."""
+        """Measure the time in which a step is computed, or its log is read from the device."""
         yield from self._timed("work")
 
     def _timed(self, what: str) -> Iterator[None]:
@@ -96,11 +114,12 @@ class Pace:
         self._seconds[what] += time.perf_counter() - start
 
     def drain(self) -> dict[str, float]:
-        """Values of the slowest rank since the last call; then start anew. Every rank must call it.
+        """Return the values of the slowest rank since the last call; {} without a step. Collective.
 
         Returns:
-            seconds/step, seconds/data_wait (part of it), images_per_second/TASK (over all ranks), and memory/peak_gib
-            (allocated on the device, or on a CPU resident, since the process began).
+            seconds/step; seconds/data_wait, which is part of it; images_per_second/TASK over all ranks; and
+            memory/peak_gib since the process began, the largest of all ranks: allocated on the GPU, or resident on a
+            CPU.
         """
         if not self._steps:
             return {}
@@ -122,15 +141,21 @@ def _peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def shares(norms: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each task's share in the sum of squared scaled backbone norms, on the device.
+def update_shares(norms: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each task's share of the update: (norm * scale)^2, divided by the sum of these squares over all tasks.
 
     Args:
-        norms: raw norms by task, 0-dim.
-        scales: the factors they got; a task that was left out has factor 0.
+        norms: task -> norm of its backbone gradient before scaling, 0-dim.
+        scales: task -> factor of the gradient, 0-dim; 0 for a task that was left out of the step.
 
     Returns:
-        0-dim tensors from 0 to 1 by task; NaN when no task moved the backbone.
+        task -> 0-dim tensor, 0 to 1, on the norms' device; NaN when all squares are 0.
+
+    Example:
+        >>> norms = {"a": torch.tensor(3.0), "b": torch.tensor(40.0)}
+        >>> shares = update_shares(norms, {"a": torch.tensor(1.0), "b": torch.tensor(0.1)})
+        >>> {task: round(float(share), 2) for task, share in shares.items()}
+        {'a': 0.36, 'b': 0.64}
     """
     squares = {task: torch.where(scales[task] > 0, norms[task] * scales[task], 0.0).square() for task in norms}
     total = torch.stack(list(squares.values())).sum()

@@ -1,36 +1,66 @@
-"""Plots of values over steps: files of a run, and small SVG pictures with their description for a page."""
+"""Plots of values over steps: image files of a run, and SVG images with descriptions for a page."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from allinone_ds.evaluation.metrics import labelled_metrics
+
 COLORS = ("#3366aa", "#cc6633", "#2f8f4e", "#8855aa", "#b8860b", "#444444", "#cc3377", "#119999")
 Lines = Mapping[str, tuple[Sequence[int], Sequence[float]]]
-"""{label: (steps, values)}"""
+"""label -> (steps, values)"""
 
 
 def series(
     history: Sequence[dict[str, Any]], prefix: str, suffix: str = ""
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """{task: (steps, values)} of the log entries named PREFIX + task + SUFFIX.
+    """Return task -> (steps, values) of the log entries named PREFIX + task + SUFFIX.
 
     Args:
         history: `trainer.state.log_history`.
         prefix: for example "grad_norm/".
         suffix: for example "/raw".
+
+    Example:
+        >>> series([{"step": 1, "loss/det": 2.0}, {"step": 2, "loss/det": 1.5}], "loss/")
+        {'det': ([1, 2], [2.0, 1.5])}
     """
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    return _lines(
+        history,
+        lambda entry: {
+            key[len(prefix) : len(key) - len(suffix)]: value
+            for key, value in entry.items()
+            if key.startswith(prefix) and key.endswith(suffix) and value is not None
+        },
+    )
+
+
+def evaluation_lines(
+    history: Sequence[dict[str, Any]], tasks: Sequence[str]
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Return "TASK: METRIC" -> (steps, values) of every metric of the tasks, and "score".
+
+    Args:
+        history: `trainer.state.log_history`.
+        tasks: names of the run's tasks.
+    """
+    return _lines(history, lambda entry: labelled_metrics(entry, tasks))
+
+
+def _lines(
+    history: Sequence[dict[str, Any]], values_of: Callable[[dict[str, Any]], Mapping[str, float]]
+) -> dict[str, tuple[list[int], list[float]]]:
+    lines: dict[str, tuple[list[int], list[float]]] = {}
     for entry in history:
-        for key, value in entry.items():
-            if key.startswith(prefix) and key.endswith(suffix) and value is not None and "step" in entry:
-                steps, values = found.setdefault(key[len(prefix) : len(key) - len(suffix)], ([], []))
-                steps.append(entry["step"])
-                values.append(value)
-    return found
+        for label, value in values_of(entry).items() if "step" in entry else ():
+            steps, values = lines.setdefault(label, ([], []))
+            steps.append(entry["step"])
+            values.append(value)
+    return lines
 
 
 def svg(
@@ -40,14 +70,14 @@ def svg(
     limits: tuple[float, float] | None = None,
     labels: Sequence[str] = (),
 ) -> str:
-    """One plot as a self-contained SVG picture that scales.
+    """Return one plot as SVG text.
 
     Args:
-        lines: one line a label.
-        title: above the plot.
-        log: logarithmic axis of values.
-        limits: of the axis of values.
-        labels: all labels of a page, so that one has the same colour in every plot; () is those of `lines`.
+        lines: one line per label.
+        title: text above the plot.
+        log: whether the axis of values is logarithmic.
+        limits: lowest and highest value of that axis.
+        labels: all labels of a page, which gives a label the same colour in every plot; () means those of `lines`.
     """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5.2, 3.3))
@@ -63,7 +93,12 @@ def svg(
 
 
 def describe(lines: Lines, title: str) -> str:
-    """A plot in one sentence, for those who do not see it: where every line begins, ends, and lies in between."""
+    """Return a plot as one sentence for readers who cannot see it: first, last, lowest and highest value per line.
+
+    Example:
+        >>> describe({"det": ([1, 2, 3], [2.0, 0.5, 1.0])}, "loss")
+        'loss: det from 2 (step 1) to 1 (step 3), between 0.5 and 2.'
+    """
     parts = []
     for label, (steps, values) in lines.items():
         finite = [value for value in values if math.isfinite(value)]
@@ -80,14 +115,18 @@ def describe(lines: Lines, title: str) -> str:
 
 
 def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[Path]:
-    """Write loss.png, norms.png and (when there was an evaluation) metrics.png.
+    """Write loss.png, norms.png and, if the run was evaluated, metrics.png.
 
     Args:
         history: `trainer.state.log_history`.
-        folder: made when missing.
+        folder: folder for the files; created if missing.
 
     Returns:
         The files written.
+
+    Example::
+
+        write_plots(trainer.state.log_history, "runs/demo/plots")
     """
     plt = _pyplot()
     folder = Path(folder)
@@ -101,20 +140,20 @@ def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[P
         written.append(folder / name)
 
     figure, axis = plt.subplots(figsize=(7, 4))
-    _draw(axis, series(history, "loss/"), "loss of each task", log=True)
+    _draw(axis, series(history, "loss/"), "loss per task", log=True)
     save(figure, "loss.png")
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
-    _draw(axes[0], series(history, "grad_norm/", "/raw"), "backbone gradient norm of each task, before balancing", True)
-    _draw(axes[1], series(history, "grad_norm/", "/scale"), "factor it got", True)
+    _draw(axes[0], series(history, "grad_norm/", "/raw"), "backbone gradient norm per task, before balancing", True)
+    _draw(axes[1], series(history, "grad_norm/", "/scale"), "factor of the gradient", True)
     _draw(axes[2], series(history, "grad_norm/", "/scaled"), "norm after balancing", True)
-    axes[2].set_ylim(axes[0].get_ylim())  # the same axis: before and after can be compared
+    axes[2].set_ylim(axes[0].get_ylim())  # the same axis, so that before and after can be compared
     save(figure, "norms.png")
 
-    shown = {f: v for f, v in series(history, "eval_").items() if not f.endswith(("_samples", "runtime"))}
-    if shown:
+    metrics = evaluation_lines(history, list(series(history, "loss/")))
+    if metrics:
         figure, axis = plt.subplots(figsize=(7, 4))
-        _draw(axis, shown, "evaluation", log=False)
+        _draw(axis, metrics, "evaluation", log=False)
         axis.set_ylim(0, 1)
         save(figure, "metrics.png")
     return written
@@ -143,11 +182,11 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
     if log:
         axis.set_yscale("log")
         positive = [v for _, values in data.values() for v in values if math.isfinite(v) and v > 0]
-        if positive and max(positive) < 30 * min(positive):  # few powers of ten: name numbers between them
+        if positive and max(positive) < 30 * min(positive):  # few powers of ten: label values between them
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
-            if max(positive) < 1.02 * min(positive):  # do not blow rounding up to a curve
+            if max(positive) < 1.02 * min(positive):  # rounding errors should not look like a curve
                 axis.set_ylim(min(positive) / 2, max(positive) * 2)
     if data:
         axis.legend(frameon=False, fontsize=9)

@@ -1,4 +1,4 @@
-"""The progress of a run as lines of text."""
+"""Progress of a run as lines of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allinone_ds.reporting.text import clock, metrics_line, task_losses
 
 
 class PrintProgress(TrainerCallback):
-    """Prints one line a log: step, time left, loss of every task; and one line an evaluation."""
+    """Callback that prints one line per log (step, time left, loss per task) and one line per evaluation."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start, self.first = time.perf_counter(), state.global_step

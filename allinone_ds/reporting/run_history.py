@@ -1,4 +1,4 @@
-"""What the files of a run tell: configuration, logs, events, metrics and pictures. Needs no torch."""
+"""What the files of a run say: configuration, logs, events, metrics and pictures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from typing import Any
 import yaml
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.metrics import TRAINED_PREFIX, Evaluation, nest
+from allinone_ds.reporting.plots import series
 from allinone_ds.run_folder.names import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, PICTURES
 
 
 @dataclass
 class Run:
-    """What a run's folder tells.
+    """Content of a run's folder.
 
     Attributes:
-        folder: of the run.
-        label: a name that no other run of the page has.
+        folder: the run's folder.
+        label: the run's name on a page.
         config: the resolved configuration; empty when the run has not begun.
-        history: logs in the order of steps, the last one that was written of each; `step` in each.
-        events: (step, what happened), in the order of time: resumes, stops, warnings.
-        metrics: of the end; empty when the run has not ended.
-        pictures: files of predictions by task.
+        history: logs in the order of steps, each with `step`; of a step that was logged again, the last log.
+        events: (step, text) of resumes, stops and warnings, in the order of time.
+        metrics: content of metrics.json; empty when the run has not ended.
+        pictures: task -> files of drawn predictions.
     """
 
     folder: Path
@@ -39,23 +41,34 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        return list(self.config.get("tasks", {}))
+        """Names of the run's tasks."""
+        return list(self.config.get("tasks", {})) or list(series(self.history, "loss/"))
 
-    def evaluation(self) -> dict[str, Any]:
-        """Metrics of the end, else of the last evaluation."""
-        found = [entry for entry in self.history if "eval_score" in entry]
-        return self.metrics if "eval_score" in self.metrics else (found[-1] if found else {})
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The flat record of the final evaluation, or of the last one of a run that has not ended."""
+        logged = [entry for entry in self.history if f"{TRAINED_PREFIX}_score" in entry]
+        return self.metrics if f"{TRAINED_PREFIX}_score" in self.metrics or not logged else logged[-1]
+
+    def evaluation(self, prefix: str = TRAINED_PREFIX) -> Evaluation:
+        """Return the metrics of `evaluated`: of the trained weights, or of their average with AVERAGED_PREFIX."""
+        return nest(self.evaluated, self.tasks, prefix)
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read what lies in a run's folder.
+    """Read the files of a run; it may be in progress.
 
     Raises:
-        ConfigError: neither a log nor metrics are in it.
+        ConfigError: the folder has neither a log nor metrics.
+
+    Example::
+
+        run = read_run("runs/demo")
+        run.evaluation().metrics("detection")    # {"map50": 0.81, "map": 0.55}
     """
     folder = Path(folder)
     if not (folder / EVENTS_FILE).is_file() and not (folder / METRICS_FILE).is_file():
-        raise ConfigError(f"{folder}: neither {EVENTS_FILE} nor {METRICS_FILE} in it; give the folder of a run")
+        raise ConfigError(f"{folder}: has neither {EVENTS_FILE} nor {METRICS_FILE}; give the folder of a run")
     config = yaml.safe_load(_text(folder / CONFIG_FILE)) or {}
     pictures: dict[str, list[Path]] = {}
     for file in sorted((folder / PICTURES).glob("*-*.png")):
@@ -72,12 +85,12 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
-    """Logs by step. Where a run is resumed, what it had logged beyond that step no longer counts."""
+    """Return the logs by step. A resumed run replaces what it had logged after the step of its checkpoint."""
     last: dict[tuple[int, bool], dict[str, Any]] = {}
     for event in _lines(file):
         if event.get("event") == "begin":
             last = {key: entry for key, entry in last.items() if key[0] <= event["step"]}
-        if event.get("event") == "log" and ("loss" in event or "eval_score" in event):
+        if event.get("event") == "log" and ("loss" in event or f"{TRAINED_PREFIX}_score" in event):
             last[event["step"], "loss" in event] = {
                 key: math.nan if value is None else value
                 for key, value in event.items()
@@ -87,7 +100,7 @@ def _history(file: Path) -> list[dict[str, Any]]:
 
 
 def _events(file: Path) -> list[tuple[int, str]]:
-    """What an operator wants to know of."""
+    """Return (step, text) of every restart, stop and warning."""
     found = []
     for number, event in enumerate(_lines(file)):
         step = event.get("step", 0)
@@ -115,15 +128,16 @@ def _text(file: Path) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def flat_values(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+def dotted_values(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys.
+
+    Example:
+        >>> dotted_values({"trainer": {"max_steps": 4}, "name": "demo"})
+        {'trainer.max_steps': 4, 'name': 'demo'}
+    """
     if not isinstance(value, Mapping) or not value:
         return {prefix: value} if prefix else {}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found.update(flat_values(inner, f"{prefix}.{key}" if prefix else str(key)))
+        found.update(dotted_values(inner, f"{prefix}.{key}" if prefix else str(key)))
     return found
-
-
-def is_number(text: str) -> bool:
-    return not text or text[0].isdigit() or text in ("nan", "inf") or text[0] == "-"

@@ -3,66 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from allinone_ds.evaluation.metrics import Evaluation
 
-def metrics_table(metrics: dict[str, Any], title: str) -> Table:
-    """Every task's metrics, and the score.
+if TYPE_CHECKING:
+    from allinone_ds.planning.plan import Plan
 
-    Args:
-        metrics: named eval_TASK_METRIC, eval_TASK_samples and eval_score.
-        title: above the table.
+
+def metrics_table(evaluation: Evaluation, title: str) -> Table:
+    """Return a table of every task's metrics and the score.
+
+    Example:
+        >>> metrics_table(Evaluation({"det": {"map50": 0.5, "samples": 9}}, score=0.5), "runs/demo").row_count
+        2
     """
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("samples", justify="right")
-    for name in [k.removeprefix("eval_").removesuffix("_samples") for k in metrics if k.endswith("_samples")]:
-        start = f"eval_{name}_"
-        for key, value in metrics.items():
-            if key.startswith(start) and not key.endswith(("_samples", "_broken")):
-                table.add_row(name, key.removeprefix(start), f"{value:.3f}", str(metrics[f"{start}samples"]))
-    if "eval_score" in metrics:
-        table.add_row("score", "mean of main metrics", f"{metrics['eval_score']:.3f}", "", style="bold")
+    table = _table(title, "task", "metric", right=("value", "samples"))
+    for task, values in evaluation.tasks.items():
+        for metric, value in evaluation.metrics(task).items():
+            table.add_row(task, metric, f"{value:.3f}", str(values.get("samples", "")))
+    if evaluation.score is not None:
+        table.add_row("score", "mean of main metrics", f"{evaluation.score:.3f}", "", style="bold")
     return table
 
 
-def plan_tables(plan: Any, config: str) -> Iterator[str | Table]:
-    """What a run needs of each GPU: memory by part, messages by kind, and the same run under other settings.
+def plan_tables(plan: Plan, config: str) -> Iterator[str | Table]:
+    """Yield what a run needs of each GPU: memory by part, bytes sent by purpose, and both with other settings.
 
     Args:
-        plan: a `training.plan.Plan`.
-        config: how the run's file is called.
+        plan: what `plan_run` returned.
+        config: name of the run's file, for the titles.
     """
     where = f"{config} on {plan.gpus} GPUs, ZeRO-{plan.stage}, norm={plan.norm}"
     sizes = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items() if count)
     yield f"parameters: {sizes}"
-    yield _bytes_table(plan.memory, f"{where}: memory of a GPU")
+    yield _bytes_table(plan.memory, f"{where}: memory per GPU")
     if plan.host:
-        yield _bytes_table(plan.host, "memory of the host for each GPU")
-    yield _bytes_table(plan.activations, "activations of a micro-step by task", total=False)
-    yield _bytes_table(plan.moved, "sent by a GPU in an optimizer step")
-    table = Table(title="the same run otherwise", title_justify="left", box=None, pad_edge=False)
-    for column in ("ZeRO", "norm", "memory GiB", "sent GiB"):
-        table.add_column(column, justify="right" if "GiB" in column else "left")
+        yield _bytes_table(plan.host, "memory of the host per GPU")
+    yield _bytes_table(plan.activations, "activations of one micro-step by task", total=False)
+    yield _bytes_table(plan.moved, "sent per GPU and optimizer step")
+    table = _table("the same run with other settings", "ZeRO", "norm", right=("memory GiB", "sent GiB"))
     for row in plan.choices:
-        mine = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
+        planned = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
         cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
-        table.add_row(*cells, style="bold" if mine else None)
+        table.add_row(*cells, style="bold" if planned else None)
     yield table
 
 
 def _bytes_table(parts: dict[str, int], title: str, total: bool = True) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table = _table(title, "part", right=("GiB",))
     for name, count in parts.items():
         table.add_row(name, _gib(count))
     if total:
-        table.add_row("in all", _gib(sum(parts.values())), style="bold")
+        table.add_row("total", _gib(sum(parts.values())), style="bold")
+    return table
+
+
+def _table(title: str, *left: str, right: tuple[str, ...]) -> Table:
+    """Return an empty table with columns of text, aligned to the left, and of numbers, aligned to the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in (*left, *right):
+        table.add_column(column, justify="right" if column in right else "left")
     return table
 
 

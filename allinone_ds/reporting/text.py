@@ -6,7 +6,7 @@ from typing import Any
 
 
 def task_losses(logs: dict[str, Any]) -> dict[str, float]:
-    """{task: loss} out of one log."""
+    """Return task -> loss of one log; a missing value is NaN."""
     return {
         key.removeprefix("loss/"): float("nan") if value is None else value
         for key, value in logs.items()
@@ -15,17 +15,21 @@ def task_losses(logs: dict[str, Any]) -> dict[str, float]:
 
 
 def metrics_line(logs: dict[str, Any]) -> str:
-    """Evaluation metrics in one line of text."""
-    skip = ("_samples", "_runtime")
+    """Return the metrics of one log as a line of text, under their flat names.
+
+    Example:
+        >>> metrics_line({"eval_det_map50": 0.25, "eval_det_samples": 9, "eval_score": 0.25, "eval_runtime": 2.0})
+        'det_map50 0.250  score 0.250'
+    """
     return "  ".join(
         f"{key.removeprefix('eval_')} {value:.3f}"
         for key, value in logs.items()
-        if key.startswith("eval_") and not key.endswith(skip) and isinstance(value, float)
+        if key.startswith("eval_") and key != "eval_runtime" and isinstance(value, float)  # counts are integers
     )
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss."""
+    """Return seconds as m:ss, or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

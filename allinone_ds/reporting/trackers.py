@@ -1,4 +1,12 @@
-"""Trackers of a run: those of transformers' `report_to`, with what a balanced run of many tasks needs beside them."""
+"""Trackers of a run: the W&B and TensorBoard callbacks of transformers' `report_to`, extended for many tasks.
+
+Keys in W&B and TensorBoard:
+    train/NAME                  values of a training log; `TaskLogs` in reporting/logs.py lists the names
+    eval/TASK_METRIC            metrics of every evaluation
+    eval/score                  mean of the tasks' main metrics
+    predictions/TASK            test images with predictions
+    train/global_step           optimizer step, the x axis of everything in W&B
+"""
 
 from __future__ import annotations
 
@@ -20,50 +28,75 @@ from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TENSORBOARD, W
 from allinone_ds.tasks.drawing import to_pil
 
 STEP = "train/global_step"
-"""The one x axis of everything that is logged to W&B: optimizer steps."""
+METRIC = "eval/{task}_{metric}"
+SCORE = "eval/score"
+PICTURES = "predictions/{task}"
 
 
 class Tracker(Protocol):
-    """A callback that also takes pictures."""
+    """A callback that also logs pictures."""
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         """Log predictions drawn on images.
 
         Args:
-            pictures: by task, each uint8 (3, H, W).
+            pictures: task -> pictures, each uint8 (3, H, W).
             step: optimizer step.
         """
 
 
-def use_own_trackers(trainer: Any) -> list[Tracker]:
-    """Put the trackers of this file in the places of those that `report_to` asked for, behind the other callbacks."""
+class TrackedTrainer(Protocol):
+    """What the trackers use of an `AllInOneTrainer`.
+
+    Attributes:
+        args: training arguments, of which `output_dir` is used.
+        state: state of the run, of which `global_step` is used.
+        saver: writer of checkpoints in the background, of which `finish()` is used; None without `async_save`.
+    """
+
+    args: Any
+    state: Any
+    saver: Any
+
+    def pop_callback(self, callback: Any) -> Any: ...
+    def add_callback(self, callback: Any) -> Any: ...
+    def save_model(self) -> Any: ...
+    def warn(self, step: int, message: str) -> None: ...
+
+
+def use_own_trackers(trainer: TrackedTrainer) -> list[Tracker]:
+    """Replace the callbacks that `report_to` added by those of this file, after all other callbacks.
+
+    Returns:
+        The new callbacks.
+    """
     trackers: list[Tracker] = []
     if trainer.pop_callback(WandbCallback):
         trackers.append(WandbTracker(trainer))
     if trainer.pop_callback(TensorBoardCallback):
         trackers.append(TensorBoardTracker(str(trainer.args.output_dir)))
     for tracker in trackers:
-        trainer.add_callback(tracker)  # type: ignore[arg-type]
+        trainer.add_callback(tracker)
     return trackers
 
 
 class WandbTracker(WandbCallback):
-    """Weights & Biases: transformers' callback and its environment variables, and beside them
+    """Weights & Biases: transformers' callback with its environment variables, and in addition:
 
-    - without a key (and without WANDB_MODE) the run is written offline, to be sent later with `wandb sync`;
-    - a resumed run goes on under the id it had, which RUN/wandb.json keeps;
-    - every metric has one x axis, the optimizer step. W&B's own counter only rises, over resumes too: rows below it
-      would be dropped;
-    - in the run's summary a task's main metric and the score are the best they were;
-    - config.yaml is `run` in the run's config, and with model.json an artifact; with WANDB_LOG_MODEL=end or checkpoint
-      the final weights are one too.
+    - Without a key and without WANDB_MODE the run is written offline. `wandb sync` uploads it later.
+    - A resumed run keeps its id, which is stored in RUN/wandb.json.
+    - The x axis of every metric is the optimizer step. W&B's own row counter increases over resumes too, because W&B
+      drops rows whose counter decreases.
+    - The run's summary has the best value of every task's main metric and of the score.
+    - config.yaml is `run` in the run's config. config.yaml and model.json are an artifact; with WANDB_LOG_MODEL=end or
+      WANDB_LOG_MODEL=checkpoint the final weights are one too.
 
     Args:
-        trainer: whose weights are saved at the end. transformers' own callback would build a second Trainer around the
-            bare model, which a partitioned model does not survive.
+        trainer: saves the weights at the end. transformers' callback would build a second Trainer around the bare
+            model, which fails when ZeRO-3 has partitioned it.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: TrackedTrainer) -> None:
         super().__init__()
         self.trainer = trainer
 
@@ -71,7 +104,7 @@ class WandbTracker(WandbCallback):
         if not state.is_world_process_zero:
             self._initialized = True
             return
-        before = self._remembered(Path(args.output_dir) / WANDB_FILE) if state.global_step else {}
+        before = self._read_id(Path(args.output_dir) / WANDB_FILE) if state.global_step else {}
         if self._wandb.run is None:
             self._wandb.init(
                 project=os.getenv("WANDB_PROJECT", "huggingface"),
@@ -86,16 +119,16 @@ class WandbTracker(WandbCallback):
         if config.is_file():
             run.config.update({"run": yaml.safe_load(config.read_text())}, allow_val_change=True)
         for name, task in tasks_of(model).items():
-            run.define_metric(f"eval/{name}_{task.main_metric}", step_metric=STEP, summary="max")
-        run.define_metric("eval/score", step_metric=STEP, summary="max")
-        if run.step < before.get("rows", 0):  # an offline run cannot ask the server where it stood
+            run.define_metric(METRIC.format(task=name, metric=task.main_metric), step_metric=STEP, summary="max")
+        run.define_metric(SCORE, step_metric=STEP, summary="max")
+        if run.step < before.get("rows", 0):  # an offline run does not get its row counter from the server
             run.log({STEP: state.global_step}, step=before["rows"])
         self._log_files(args, "config", "config", (CONFIG_FILE, MODEL_FILE))
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, model=model, logs=logs, **kwargs)
         if state.is_world_process_zero:
-            self._remember()
+            self._write_id()
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
@@ -107,43 +140,45 @@ class WandbTracker(WandbCallback):
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         named = {
-            f"predictions/{task}": [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
+            PICTURES.format(task=task): [self._wandb.Image(to_pil(picture)) for picture in _of_one_size(drawn)]
             for task, drawn in pictures.items()
         }
         self._wandb.log({**named, STEP: step})
-        self._remember()
+        self._write_id()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wanted = self._log_model.value == "checkpoint"
         if self.trainer.saver is not None and any_rank(wanted, args.device):
-            self.trainer.saver.finish()  # collective; the folder is not there before
+            self.trainer.saver.finish()  # collective; the checkpoint is renamed into place only then
         super().on_save(args, state, control, **kwargs)
 
-    def _remembered(self, memory: Path) -> dict[str, Any]:
-        """Id and row counter of the run that is resumed."""
-        if not memory.is_file():
+    def _read_id(self, file: Path) -> dict[str, Any]:
+        """Return "id" and "rows", the row counter, of the run that is resumed; {} if the file cannot be used."""
+        if not file.is_file():
             return {}
         try:
-            content = json.loads(memory.read_text())
+            content = json.loads(file.read_text())
             return {"id": str(content["id"]), "rows": int(content["rows"])}
         except (ValueError, KeyError, TypeError):
             step = self.trainer.state.global_step
-            self.trainer.warn(step, f"{memory} cannot be read: W&B gets a new run; WANDB_RUN_ID names the old one")
+            self.trainer.warn(
+                step, f"{file} cannot be read: W&B gets a new run; set WANDB_RUN_ID to continue the old one"
+            )
             return {}
 
-    def _remember(self) -> None:
-        """Keep id and row counter after every row, for a run that is killed before its next checkpoint too."""
+    def _write_id(self) -> None:
+        """Write id and row counter after every row, since a run may be killed before its next checkpoint."""
         run = self._wandb.run
-        if run.disabled:  # WANDB_MODE=disabled counts nothing
+        if run.disabled:  # WANDB_MODE=disabled has no row counter
             return
-        memory = Path(str(self.trainer.args.output_dir)) / WANDB_FILE
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps({"id": run.id, "rows": run.step}) + "\n")
+        file = Path(str(self.trainer.args.output_dir)) / WANDB_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"id": run.id, "rows": run.step}) + "\n")
 
     def _log_files(
         self, args: Any, what: str, kind: str, names: Sequence[str], aliases: Sequence[str] | None = None
     ) -> None:
-        """Log those of the run's files that exist (a Trainer script of one's own writes no config.yaml)."""
+        """Log those of the run's files that exist; a script that uses AllInOneTrainer writes no config.yaml."""
         files = [file for file in (Path(args.output_dir) / name for name in names) if file.is_file()]
         if files:
             artifact = self._wandb.Artifact(f"{what}-{self._wandb.run.id}", type=kind)
@@ -153,18 +188,19 @@ class WandbTracker(WandbCallback):
 
 
 def _of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
-    """Pictures (3, H, W) with white to their right and below: W&B shows those of a list in the size of the first."""
+    """Return pictures padded with white to one size (3, H, W): W&B shows a list of images in the size of the first."""
     H, W = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
     white = [(0, W - picture.shape[2], 0, H - picture.shape[1]) for picture in pictures]
     return [F.pad(picture, edges, value=255) for picture, edges in zip(pictures, white, strict=True)]
 
 
 class TensorBoardTracker(TensorBoardCallback):
-    """TensorBoard: transformers' callback, in RUN/tensorboard; a resumed run goes on there, and what the run had logged
-    beyond the checkpoint is replaced.
+    """TensorBoard: transformers' callback, which writes to RUN/tensorboard.
+
+    A resumed run continues there and replaces what it had logged after the step of its checkpoint.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -185,10 +221,10 @@ class TensorBoardTracker(TensorBoardCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.tb_writer:
-            self.tb_writer.flush()  # not closed: the last evaluation may come after training
+            self.tb_writer.flush()  # not closed, since an evaluation may follow
 
     def show(self, pictures: Mapping[str, Sequence[Tensor]], step: int) -> None:
         for task, drawn in pictures.items():
             for number, picture in enumerate(drawn):
-                self.tb_writer.add_image(f"predictions/{task}/{number}", picture, step)
+                self.tb_writer.add_image(f"{PICTURES.format(task=task)}/{number}", picture, step)
         self.tb_writer.flush()

@@ -1,4 +1,4 @@
-"""The YAML file of a run, read strictly, and what is built from it: arguments, model and data.
+"""The YAML file of a run, its validation, and what is built from it: arguments, model and data.
 
 May import `run_folder`, `model`, `tasks`, `balance`, `zero`, `models` and `data`.
 """

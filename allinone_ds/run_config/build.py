@@ -1,4 +1,4 @@
-"""From a run's configuration to its model and data. Needs no DeepSpeed."""
+"""Build the model and open the data of a run. Needs no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from allinone_ds.tasks import build_task, task_class
 
 
 def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
-    """The model of a run with fresh weights (or those of the backbone's checkpoint).
+    """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: the run; only its tasks are read.
-        facts: the backbone and the class names.
+        config: configuration of the run; only `tasks` is used.
+        facts: backbone configuration and class names.
+
+    Raises:
+        ConfigError: an invalid head, option or test-time view.
     """
     backbone = build_backbone(facts.backbone)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()
     }
-    for name, task in config.tasks.items():  # now, not after the training
+    for name, task in config.tasks.items():  # checked before training, not in the evaluation after it
         if task.test_time is not None:
             tasks[name].check_test_time(task.test_time)
     return AllInOneModel(backbone, tasks)
 
 
 def open_train_data(config: RunConfig) -> dict[str, TaskData]:
-    """Training data by task.
+    """Return {task: training data}.
 
     Raises:
-        DataError: names the file and what is wrong with it.
+        DataError: invalid data; the message names the file.
     """
     data = {}
     for name, task in config.tasks.items():
@@ -53,14 +56,14 @@ def open_train_data(config: RunConfig) -> dict[str, TaskData]:
 
 
 def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str, TaskData]:
-    """Test data of the tasks that have any, their class ids those of the training data.
+    """Return {task: test data} for the tasks with test data, with the class ids of the training data.
 
     Args:
-        config: the run.
-        classes: class names of the training data by task.
+        config: configuration of the run.
+        classes: {task: class names of its training data}.
 
     Raises:
-        DataError: names the file and what is wrong with it.
+        DataError: invalid data; the message names the file.
     """
     data = {}
     for name, task in config.tasks.items():
@@ -76,12 +79,17 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
     return data
 
 
-def spelled_out(asked: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
-    """The backbone's configuration without its checkpoint: the sizes found there are written down instead."""
-    if asked.checkpoint is None:
-        return asked
+def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
+    """Return a backbone configuration that needs no checkpoint: the sizes of the built backbone replace it.
+
+    Args:
+        configured: configuration that the backbone was built from.
+        built: configuration of the built backbone.
+    """
+    if configured.checkpoint is None:
+        return configured
     default = type(built)().to_dict()
-    apart = (
+    derived = (
         "out_indices",
         "out_features",
         "stage_names",
@@ -93,6 +101,6 @@ def spelled_out(asked: BackboneConfig, built: PreTrainedConfig) -> BackboneConfi
     sizes = {
         key: value
         for key, value in built.to_dict().items()
-        if not key.startswith("_") and key not in apart and key in default and value != default[key]
+        if not key.startswith("_") and key not in derived and key in default and value != default[key]
     }
-    return asked.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})
+    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})

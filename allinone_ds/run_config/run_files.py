@@ -1,4 +1,4 @@
-"""The files beside a run's weights that say what they are weights of: config.yaml and model.json."""
+"""The files that describe the weights in a run's folder: config.yaml and model.json."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from allinone_ds.strict import Strict
 
 
 def save_config(config: RunConfig, folder: str | Path) -> Path:
-    """Write the resolved configuration into a folder, whole or not at all; `load_config` reads it back."""
+    """Write the resolved configuration to a folder, for `load_config`; return the path of the file."""
     target = Path(folder) / CONFIG_FILE
     write_atomically(target, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
     return target
 
 
 class ModelFacts(Strict):
-    """What is needed beside configuration and weights to build a run's model again, without its data."""
+    """What is needed, in addition to configuration and weights, to build the model of a run without its data."""
 
     backbone: BackboneConfig
-    """The backbone with its sizes spelled out, so that the checkpoint it started from is not needed."""
+    """Backbone configuration with all sizes, so that the checkpoint it started from is not needed."""
     classes: dict[str, list[str]]
-    """Class names by task."""
+    """{task: class names}."""
 
 
 def save_run_files(config: RunConfig, facts: ModelFacts, folder: str | Path) -> None:
-    """Write what is needed beside the weights to use them: config.yaml and model.json."""
+    """Write config.yaml and model.json, which are needed to use the weights in the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_config(config, folder)
     write_atomically(Path(folder) / MODEL_FILE, facts.model_dump_json(indent=1) + "\n")
 
 
 def read_run_files(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, ModelFacts]:
-    """Configuration and model of a run (or of one of its checkpoints).
+    """Return the configuration and model facts of a run.
 
     Args:
-        folder: the run's.
-        overrides: dotted keys laid over its configuration.
+        folder: folder of the run or of one of its checkpoints.
+        overrides: dotted overrides of the configuration.
 
     Raises:
         ConfigError: the folder is not that of a run.
@@ -53,17 +53,17 @@ def read_run_files(folder: str | Path, overrides: Sequence[str] = ()) -> tuple[R
     folder = Path(folder)
     for name in (CONFIG_FILE, MODEL_FILE):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run or of one of its checkpoints")
+            raise ConfigError(f"{folder} holds no {name}; give the folder of a run or of one of its checkpoints")
     facts = ModelFacts.model_validate_json((folder / MODEL_FILE).read_text())
     return load_config(folder / CONFIG_FILE, overrides), facts
 
 
 class RunFiles(RunCallback):
-    """Saves the resolved configuration and what the model is made of beside every checkpoint.
+    """Writes config.yaml and model.json to the run's folder and to every checkpoint.
 
     Args:
-        config: the run.
-        facts: what else is needed to build its model again.
+        config: configuration of the run.
+        facts: further facts that are needed to build its model.
     """
 
     def __init__(self, config: RunConfig, facts: ModelFacts) -> None:

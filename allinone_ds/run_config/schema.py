@@ -1,4 +1,4 @@
-"""One YAML file describes one run; it is read strictly and written back, resolved, beside every checkpoint."""
+"""The schema of a run's YAML file. Every checkpoint holds the resolved file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
+from allinone_ds.balance.assignment import check_groups
+from allinone_ds.balance.options import BalancerConfig, combination_error
 from allinone_ds.data.augmentation.branches import Augment, AugmentConfig
 from allinone_ds.data.augmentation.transforms import train_transform
 from allinone_ds.data.sources import Source
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.yaml_files import read_deepspeed, read_yaml
 from allinone_ds.strict import Strict, explain
 from allinone_ds.tasks.test_time import TestTime
@@ -27,45 +30,45 @@ def _augment_file(value: Any) -> Any:
 
 
 class ModelConfig(Strict):
-    """What all tasks share."""
+    """The part of the model that all tasks share."""
 
     backbone: BackboneConfig
     start_from: Path | None = None
-    """Folder of an earlier run (or checkpoint) with the same backbone: weights to start from. Heads whose task has
-    another name or other classes start fresh."""
+    """Folder of an earlier run or checkpoint with the same backbone, whose weights the run starts from. The head of a
+    task whose name or classes differ starts from random weights."""
 
 
 class TaskConfig(Strict):
-    """One task: its head, its data and how much of it every optimizer step sees."""
+    """One task: its head, its data and the number of its images per optimizer step."""
 
     type: str
-    """"detection", "segmentation", "classification", or "module:Class" for a task of one's own."""
+    """"detection", "segmentation", "classification", or "module:Class" for a custom task."""
     head: str | None = None
-    """Name of the head; None is the task's default head."""
+    """Name of the head; None is the default head of the task."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the head."""
     image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_height_width)]
-    """(height, width) in pixels that images are resized to; one number is a square."""
+    """(height, width) in pixels that images are resized to; a single number is both."""
     batch_size: PositiveInt
-    """Images in one micro-batch of one rank."""
+    """Images per micro-batch and rank."""
     eval_batch_size: PositiveInt | None = None
-    """Images in one evaluation batch of one rank; None is `batch_size`."""
+    """Images per evaluation batch and rank; None is `batch_size`."""
     micro_steps: PositiveInt = 1
-    """Micro-batches in one optimizer step."""
+    """Micro-batches per optimizer step and rank."""
     test_time: TestTime | None = None
-    """Views of an image that are predicted and merged in evaluation and prediction; None: the image alone."""
+    """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
     train: Source
     test: Source | None = None
-    """A task without test data is trained and not evaluated."""
+    """None: the task is trained, but not evaluated."""
     cache: bool = False
-    """Keep decoded training images in memory; for small ones, where decoding is most of the work."""
+    """Keep decoded images in memory; for small images, where decoding dominates the loading time."""
     augment: Annotated[Augment, BeforeValidator(_augment_file)] = Field(default=[], validate_default=True)
-    """A list of transforms by name, or `branches` of such of which every sample takes one, or a file of branches."""
+    """A list of transforms; `branches`, i.e. lists of which one is drawn per sample; or a file that holds either."""
 
     @field_validator("augment")
     @classmethod
     def _buildable(cls, value: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
-        """Mistakes in names and options show when the file is read, not when training starts."""
+        """Report invalid names and options when the file is read, not when training starts."""
         if "image_size" in info.data and "type" in info.data:
             kind = None if ":" in info.data["type"] else info.data["type"]
             train_transform(value, info.data["image_size"], kind)
@@ -73,44 +76,55 @@ class TaskConfig(Strict):
 
 
 class RunConfig(Strict):
-    """All of one run."""
+    """The configuration of one run; `load_config` reads it from a YAML file.
+
+    Example:
+        >>> config = load_config("configs/runs/demo.yaml")
+        >>> config.tasks["detection"].batch_size, config.step_images
+        (6, 34)
+    """
 
     name: str
     output_dir: Path | None = None
-    """Where the run is written; None is runs/NAME."""
+    """Folder that the run is written to; None is runs/NAME."""
     data_root: Path = Path(".")
-    """What relative paths of the data sources start from."""
+    """Folder that relative paths of the data sources start from."""
     model: ModelConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
-    balancer: dict[str, Any] = Field(default_factory=lambda: {"name": "tbgc"})
-    """`name` of the weighting and its options; `norm`, `sketch_size`, `task_traces`, `cosines_every`, `parallel` and
-    `groups` are those of TaskBalancer."""
+    balancer: BalancerConfig = Field(default_factory=BalancerConfig)
+    """`name` of the weighting and its options, and the options of TaskBalancer."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `AllInOneArguments`, which are those of transformers.TrainingArguments and a few more."""
+    """Fields of `AllInOneArguments`, which extends `transformers.TrainingArguments`."""
     deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"
-    """A DeepSpeed config: a file or its content."""
+    """DeepSpeed config: a JSON file or its content."""
     max_broken_images: int = Field(default=100, ge=0)
-    """Images that cannot be read are skipped and counted; more than this many stop the run."""
+    """Unreadable images, over all ranks, that are skipped and counted before the run stops."""
 
     @property
     def run_dir(self) -> Path:
+        """Folder that the run is written to."""
         return self.output_dir if self.output_dir is not None else Path("runs") / self.name
 
     @property
     def step_images(self) -> int:
-        """Images of one rank in one optimizer step."""
+        """Images per rank and optimizer step."""
         return sum(task.batch_size * task.micro_steps for task in self.tasks.values())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read one run strictly: an unknown key is an error that names the nearest valid one.
+    """Read and validate the YAML file of a run. An unknown key is an error that suggests the nearest valid key.
 
     Args:
         path: the YAML file, or the name of one that comes with the package.
-        overrides: dotted keys laid over the file, for example ["trainer.max_steps=50"].
+        overrides: dotted overrides, for example ["trainer.max_steps=50"].
 
     Raises:
-        ConfigError: with one line a mistake.
+        ConfigError: one line per mistake.
+
+    Example:
+        >>> config = load_config("configs/runs/demo.yaml", ["trainer.max_steps=50"])
+        >>> sorted(config.tasks), config.trainer["max_steps"], str(config.run_dir)
+        (['classification', 'detection', 'segmentation'], 50, 'runs/demo')
     """
     content = read_yaml(path, overrides)
     where = str(path)
@@ -120,4 +134,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(explain(error, RunConfig, where)) from error
     if isinstance(config.deepspeed, str):
         config.deepspeed = read_deepspeed(config.deepspeed)
+    check_balancer(config)
     return config
+
+
+def check_balancer(config: RunConfig) -> None:
+    """Refuse a balancer that cannot run with the tasks and the DeepSpeed engine of a run.
+
+    Args:
+        config: the run, the content of its DeepSpeed file in it.
+
+    Raises:
+        ConfigError: names the option, and says what to do.
+    """
+    balancer = config.balancer
+    if balancer.groups is not None:
+        try:
+            check_groups(balancer.groups, tuple(config.tasks))
+        except ConfigError as error:
+            raise ConfigError(f"balancer.{error}") from error
+    engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
+    refusal = combination_error(
+        balancer.norm, balancer.parallel, balancer.weighting(), engine.stage, engine.keeps_local_gradients
+    )
+    if refusal is not None:
+        raise type(refusal)(f"balancer: {refusal}")

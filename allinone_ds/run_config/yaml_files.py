@@ -1,4 +1,4 @@
-"""Files of configuration: found by name, read as YAML or JSON, dotted overrides laid over them. Quick to import."""
+"""Find and read YAML and JSON configuration files, and apply dotted overrides. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|[?&][^=&\s]*(?:token|key|secret|sig
 
 
 def find_config(path: str | Path) -> Path:
-    """The configuration file of this name: as given, or among the configurations that come with the package.
+    """Return a configuration file: the given path if it exists, else the file of this name in the package.
 
-    In a checkout those lie in configs/ at its top, in an installed package in allinone_ds/configs.
+    The files of the package are in configs/ of a checkout and in allinone_ds/configs of an installed package.
 
     Args:
-        path: for example "configs/runs/demo.yaml"; the leading "configs" stands for either place.
+        path: for example "configs/runs/demo.yaml"; the leading "configs" stands for either folder.
 
     Raises:
         ConfigError: there is no such file.
@@ -33,25 +33,29 @@ def find_config(path: str | Path) -> Path:
     if given.is_file():
         return given
     package = Path(__file__).resolve().parent.parent
-    homes = (package / "configs", package.parent / "configs")
+    folders = (package / "configs", package.parent / "configs")
     inner = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
     if not given.is_absolute():
-        for home in homes:
-            if (home / inner).is_file():
-                return home / inner
-    shipped = sorted({f"configs/{f.relative_to(h)}" for h in homes for f in h.glob("*/*") if f.is_file()})
-    raise ConfigError(f"no configuration file '{path}'; those that come with the package: {', '.join(shipped)}")
+        for folder in folders:
+            if (folder / inner).is_file():
+                return folder / inner
+    shipped = sorted({f"configs/{f.relative_to(top)}" for top in folders for f in top.glob("*/*") if f.is_file()})
+    raise ConfigError(f"no configuration file '{path}'; files of the package: {', '.join(shipped)}")
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a run's YAML file and lay dotted overrides over it, without looking at names or types.
+    """Read the YAML file of a run and apply dotted overrides, without validating names or types.
 
-    A file whose key `base` names another is laid over that one: mappings are merged, anything else is replaced. A data
-    source of another `format` replaces the one below it, of which only `expect` and `classes` stay.
+    If the key `base` names a second file, the content is merged into that of the base: mappings are merged, other
+    values are replaced. A data source with a different `format` replaces that of the base, except `expect` and
+    `classes`.
 
     Args:
         path: the file, or the name of one that comes with the package.
         overrides: for example ["trainer.max_steps=50"].
+
+    Raises:
+        ConfigError: the file or an override cannot be read, or a value holds a password or token.
     """
     for item in overrides:
         if "=" not in item or item.startswith("-"):
@@ -65,16 +69,16 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
         merged = _merged(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list over a mapping
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list replaces a mapping
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: a run is a mapping of keys, found {type(content).__name__}")
+        raise ConfigError(f"{file}: expected a mapping of keys, found {type(content).__name__}")
     _refuse_secrets(content, str(file))
     return {str(key): value for key, value in content.items()}
 
 
 def _check_tasks(base: Any, overrides: Sequence[str]) -> None:
-    """Refuse an override of a task that the run does not have, unless the overrides give that task whole."""
+    """Refuse an override of a task that the run does not have, unless the overrides define that task."""
     tasks = base.get("tasks") if isinstance(base, DictConfig) else None
     if not isinstance(tasks, DictConfig):
         return
@@ -86,7 +90,7 @@ def _check_tasks(base: Any, overrides: Sequence[str]) -> None:
 
 
 def _refuse_secrets(content: Any, file: str, key: str = "") -> None:
-    """No address with a password or token: a run writes its configuration into checkpoints, logs and trackers."""
+    """Refuse a URL with a password or token, because the configuration is written to checkpoints, logs and trackers."""
     if isinstance(content, dict):
         for name, value in content.items():
             _refuse_secrets(value, file, f"{key}.{name}" if key else str(name))
@@ -95,9 +99,8 @@ def _refuse_secrets(content: Any, file: str, key: str = "") -> None:
             _refuse_secrets(value, file, key)
     elif isinstance(content, str) and _SECRET.search(content):
         raise ConfigError(
-            f"{file}: {key} is an address with a password or token in it, which would be written into the run's "
-            "checkpoints and logs; take it out, and log in on the hosts (hf auth login) or set it in the environment "
-            "(HF_TOKEN)"
+            f"{file}: {key} is an address with a password or token, which would be written to the checkpoints and logs "
+            "of the run; remove it, and log in on the hosts (hf auth login) or set it in the environment (HF_TOKEN)"
         )
 
 
@@ -107,35 +110,35 @@ def _with_bases(file: Path) -> Any:
     while isinstance(content, DictConfig) and "base" in content:
         file = find_config(content.pop("base"))
         if file.resolve() in files:
-            raise ConfigError(f"{files[0]}: base leads back to {file}; a chain of bases must end")
+            raise ConfigError(f"{files[0]}: base leads back to {file}; remove one of these base keys")
         files.append(file.resolve())
         content = _merged(OmegaConf.load(file), content)
     return content
 
 
 def _merged(below: Any, above: Any) -> Any:
-    _make_room(below, above)
+    _drop_replaced_sources(below, above)
     return OmegaConf.merge(below, above)
 
 
-def _make_room(below: Any, above: Any) -> None:
-    """Empty every source in `below` that gets another `format` from `above`: the keys of the old one would stay."""
+def _drop_replaced_sources(below: Any, above: Any) -> None:
+    """Remove the keys of every source in `below` whose `format` differs in `above`, so that they are not merged."""
     if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)):
         return
     formats = below.get("format"), above.get("format")
     if None not in formats and formats[0] != formats[1]:
-        kept = ("expect",) if formats[1] == "class_folders" else ("expect", "classes")  # its folders are the classes
+        kept = ("expect",) if formats[1] == "class_folders" else ("expect", "classes")  # names of folders are classes
         for key in [key for key in below if key not in kept]:
             del below[key]
     else:
         for key in above:
-            _make_room(below.get(key), above.get(key))
+            _drop_replaced_sources(below.get(key), above.get(key))
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:
-    """The content of a DeepSpeed config file."""
+    """Return the content of a DeepSpeed config file."""
     file = find_config(path)
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error

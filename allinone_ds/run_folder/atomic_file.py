@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Quick to import."""
+"""Replace a file atomically. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,25 +10,35 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
-    """Yield a scratch path beside `target`; after the block it replaces `target`, unless the block raised.
+    """Yield a temporary path beside `target`; rename it to `target` after the block, unless the block raised.
 
     Args:
-        target: the file; its folder exists.
+        target: the file to replace; its folder exists.
 
     Example:
-        >>> with atomic_path("metrics.json") as scratch:
-        ...     size = scratch.write_text("{}")
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "metrics.json"
+        ...     with atomic_path(file) as temporary:
+        ...         size = temporary.write_text("{}")
+        ...     file.read_text()
+        '{}'
     """
     target = Path(target)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        yield scratch
-        scratch.replace(target)
+        yield temporary
+        temporary.replace(target)
     finally:
-        scratch.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(target: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with atomic_path(target) as scratch:
-        scratch.write_text(text)
+    """Replace a text file atomically.
+
+    Args:
+        target: the file; its folder exists.
+        text: the new content.
+    """
+    with atomic_path(target) as temporary:
+        temporary.write_text(text)

@@ -1,4 +1,4 @@
-"""The log of a run as lines of JSON."""
+"""The event log of a run: RUN/log.jsonl, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,34 +15,43 @@ from allinone_ds.run_folder.names import EVENTS_FILE
 
 
 class RunCallback(TrainerCallback):
-    """A callback that beside Trainer's events hears of two more."""
+    """A Trainer callback with two additional events."""
 
     def on_checkpoint(self, folder: Path) -> None:
-        """A checkpoint is being written to `folder`; whatever is put there belongs to it. Called on rank 0."""
+        """Add files to the checkpoint that is being written to `folder`. Called on rank 0."""
 
     def on_warning(self, step: int, message: str) -> None:
-        """Something went wrong that the run got over. Called on rank 0."""
+        """Report a problem that did not end the run. Called on rank 0."""
 
 
 class EventLog(RunCallback):
-    """Appends to RUN/log.jsonl: {"event": ..., "step": ..., ...}, one object a line.
+    """Appends events to RUN/log.jsonl: {"event": ..., "time": ..., "step": ..., ...}.
 
-    Events are "begin", "log", "warning", "end" (of training) and "stopped", the last event of a run that a signal ended
-    after a checkpoint.
+    Events are "begin", "log", "warning", "end" (of training) and "stopped", the last event of a run that saved a
+    checkpoint and ended because of a signal.
 
     Args:
-        folder: the run's.
+        folder: folder of the run.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as run:
+        ...     log = EventLog(run)
+        ...     log.write("warning", step=3, message="one image cannot be read")
+        ...     json.loads(log.path.read_text())["message"]
+        'one image cannot be read'
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / EVENTS_FILE
 
     def write(self, event: str, **values: Any) -> None:
+        """Append one event; values that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a run that was killed while it wrote a line
+                if file.read() != b"\n":  # the last line of a run that was killed while it wrote
                     file.write(b"\n")
             text = json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n"
             file.write(text.encode())

@@ -1,4 +1,4 @@
-"""Names of the files and folders that a run writes. Quick to import."""
+"""Names of the files and folders that a run writes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SUBMISSION = "submission_{}.json"
 TRAINER_STATE = "trainer_state.json"
 LOCK_FILE = ".lock"
 UNFINISHED = ".unfinished-"
-"""Start of the name that a checkpoint has until all of it is on the disk."""
+"""Prefix of a checkpoint folder's name until all of its files are on the disk."""
 BROKEN = "broken-"
-"""Start of the name that a checkpoint gets when its files are not what was written."""
+"""Prefix that a checkpoint folder gets if its files have changed since they were written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
              REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
              SUBMISSION.format("B"))  # fmt: skip
+"""All files and folders of a run except its checkpoints."""

@@ -90,8 +90,8 @@ def reference_run(
             for name, p in model.named_parameters():
                 p.copy_(master[name])
         found = {task: gradients(model, task, step, micro_steps[task], world) for task in TASKS}
-        norms = {t: _norm(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
-        whole = {t: _norm(g.values()) for t, g in found.items()}
+        norms = {t: norm_of(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
+        whole = {t: norm_of(g.values()) for t, g in found.items()}
         earlier, own = own, factors(weighting, norms, whole)
         scale = earlier if delayed and earlier else own
         total: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def reference_run(
                 keep_raw = weighting.get("heads") == "none" and not name.startswith("backbone.")
                 total[name] = total.get(name, 0) + value * (1.0 if keep_raw else scale[task])
         if weighting["name"] == "global_clip":
-            last = min(1.0, weighting["max_norm"] / (_norm(total.values()) + 1e-6))
+            last = min(1.0, weighting["max_norm"] / (norm_of(total.values()) + 1e-6))
             total = {name: value * last for name, value in total.items()}
             scale = {task: c * last for task, c in scale.items()}
         for name, value in total.items():
@@ -110,5 +110,6 @@ def reference_run(
     return Reference(master, norms_log, scales_log)
 
 
-def _norm(values: Iterable[Tensor]) -> float:
+def norm_of(values: Iterable[Tensor]) -> float:
+    """Return the norm of the concatenation of tensors."""
     return float(torch.stack([v.double().square().sum() for v in values]).sum().sqrt())

@@ -1,4 +1,4 @@
-"""The optimizer step and the life of a run: trainer, signals, checkpoints, launcher.
+"""The optimizer step and the lifecycle of a run: trainer, checkpoints, signals, stalled ranks, launcher.
 
 May import every other folder.
 """

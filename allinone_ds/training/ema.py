@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept in shards like the optimizer's own copy."""
+"""Exponential moving average of the weights, sharded like the fp32 master weights of the optimizer."""
 
 from __future__ import annotations
 
@@ -12,38 +12,48 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from allinone_ds.run_folder.weights import shards_of
+from allinone_ds.zero.checkpoint.layout import read_file
 from allinone_ds.zero.checkpoint.reshard import reshard_flats
-from allinone_ds.zero.masters import master_shards, publish_masters
+from allinone_ds.zero.engines.choose import open_engine
 
 
 class ShardEMA:
-    """Average of the weights over optimizer steps: each rank averages its shard of the fp32 masters, S elements more.
+    """Exponential moving average of the weights over optimizer steps.
 
-    After step t (from 1 on) average = d * average + (1 - d) * weights, with d = min(decay, (1 + t) / (10 + t)), so
-    that the first weights are soon forgotten.
+    Each rank averages its shard of the fp32 master weights, which takes S more elements of memory. After step t = 1, 2,
+    ... the average is `d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`, so that the initial
+    weights soon lose their influence.
+
+        ema = ShardEMA(engine, decay=0.9998)
+        for batch in loader:
+            ...                     # one optimizer step of the engine
+            ema.update()
+        with ema.applied():         # on every rank
+            evaluate(engine)
 
     Args:
-        engine: what `deepspeed.initialize` returned; the average starts from its weights.
-        decay: d, from 0 (the weights themselves) to below 1.
+        engine: the engine that `deepspeed.initialize` returned; the average starts at its weights.
+        decay: d, from 0 (the current weights) to below 1.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine = engine
+        self._adapter = open_engine(engine)
         self.decay = decay
         self.steps = 0
-        self.shards: list[Tensor] = [master.detach().clone() for master in master_shards(engine)]
+        self.shards: list[Tensor] = [master.detach().clone() for master in self._adapter.masters()]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of one more step into the average; local to this rank."""
+        """Update the average with the weights of one more step. Needs no communication."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        masters = [master.detach() for master in master_shards(self.engine)]
+        masters = [master.detach() for master in self._adapter.masters()]
         torch._foreach_lerp_(self.shards, masters, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the model's weights are the average; every rank must enter it. Train not in there."""
+        """Return a context in which the weights of the model are the average. Do not train inside it. Collective."""
         self._swap()
         try:
             yield
@@ -52,42 +62,45 @@ class ShardEMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mine, master in zip(self.shards, master_shards(self.engine), strict=True):
-            kept = master.detach().clone()
-            master.data.copy_(mine)
-            mine.copy_(kept)
-        publish_masters(self.engine)
+        for average, master in zip(self.shards, self._adapter.masters(), strict=True):
+            weights = master.detach().clone()
+            master.data.copy_(average)
+            average.copy_(weights)
+        self._adapter.publish_masters()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the average, for `ema_file`; its tensors are the ones that `update` changes."""
+        """Return this rank's shards of the average. The tensors are not copies: `update` changes them."""
         return {"steps": self.steps, "shards": self.shards}
 
     @torch.no_grad()
     def load(self, checkpoint: str | Path) -> bool:
-        """Go on from a checkpoint's average; False, and nothing changes, when it has none.
+        """Load the average of a checkpoint.
 
         Args:
-            checkpoint: of any number of ranks and any ZeRO stage that the engine itself can go on from.
+            checkpoint: folder of a checkpoint of any number of ranks and any ZeRO stage that the engine can resume.
+
+        Returns:
+            False if the checkpoint holds no average; nothing changes then.
         """
         files = sorted(Path(checkpoint).glob("ema_rank_*_of_*.pt"))
         if not files:
             return False
-        written = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        saved = [read_file(file) for file in files]
         shards = shards_of(Path(checkpoint))
-        if shards is None:  # without ZeRO every rank keeps the whole average
-            for mine, saved in zip(self.shards, written[0]["shards"], strict=True):
-                mine.copy_(saved)
+        if shards is None:  # without ZeRO every rank holds the full average
+            for average, loaded in zip(self.shards, saved[0]["shards"], strict=True):
+                average.copy_(loaded)
         else:
-            reshard_flats(self.engine, shards, [state["shards"] for state in written], self.shards)
-        self.steps = written[0]["steps"]
+            reshard_flats(self.engine, shards, [state["shards"] for state in saved], self.shards)
+        self.steps = saved[0]["steps"]
         return True
 
 
 class AverageWeights(TrainerCallback):
-    """Keeps `trainer.ema` up to date over a run, and goes on from a checkpoint's.
+    """Creates `trainer.ema`, updates it after each step, and loads it when a run is resumed.
 
     Args:
-        trainer: an AllInOneTrainer whose `ema_decay` is set.
+        trainer: an AllInOneTrainer with `ema_decay`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -98,7 +111,8 @@ class AverageWeights(TrainerCallback):
         folder = self.trainer.resumed_from
         if folder is not None and not ema.load(folder):
             self.trainer.warn(
-                state.global_step, f"{folder} holds no average of the weights (ema_decay): it begins anew from them"
+                state.global_step,
+                f"{folder} holds no average of the weights (ema_decay): the average starts from the current weights",
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -106,5 +120,5 @@ class AverageWeights(TrainerCallback):
 
 
 def ema_file(folder: Path, rank: int, world_size: int) -> Path:
-    """Where a rank's part of the average lies in a checkpoint."""
+    """Return the path of a rank's shards of the average in a checkpoint."""
     return folder / f"ema_rank_{rank:05}_of_{world_size:05}.pt"

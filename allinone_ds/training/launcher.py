@@ -1,4 +1,4 @@
-"""Start the DeepSpeed launcher for a run, keep its words in a file, and follow it."""
+"""Start the DeepSpeed launcher for a run on this machine, and follow its log until it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from allinone_ds.errors import REQUEUE, RunFailed
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.names import EVENTS_FILE, LOG_FILE
 
-# Words of libraries that say nothing about the run. Their errors still come through.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -32,10 +31,11 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
 }
+"""Variables that silence messages of libraries about anything but errors."""
 
 
 def gpu_count() -> int:
-    """GPUs of this machine; torch is only imported where a driver is."""
+    """Return the number of GPUs of this machine. Imports torch only if there is a GPU driver."""
     if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
         return 0
     import torch
@@ -44,24 +44,24 @@ def gpu_count() -> int:
 
 
 def default_ranks() -> int:
-    """One rank a GPU, or two on the CPU."""
+    """Return one rank per GPU; 2 on a machine without GPUs."""
     return gpu_count() or 2
 
 
 def quiet_environment() -> dict[str, str]:
-    """Variables that keep libraries from saying what is no news."""
+    """Return environment variables that silence libraries, and that select the CPU if there is no GPU."""
     return dict(QUIET) if gpu_count() else {**QUIET, "DS_ACCELERATOR": "cpu"}
 
 
 def launch_command(config: str, overrides: Sequence[str], ranks: int) -> list[str]:
-    """The launcher's command line for a run on this machine.
+    """Return the launcher's command line for a run on this machine.
 
     Args:
-        config: the run's YAML file.
-        overrides: dotted overrides, and flags of allinone_ds.train.
-        ranks: processes to start.
+        config: YAML file of the run.
+        overrides: dotted overrides, and options of `allinone_ds.train`.
+        ranks: number of processes.
     """
-    # What `deepspeed --num_accelerators N --module ...` runs on this machine, without its own 5 seconds of imports.
+    # the command that `deepspeed --num_accelerators N --module ...` starts, without its 5 seconds of imports
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
     launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--log_level=error"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "--module"]
@@ -69,22 +69,24 @@ def launch_command(config: str, overrides: Sequence[str], ranks: int) -> list[st
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def launch_environment(ranks: int, compiles: bool) -> dict[str, str]:
-    """Environment of the ranks: quiet libraries, and the cores shared out among them; what is set already stays.
+    """Return the environment of the ranks: silent libraries, and an equal number of cores per rank.
+
+    Variables that are already set keep their values.
 
     Args:
-        ranks: processes on this machine.
+        ranks: number of processes on this machine.
         compiles: whether the run uses torch.compile.
     """
     own = {**quiet_environment(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     if not compiles:
-        own["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed decorates functions with torch.compile: 3 seconds of imports
+        own["TORCHDYNAMO_DISABLE"] = "1"  # else DeepSpeed's uses of torch.compile import for 3 s
     environment = {**own, **os.environ}
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
@@ -93,26 +95,26 @@ def launch_environment(ranks: int, compiles: bool) -> dict[str, str]:
 def follow_run(
     command: Sequence[str], environment: Mapping[str, str], folder: Path, on_event: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Run the launcher to its end, its output in RUN/train.log, and hand on what RUN/log.jsonl says.
+    """Run the launcher until it ends, append its output to RUN/train.log, and report the events in RUN/log.jsonl.
 
-    SIGTERM and SIGUSR1 are handed on to the ranks, which save and exit (the launcher itself would end with another
-    status). An interrupt ends the launcher, and thereby the ranks in the same way.
+    SIGTERM and SIGUSR1 are forwarded to the ranks, which save a checkpoint and exit; the launcher itself would exit
+    with a different code. An interrupt ends the launcher, which then sends SIGTERM to the ranks.
 
     Args:
         command: from `launch_command`.
         environment: from `launch_environment`.
-        folder: of the run.
-        on_event: called with every event: {"event": "begin" | "log" | "end", "step": ..., ...}.
+        folder: folder of the run.
+        on_event: called with each event of the log, see `EventLog`.
 
     Raises:
-        ConfigError: a run is writing to the folder, or nothing can be written there.
-        RunFailed: the launcher ended with an error, or with the status `REQUEUE` after a signal.
+        ConfigError: a run is writing to the folder, or the folder cannot be written to.
+        RunFailed: the launcher failed, or ended with exit code `REQUEUE` after a signal.
     """
     check_free(folder)
     log = folder / LOG_FILE
     events = _tail(folder / EVENTS_FILE)
     received: list[int] = []
-    with log.open("ab") as sink, _caught(received):
+    with log.open("ab") as sink, _collected_signals(received):
         start = sink.tell()
         process = subprocess.Popen(
             command,
@@ -120,33 +122,33 @@ def follow_run(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=dict(environment),
-            start_new_session=True,  # an interrupt reaches the ranks through the launcher, once
+            start_new_session=True,  # so that an interrupt reaches the ranks once, through the launcher
         )
         try:
             while process.poll() is None:
                 for event in next(events):
                     on_event(event)
                 while received:
-                    _hand_on(process.pid, received.pop())
+                    _forward_signal(process.pid, received.pop())
                 time.sleep(0.2)
         except BaseException:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=40)  # the launcher itself waits 30 s for its ranks
+                process.wait(timeout=40)  # the launcher waits 30 s for its ranks
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
     for event in next(events):
         on_event(event)
     if process.returncode == REQUEUE:
-        raise RunFailed("the run was asked to stop; its last step is saved, go on with --resume", REQUEUE)
+        raise RunFailed("the run ended because of a signal; its last step is saved, resume with --resume", REQUEUE)
     if process.returncode:
-        raise RunFailed(_what_went_wrong(log, start), process.returncode)
+        raise RunFailed(_error_message(log, start), process.returncode)
 
 
 @contextlib.contextmanager
-def _caught(received: list[int]) -> Iterator[None]:
-    """Within it, SIGTERM and SIGUSR1 of this process are only noted in `received`."""
+def _collected_signals(received: list[int]) -> Iterator[None]:
+    """Append SIGTERM and SIGUSR1 to `received` instead of handling them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,8 +161,8 @@ def _caught(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _hand_on(launcher: int, number: int) -> None:
-    """Send a signal to the ranks, which are the launcher's children."""
+def _forward_signal(launcher: int, number: int) -> None:
+    """Send a signal to the ranks, which are the child processes of the launcher."""
     with contextlib.suppress(psutil.Error):
         for rank in psutil.Process(launcher).children():
             with contextlib.suppress(psutil.Error):
@@ -168,7 +170,7 @@ def _hand_on(launcher: int, number: int) -> None:
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yields, whenever asked, the events that were added to the file since."""
+    """Yield the events that were appended to the file since the previous `next`."""
     position = path.stat().st_size if path.is_file() else 0
     while True:
         found: list[dict[str, Any]] = []
@@ -184,17 +186,17 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
-def _what_went_wrong(log: Path, start: int, lines: int = 40) -> str:
-    """The run's own error message, else the last lines of its log."""
+def _error_message(log: Path, start: int, lines: int = 40) -> str:
+    """Return the error message of the run, or the last lines of its log if there is none."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace").splitlines()
     for number, line in enumerate(text):
         if line.startswith("error: "):
-            own = [line.removeprefix("error: ")]
+            message = [line.removeprefix("error: ")]
             for more in text[number + 1 :]:
                 if more.startswith("["):
                     break
-                own.append(more)
-            return "\n".join(own).rstrip()
-    return "\n".join([f"the run failed; the end of {log}:", *text[-lines:]])
+                message.append(more)
+            return "\n".join(message).rstrip()
+    return "\n".join([f"the run failed; the last lines of {log}:", *text[-lines:]])

@@ -1,4 +1,4 @@
-"""Steps in which a task's loss or gradient is not finite: counted by task, and the end of the run when they go on."""
+"""Count the consecutive steps in which a task is not finite, and end the run if there are too many."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from allinone_ds.balance.report import StepReport
 from allinone_ds.errors import NonFinite, RunError
 
 _ADVICE = (
-    "No weight was changed by it. Look at its data and loss, lower learning_rate, or use bf16 instead of fp16; then go "
-    "on from the last checkpoint with --resume"
+    "It changed no weight. Check the data and loss of the task, lower learning_rate, or use bf16 instead of fp16; then "
+    "resume from the last checkpoint with --resume"
 )
 
 
-class Streaks:
-    """How many steps in a row each task was not finite.
+class NonFiniteStreaks:
+    """Counts, per task, the consecutive steps in which its loss or gradient was not finite.
 
     Args:
-        tasks: their names.
-        limit: so many in a row end the run (`nonfinite_limit`).
+        tasks: names of the tasks.
+        limit: number of consecutive steps that ends the run (`nonfinite_limit`).
     """
 
     def __init__(self, tasks: Sequence[str], limit: int) -> None:
@@ -27,14 +27,17 @@ class Streaks:
         self._steps = dict.fromkeys(tasks, 0)
 
     def step(self, balancer: TaskBalancer, number: int) -> StepReport:
-        """The balancer's step.
+        """Run `balancer.step()` and count the tasks that it skipped.
 
         Args:
-            balancer: every task has run.
-            number: of the step.
+            balancer: a balancer whose tasks have all run their micro-steps.
+            number: index of the optimizer step.
+
+        Returns:
+            The report of the step.
 
         Raises:
-            RunError: a task was not finite, and `nonfinite` is "stop"; or it was so too often.
+            RunError: a task was not finite and `nonfinite` is "stop", or it reached the limit.
         """
         try:
             report = balancer.step()
@@ -57,9 +60,9 @@ class Streaks:
         return report
 
     def state_dict(self) -> dict[str, int]:
-        """Steps in a row by task."""
+        """Return {task: number of consecutive steps}."""
         return dict(self._steps)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on with what `state_dict` gave."""
+        """Load the result of `state_dict`; tasks that no longer exist are ignored."""
         self._steps.update({task: count for task, count in state.items() if task in self._steps})

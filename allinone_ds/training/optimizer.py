@@ -1,4 +1,4 @@
-"""Parameter groups: one component (backbone or one head), one weight decay and one learning rate each."""
+"""Parameter groups of the optimizer. Each has one component (backbone or head), weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -15,30 +16,38 @@ TOKENS = ("cls_token", "mask_token", "register_tokens", "position_embedding", "p
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay must leave alone: norms, biases, embeddings, vectors.
+    """Return the names of the parameters without weight decay: norms, biases, embeddings and vectors.
 
     Args:
         model: any module; under ZeRO-3 its parameters may be partitioned.
+
+    Example:
+        >>> sorted(without_decay(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
+        ['0.bias', '1.bias', '1.weight']
     """
     names = set()
     for prefix, module in model.named_modules():
-        whole = isinstance(module, (*NORMS, nn.Embedding)) or "norm" in type(module).__name__.lower()
+        exempt = isinstance(module, (*NORMS, nn.Embedding)) or "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             shape = whole_shape(parameter)
             full = f"{prefix}.{name}" if prefix else name
-            if whole or len(shape) <= 1 or name.endswith("bias") or any(token in name for token in TOKENS):
+            if exempt or len(shape) <= 1 or name.endswith("bias") or any(token in name for token in TOKENS):
                 names.add(full)
     return names
 
 
 def backbone_layer(name: str, depth: int) -> int:
-    """Layer of a backbone parameter: 0 embeddings, 1 to `depth` the transformer layers, `depth` + 1 what follows.
+    """Return the layer of a backbone parameter: 0 embeddings, 1 to `depth` transformer layers, `depth` + 1 the rest.
 
     Args:
-        name: of the parameter, for example "backbone.net.layer.3.norm1.weight" (layer 4).
-        depth: how many transformer layers there are.
+        name: name of the parameter.
+        depth: number of transformer layers.
+
+    Example:
+        >>> backbone_layer("backbone.net.layer.3.norm1.weight", depth=12)
+        4
     """
-    if ".embeddings." in name:  # before numbers are looked at: a convolutional stem has layers of its own
+    if ".embeddings." in name:  # checked first: a convolutional stem has numbered layers too
         return 0
     found = re.search(r"\.layer\.(\d+)\.", name)
     return int(found[1]) + 1 if found else depth + 1
@@ -51,28 +60,27 @@ def parameter_groups(
     backbone_lr_factor: float,
     layer_lr_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of an AllInOneModel.
+    """Return the optimizer groups of an AllInOneModel.
 
-    Every group is wholly backbone or wholly one head, because ZeRO cuts its shards along groups.
+    A group holds parameters of either the backbone or one head, because ZeRO partitions each group separately.
 
-    With layer-wise decay d, layer i of a backbone of L layers learns with d ** (L + 1 - i) times the backbone's rate:
-    what follows the last layer with all of it, the embeddings (i = 0) with the least (BEiT,
-    https://arxiv.org/abs/2106.08254).
+    With layer-wise decay d, layer i of a backbone with L layers has d ** (L + 1 - i) times the learning rate of the
+    backbone. The embeddings (i = 0) have the lowest rate (BEiT, https://arxiv.org/abs/2106.08254).
 
     Args:
-        model: has `backbone` and `tasks`.
-        learning_rate: of the heads.
-        weight_decay: of matrices and kernels.
+        model: a model with `backbone` and `tasks`.
+        learning_rate: learning rate of the heads.
+        weight_decay: weight decay of matrices and kernels.
         backbone_lr_factor: learning rate of the backbone divided by that of the heads.
-        layer_lr_decay: learning rate of a backbone layer divided by that of the layer above it; 1: all alike.
+        layer_lr_decay: learning rate of a backbone layer divided by that of the next layer; 1: no layer-wise decay.
 
     Returns:
         Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`; heads first, so the learning rate that Trainer logs, which is the first
-        group's, is the one that was configured.
+        `params`, `lr` and `weight_decay`. Heads come first: Trainer logs the learning rate of the first group, which is
+        then `learning_rate`.
 
     Raises:
-        ValueError: a trainable parameter belongs to neither backbone nor task, or to two of them.
+        ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them.
     """
     exempt = without_decay(model)
     backbone: Any = model.backbone
@@ -91,10 +99,14 @@ def parameter_groups(
         elif parts[0] == "tasks" and len(parts) > 2:
             component, lr = f"head/{parts[1]}", learning_rate
         else:
-            raise ValueError(f"parameter '{name}' is neither in model.backbone nor in model.tasks")
+            raise ConfigError(
+                f"parameter '{name}' is neither in model.backbone nor in model.tasks; move it into one, or freeze it"
+            )
         if parameter in owner:
             if owner[parameter] != component:
-                raise ValueError(f"parameter '{name}' is shared by {owner[parameter]} and {component}")
+                raise ConfigError(
+                    f"parameter '{name}' is shared by {owner[parameter]} and {component}; each needs its own copy"
+                )
             continue
         owner[parameter] = component
         key = f"{component}/{'no_decay' if name in exempt else 'decay'}"

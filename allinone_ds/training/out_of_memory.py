@@ -1,27 +1,29 @@
-"""A micro-step that ran out of memory, in words."""
+"""Explain a micro-step that ran out of memory."""
 
 from __future__ import annotations
+
+import torch
 
 from allinone_ds.errors import RunError
 
 
 def out_of_memory(error: BaseException, where: str, task: str, images: tuple[int, ...], rank: int) -> RunError | None:
-    """The error to raise for a micro-step that ran out of memory; None when `error` is something else.
+    """Return the error to raise for a micro-step that ran out of memory; None if `error` has a different cause.
 
     Args:
-        error: what the micro-step raised.
-        where: step and micro-step, in words.
-        task: its task.
-        images: shape (B, 3, H, W) of its images.
-        rank: of this process.
+        error: the error that the micro-step raised.
+        where: step, task and micro-step, for the message.
+        task: name of the task.
+        images: shape (B, 3, H, W) of the images.
+        rank: rank of this process.
     """
     text = str(error).split("\n")[0]
-    if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in text:
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
         return None
     batch, _, height, width = images
     return RunError(
-        f"rank {rank} ran out of memory in {where}: {batch} images of {height} x {width} pixels in a micro-batch "
-        f"({text}). Make tasks.{task}.batch_size smaller and tasks.{task}.micro_steps larger by the same factor, which "
-        f"gives the mean over as many images, or tasks.{task}.image_size smaller; a higher ZeRO stage or the optimizer "
-        "offloaded to the CPU, leaves more memory for images"
+        f"rank {rank} ran out of memory in {where}: {batch} images of {height} x {width} pixels per micro-batch "
+        f"({text}). Divide tasks.{task}.batch_size and multiply tasks.{task}.micro_steps by the same factor, which "
+        f"keeps the number of images per step, or reduce tasks.{task}.image_size. A higher ZeRO stage, or an optimizer "
+        "offloaded to the CPU, also frees memory"
     )

@@ -1,4 +1,4 @@
-"""What ranks tell each other at the end of a step: that one was asked to stop, that all have finished a checkpoint."""
+"""Stop training on a signal, and finish background checkpoints, in the same step on every rank."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from allinone_ds.distributed import all_reduce, cpu_group
-from allinone_ds.run_folder.background_writer import BackgroundSaver
+from allinone_ds.run_folder.background_saver import BackgroundSaver
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which any rank got SIGTERM or SIGUSR1, with a checkpoint of that step.
+    """Saves a checkpoint and ends training after the step in which any rank received SIGTERM or SIGUSR1.
 
-    Ranks compare notes at the end of every step with one CPU message of 16 bytes. Until `close` the two signals do
-    nothing else, so a launcher may send them to all ranks, and more than once. The same message tells whether every
-    rank has finished a checkpoint in the background, so that all of them take note of it in the same step.
+    The ranks exchange one CPU message of 16 bytes at the end of each step. Between `listen` and `close` the two
+    signals have no other effect, so a launcher may send them to all ranks and repeatedly. The same message reports
+    whether every rank has finished writing a checkpoint in the background, so that all ranks call `saver.finish` in
+    the same step.
 
     Attributes:
-        caught: name of the signal that ended training, on whichever rank; None while there was none.
-        saver: the run's, where it saves in the background.
+        caught: name of the signal that ended training, received by any rank; None if there was none.
+        saver: the BackgroundSaver of the run; None without `async_save`.
     """
 
     def __init__(self) -> None:
         self.caught: str | None = None
         self.saver: BackgroundSaver | None = None
-        self._mine = 0
+        self._received = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
 
     def listen(self) -> None:
-        """Take the two signals over; must be called on every rank (collective)."""
+        """Install the handlers of the two signals. Collective."""
         self._group = cpu_group()
         if threading.current_thread() is threading.main_thread() and not self._before:
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self._receive)
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
-    def _note(self, number: int, frame: Any) -> None:
-        self._mine = number
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        notes = torch.tensor([self._mine, int(self.saver is not None and self.saver.working)])
-        asked, working = all_reduce(notes, dist.ReduceOp.MAX, self._group).tolist()
-        if asked and state.global_step < state.max_steps:
-            self.caught = signal.Signals(asked).name
+        message = torch.tensor([self._received, int(self.saver is not None and self.saver.working)])
+        received, working = all_reduce(message, dist.ReduceOp.MAX, self._group).tolist()
+        if received and state.global_step < state.max_steps:
+            self.caught = signal.Signals(received).name
             control.should_save = True
             control.should_training_stop = True
         if self.saver is not None and not working:

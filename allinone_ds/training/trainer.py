@@ -17,57 +17,68 @@ from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC
-from allinone_ds.data.loader import StepBatch, TaskData
+from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
+from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.evaluation.metrics import flatten
 from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.predictions_page import collect_drawings
+from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.training.checkpointing import read_loop_state
-from allinone_ds.training.durable import DurableTrainer
+from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
-from allinone_ds.training.nonfinite import Streaks
+from allinone_ds.training.load_checkpoint import read_loop_state
+from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
-from allinone_ds.training.steps import Steps
 from allinone_ds.zero.params import cast_unpartitioned
 
 
-class RunShare(TrainerCallback):
-    """Makes `epoch` the part of the run that is done, which also holds after a resume."""
+class EpochFromStep(TrainerCallback):
+    """Sets `epoch` to the completed fraction of the run, which is also correct after a resume."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps
 
 
 class AllInOneTrainer(DurableTrainer):
-    """Trains an `AllInOneModel` on all its tasks, each task's pull on the backbone balanced.
+    """Trains an `AllInOneModel` on all its tasks with balanced task gradients.
 
-    Callbacks, logs, schedules and `report_to` are those of Trainer. A step runs every task's micro-steps and then one
-    optimizer step. Checkpoints are whole or not there, and `train(resume_from_checkpoint=True)` goes on from the last
-    whole one as if the run had never stopped. SIGTERM or SIGUSR1 on any rank ends training after the step with a
-    checkpoint; `stop_signal.caught` then names it.
-
-    Logged beside Trainer's own values: what `TaskLogs` gathers, and skipped/TASK (steps that left the task out because
-    it was not finite).
+    A training step runs the micro-steps of every task and then one optimizer step. Callbacks, logs, learning rate
+    schedules and `report_to` work as in Trainer; checkpoints, resuming and signals as described in `DurableTrainer`.
+    In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
+    task because its loss or gradient was not finite.
 
     Args:
         model: an AllInOneModel.
-        args: its `deepspeed` decides the ZeRO stage.
-        train_dataset: training data by task; its order is the order of tasks in a step.
-        eval_dataset: evaluation data by task; tasks that are absent are not evaluated.
-        weighting: how task gradients are weighted; None is TBGC().
+        args: arguments; `args.deepspeed` determines the ZeRO stage.
+        train_dataset: {task: training data}; the order of the tasks is their order in a step.
+        eval_dataset: {task: evaluation data}; tasks without data are not evaluated.
+        weighting: weighting of the task gradients; None is `TBGC()`.
         balancer_options: further options of `TaskBalancer`, for example {"norm": "sketch"}. With {"parallel": "tasks"}
-            a rank reads the data of its own tasks only; the samples of a step are the same.
-        callbacks: further callbacks.
+            each rank reads only the data of its own tasks; the samples of a step are the same.
+        callbacks: further Trainer callbacks.
 
     Raises:
-        ValueError: data for a task that the model does not have, a task without data, no data for `eval_strategy`, or
-            `groups` of ranks that cannot be used.
+        ConfigError: the tasks of model and data differ, or `groups` of ranks are invalid.
+        ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
-        share: (micro-step, rank) of the schedule's micro-batches that this rank runs, by task.
+        own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
+
+    Example::
+
+        args = AllInOneArguments(output_dir="runs/mine", max_steps=1000, deepspeed="configs/deepspeed/zero2.json")
+        trainer = AllInOneTrainer(
+            model=AllInOneModel(backbone, {"boxes": boxes, "classes": classes}),
+            args=args,
+            train_dataset={"boxes": boxes_data, "classes": classes_data},  # TaskData
+            weighting=TBGC(max_norm=0.1),
+        )
+        trainer.train()
+
+    examples/ contains complete scripts. Start them with the `deepspeed` launcher or torchrun.
     """
 
     def __init__(
@@ -83,15 +94,15 @@ class AllInOneTrainer(DurableTrainer):
         known = set(model.tasks)  # type: ignore[arg-type]
         wrong = sorted(known ^ set(train_dataset)) + sorted(set(eval_dataset or {}) - known)
         if wrong:
-            raise ValueError(
-                f"tasks of model and data differ at: {', '.join(wrong)}; give data for each of {sorted(known)}"
+            raise ConfigError(
+                f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
         super().__init__(
             model=model,
             args=args,
             train_dataset=dict(train_dataset),  # type: ignore[arg-type]
             eval_dataset=dict(eval_dataset) if eval_dataset else None,  # type: ignore[arg-type]
-            callbacks=[RunShare(), *(callbacks or [])],
+            callbacks=[EpochFromStep(), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
@@ -107,12 +118,12 @@ class AllInOneTrainer(DurableTrainer):
         )
         parallel = self.balancer_options.get("parallel", "data")
         groups = groups_for(parallel, self.balancer_options.get("groups"), self.schedule.tasks, args.world_size)
-        shares = [
+        micro_batches = [
             {task: groups.share(task, self.schedule.batch[task][1], rank) for task in groups.of(rank)}
             for rank in range(args.world_size)
         ]
-        self.share = shares[args.process_index]
-        self._most_batches = max(sum(map(len, share.values())) for share in shares)
+        self.own_micro_batches = micro_batches[args.process_index]
+        self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
         self._logs = TaskLogs(
@@ -124,9 +135,9 @@ class AllInOneTrainer(DurableTrainer):
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._streaks = Streaks(self.schedule.tasks, args.nonfinite_limit)
+        self._streaks = NonFiniteStreaks(self.schedule.tasks, args.nonfinite_limit)
 
-    # ---- what a resumed run goes on with ----
+    # ---- state of the training loop ----
 
     def loop_state(self) -> dict[str, Any] | None:
         if self.balancer is None:
@@ -145,7 +156,7 @@ class AllInOneTrainer(DurableTrainer):
         self.balancer.load_state_dict(state["balancer"])
         self._logs.load_state_dict(state["logs"])
         self._tr_loss += state["loss"].to(self._tr_loss.device)
-        self._total_loss_scalar -= float(state["loss"])  # not of the steps that this call of train() took
+        self._total_loss_scalar -= float(state["loss"])  # it belongs to steps before this call of train()
         self._globalstep_last_logged = state["last_logged"]
         self._streaks.load_state_dict(state["nonfinite"])
         now = self.schedule.basis()
@@ -154,41 +165,53 @@ class AllInOneTrainer(DurableTrainer):
         if changed:
             self.warn(
                 self.state.global_step,
-                f"the data's order is another from step {self.state.global_step} on ({'; '.join(changed)}): in the "
-                "epochs that have begun, some samples come again and some are left out",
+                f"the order of the data changes at step {self.state.global_step} ({'; '.join(changed)}): in the "
+                "current epochs some samples are repeated and some are omitted",
             )
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside this block the model's weights are their average over the run (`ema_decay`): evaluate or save them.
-
-        Collective.
+        """Return a context in which the model has the averaged weights, to evaluate or save it. Collective.
 
         Raises:
-            RuntimeError: no average is kept, or nothing was trained yet.
+            RuntimeError: `ema_decay` is not set, or `train` was not called yet.
         """
         if self.ema is None:
-            raise RuntimeError("there is no average of the weights: set ema_decay, e.g. 0.9998, and train first")
+            raise RuntimeError("there is no average of the weights: set ema_decay, e.g. 0.9998, and call train() first")
         return self.ema.applied()
 
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Steps from the current one on; each rank reads its own samples, so accelerate has nothing to shard."""
-        return Steps(self)  # type: ignore[return-value]
+        """Return the data from the current step on. Each rank reads its own samples, so accelerate shards nothing."""
+        return self._train_steps()  # type: ignore[return-value]
+
+    def _train_steps(self) -> Iterator[StepBatch]:
+        """Yield the data per step. A generator: it opens the loader when the step to resume at is known."""
+        data: Any = self.train_dataset
+        yield from train_loader(
+            data,
+            self.schedule,
+            self.args.process_index,
+            self.state.global_step,
+            self.state.max_steps,
+            self.args.dataloader_num_workers,
+            self.args.max_broken_images,
+            share=self.own_micro_batches,
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The next step's data. There is no item count: every task averages its own losses."""
+        """Return the data of the next step, and no item count: every task averages its own losses."""
         self.mark(f"the data of step {self.state.global_step}")
-        with self._logs.pace.waiting():  # none when a run that had ended is resumed
+        with self._logs.pace.waiting():  # the list is empty if a run that had reached max_steps is resumed
             return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0
+        return 0  # Trainer's estimate is for language models
 
     # ---- one step ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that `optim` names, over one group a component and weight decay."""
+        """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
@@ -200,14 +223,14 @@ class AllInOneTrainer(DurableTrainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
-        """One optimizer step: every task's micro-steps, balanced, then the engine's step.
+        """Run one optimizer step: the micro-steps of every task, then the balanced step of the engine.
 
         Args:
             model: the DeepSpeed engine.
-            inputs: one step's micro-batches by task.
+            inputs: micro-batches of the step per task.
 
         Returns:
-            The sum of the tasks' losses, each the mean over the ranks that run it.
+            Sum of the task losses, each averaged over the ranks that run the task.
         """
         with self._logs.pace.working():
             return self._balanced_step(model, inputs)
@@ -227,7 +250,7 @@ class AllInOneTrainer(DurableTrainer):
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
         if inputs.step != self.state.global_step:
-            raise RuntimeError(f"data of step {inputs.step} came at step {self.state.global_step}")
+            raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         for task, batches in inputs.batches.items():
             with self.balancer.task(task, micro_steps=len(batches)):
@@ -239,12 +262,13 @@ class AllInOneTrainer(DurableTrainer):
                         self.balancer.backward(outputs.loss)
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)
-                        clear = out_of_memory(error, where, task, shape, self.args.process_index)
-                        if clear is None:
+                        explained = out_of_memory(error, where, task, shape, self.args.process_index)
+                        if explained is None:
                             raise
-                        raise clear from error
-        for _ in range(sum(map(len, inputs.batches.values())), self._most_batches):
-            self.mark(f"step {inputs.step}, after its tasks")  # marks count: ranks with more micro-batches are behind
+                        raise explained from error
+        # every rank makes the same number of marks per step, also with fewer micro-batches than another rank
+        for _ in range(sum(map(len, inputs.batches.values())), self._most_micro_batches):
+            self.mark(f"step {inputs.step}, after its tasks")
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
         self._logs.add(report)
@@ -255,13 +279,13 @@ class AllInOneTrainer(DurableTrainer):
         return self._streaks.step(self.balancer, step)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Trainer's own waits for the device in every step
+        # the method of Trainer synchronizes with the device in every step
         return model.get_global_grad_norm()
 
     # ---- logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a training log also gets the values of every task, averaged over the steps since the last one."""
+        """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
             logs.update(self._logs.drain(self.state.global_step, self.state.log_history))
             if self.balancer is not None:
@@ -276,45 +300,43 @@ class AllInOneTrainer(DurableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate every task that has data, on all ranks.
+        """Evaluate every task that has data. Collective.
 
         Args:
-            eval_dataset: evaluation data by task; None is what the trainer was given.
-            ignore_keys: unused, Trainer passes it.
-            metric_key_prefix: of all names.
+            eval_dataset: {task: evaluation data}; None uses that of the constructor.
+            ignore_keys: not used; Trainer passes it.
+            metric_key_prefix: prefix of all names.
 
         Returns:
-            PREFIX_TASK_METRIC for every task and metric, PREFIX_TASK_samples, PREFIX_score (the mean of the tasks' main
+            PREFIX_TASK_METRIC per task and metric, PREFIX_TASK_samples, PREFIX_score (the mean of the tasks' main
             metrics) and PREFIX_runtime in seconds.
         """
         data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
         start = time.perf_counter()
-        metrics = evaluate_tasks(
+        evaluation = evaluate_tasks(
             self._evaluable_model(),
             data,
             self.args.device,
-            self.args.process_index,
-            self.args.world_size,
             self.args.dataloader_num_workers,
-            metric_key_prefix,
             around=self.balancer.evaluation if self.balancer else None,
         )
+        metrics = flatten(evaluation, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
-        if metric_key_prefix == "eval":  # the trackers' pictures are those of the weights that are trained
+        if metric_key_prefix == "eval":  # trackers show predictions of the trained weights, not of averaged ones
             self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: predictions of several tasks are no arrays of one shape."""
+        """Raise NotImplementedError: the predictions of different tasks have no common shape."""
         raise NotImplementedError(
-            "AllInOneTrainer.predict: use evaluate() for metrics, `allinone-ds predict RUN IMAGE...` for pictures and "
-            "json, or allinone_ds.load(FOLDER) of an export for predictions in python (docs/export.md)"
+            "AllInOneTrainer.predict is not supported: use evaluate() for metrics, `allinone-ds predict RUN IMAGE...` "
+            "for pictures and JSON, or allinone_ds.load(FOLDER) for predictions of an exported model (docs/export.md)"
         )
 
     def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
-        """A few predictions of every task for the trackers. Trackers are the same on all ranks."""
+        """Send a few drawn predictions of every task to the trackers. Every rank has the same trackers."""
         if self.trackers:
             draws = self.is_world_process_zero()
             pictures = collect_drawings(self._evaluable_model(), data, self.args.device, 4, draws)
@@ -326,8 +348,8 @@ class AllInOneTrainer(DurableTrainer):
             return self.deepspeed
         if self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise RuntimeError(
-                "the model is partitioned by ZeRO-3 and has no engine before train(); evaluate after it, or a saved "
-                "run with `allinone-ds eval RUN`"
+                "the model is partitioned by ZeRO-3 and has no engine before train(): call train() first, or evaluate "
+                "a saved run with `allinone-ds eval RUN`"
             )
         module: Any = self.model
         return module.to(self.args.device)

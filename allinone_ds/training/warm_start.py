@@ -1,4 +1,4 @@
-"""Start a run from the weights of another: its backbone, and the heads of the tasks that stayed the same."""
+"""Initialize a run with the weights of an earlier run: its backbone, and the heads of unchanged tasks."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ from allinone_ds.zero.params import whole_on_rank_0, whole_shape
 
 @torch.no_grad()
 def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
-    """Copy the backbone of a run, and the head of every task whose name, class names and shapes are the same.
+    """Copy the backbone of a run, and the head of each task whose name, classes and shapes are equal. Collective.
+
+        untrained = start_from(model, "runs/first")     # names of the tasks whose heads were not copied
 
     Args:
-        model: fresh; under ZeRO-3 it may be born partitioned, then every rank calls this.
-        folder: of the run, or of one of its checkpoints.
+        model: model of the new run; under ZeRO-3 its parameters may already be partitioned.
+        folder: folder of the earlier run or of one of its checkpoints.
 
     Returns:
-        Names of the tasks whose heads start fresh.
+        Names of the tasks whose heads keep their random initialization.
 
     Raises:
-        ConfigError: there is no run, or its backbone is another.
+        ConfigError: the folder is not that of a run, or its backbone differs.
     """
     _, facts = read_run_files(folder)
     state, source = read_weights(folder)
-    ours: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: tuple(whole_shape(value)) for name, value in ours.items()}
+    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
     fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
-    wrong = [
-        name for name in shapes if name.startswith("backbone.") and name in model.state_dict() and name not in fits
-    ]
+    wrong = [n for n in shapes if n.startswith("backbone.") and n in model.state_dict() and n not in fits]
     if wrong:
-        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "absent"
         raise ConfigError(
-            f"model.start_from: the backbone in {source} is another: {wrong[0]} is {found} there, "
-            f"{shapes[wrong[0]]} here; give both runs the same model.backbone"
+            f"model.start_from: the backbone in {source} differs from this run's: {wrong[0]} is {found} there and "
+            f"{shapes[wrong[0]]} in this run; use the same model.backbone"
         )
-    fresh = []
-    taken = ["backbone."]
+    untrained = []
+    copied = ["backbone."]
     for name, task in model.tasks.items():
         own = [key for key in model.state_dict() if key.startswith(f"tasks.{name}.")]
         same = facts.classes.get(name) == task.classes and all(key in fits for key in own)
-        taken += [f"tasks.{name}."] if same else []
-        fresh += [] if same else [name]
-    for name, value in ours.items():
-        if name in fits and name.startswith(tuple(taken)):
+        if same:
+            copied.append(f"tasks.{name}.")
+        else:
+            untrained.append(name)
+    for name, value in tensors.items():
+        if name in fits and name.startswith(tuple(copied)):
             with whole_on_rank_0(value):
                 value.copy_(state[name])
-    return fresh
+    return untrained

@@ -1,4 +1,4 @@
-"""Keeps an engine's `backward` and `step` from being called behind the balancer's back."""
+"""Prevents direct calls of an engine's `backward` and `step` while a balancer owns the engine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 
 
 class EngineGuard:
-    """Wraps `engine.backward` and `engine.step`: outside `allowed()` they raise and change nothing.
+    """Wraps `engine.backward` and `engine.step`; outside `allowed()` they raise and change nothing.
 
     Args:
-        engine: a DeepSpeedEngine; its two methods are shadowed on the instance until `remove`.
+        engine: a DeepSpeedEngine; its two methods are replaced on the instance until `remove`.
         error: the exception class to raise.
+
+    Raises:
+        error: the engine has a guard already.
     """
 
     def __init__(self, engine: Any, error: type[Exception]):
         self.engine = engine
         self._open = False
         if "step" in vars(engine):
-            raise error("this engine already has a TaskBalancer; call its detach() before making another")
+            raise error("this engine already has a TaskBalancer; call its detach() before constructing a second one")
         engine.backward = self._guarded(
             engine.backward, error, "engine.backward", "balancer.backward(loss) inside balancer.task(...)"
         )
@@ -38,7 +41,7 @@ class EngineGuard:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Inside this block the two methods are DeepSpeed's own."""
+        """Allow calls of the two methods inside this block."""
         self._open = True
         try:
             yield
@@ -46,5 +49,5 @@ class EngineGuard:
             self._open = False
 
     def remove(self) -> None:
-        """Give the engine its own methods back."""
+        """Restore the engine's own methods."""
         del self.engine.backward, self.engine.step

@@ -6,8 +6,9 @@ import deepspeed.ops
 
 
 def spare_cpu_kernel() -> None:
-    """Keep `init_distributed` from compiling, at every first start, a kernel that only CPU inference calls.
+    """Prevent `init_distributed` from compiling a kernel that only CPU inference uses.
 
-    Call it before the process group starts, on the CPU only. Private field of DeepSpeed 0.19.8, `ops/__init__.py`.
+    Call it before the process group is initialised, on the CPU only. Private field of DeepSpeed 0.19.8,
+    `ops/__init__.py`.
     """
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

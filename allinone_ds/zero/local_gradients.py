@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
 from allinone_ds.errors import UnsupportedEngine
-from allinone_ds.zero.engines.base import GradientShards
+from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.params import whole_shape
 from allinone_ds.zero.releases import COALESCES, RELEASE
 
@@ -25,48 +23,45 @@ class LocalGradients:
     """This rank's own gradients of one engine, not yet averaged over ranks.
 
     Args:
-        engine: a DeepSpeedEngine of ZeRO stage 1, 2 or 3.
-        shards: the same engine's shards, where `reduce` leaves the average.
+        adapter: of an engine that `keeps_local_gradients`; `reduce` leaves the average in its shards.
 
     Raises:
-        UnsupportedEngine: another kind of engine.
+        UnsupportedEngine: this release of DeepSpeed cannot keep gradients on the rank.
+
+    Attributes:
+        params: the trainable parameters; the other methods name them by their index.
+        sizes: elements of each parameter, partitioned or not.
+        dtype: in which gradients accumulate.
     """
 
-    def __init__(self, engine: Any, shards: GradientShards):
-        if type(engine.optimizer) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
-            raise UnsupportedEngine(
-                f"the engine's optimizer is {type(engine.optimizer).__name__} (ZeRO stage "
-                f"{int(engine.zero_optimization_stage())}): it cannot keep gradients on the rank over a step; use "
-                "norm='exact', or ZeRO 1, 2 or 3 (ZeRO-1 in bf16 without fp32 accumulation)"
-            )
+    def __init__(self, adapter: EngineAdapter):
         if not COALESCES:
             raise UnsupportedEngine(
-                f"DeepSpeed {RELEASE} cannot keep gradients on the rank over a step; use norm='exact', or 0.19.1 on"
+                f"DeepSpeed {RELEASE} cannot keep gradients on the rank over a step; use norm='exact', or DeepSpeed "
+                "0.19.1 or newer"
             )
-        self.engine = engine
-        self.optimizer = engine.optimizer
-        self.shards = shards
-        self.params: list[Parameter] = [p for p in engine.module.parameters() if p.requires_grad]
-        self.sizes = [whole_shape(p).numel() for p in self.params]  # elements, partitioned or not
-        self.dtype = self.optimizer.gradient_accumulation_dtype
+        self.adapter = adapter
+        self.params: list[Parameter] = [p for p in adapter.engine.module.parameters() if p.requires_grad]
+        self.sizes = [whole_shape(p).numel() for p in self.params]
+        self.dtype = adapter.optimizer.gradient_accumulation_dtype
         self._open: contextlib.ExitStack | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of one whole gradient on the rank, beyond what the engine keeps in any case: ZeRO-1 keeps one."""
-        if int(self.engine.zero_optimization_stage()) == 1:
+        if self.adapter.stage == 1:
             return 0
         return sum(size * param.dtype.itemsize for size, param in zip(self.sizes, self.params, strict=True))
 
     def begin(self) -> None:
-        """From now on backwards leave their gradients on the rank."""
+        """Make the backwards from now on leave their gradients on the rank."""
         if self._open is None:
-            self.shards.begin_task()
+            self.adapter.begin_task()
             self._open = contextlib.ExitStack()
-            self._open.enter_context(self.engine.coalesce_grad_reduction())
+            self._open.enter_context(self.adapter.engine.coalesce_grad_reduction())
 
     def get(self, index: int) -> Tensor | None:
-        """This rank's gradient of `params[index]`, of the parameter's whole shape; None when there is none."""
+        """Return this rank's gradient of `params[index]`, of the parameter's whole shape; None when there is none."""
         return getattr(self.params[index], self._attribute)
 
     def set(self, index: int, gradient: Tensor | None) -> None:
@@ -75,26 +70,32 @@ class LocalGradients:
         if gradient is None or self._attribute == "grad_accum":
             setattr(param, self._attribute, gradient)
             return
-        # autograd compares shapes, and a parameter that ZeRO-3 has put away is empty
+        # autograd compares shapes, and a parameter that ZeRO-3 has partitioned is empty
         gradient = gradient.to(param.dtype)
         empty, param.data = param.data, gradient.detach()
         param.grad = gradient
         param.data = empty
 
+    def remove_all(self) -> list[Tensor | None]:
+        """Remove and return every gradient of this rank, by the index of its parameter."""
+        gradients = [self.get(index) for index in range(len(self.params))]
+        for index in range(len(self.params)):
+            self.set(index, None)
+        return gradients
+
     def reduce(self) -> None:
         """Average the gradients over all ranks into the engine's shards, as for its next step. Collective."""
         if self._open is not None:
             stack, self._open = self._open, None
-            self.shards.begin_task()
+            self.adapter.begin_task()
             stack.close()
 
     def discard(self) -> None:
-        """Forget every gradient on this rank, and what a broken backward left; no collective."""
-        for index in range(len(self.params)):
-            self.set(index, None)
+        """Forget every gradient on this rank, and what a backward that raised has left; not collective."""
+        self.remove_all()
         self.reduce()  # nothing to send
-        self.shards.discard()
+        self.adapter.discard()
 
     @property
     def _attribute(self) -> str:
-        return "grad_accum" if getattr(self.optimizer, "use_grad_accum_attribute", False) else "grad"
+        return "grad_accum" if getattr(self.adapter.optimizer, "use_grad_accum_attribute", False) else "grad"

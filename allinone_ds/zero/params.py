@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 may have cut among the ranks: what they are as a whole. Checked on DeepSpeed 0.19.8."""
+"""Whole shapes and values of parameters that ZeRO-3 may have partitioned. Checked on DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from torch import Tensor, nn
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether ZeRO-3 has taken the parameter over; it is then flat and mostly empty. False for buffers."""
+    """Return whether ZeRO-3 manages the parameter, which is then flat and mostly empty; False for buffers."""
     return hasattr(parameter, "ds_id")
 
 
 def whole_shape(parameter: Any) -> torch.Size:
-    """Shape of a parameter or buffer, cut among the ranks or not."""
+    """Return the whole shape of a parameter or buffer, partitioned or not."""
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
 def whole_on_rank_0(parameter: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside the block the parameter is whole, and what rank 0 writes into it counts. Collective."""
+    """Gather a parameter inside a block, after which rank 0's values are kept. Collective."""
     if not is_partitioned(parameter):
         return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def cast_unpartitioned(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what ZeRO-3 has not yet taken over to the engine's dtype.
+    """Cast the parameters that ZeRO-3 does not manage yet to the engine's dtype.
 
-    A ViT is born partitioned, in the engine's dtype. DeepSpeed then leaves all other parameters as they are, and fails
-    on the mixture.
+    A ViT is partitioned while it is built, in the engine's dtype. DeepSpeed leaves all other parameters as they are,
+    and fails on the mixture.
+
+    Args:
+        model: before `deepspeed.initialize`.
+        dtype: of the engine.
     """
     for parameter in model.parameters():
         if not is_partitioned(parameter):

@@ -1,4 +1,4 @@
-"""What differs between the releases of DeepSpeed 0.19; read in the sources of 0.19.0 to 0.19.8."""
+"""Differences between the releases of DeepSpeed 0.19, from the sources of 0.19.0 to 0.19.8."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ RELEASES_LEFTOVERS = RELEASE >= Version("0.19.3")
 MANAGES_ACCUMULATION = RELEASE >= Version("0.19.4")
 """The config key `managed_gradient_accumulation` exists."""
 COMPACT = RELEASE >= Version("0.19.8")
-"""ZeRO-1/2 keep fp32 gradients of 16-bit weights in one flat buffer a group, and copy to the CPU asynchronously."""
+"""ZeRO-1/2 keep fp32 gradients of 16-bit weights in one flat buffer per group, and copy to the CPU asynchronously."""
 
 
 def uses_flat_partition(optimizer: Any) -> bool:
-    """Whether a ZeRO-1/2 optimizer's `averaged_gradients[group]` has one `flat_partition`."""
+    """Return whether `averaged_gradients[group]` of a ZeRO-1/2 optimizer has one `flat_partition`."""
     return COMPACT and bool(optimizer._use_compact_grad_partition_buffer(0))
 
 
 def as_partition(flat: Tensor) -> Sequence[Tensor]:
-    """A group's whole gradient shard as ZeRO-1/2 take it for a step, without a copy where the release allows it."""
+    """Return a group's gradient shard in the form that a ZeRO-1/2 step reads, without a copy where possible."""
     if not COMPACT:
         return [flat]
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
@@ -35,6 +35,6 @@ def as_partition(flat: Tensor) -> Sequence[Tensor]:
 
 
 def wait_for_offload_copies(optimizer: Any) -> None:
-    """Wait until gradients on their way to the CPU are there."""
+    """Wait until gradients that are being copied to the CPU have arrived."""
     if COMPACT:
         optimizer._wait_for_offload_copies()

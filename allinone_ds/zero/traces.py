@@ -1,13 +1,13 @@
-"""ZeRO-3 over the tasks of a step: one parameter trace a task, and weights that stay gathered from task to task.
+"""One parameter trace per task under ZeRO-3, and weights that stay gathered from task to task.
 
 DeepSpeed 0.19.8, `runtime/zero/partitioned_param_coordinator.py`: a coordinator records the order of modules in one
-forward and backward, and prefetches along it from then on; a forward that takes another head throws the record away,
-and every parameter is fetched when it is needed. Coordinators share one stream and one registry of parameters in
-flight and hold nothing once a backward is over, so each task gets its own.
+forward and backward, and prefetches parameters in this order from then on. A forward through a different head discards
+the record, and every parameter is then fetched when it is needed. Coordinators share one stream and one registry of
+parameters in flight and hold nothing after a backward, so each task can have its own.
 
-A coordinator lets weights go after the last use in its trace, though the next task needs the same backbone, which no
-optimizer step has moved. It spares a parameter while any name is in the parameter's `ds_active_sub_modules`; that is
-how weights are kept until `put_away`. So a step gathers the weights once, not once a micro-step.
+A coordinator releases weights after their last use in its trace, though the next task needs the same backbone, which no
+optimizer step has moved. It does not release a parameter while any name is in the parameter's `ds_active_sub_modules`,
+which is how weights are kept until `partition`. So a step gathers the weights once, not once per micro-step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEPT = "kept until the step"
 
 
 class ParameterTraces:
-    """The traces of one engine; does nothing on engines that do not partition parameters.
+    """The traces of one engine. Does nothing on engines that do not partition parameters.
 
     Args:
         engine: a DeepSpeedEngine.
@@ -41,8 +41,8 @@ class ParameterTraces:
     def keeps(self) -> bool:
         """Whether `use(key, keep=True)` keeps weights gathered.
 
-        So it does where DeepSpeed, too, may keep all of them: from their use in a forward to that in its backward, with
-        the whole model within stage3_max_live_parameters, and twice the model within stage3_max_reuse_distance.
+        It does where DeepSpeed itself would keep all of them from a forward to its backward: the whole model is within
+        stage3_max_live_parameters, and twice the model within stage3_max_reuse_distance.
         """
         if self._offload is None:
             return False
@@ -51,11 +51,11 @@ class ParameterTraces:
 
     @contextlib.contextmanager
     def use(self, key: Hashable, keep: bool = False) -> Iterator[None]:
-        """Inside the block forwards and backwards are recorded, and prefetched, along the trace of `key`.
+        """Record, and prefetch along, the trace of `key` in the forwards and backwards inside this block.
 
         Args:
             key: of the trace.
-            keep: leave weights gathered until `put_away`, where `keeps` allows it.
+            keep: leave weights gathered until `partition`, where `keeps` allows it.
         """
         if self._offload is None:
             yield
@@ -69,7 +69,7 @@ class ParameterTraces:
         try:
             yield
             self._of[key] = mine
-        except BaseException:  # a broken pass: this trace is recorded anew
+        except BaseException:  # after an error the trace is recorded again
             if RELEASES_LEFTOVERS:
                 mine.release_backward_leftovers()
             raise
@@ -78,11 +78,11 @@ class ParameterTraces:
             for param in kept:
                 param.ds_active_sub_modules.discard(_KEPT)
 
-    def put_away(self) -> None:
-        """Partition what is gathered: before the weights move, since a gathered copy would not."""
+    def partition(self) -> None:
+        """Partition all gathered parameters, before an optimizer step that would not update a gathered copy."""
         gathered = [p for p in self._params if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
         for param in gathered:
-            param.ds_active_sub_modules.clear()  # a pass that broke off leaves its modules there
+            param.ds_active_sub_modules.clear()  # a pass that raised leaves its modules there
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
 

@@ -31,7 +31,7 @@ def allow_fp16(rank: int) -> None:
 def write_late() -> None:
     """A checkpoint in the background is written after the step that follows it; at the end of a run after a second."""
     from allinone_ds.balance.balancer import TaskBalancer
-    from allinone_ds.run_folder.background_writer import BackgroundSaver
+    from allinone_ds.run_folder.background_saver import BackgroundSaver
 
     step, start, steps = TaskBalancer.step, BackgroundSaver.start, []
 

@@ -101,7 +101,7 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how, said = "resumed without it", "task 'cls' is in it, but not in this run"
     yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
     how = "resumed with a head of 16 instead of 32 channels"
-    yield "other head", how, "once", lambda b, _: b.other_model(widen, "task 'seg' is another: tasks.seg.")
+    yield "other head", how, "once", lambda b, _: b.other_model(widen, "task 'seg' differs: tasks.seg.")
     how = "SIGKILL at a random moment, again after every resume"
     yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
     yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)

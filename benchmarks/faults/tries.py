@@ -252,7 +252,7 @@ class Tries(Bench):
             demand(any(codes.values()), "the disk did not fill up", ranks)
             said = ranks.said()
             demand("could not be written" in said and "no space left" in said.lower(), "it was not said", ranks)
-            demand("is untouched" in said and bool(checkpoints(output)), "no earlier checkpoint is left", ranks)
+            demand("is unchanged" in said and bool(checkpoints(output)), "no earlier checkpoint is left", ranks)
             demand(not list(output.glob(".unfinished*")), "the unfinished checkpoint was not deleted")
             bigger = ["mount", "-o", "remount,size=64m", str(output)]
             subprocess.run(bigger, check=True)

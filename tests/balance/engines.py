@@ -13,7 +13,7 @@ from allinone_ds.testing import cases, exactness, toy
 from allinone_ds.zero.params import whole_master
 
 __all__ = ["CASES", "FP32_KINDS", "cases", "finish", "largest_change", "make_balancer", "make_engine", "raises",
-           "run_case", "run_task", "toy", "weights"]  # fmt: skip
+           "run_case", "run_task", "toy", "weights", "whole_master"]  # fmt: skip
 
 CASES = {case.name: case for case in cases.all_cases()}
 FP32_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload")

@@ -1,4 +1,4 @@
-"""Tiny datasets on disk, in each format."""
+"""Fixtures: a tiny dataset on disk in each format."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sets import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, write_images
+
+from tests.data.tiny_sets import CLASSES, COUNT, HEIGHT, WIDTH, coco_content, write_images
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What must hold of the composed demo scenes."""
+"""Demo data: labels agree with the images, train and test are disjoint, and equal seeds give equal files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
     return make_demo_data(tmp_path_factory.mktemp("demo"), seed=3, sizes=SMALL, progress=False)
 
 
-def test_train_and_test_share_no_product_and_no_photo() -> None:
+def test_train_and_test_have_no_common_product_and_no_common_photo() -> None:
     train, test = load_pool("train"), load_pool("test")
     assert {tile.tobytes() for tile in train.tiles}.isdisjoint(tile.tobytes() for tile in test.tiles)
     assert {photo.tobytes() for photo in train.photos}.isdisjoint(photo.tobytes() for photo in test.photos)
@@ -47,14 +47,14 @@ def test_train_and_test_share_no_product_and_no_photo() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_class_has_the_same_number_of_whole_tiles(split: str) -> None:
+def test_every_class_has_the_same_number_of_tiles(split: str) -> None:
     pool = load_pool(split)
     assert len(set(np.bincount(pool.labels, minlength=len(CLASSES)))) == 1
-    assert ((pool.alphas > 0) >= (pool.tiles > 12)).all(), "filling holes never takes a product's pixel away"
+    assert ((pool.alphas > 0) >= (pool.tiles > 12)).all(), "filling holes removes no pixel of a product"
     assert (pool.alphas > 0).sum((1, 2)).min() > 10
 
 
-def test_boxes_are_tight_around_what_is_seen_of_each_product() -> None:
+def test_boxes_are_tight_around_the_visible_part_of_each_product() -> None:
     for i in range(50):
         scene = compose_scene(rng(i), load_pool("train"), CROWDED)
         seen = [number for number in np.unique(scene.instances) if number]
@@ -64,7 +64,7 @@ def test_boxes_are_tight_around_what_is_seen_of_each_product() -> None:
             np.testing.assert_array_equal(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
 
 
-def test_label_map_agrees_with_what_was_pasted() -> None:
+def test_the_label_map_agrees_with_the_instances() -> None:
     for i in range(50):
         scene = compose_scene(rng(i), load_pool("test"), CROWDED)
         seen = [number for number in np.unique(scene.instances) if number]
@@ -76,7 +76,7 @@ def test_label_map_agrees_with_what_was_pasted() -> None:
         assert set(np.unique(scene.label_map[certain])) == {0, *(scene.labels + 1)}
 
 
-def test_pixels_outside_products_come_from_the_photo_alone() -> None:
+def test_pixels_outside_products_are_those_of_the_photo() -> None:
     look = SceneLook(size=64, objects=(1, 1))
     bare = compose_scene(rng(5), load_pool("train"), look.model_copy(update={"objects": (0, 0)}))
     scene = compose_scene(rng(5), load_pool("train"), look)
@@ -85,14 +85,14 @@ def test_pixels_outside_products_come_from_the_photo_alone() -> None:
     assert changed.any() and not (changed & (scene.label_map == 0)).any()
 
 
-def test_first_label_is_obeyed() -> None:
+def test_first_label_sets_the_class() -> None:
     look = SceneLook(size=48, objects=(1, 1))
     for label in range(len(CLASSES)):
         scene = compose_scene(rng(label), load_pool("train"), look, first_label=label)
         assert scene.labels.tolist() == [label]
 
 
-def test_files_on_disk_agree_with_the_formats(data: DemoData) -> None:
+def test_files_on_disk_agree_with_their_formats(data: DemoData) -> None:
     coco = json.loads((data.root / data.sources("detection", "train")["annotations"]).read_text())
     assert [category["name"] for category in coco["categories"]] == list(CLASSES)
     folder = data.root / data.sources("detection", "train")["images"]
@@ -119,7 +119,7 @@ def test_files_on_disk_agree_with_the_formats(data: DemoData) -> None:
     assert {int(label) for _, label in lines} == set(range(len(CLASSES)))
 
 
-def test_seed_decides_every_byte(data: DemoData, tmp_path: Path) -> None:
+def test_the_seed_determines_every_byte(data: DemoData, tmp_path: Path) -> None:
     make_demo_data(tmp_path / "same", seed=3, sizes=SMALL, progress=False)
     make_demo_data(tmp_path / "other", seed=4, sizes=SMALL, progress=False)
     assert contents(tmp_path / "same") == contents(data.root)
@@ -127,7 +127,7 @@ def test_seed_decides_every_byte(data: DemoData, tmp_path: Path) -> None:
     assert other[one] != contents(data.root)[one]
 
 
-def test_scenes_do_not_depend_on_how_many_are_made(data: DemoData, tmp_path: Path) -> None:
+def test_scenes_do_not_depend_on_their_number(data: DemoData, tmp_path: Path) -> None:
     more = SMALL.model_copy(update={"segmentation": (9, 5)})
     make_demo_data(tmp_path, seed=3, sizes=more, progress=False)
     both = contents(data.root).keys() & contents(tmp_path).keys()
@@ -136,7 +136,7 @@ def test_scenes_do_not_depend_on_how_many_are_made(data: DemoData, tmp_path: Pat
     assert all((data.root / name).read_bytes() == (tmp_path / name).read_bytes() for name in pictures)
 
 
-def test_second_call_writes_nothing_and_other_sizes_write_anew(tmp_path: Path) -> None:
+def test_a_second_call_writes_nothing_and_different_sizes_write_again(tmp_path: Path) -> None:
     make_demo_data(tmp_path, sizes=SMALL, progress=False)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     make_demo_data(tmp_path, sizes=SMALL, progress=False)
@@ -146,17 +146,17 @@ def test_second_call_writes_nothing_and_other_sizes_write_anew(tmp_path: Path) -
     assert len(list((tmp_path / "detection" / "train").iterdir())) == 2
 
 
-def test_an_interrupted_build_is_done_again(tmp_path: Path) -> None:
+def test_interrupted_demo_data_is_written_again(tmp_path: Path) -> None:
     make_demo_data(tmp_path, sizes=SMALL, progress=False)
-    whole = contents(tmp_path)
+    complete = contents(tmp_path)
     marker = json.loads((tmp_path / "demo.json").read_text())
     (tmp_path / "demo.json").write_text(json.dumps({**marker, "complete": False}))
     (tmp_path / "detection" / "train" / "000000.jpg").unlink()
     make_demo_data(tmp_path, sizes=SMALL, progress=False)
-    assert contents(tmp_path) == whole
+    assert contents(tmp_path) == complete
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_demo_data_is_not_modified(tmp_path: Path) -> None:
     (tmp_path / "detection").mkdir()
     (tmp_path / "detection" / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="is not demo data"):

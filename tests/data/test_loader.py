@@ -1,3 +1,5 @@
+"""Loaders: batches depend only on the schedule, broken samples are replaced and reported, ranks stay in step."""
+
 import math
 import random
 from pathlib import Path
@@ -6,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_sets import write_images
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images, train_transform
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.formats.image_list import ImageListSource
-from allinone_ds.data.loader import CachedDataset, TaskData, eval_loader, train_loader
+from allinone_ds.data.loader import TaskData, eval_loader, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, DataError
+from tests.data.tiny_sets import write_images
 
 SIZE = (16, 16)
 AUGMENT = [
@@ -40,27 +42,26 @@ def noisy(sample):
 
 
 class Numbers(SampleDataset):
-    """Sample i is a picture of the number i; those in `broken` cannot be read."""
+    """Sample i is an image of value i; those in `broken` cannot be read."""
 
     kind = "classification"
     classes = ["a"]
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
-        self.count, self.broken, self.reads = count, broken, 0
+        self.count, self.broken = count, broken
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index):
-        self.reads += 1
         if index in self.broken:
-            raise BrokenSample(f"{index}.png", "is torn")
+            raise BrokenSample(f"{index}.png", "is truncated")
         image = torch.full((3, 16, 16), index, dtype=torch.uint8)
         return {"image": image, "label": 0, "path": f"{index}.png", "index": index}
 
 
 def setup(root: Path, world_size: int = 1, transform=None, **options):
-    """Two tasks of different length, batch size and micro-steps, on real files."""
+    """Two tasks with different numbers of samples, batch sizes and micro-steps, on real files."""
     data = {}
     for task, count, batch, micro in (("a", 7, 2, 2), ("b", 5, 3, 1)):
         folder = root / task
@@ -76,7 +77,7 @@ def setup(root: Path, world_size: int = 1, transform=None, **options):
 
 
 def same(left, right) -> bool:
-    """Whether two lists of StepBatch are equal in every number."""
+    """Return whether two lists of StepBatch are exactly equal."""
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert (a.step, list(a.batches), a.broken) == (b.step, list(b.batches), b.broken)
@@ -101,7 +102,7 @@ def test_one_item_is_one_optimizer_step(tmp_path):
                 assert batch["index"].tolist() == drawn
 
 
-def test_a_rank_reads_its_share_and_nothing_else(tmp_path):
+def test_a_rank_reads_only_its_share(tmp_path):
     data, schedule = setup(tmp_path, world_size=2)
     usual = [next(iter(train_loader(data, schedule, rank, 0, 1))).batches for rank in (0, 1)]
     share = {"a": [(0, 0), (0, 1), (1, 0), (1, 1)]}
@@ -109,7 +110,7 @@ def test_a_rank_reads_its_share_and_nothing_else(tmp_path):
     assert list(step.batches) == ["a"]
     for batch, (k, rank) in zip(step.batches["a"], share["a"], strict=True):
         assert batch["index"].tolist() == [draw.index for draw in schedule.draw("a", 0, k, rank)]
-        assert all(torch.equal(batch[key], usual[rank]["a"][k][key]) for key in batch)  # augmented alike
+        assert all(torch.equal(batch[key], usual[rank]["a"][k][key]) for key in batch)  # with the same augmentation
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_batches_do_not_depend_on_the_workers(tmp_path, workers, context, transf
     assert same(list(train_loader(data, schedule, 0, 0, 3, workers, multiprocessing_context=context)), alone)
 
 
-def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(tmp_path):
+def test_a_resumed_run_gets_the_batches_of_the_uninterrupted_one(tmp_path):
     data, schedule = setup(tmp_path)
     whole = list(train_loader(data, schedule, 0, 0, 6))
     torch.manual_seed(99)
@@ -140,7 +141,7 @@ def test_augmentation_differs_between_epochs_and_between_samples(tmp_path):
     assert all(len({tuple(v.flatten()[:50].tolist()) for v in seen}) == len(seen) > 3 for seen in views.values())
 
 
-def test_the_process_keeps_its_random_state(tmp_path):
+def test_the_random_state_of_the_process_does_not_change(tmp_path):
     data, schedule = setup(tmp_path, transform=noisy)
 
     def draws():
@@ -150,27 +151,18 @@ def test_the_process_keeps_its_random_state(tmp_path):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
 
     seeded()
-    wanted = draws()
+    expected = draws()
     for workers in (0, 1):
         seeded()
         list(train_loader(data, schedule, 0, 0, 2, workers))
         list(eval_loader(data["a"].dataset, noisy, collate, 2, num_workers=workers))
-        assert draws() == wanted
+        assert draws() == expected
 
 
-def test_a_cache_changes_nothing_but_reads_once(tmp_path):
+def test_a_cache_changes_no_batch(tmp_path):
     data, schedule = setup(tmp_path)
     plain = list(train_loader(data, schedule, 0, 0, 8))
     assert same(list(train_loader(*setup(tmp_path, cache=True), 0, 0, 8)), plain)
-    numbers = Numbers(5)
-    cached = CachedDataset(numbers)
-    for _ in range(3):
-        assert [cached[i]["index"] for i in range(5)] == list(range(5))
-    assert numbers.reads == 5
-    small = CachedDataset(numbers, max_bytes=2 * 3 * 16 * 16)
-    for _ in range(3):
-        [small[i] for i in range(5)]
-    assert numbers.reads == 5 + 5 + 3 + 3  # two kept, three read each time
 
 
 def one_task(dataset: SampleDataset, batch_size: int, world_size: int = 1, micro_steps: int = 1):
@@ -178,44 +170,44 @@ def one_task(dataset: SampleDataset, batch_size: int, world_size: int = 1, micro
     return data, Schedule(0, {"n": len(dataset)}, {"n": (batch_size, micro_steps)}, world_size)
 
 
-def test_the_next_of_the_order_takes_a_broken_ones_place():
+def test_a_broken_sample_is_replaced_by_the_next_of_the_schedule():
     data, schedule = one_task(Numbers(10, broken=(4, 7)), 5)
-    seen, told = [], []
+    seen, reported = [], []
     for step in train_loader(data, schedule, 0, 0, 2, max_broken=5):
         seen += step.batches["n"][0]["index"].tolist()
-        told += step.broken
-    assert told.count("4.png: is torn") >= 1 and told.count("7.png: is torn") >= 1
+        reported += step.broken
+    assert reported.count("4.png: is truncated") >= 1 and reported.count("7.png: is truncated") >= 1
     order = [schedule.at("n", p).index for p in range(20)]
     for position, index in enumerate(seen):
         assert index == next(i for i in order[position:] if i not in (4, 7))
 
 
-def test_broken_samples_are_told_from_workers_too():
+def test_broken_samples_are_also_reported_by_workers():
     data, schedule = one_task(Numbers(10, broken=(4, 7)), 5)
     loaders = [train_loader(data, schedule, 0, 0, 4, workers, max_broken=5) for workers in (0, 2)]
     assert same(*[list(loader) for loader in loaders])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_broken_in_a_row_end_the_run_with_a_reason(workers):
+def test_too_many_broken_samples_in_a_row_end_the_run_with_a_reason(workers):
     data, schedule = one_task(Numbers(10, broken=tuple(range(10))), 2)
-    with pytest.raises(DataError, match=r"task 'n': 4 samples in a row .*is torn.*max_broken_images"):
+    with pytest.raises(DataError, match=r"task 'n': 4 samples in a row .*is truncated.*max_broken_images"):
         list(train_loader(data, schedule, 0, 0, 2, workers, max_broken=3))
 
 
-def test_with_no_broken_ones_allowed_the_first_ends_the_run():
+def test_the_first_broken_sample_ends_the_run_if_none_is_allowed():
     data, schedule = one_task(Numbers(10, broken=(4,)), 5)
-    with pytest.raises(DataError, match=r"1 samples? .*4\.png: is torn"):
+    with pytest.raises(DataError, match=r"1 samples? .*4\.png: is truncated"):
         list(train_loader(data, schedule, 0, 0, 2, max_broken=0))
 
 
-def test_a_file_torn_between_check_and_training_is_skipped(tmp_path):
+def test_a_file_damaged_after_the_check_is_skipped(tmp_path):
     data, schedule = setup(tmp_path)
     file = tmp_path / "a" / "3.jpg"
     file.write_bytes(file.read_bytes()[:200])
     (tmp_path / "b" / "1.jpg").unlink()
-    told = [line for step in train_loader(data, schedule, 0, 0, 5, max_broken=9) for line in step.broken]
-    assert {line.split(": ")[0] for line in told} == {str(file), str(tmp_path / "b" / "1.jpg")}
+    reported = [line for step in train_loader(data, schedule, 0, 0, 5, max_broken=9) for line in step.broken]
+    assert {line.split(": ")[0] for line in reported} == {str(file), str(tmp_path / "b" / "1.jpg")}
 
 
 def test_data_and_schedule_must_agree(tmp_path):
@@ -233,30 +225,30 @@ def test_data_and_schedule_must_agree(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 2, 6, 7, 12, 13])
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("broken", [(), (0, 5, 6)], ids=["whole", "torn"])
-def test_every_sample_counts_once_and_ranks_stay_in_step(ranks, count, batch, broken):
+@pytest.mark.parametrize("broken", [(), (0, 5, 6)], ids=["intact", "damaged"])
+def test_every_sample_is_evaluated_once_and_ranks_stay_in_step(ranks, count, batch, broken):
     dataset = Numbers(count, broken)
     if set(range(count)) <= set(broken):
-        with pytest.raises(DataError, match="not one of 1 samples can be read"):
+        with pytest.raises(DataError, match="none of 1 samples can be read"):
             list(eval_loader(dataset, eval_transform(SIZE), collate, batch, 0, ranks))
         return
     found = [list(eval_loader(dataset, eval_transform(SIZE), collate, batch, r, ranks)) for r in range(ranks)]
     assert len({len(batches) for batches in found}) == 1  # equal on every rank
-    assert len(found[0]) == math.ceil(math.ceil(count / ranks) / batch)  # and no more than needed
-    counted, told = [], []
+    assert len(found[0]) == math.ceil(math.ceil(count / ranks) / batch)  # and not more than necessary
+    counted, reported = [], []
     for item in (item for batches in found for item in batches):
         assert item.count == len(item.samples) <= batch
         rows = item.batch["index"].tolist()
-        assert len(rows) == max(1, item.count)  # something to run forward on, always
+        assert len(rows) == max(1, item.count)  # there is always a sample for the forward pass
         assert rows[: item.count] == [s["index"] for s in item.samples]
         counted += [s["index"] for s in item.samples]
-        told += item.broken
+        reported += item.broken
     assert sorted(counted) == [i for i in range(count) if i not in broken]
-    assert sorted(told) == sorted(f"{i}.png: is torn" for i in broken if i < count)
+    assert sorted(reported) == sorted(f"{i}.png: is truncated" for i in broken if i < count)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_gives_the_samples_in_their_own_size(tmp_path, workers):
+def test_evaluation_keeps_the_original_size_of_samples(tmp_path, workers):
     write_images(tmp_path / "images", 4)
     Image.fromarray(np.zeros((50, 20, 3), dtype=np.uint8)).save(tmp_path / "images" / "1.png")
     (tmp_path / "list.txt").write_text("".join(f"{i}.png {i}\n" for i in range(4)))

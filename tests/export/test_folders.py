@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         allinone_ds.load(folder)
     seg = facts["tasks"]["seg"]
     change(tasks={"seg": {**seg, "classes": [*seg["classes"], "more"]}})
-    with pytest.raises(ConfigError, match="do not fit together"):
+    with pytest.raises(ConfigError, match="model.safetensors does not fit allinone.json"):
         allinone_ds.load(folder)
     change(bakbone={})
     with pytest.raises(ConfigError, match="did you mean 'backbone'"):

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from allinone_ds.export.facts import ExportedTask, ExportFacts
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.export.card import RunFacts, model_card
-from allinone_ds.export.facts import ExportedTask, ExportFacts
 from allinone_ds.export.onnx import TaskGraph, write_onnx
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig

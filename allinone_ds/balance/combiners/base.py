@@ -1,8 +1,9 @@
-"""TODO."""
+"""What every combiner does: takes one gradient per task from the engine and gives the engine their weighted sum."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import square_norm
+from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.zero.engines.base import GradientShards
+from allinone_ds.distributed import all_reduce, world_size
+from allinone_ds.zero.engines.base import EngineAdapter
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What became of each task in a step; fields as in `StepReport`."""
+    """What became of each task in a step; fields as in `StepReport`.
+
+    Args:
+        usable: False when there is nothing that the optimizer should step on.
+    """
 
     tasks: tuple[str, ...]
     norms: dict[str, Tensor]
@@ -27,32 +34,57 @@ class Combined:
     skipped: tuple[str, ...]
     overflow: bool
     usable: bool
-    """False when there is nothing that the optimizer should step on."""
     norm_error: float = 0.0
     gram: Tensor | None = None
 
+    def report(self, overflow: bool, applied: bool, watched: bool) -> StepReport:
+        """Return the report of the step.
+
+        Args:
+            overflow: whether fp16 gradients overflowed, before or in the engine's step.
+            applied: whether the optimizer changed the weights.
+            watched: whether the report gets the Gram matrix.
+        """
+        return StepReport(
+            norms=self.norms,
+            scales=self.scales,
+            losses=self.losses,
+            whole_norms=self.whole_norms,
+            skipped=self.skipped,
+            overflow=overflow,
+            applied=applied,
+            tasks=self.tasks,
+            gram=self.gram if watched else None,
+            norm_error=self.norm_error,
+        )
+
 
 class Combiner(ABC):
-    """Takes one task's gradient after another and gives the engine their weighted sum.
+    """Takes one gradient per task from the engine and gives the engine their weighted sum.
 
     A step calls, per task: `begin`, the micro-steps, `add` (or `drop`); then `finish` and, when there is something to
-    step on, `give`; and `clear`.
+    step on, `hand_over`; and `clear`.
 
     Args:
-        shards: the engine's gradient shards.
-        weighting: what turns the record of the step into factors.
+        adapter: of the engine.
+        weighting: turns the record of the step into factors.
+
+    Attributes:
+        watch: whether this step has to return the tasks' Gram matrix.
+        records: record of each task that was added since the last `clear`.
+        usable: whether the gradient of each task is to be used, 0-dim bool on the device.
+        factors: of each task, 0-dim.
     """
 
     watch: bool = False
-    """Whether this step is to give the tasks' Gram matrix."""
 
-    def __init__(self, shards: GradientShards, weighting: Weighting):
-        self.shards = shards
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting):
+        self.adapter = adapter
         self.weighting = weighting
-        self.is_shared = [piece.shared for piece in shards.pieces]
-        self.world = dist.get_world_size()
+        self.is_shared = [piece.shared for piece in adapter.pieces]
+        self.world = world_size()
         self.records: dict[str, StepRecord] = {}
-        self.finite: dict[str, Tensor] = {}
+        self.usable: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self._kept: list[list[Tensor]] = []
         self._sum: list[Tensor] = []
@@ -70,45 +102,54 @@ class Combiner(ABC):
 
     def begin(self, task: str) -> None:
         """Make the next backward the first of a task."""
-        self.shards.begin_task()
+        self.adapter.begin_task()
 
     def reduces(self, last: bool) -> bool:
-        """Whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
+        """Return whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
         return last
 
     def drop(self) -> None:
-        """Forget the gradient of the task that is under way."""
-        self.shards.discard()
+        """Forget the gradient of the current task."""
+        self.adapter.discard()
 
-    def agree(self, micro_steps: dict[str, int]) -> tuple[str, ...]:
-        """The tasks that ran in this step, on any rank. `micro_steps`: task -> how many this rank ran."""
+    def agree(self, micro_steps: Mapping[str, int]) -> tuple[str, ...]:
+        """Return the tasks that ran in this step, on any rank.
+
+        Args:
+            micro_steps: task -> micro-steps that this rank ran.
+        """
         return self.tasks
 
     @abstractmethod
     def add(self, task: str, loss: Tensor) -> None:
-        """Take a task's averaged gradient from the engine. `loss`: its mean over micro-steps on this rank, 0-dim."""
+        """Take a task's averaged gradient from the engine.
+
+        Args:
+            task: its name.
+            loss: mean over the task's micro-steps on this rank, 0-dim.
+        """
 
     @abstractmethod
     def finish(self) -> Combined:
-        """Make the weighted sum of all tasks added; waits for the device once, to learn which were not finite."""
+        """Compute the weighted sum of all tasks added; waits for the device once, to learn which are not finite."""
 
-    def give(self, overflow: bool) -> None:
+    def hand_over(self, overflow: bool) -> None:
         """Give the engine the sum for its next step."""
-        self.shards.put(self._sum, overflow)
+        self.adapter.set_gradient(self._sum, overflow)
 
     def clear(self) -> None:
-        """Begin a new step."""
+        """Prepare for a new step."""
         self.records.clear()
-        self.finite.clear()
+        self.usable.clear()
         self.factors = {}
         self._gram = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a step takes over from the one before; empty where norms are exact."""
+        """Return what a step takes over from the one before; empty where norms are exact."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - see `state_dict`
-        """Take over, between steps, what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - see `state_dict`
+        """Restore, between steps, what `state_dict` returned."""
 
     def close(self) -> None:
         """Leave the engine as it was found."""
@@ -116,61 +157,81 @@ class Combiner(ABC):
         self.clear()
 
     def _new_flats(self) -> list[Tensor]:
-        flats = [torch.zeros(n, device=self.shards.device, dtype=self.shards.dtype) for n in self.shards.sizes]
+        flats = [torch.zeros(n, device=self.adapter.device, dtype=self.adapter.dtype) for n in self.adapter.sizes]
         self._kept.append(flats)
         return flats
 
-    def _split(self, pieces: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Pieces of the shared backbone, and all others."""
+    def _split(self, pieces: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the pieces of the shared backbone, and all others."""
         marked = list(zip(pieces, self.is_shared, strict=True))
         return [p for p, is_shared in marked if is_shared], [p for p, is_shared in marked if not is_shared]
 
-    def _measure(self, task: str, pieces: list[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
-        """One task's record, from one all-reduce of three scalars, and whether its gradient is to be used."""
+    def _measure(self, task: str, pieces: Sequence[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
+        """Return the norms of one task, from one all-reduce of three scalars, and whether its gradient is usable.
+
+        The norm of a task's gradient on the backbone is computed here: the sum of squares of this rank's pieces, summed
+        over ranks.
+        """
         shared, other = self._split(pieces)
-        square = square_norm(shared, self.shards.device)
-        whole = square + square_norm(other, self.shards.device)
+        square = square_norm(shared, self.adapter.device)
+        whole = square + square_norm(other, self.adapter.device)
         sums = torch.stack([square.to(loss.device), whole.to(loss.device), loss.double()])
-        if self.shards.replicated:
+        if self.adapter.replicated:
             sums[:2] /= self.world
-        if self.world > 1:
-            dist.all_reduce(sums)
+        all_reduce(sums)
         return self._record_of(task, sums[0], sums[1], sums[2] / self.world)
 
     def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
-        """A task's record from squared norms (with loss scale) and mean loss; and whether to use its gradient."""
-        norm, whole_norm = (torch.stack([square, whole]).sqrt() / self.shards.loss_scale).float()
-        finite = torch.isfinite(loss)
-        if not self._fp16:  # in fp16 a gradient overflows now and then: that is the loss scaler's business
-            finite = finite & torch.isfinite(whole)
-        return StepRecord((task,), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), finite
+        """Return a task's record, and whether its gradient is usable.
+
+        Args:
+            task: its name.
+            square, whole: squared norms on the backbone and everywhere, with loss scale, 0-dim.
+            loss: mean over micro-steps and ranks, 0-dim.
+        """
+        norm, whole_norm = (torch.stack([square, whole]).sqrt() / self.adapter.loss_scale).float()
+        usable = torch.isfinite(loss)
+        if not self.adapter.fp16:  # in fp16 gradients overflow now and then, and the loss scaler handles that
+            usable = usable & torch.isfinite(whole)
+        return StepRecord((task,), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), usable
+
+    def _joint_record(self, tasks: Sequence[str], gram: Tensor) -> StepRecord:
+        """Return the record of several tasks from their own records and their Gram matrix (T, T)."""
+        records = [self.records[task] for task in tasks]
+        return StepRecord(
+            tasks=tuple(tasks),
+            gram=gram,
+            whole_norms=torch.cat([record.whole_norms for record in records]),
+            losses=torch.cat([record.losses for record in records]),
+        )
 
     def _gram_of(self, sketches: Tensor, summed: bool) -> Tensor:
-        """Gram matrix (T, T) from the tasks' sketches (T, k), which are `summed` over ranks already or not."""
-        sketches = sketches.to(self.shards.engine.device)
-        if not summed and self.world > 1:
-            dist.all_reduce(sketches)
+        """Return the Gram matrix (T, T) of the tasks from their sketches.
+
+        Args:
+            sketches: (T, k).
+            summed: whether they are sums over ranks already.
+        """
+        sketches = sketches.to(self.adapter.compute_device)
+        if not summed:
+            all_reduce(sketches)
         sketches = sketches.double()
-        return sketches @ sketches.T / self.shards.loss_scale**2
+        return sketches @ sketches.T / self.adapter.loss_scale**2
 
     def _factors_of(self, record: StepRecord) -> dict[str, Tensor]:
-        """Factors from a record of several tasks: rank 0's, since a method may draw at random or solve iteratively."""
-        factors = self.weighting.factors(record).to(self.shards.engine.device, torch.float32)
+        """Return factors from a record of several tasks: rank 0's, since a method may draw at random or iterate."""
+        factors = self.weighting.factors(record).to(self.adapter.compute_device, torch.float32)
         if self.world > 1:
             dist.broadcast(factors, 0)
         return dict(zip(record.tasks, factors, strict=True))
 
-    @property
-    def _fp16(self) -> bool:
-        return bool(self.shards.engine.fp16_enabled())
-
     def _verdicts(self) -> tuple[tuple[str, ...], bool]:
-        """Tasks to leave out, and whether an fp16 gradient overflowed; the step's one wait for the device."""
+        """Return the tasks to leave out and whether an fp16 gradient overflowed; the step's one wait for the device."""
         rows = torch.stack(
-            [torch.stack([self.finite[t], torch.isfinite(r.whole_norms[0])]) for t, r in self.records.items()]
+            [torch.stack([self.usable[t], torch.isfinite(r.whole_norms[0])]) for t, r in self.records.items()]
         ).tolist()
-        skipped = tuple(task for task, (finite, _) in zip(self.tasks, rows, strict=True) if not finite)
-        return skipped, self._fp16 and any(finite and not small for finite, small in rows)
+        skipped = tuple(task for task, (usable, _) in zip(self.tasks, rows, strict=True) if not usable)
+        return skipped, self.adapter.fp16 and any(usable and not finite for usable, finite in rows)
 
     def _combined(
         self, flats: list[Tensor], skipped: tuple[str, ...], overflow: bool, usable: bool, norm_error: float = 0.0
@@ -179,7 +240,7 @@ class Combiner(ABC):
         self._sum, scales = flats, self.factors
         factor = None
         if usable and not overflow and type(self.weighting).sum_factor is not Weighting.sum_factor:
-            factor = self.weighting.sum_factor(self._norm(flats))  # a pass over the shard that most need not take
+            factor = self.weighting.sum_factor(self._norm(flats))  # a pass over the shard that most do not need
         if factor is not None:
             for flat in flats:
                 flat.mul_(factor)
@@ -197,9 +258,8 @@ class Combiner(ABC):
             gram=self._gram if not skipped and not overflow else None,
         )
 
-    def _norm(self, flats: list[Tensor]) -> Tensor:
-        square = square_norm(flats, self.shards.device)
-        if not self.shards.replicated and self.world > 1:
-            square = square.to(self.shards.engine.device)
-            dist.all_reduce(square)
-        return (square.sqrt() / self.shards.loss_scale).float()
+    def _norm(self, flats: Sequence[Tensor]) -> Tensor:
+        square = square_norm(flats, self.adapter.device)
+        if not self.adapter.replicated:
+            square = all_reduce(square.to(self.adapter.compute_device))
+        return (square.sqrt() / self.adapter.loss_scale).float()

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.combiners.base import Combined, Combiner
 from allinone_ds.balance.combiners.exact import exact_combiner
 from allinone_ds.balance.combiners.sketched import LocalCombiner
-from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.zero.engines.base import GradientShards
+from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.distributed import all_reduce
+from allinone_ds.zero.engines.base import EngineAdapter
 
 
 class DelayedCombiner(LocalCombiner):
-    """Factors from the norms of the step before; gradients are scaled as autograd gives them, one reduce a step.
+    """Factors from the norms of the step before; one reduce per step.
 
-    The first step is exact, and so is each after a step that not every task took part in. Because all tasks meet in one
-    gradient at once, a task cannot be left out afterwards: a step with a task that is not finite is not taken.
+    The first step is exact, and so is each step after one in which not every task took part. Because all tasks are
+    added into one gradient at once, a task cannot be left out afterwards: a step with a task that is not finite is not
+    taken.
 
     Args:
+        adapter: of the engine.
+        weighting: turns the record of the step into factors.
+        size: length k of a sketch; None chooses by the number of parameters.
         tasks: names of all tasks.
     """
 
-    def __init__(self, shards: GradientShards, weighting: Weighting, size: int | None, tasks: tuple[str, ...]):
-        super().__init__(shards, weighting, size)
-        self.every = tasks
-        self._next: dict[str, Tensor] = {}  # factors for the step to come; empty: it must be exact
-        self._exact: Combiner | None = exact_combiner(shards, weighting)
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, tasks: tuple[str, ...]):
+        super().__init__(adapter, weighting, size)
+        self.all_tasks = tasks
+        self._next: dict[str, Tensor] = {}  # factors for the next step; empty: it must be exact
+        self._exact: Combiner | None = exact_combiner(adapter, weighting)
         self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
         self._losses: dict[str, Tensor] = {}
         self._task: str | None = None
-        self._hooks = [p.register_hook(partial(self._seen, i)) for i, p in enumerate(self.local.params)]
+        self._hooks = [p.register_hook(partial(self._scale, i)) for i, p in enumerate(self.local.params)]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -42,7 +47,7 @@ class DelayedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        sketches = 2 * 4 * self.sketcher.size * len(self.every)
+        sketches = 2 * 4 * self.sketcher.size * len(self.all_tasks)
         return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:
@@ -57,8 +62,8 @@ class DelayedCombiner(LocalCombiner):
     def reduces(self, last: bool) -> bool:
         return self._exact.reduces(last) if self._exact else False
 
-    def _seen(self, index: int, gradient: Tensor) -> Tensor | None:
-        """A parameter's gradient in one micro-step, on its way into the sum of all tasks."""
+    def _scale(self, index: int, gradient: Tensor) -> Tensor | None:
+        """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
         if self._task is None:
             return None
         self.sketcher.add(self._sketches[self._task][0 if self.shared[index] else 1], index, gradient)
@@ -76,7 +81,7 @@ class DelayedCombiner(LocalCombiner):
     def finish(self) -> Combined:
         if self._exact:
             result = self._exact.finish()
-            self.records, self.finite, self._sum = self._exact.records, self._exact.finite, self._exact._sum
+            self.records, self.usable, self._sum = self._exact.records, self._exact.usable, self._exact._sum
             self._plan(self._exact.factors if not (result.skipped or result.overflow) else {})
             return result
         return self._finish_delayed()
@@ -84,15 +89,14 @@ class DelayedCombiner(LocalCombiner):
     def _finish_delayed(self) -> Combined:
         size, ran = self.sketcher.size, self.tasks
         message = torch.cat([*(self._sketches[t].view(-1) for t in ran), torch.stack([self._losses[t] for t in ran])])
-        if self.world > 1:
-            dist.all_reduce(message)
+        all_reduce(message)
         sketches = (message[: -len(ran)].view(len(ran), 2, size) / self.world).double()
         self._gram = self._gram_of(sketches[:, 0], summed=True)
         squares = sketches.square().sum(2)  # (T, 2)
         losses = message[-len(ran) :].double() / self.world
         for row, task in enumerate(ran):
             square, other = squares[row]
-            self.records[task], self.finite[task] = self._record_of(task, square, square + other, losses[row])
+            self.records[task], self.usable[task] = self._record_of(task, square, square + other, losses[row])
         skipped, overflow = self._verdicts()
         self.factors = {task: self.factors[task] for task in ran}
         result = self._reduced(skipped, overflow, usable=not skipped)
@@ -100,27 +104,20 @@ class DelayedCombiner(LocalCombiner):
         return result
 
     def _factors_from(self, gram: Tensor) -> dict[str, Tensor]:
-        """Factors that this step's norms give the next."""
-        records = self.records
+        """Return the factors that the norms of this step give the next."""
         if self.weighting.streams:
-            return {task: self.weighting.factors(record)[0] for task, record in records.items()}
-        whole = StepRecord(
-            tasks=tuple(records),
-            gram=gram,
-            whole_norms=torch.cat([r.whole_norms for r in records.values()]),
-            losses=torch.cat([r.losses for r in records.values()]),
-        )
-        return self._factors_of(whole)
+            return {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
+        return self._factors_of(self._joint_record(tuple(self.records), gram))
 
-    def _plan(self, factors: dict[str, Tensor]) -> None:
+    def _plan(self, factors: Mapping[str, Tensor]) -> None:
         """Keep factors for the next step, if every task has one."""
-        self._next = dict(factors) if set(factors) == set(self.every) else {}
+        self._next = dict(factors) if set(factors) == set(self.all_tasks) else {}
 
     def drop(self) -> None:
         self._task = None
         if self._exact:
             self._exact.drop()
-        else:  # all tasks are in one gradient: the step begins anew
+        else:  # all tasks are in one gradient, so all of them must run again
             self.local.discard()
             self._losses, self._sketches = {}, {}
 
@@ -132,14 +129,14 @@ class DelayedCombiner(LocalCombiner):
         self._choose()
 
     def _choose(self) -> None:
-        """Take the step to come from the factors that are known, or exactly."""
-        self._exact = None if self._next else self._exact or exact_combiner(self.shards, self.weighting)
+        """Decide whether the next step uses the factors that are known, or is exact."""
+        self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting)
         self.factors = dict(self._next)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "next": dict(self._next)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._plan({task: factor.to(self.sketcher.device) for task, factor in state.get("next", {}).items()})
         self._choose()

@@ -1,6 +1,6 @@
 """Weightings that learn from step to step, from norms or from losses alone.
 
-T tasks. Each keeps a few numbers a task; they are the same on all ranks, since norms and losses are.
+T tasks. Each keeps a few numbers per task, equal on all ranks, since norms and losses are.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _PerTask(Weighting):
         self._kept = dict(state)
 
     def _get(self, record: StepRecord, name: str, default: Tensor) -> Tensor:
-        """What is kept under `name` for the record's tasks, (T,)."""
+        """Return what is kept under `name` for the tasks of the record, (T,)."""
         rows = [self._kept.get(f"{name}/{task}", default[i]) for i, task in enumerate(record.tasks)]
         return torch.stack([row.to(default) for row in rows])
 
     def _put(self, record: StepRecord, name: str, values: Tensor, default: Tensor) -> None:
-        """Keep (T,) values; where one is not finite, what was kept before stays."""
+        """Keep (T,) values; a value that is not finite leaves the earlier one."""
         values = torch.where(torch.isfinite(values), values, self._get(record, name, default)).detach()
         self._kept.update({f"{name}/{task}": values[i].clone() for i, task in enumerate(record.tasks)})
 
@@ -42,13 +42,18 @@ class _PerTask(Weighting):
 
 
 class DBMTL(_PerTask):
-    """DB-MTL (arXiv 2308.12029): every task's gradient of log(loss) rescaled to the largest of their norms.
+    """DB-MTL (arXiv 2308.12029): the gradient of log(loss) of every task, rescaled to the largest of their norms.
 
     The gradient of log L_t is g_t / L_t with norm m_t = n_t / L_t; factors are max_s(m_s) / m_t / L_t. The paper
-    averages gradients over steps (EMA); here it is their norms m_t that are averaged, which needs no further memory.
+    averages gradients over steps (EMA); here the norms m_t are averaged, which needs no further memory.
 
     Args:
         beta: weight of the past in the average of norms, from 0 (none) to below 1.
+
+    Example:
+        >>> from allinone_ds import DBMTL
+        >>> DBMTL(beta=0.9)
+        DBMTL(beta=0.9)
     """
 
     streams = False
@@ -66,15 +71,20 @@ class DBMTL(_PerTask):
 
 
 class GradNorm(_PerTask):
-    """GradNorm (arXiv 1711.02257): weights learned so that tasks that fall behind get larger gradients.
+    """GradNorm (arXiv 1711.02257): learned weights; tasks whose loss falls more slowly get larger gradients.
 
-    w_t n_t is drawn towards mean_s(w_s n_s) * r_t^alpha, r_t being task t's loss over its first loss, divided by the
-    mean of these ratios; one step of gradient descent on the sum of |w_t n_t - target| a step, in units of the mean
-    norm, then the weights are rescaled to sum to T.
+    The target of w_t n_t is mean_s(w_s n_s) * r_t^alpha, where r_t is task t's loss divided by its first loss, divided
+    by the mean of these ratios. Each step takes one step of gradient descent on the sum of |w_t n_t - target|, in units
+    of the mean norm; then the weights are rescaled to sum to T.
 
     Args:
-        alpha: strength of the pull; 0 makes all norms equal.
+        alpha: how strongly slower tasks are favoured; 0 makes all norms equal.
         lr: step size of the weights.
+
+    Example:
+        >>> from allinone_ds import GradNorm
+        >>> GradNorm(alpha=0.5)
+        GradNorm(alpha=0.5, lr=0.025)
     """
 
     streams = False
@@ -99,10 +109,15 @@ class GradNorm(_PerTask):
 
 
 class Uncertainty(_PerTask):
-    """Uncertainty weighting (arXiv 1705.07115): factors exp(-s_t), s_t learned on exp(-s_t) L_t + s_t.
+    """Uncertainty weighting (arXiv 1705.07115): factors exp(-s_t), where s_t minimises exp(-s_t) L_t + s_t.
 
     Args:
         lr: step size of s_t.
+
+    Example:
+        >>> from allinone_ds import Uncertainty
+        >>> Uncertainty(lr=0.01)
+        Uncertainty(lr=0.01)
     """
 
     def __init__(self, lr: float = 0.025):
@@ -120,11 +135,16 @@ class Uncertainty(_PerTask):
 class DWA(_PerTask):
     """Dynamic weight average (arXiv 1803.10704): factors T softmax(L_t(now) / L_t(before) / temperature).
 
-    The paper compares means over epochs; here they are exponential averages over steps, a short one and a long one.
+    The paper compares means over epochs. Here a short and a long exponential average over steps are compared.
 
     Args:
-        temperature: above 1 evens the factors out.
+        temperature: above 1 brings the factors closer to each other.
         window: steps that the long average spans; the short one spans a tenth of it.
+
+    Example:
+        >>> from allinone_ds import DWA
+        >>> DWA(window=500)
+        DWA(temperature=2.0, window=500)
     """
 
     streams = False
@@ -148,15 +168,20 @@ class FAMO(_PerTask):
     """FAMO (arXiv 2306.03792): weights under which all losses fall at the same relative rate, from losses alone.
 
     With z = softmax(w), a step follows the gradient of c * sum_t z_t log(L_t): factors are c z_t / L_t, where c makes
-    them add up to 1. Then w moves against softmax(w)^T (log L before - log L after), by Adam with weight decay, as in
-    the authors' code. Theirs evaluates the step's own batch once more to learn the losses after it; here they are the
-    losses of the next step, on its own batches: that costs no further forward and adds the batches' noise.
+    them add up to 1. Then Adam with weight decay moves w against softmax(w)^T (log L before - log L after), as in the
+    authors' code. Their code evaluates the batch of the step again to learn the losses after it. Here the losses of the
+    next step are used, on its own batches, which needs no further forward and adds the noise of the batches.
 
-    Losses must be above 0; below 1e-8 they count as 1e-8. A task that was absent is compared with its last loss.
+    Losses must be above 0; a loss below 1e-8 counts as 1e-8. A task that was absent is compared with its last loss.
 
     Args:
         lr: step size of w.
         gamma: weight decay of w.
+
+    Example:
+        >>> from allinone_ds import FAMO
+        >>> FAMO(lr=0.05)
+        FAMO(lr=0.05, gamma=0.001)
     """
 
     streams = False
@@ -189,10 +214,15 @@ class FAMO(_PerTask):
 
 
 class RandomWeights(Weighting):
-    """Random loss weighting (arXiv 2111.10603): factors T softmax(z), z standard normal and anew in every step.
+    """Random loss weighting (arXiv 2111.10603): factors T softmax(z), with a new standard normal z in every step.
 
     Args:
         seed: of the draws.
+
+    Example:
+        >>> from allinone_ds import RandomWeights
+        >>> RandomWeights(seed=1)
+        RandomWeights(seed=1)
     """
 
     streams = False
@@ -223,7 +253,7 @@ def _fraction(owner: str, field: str, value: float) -> float:
 
 def _at_least_zero(owner: str, field: str, value: float) -> float:
     if not float(value) >= 0:
-        raise ValueError(f"{owner}: {field} = {value!r}; allowed: a number from 0 on")
+        raise ValueError(f"{owner}: {field} = {value!r}; allowed: a number of 0 or more")
     return float(value)
 
 

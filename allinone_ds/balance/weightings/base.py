@@ -1,4 +1,9 @@
-"""What a weighting is: from a small record of the step to one factor per task."""
+"""What a weighting is: a function from a small record of the step to one factor per task.
+
+T tasks. A weighting never sees a gradient, only inner products of gradients, so it costs nothing and gives the same
+result on every rank. A weighting that streams (`Weighting.streams`) is applied as soon as a task is done, and one extra
+gradient shard is enough for any T. The others need the T shards kept until the last task is done.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +23,18 @@ class StepRecord:
     """What a weighting may look at.
 
     Args:
-        tasks: names of the T tasks, in the order they ran.
+        tasks: names of the T tasks, in the order in which they ran.
         gram: inner products of the tasks' gradients restricted to the shared backbone, (T, T); for a weighting that
             streams T is 1.
         whole_norms: norms of the tasks' whole gradients, heads included, (T,).
         losses: the tasks' losses, mean over micro-steps and ranks, (T,).
+
+    Example:
+        >>> import torch
+        >>> gram = torch.tensor([[4.0, 0.0], [0.0, 9.0]])
+        >>> record = StepRecord(("det", "seg"), gram, whole_norms=torch.tensor([5.0, 6.0]), losses=torch.ones(2))
+        >>> record.norms
+        tensor([2., 3.])
     """
 
     tasks: tuple[str, ...]
@@ -37,25 +49,42 @@ class StepRecord:
 
 
 class Weighting(ABC):
-    """Turns a `StepRecord` of T tasks into T factors for the tasks' gradients."""
+    """Base of the weightings: turns a `StepRecord` of T tasks into T factors for the tasks' gradients.
+
+    Attributes:
+        streams: True when the factor of a task depends on that task alone.
+        heads: "same": the gradient of a head gets the factor of its task. "none": heads keep their raw gradient.
+
+    Example:
+        >>> import torch
+        >>> class Inverse(Weighting):
+        ...     '''Scale every gradient to norm 1.'''
+        ...
+        ...     def factors(self, record):
+        ...         return 1 / (record.norms + EPS)
+        >>> gram, ones = torch.tensor([[4.0]]), torch.ones(1)
+        >>> Inverse().factors(StepRecord(("det",), gram, ones, ones))
+        tensor([0.5000])
+    """
 
     streams: bool = True
-    """True when a task's factor depends on that task alone."""
-
     heads: str = "same"
-    """"same": a head's gradient gets its task's factor. "none": heads keep their raw gradient."""
 
     @abstractmethod
     def factors(self, record: StepRecord) -> Tensor:
-        """Factors of the tasks' gradients, (T,)."""
+        """Return the factors of the tasks' gradients, (T,)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `factors` carries from one step to the next, as tensors and plain values; empty for most."""
+        """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
-        """Take over what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most weightings have no state
+        """Restore what `state_dict` returned."""
 
     def sum_factor(self, whole_norm: Tensor) -> Tensor | None:
-        """A last factor for the sum of all tasks' gradients, from its norm (heads included); None: leave the sum."""
+        """Return a last factor for the sum of all tasks' gradients; None leaves the sum as it is.
+
+        Args:
+            whole_norm: norm of the sum, heads included, 0-dim.
+        """
         return None

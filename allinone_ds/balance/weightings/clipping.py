@@ -1,11 +1,9 @@
-"""Weightings without memory: the plain sum, fixed weights, and gradient clips per step, per task and per backbone."""
+"""Weightings without memory: the plain sum, fixed weights, and clips of the sum, of each task and of the backbone."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,13 @@ from allinone_ds.strict import did_you_mean
 
 
 class Sum(Weighting):
-    """Plain sum of the tasks' gradients: every factor is 1. First rung of the ladder in arXiv 2307.03465."""
+    """Plain sum of the tasks' gradients: every factor is 1. First rung of the ladder in arXiv 2307.03465.
+
+    Example:
+        >>> from allinone_ds import Sum
+        >>> Sum()
+        Sum()
+    """
 
     def factors(self, record: StepRecord) -> Tensor:
         return torch.ones_like(record.whole_norms)
@@ -25,10 +29,18 @@ class Sum(Weighting):
 
 
 class Static(Weighting):
-    """Fixed weights: task t's factor is weights[t], as if its loss were multiplied by it.
+    """Fixed weights: the factor of task t is weights[t], as if its loss were multiplied by it.
 
     Args:
         weights: task -> factor above 0, one for every task.
+
+    Raises:
+        ValueError: a weight that is not a finite number above 0, or no weights.
+
+    Example:
+        >>> from allinone_ds import Static
+        >>> Static({"det": 1.0, "seg": 0.25})
+        Static(weights={'det': 1.0, 'seg': 0.25})
     """
 
     def __init__(self, weights: Mapping[str, float]):
@@ -49,23 +61,22 @@ class Static(Weighting):
 
 
 class GlobalClip(Sum):
-    """One clip after the sum: g = min(1, max_norm / ||sum_t g_t||) * sum_t g_t, the norm taken over all parameters.
+    """One clip after the sum: g = min(1, max_norm / ||sum_t g_t||) * sum_t g_t, with the norm over all parameters.
 
-    The challenge's baseline (`ClipGradByGlobalNorm`).
+    The baseline of the challenge (`ClipGradByGlobalNorm`).
 
     Args:
         max_norm: largest norm of the summed gradient.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds import GlobalClip
+        >>> GlobalClip(max_norm=0.5).sum_factor(torch.tensor(2.0))
+        tensor(0.2500)
     """
 
     def __init__(self, max_norm: float = 0.1):
         self.max_norm = _positive("GlobalClip", max_norm)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `factors` carries from one step to the next, as tensors and plain values; empty for most."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have no state
-        """Take over what `state_dict` gave."""
 
     def sum_factor(self, whole_norm: Tensor) -> Tensor:
         return _clip(self.max_norm, whole_norm)
@@ -79,6 +90,13 @@ class TaskClip(Weighting):
 
     Args:
         max_norm: largest norm of a task's gradient.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds import StepRecord, TaskClip
+        >>> record = StepRecord(("det",), gram=torch.ones(1, 1), whole_norms=torch.tensor([2.0]), losses=torch.ones(1))
+        >>> TaskClip(max_norm=0.5).factors(record)
+        tensor([0.2500])
     """
 
     def __init__(self, max_norm: float = 0.1):
@@ -101,10 +119,17 @@ class TBGC(Weighting):
         target: "constant", or "max", "mean", "median", "min" of the step's n_t (as in DB-MTL, arXiv 2308.12029).
             All but "constant" keep the gradient shards of all tasks until the step.
         rescale: "clip" never enlarges a gradient; "always" rescales to the target in both directions.
-        heads: "same": heads get their task's factor too. "none": heads keep their raw gradient.
+        heads: "same": heads get the factor of their task too. "none": heads keep their raw gradient.
 
     Raises:
-        ValueError: an option that is not one of the above.
+        ValueError: an option that is not one of the above, or options that would never scale a gradient.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds import StepRecord, TBGC
+        >>> record = StepRecord(("det",), gram=torch.tensor([[4.0]]), whole_norms=torch.ones(1), losses=torch.ones(1))
+        >>> TBGC(max_norm=0.1).factors(record)
+        tensor([0.0500])
     """
 
     TARGETS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -120,10 +145,9 @@ class TBGC(Weighting):
         if math.isinf(self.max_norm) and self.streams and rescale == "always":
             raise ValueError("TBGC: max_norm is infinite; rescale='always' needs a finite target norm")
         if target == "max" and rescale == "clip":
-            warnings.warn(
-                "TBGC(target='max', rescale='clip') never scales a gradient, since no norm is above the largest; "
-                "use rescale='always'",
-                stacklevel=2,
+            raise ValueError(
+                "TBGC: target='max' with rescale='clip' never scales a gradient, since no norm is above the largest; "
+                "use rescale='always', or target='mean', 'median', 'min' or 'constant'"
             )
 
     def factors(self, record: StepRecord) -> Tensor:

@@ -17,6 +17,14 @@ class GramWeighting(Weighting):
 
     Args:
         function: from a (T, T) positive semi-definite matrix to (T,) weights.
+
+    Example:
+        >>> import torch
+        >>> from allinone_ds import GramWeighting, StepRecord
+        >>> inverse_norms = GramWeighting(lambda gram: gram.diagonal().rsqrt())
+        >>> gram, ones = torch.tensor([[4.0, 0.0], [0.0, 16.0]]), torch.ones(2)
+        >>> inverse_norms.factors(StepRecord(("det", "seg"), gram, ones, ones))
+        tensor([0.5000, 0.2500])
     """
 
     streams = False
@@ -28,9 +36,9 @@ class GramWeighting(Weighting):
     def factors(self, record: StepRecord) -> Tensor:
         weights = self.function(record.gram)
         if not isinstance(weights, Tensor) or weights.shape != record.losses.shape:
-            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            returned = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(
-                f"{self!r} returned {found} for a {tuple(record.gram.shape)} Gram matrix; "
+                f"{self!r} returned {returned} for a {tuple(record.gram.shape)} Gram matrix; "
                 f"a weighting returns a tensor of shape ({len(record.tasks)},)"
             )
         return weights.detach().to(record.gram)
@@ -40,10 +48,10 @@ class GramWeighting(Weighting):
 
 
 def as_weighting(weighting: Any) -> Weighting:
-    """`weighting` itself, or a callable on a Gram matrix as a `GramWeighting`.
+    """Return `weighting` itself, or a callable on a Gram matrix as a `GramWeighting`.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `weighting` is neither.
     """
     if isinstance(weighting, Weighting):
         return weighting

@@ -1,4 +1,4 @@
-"""Transforms of training samples, the branches that a sample can take, and the transforms that must not meet.
+"""Transforms of samples, the branches of augmentation that a config gives, and which transforms a branch may combine.
 
 May import `data.base`.
 """

@@ -1,4 +1,4 @@
-"""Which augmentations a config may name, which must not meet in one branch, and how an entry becomes a transform."""
+"""The transforms that a config may name, which of them are in conflict, and how an entry becomes a transform."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Any
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from allinone_ds.data.augmentation import colour as colors
-from allinone_ds.data.augmentation import geometry, weather
+from allinone_ds.data.augmentation import colour, geometry, weather
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
 
 OWN: dict[str, type[v2.Transform]] = {
     cls.__name__: cls
     for cls in (
-        colors.ColorJitter, colors.ColorRandAugment, colors.HSVJitter,
+        colour.ColorJitter, colour.ColorRandAugment, colour.HSVJitter,
         geometry.LargeScaleJitter, geometry.MixUp, geometry.Mosaic,
         weather.Fog, weather.Frost, weather.Rain, weather.Spatter,
     )
 }  # fmt: skip
-"""What torchvision lacks, or takes more time for."""
+"""Transforms that torchvision does not have, or that are faster here."""
 
-# Not for a config: they work on whole batches, give several pictures, take code, or leave uint8 RGB.
+# Not for a config: they transform batches, return several images, take code as an option, or leave uint8 RGB.
 _REFUSED = {
     "Transform", "CutMix", "MixUp", "FiveCrop", "TenCrop", "Lambda", "LinearTransformation",
     "Normalize", "ToDtype", "ConvertImageDtype", "PILToTensor", "ToImage", "ToPILImage", "ToPureTensor",
@@ -36,11 +35,11 @@ NAMES: dict[str, type[v2.Transform]] = {
     for name, cls in vars(v2).items()
     if isinstance(cls, type) and issubclass(cls, v2.Transform) and name not in _REFUSED
 } | OWN
-"""Every augmentation that a config may name."""
+"""Every transform that a config may name."""
 
 PIXELS_ONLY = (
-    colors.ColorJitter,
-    colors.PixelTransform,
+    colour.ColorJitter,
+    colour.PixelTransform,
     *(
         getattr(v2, name)
         for name in NAMES
@@ -51,51 +50,52 @@ PIXELS_ONLY = (
         )
     ),
 )
-"""Those that leave boxes and masks where they are."""
+"""Transforms that change only pixel values, not the position of boxes and masks."""
 
 _AUTO = ("AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix")
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_AUTO, ("classification",)),  # torchvision's move the pixels without boxes and masks
+    **dict.fromkeys(_AUTO, ("classification",)),  # torchvision moves the pixels, but not boxes and masks
     "RandomIoUCrop": ("detection",),
     "Mosaic": ("detection", "segmentation"),
     "MixUp": ("detection",),
 }
-"""Kinds of data that a transform is for, where it is not for all."""
+"""Kinds of data that a transform supports, if it does not support all."""
 
 FAMILIES: dict[str, tuple[str, ...]] = {"auto-augment": (*_AUTO, "ColorRandAugment")}
-"""Names for several transforms at once, to be used in conflicts."""
+"""Names for several transforms, which conflicts may use."""
 CONFLICTS: tuple[tuple[str, str], ...] = (("Mosaic", "auto-augment"), ("MixUp", "auto-augment"))
-"""Pairs (transform or family) that hurt each other, so that no branch may hold both."""
+"""Pairs (transform or family) that no branch may contain both of, since together they degrade training."""
 
 
-def conflicting(pairs: Iterable[tuple[str, str]]) -> set[frozenset[str]]:
-    """Every pair of transforms that must not meet, families spelled out.
+def conflicting_pairs(pairs: Iterable[tuple[str, str]]) -> set[frozenset[str]]:
+    """Return every pair of transforms in conflict, with families replaced by their members.
 
     Raises:
         ConfigError: a name is neither a transform nor a family.
     """
-    found = set()
+    conflicts = set()
     for pair in pairs:
         for name in pair:
             if name not in NAMES and name not in FAMILIES:
-                raise ConfigError(f"conflicts: there is no '{name}'; {did_you_mean(name, [*NAMES, *FAMILIES])}")
+                hint = did_you_mean(name, [*NAMES, *FAMILIES])
+                raise ConfigError(f"conflicts: '{name}' is neither a transform nor a family; {hint}")
         one, two = (FAMILIES.get(name, (name,)) for name in pair)
-        found |= {frozenset((a, b)) for a in one for b in two}
-    return found
+        conflicts |= {frozenset((a, b)) for a in one for b in two}
+    return conflicts
 
 
-def named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a config's entry, which is a name or {name: {option: value}}.
+def parse_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of an entry, which is a name or {name: {option: value}}.
 
     Raises:
-        ConfigError: it is neither, there is no such augmentation, or its `transforms` are no list.
+        ConfigError: the entry is neither, the name is unknown, or `transforms` is not a list.
     """
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
     elif isinstance(entry, str):
         name, options = entry, {}
     else:
-        raise ConfigError(f"{where}: {entry!r} must be a transform's name or {{name: {{option: value}}}}")
+        raise ConfigError(f"{where}: {entry!r} must be the name of a transform or {{name: {{option: value}}}}")
     if name not in NAMES:
         raise ConfigError(f"{where}: there is no augmentation '{name}'; {did_you_mean(str(name), NAMES)}")
     options = dict(options or {})
@@ -104,28 +104,34 @@ def named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def build(entry: Any, size: tuple[int, int], where: str, kind: str | None = None, nested: bool = False) -> v2.Transform:
-    """One v2 transform from a config's entry.
+def build_transform(
+    entry: Any, size: tuple[int, int], where: str, kind: str | None = None, nested: bool = False
+) -> v2.Transform:
+    """Return the v2 transform of an entry.
 
     Args:
-        entry: a name, {name: {option: value}}, or within another transform a list of such.
-        size: (H, W) that `size` and `target_size` are filled in with, in pixels.
-        where: the entry's place, for messages.
-        kind: of the data; None allows what any kind allows.
-        nested: whether it stands within another transform.
+        entry: a name, {name: {option: value}}, or, within another entry, a list of these.
+        size: (H, W) in pixels, the default of the options `size` and `target_size`.
+        where: location of the entry, for messages.
+        kind: kind of the data; None allows every transform.
+        nested: whether the entry is within another one.
 
     Raises:
-        ConfigError: names the place, what was found and what is allowed.
+        ConfigError: names the location, what was found and what is allowed.
     """
-    if isinstance(entry, list | tuple):  # several transforms in a row
-        return v2.Compose([build(e, size, f"{where}[{n}]", kind, nested=True) for n, e in enumerate(entry)])
-    name, options = named(entry, where)
+    if isinstance(entry, list | tuple):  # several transforms in sequence
+        return v2.Compose([build_transform(e, size, f"{where}[{n}]", kind, nested=True) for n, e in enumerate(entry)])
+    name, options = parse_entry(entry, where)
     cls = NAMES[name]
     if kind is not None and kind not in ONLY_FOR.get(name, (kind,)):
-        raise ConfigError(f"{where}: {name} is for {' and '.join(ONLY_FOR[name])}, the data here is {kind}; "
-                          f"remove it{_instead(name)}")  # fmt: skip
-    if nested and issubclass(cls, geometry.Join):
-        raise ConfigError(f"{where}: {name} takes further samples, so it stands directly in a branch; use its option p")
+        hint = ", or use ColorRandAugment, which moves no pixels" if name in _AUTO else ""
+        supported = " and ".join(ONLY_FOR[name])
+        raise ConfigError(f"{where}: {name} supports only {supported}, the data is {kind}; remove the transform{hint}")
+    if nested and issubclass(cls, geometry.MultiSampleTransform):
+        raise ConfigError(
+            f"{where}: {name} combines several samples and must not be nested; list it directly in a branch, "
+            "with its option p for the probability"
+        )
     allowed = [p for p in inspect.signature(cls).parameters if p not in ("self", "args", "kwargs")]
     for option in options:
         if option not in allowed:
@@ -133,27 +139,24 @@ def build(entry: Any, size: tuple[int, int], where: str, kind: str | None = None
     given = dict(options)
     if "transforms" in options:
         options["transforms"] = [
-            build(e, size, f"{where}.transforms[{n}]", kind, nested=True) for n, e in enumerate(options["transforms"])
+            build_transform(e, size, f"{where}.transforms[{n}]", kind, nested=True)
+            for n, e in enumerate(options["transforms"])
         ]
     if "interpolation" in options:
-        kinds = {mode.value: mode for mode in v2.InterpolationMode}
-        wanted = options["interpolation"]
-        if wanted not in kinds:
-            raise ConfigError(f"{where}: {name}: interpolation is '{wanted}'; {did_you_mean(str(wanted), kinds)}")
-        options["interpolation"] = kinds[wanted]
+        modes = {mode.value: mode for mode in v2.InterpolationMode}
+        mode = options["interpolation"]
+        if mode not in modes:
+            raise ConfigError(f"{where}: {name}: interpolation is '{mode}'; {did_you_mean(str(mode), modes)}")
+        options["interpolation"] = modes[mode]
     for option in ("size", "target_size"):
         if option in allowed and option not in options:
             options[option] = size
     if "pad_if_needed" in allowed:
-        options.setdefault("pad_if_needed", True)  # otherwise the first small image ends the run
+        options.setdefault("pad_if_needed", True)  # otherwise an image smaller than `size` would end the run
     if "fill" in allowed and name not in OWN:
         fill = options.get("fill", 0)
         options["fill"] = {tv_tensors.Mask: 255, "others": 0 if fill is None else fill}
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {name} cannot be made from {given}: {error}") from None
-
-
-def _instead(name: str) -> str:
-    return ", or use ColorRandAugment, which leaves boxes and masks in place" if name in _AUTO else ""
+        raise ConfigError(f"{where}: {name} cannot be constructed with {given}: {error}") from None

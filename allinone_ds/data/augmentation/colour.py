@@ -1,4 +1,4 @@
-"""Augmentation of the pixels alone: v2 transforms that leave boxes and masks where they are."""
+"""Transforms of the pixel values alone, which do not change boxes and masks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchvision.transforms.v2 import functional as F
 
 
 class ColorJitter(v2.ColorJitter):
-    """v2.ColorJitter on uint8 images in less time: the same options, draws and operations.
+    """v2.ColorJitter with the same options, random numbers and operations, but faster on uint8 images.
 
-    Brightness, contrast and saturation are linear in a pixel's colours, its grey and the picture's mean grey, so those
-    that follow each other are one pass over the picture. Values are cut at 0 and 255 once, at the end, where
-    torchvision cuts and rounds after each.
+    Brightness, contrast and saturation are linear in the colour of a pixel, its grey value and the mean grey value of
+    the image, so consecutive ones are applied in one pass. Values are clamped and rounded once, after the last
+    operation; torchvision does so after each.
     """
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -27,34 +27,34 @@ class ColorJitter(v2.ColorJitter):
             return super().transform(inpt, params)
         image = inpt.as_subclass(Tensor)
         names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
-        todo: list[tuple[str, float]] = []
+        pending: list[tuple[str, float]] = []
         for number in params["fn_idx"].tolist():
             factor = params[names[number]]
             if factor is None:
                 continue
             if names[number] == "hue_factor":
-                image = F.adjust_hue(_recolour(image, todo), factor)
-                todo = []
+                image = F.adjust_hue(_apply_linear(image, pending), factor)
+                pending = []
             else:
-                todo.append((names[number], factor))
-        image = _recolour(image, todo)
+                pending.append((names[number], factor))
+        image = _apply_linear(image, pending)
         return tv_tensors.wrap(image, like=inpt) if isinstance(inpt, tv_tensors.Image) else image
 
 
-def _recolour(image: Tensor, todo: Sequence[tuple[str, float]]) -> Tensor:
-    """Brightness, contrast and saturation in the order given: uint8 (3, H, W) -> the same.
+def _apply_linear(image: Tensor, operations: Sequence[tuple[str, float]]) -> Tensor:
+    """Apply brightness, contrast and saturation in the given order to an image uint8 (3, H, W).
 
-    Each of them turns colours of the form own * x + common * grey(x) + offset into others of that form.
+    Every operation maps the form own * x + common * grey(x) + offset to the same form with different coefficients.
     """
-    if not todo:
+    if not operations:
         return image
     flat = image.reshape(3, -1).to(torch.float32)  # (3, H * W)
     grey = _GREY @ flat  # (H * W,)
     own, common, offset = 1.0, 0.0, 0.0
-    for name, factor in todo:
+    for name, factor in operations:
         if name == "saturation_factor":  # a blend with each pixel's grey
             own, common = factor * own, factor * common + (1 - factor) * (own + common)
-        elif name == "contrast_factor":  # a blend with the mean grey of the picture as it is by now
+        elif name == "contrast_factor":  # a blend with the mean grey after the operations so far
             mean = (own + common) * float(grey.mean()) + offset
             own, common, offset = factor * own, factor * common, factor * offset + (1 - factor) * mean
         else:
@@ -67,7 +67,7 @@ _GREY = torch.tensor([0.2989, 0.587, 0.114])
 
 
 class PixelTransform(v2.Transform):
-    """Base of the transforms here: `paint` gets the picture, boxes and masks pass."""
+    """Base of the transforms that change pixel values; a subclass implements `paint`."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if not isinstance(inpt, Tensor) or isinstance(inpt, tv_tensors.BoundingBoxes | tv_tensors.Mask):
@@ -76,20 +76,20 @@ class PixelTransform(v2.Transform):
         return tv_tensors.Image(painted) if isinstance(inpt, tv_tensors.Image) else painted
 
     def paint(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) -> a new picture of the same size, drawn with torch's generator."""
+        """Return a new image of the same size, uint8 (3, H, W); random numbers come from torch's generator."""
         raise NotImplementedError
 
 
 class HSVJitter(PixelTransform):
-    """Shifts the hue and scales saturation and value, all three by a draw of their own.
+    """Shifts the hue and scales saturation and value, each by a uniform random amount.
 
     Args:
-        hue: largest shift, in turns of the colour circle, 0..0.5.
-        saturation: its factor is drawn from 1 - saturation .. 1 + saturation.
-        value: its factor is drawn from 1 - value .. 1 + value.
+        hue: largest shift, as a fraction of the colour circle, 0..0.5.
+        saturation: the factor is drawn from 1 - saturation .. 1 + saturation.
+        value: the factor is drawn from 1 - value .. 1 + value.
     """
 
-    _PIXELS = 32768  # of one pass: its dozen float planes stay in the processor's cache, which halves the time
+    _PIXELS = 32768  # per pass: a dozen float planes of this size fit in the processor's cache, which halves the time
 
     def __init__(self, hue: float = 0.03, saturation: float = 0.4, value: float = 0.3):
         super().__init__()
@@ -105,10 +105,19 @@ class HSVJitter(PixelTransform):
 
 
 def change_hsv(image: Tensor, shift: float, saturation: float, value: float) -> Tensor:
-    """Shifts the hue by sixths of the colour circle, scales saturation and value: uint8 (3, H, W) -> the same.
+    """Shift the hue and scale saturation and value of an image uint8 (3, H, W).
 
-    With value V and chroma C of a pixel, channel n is V - C * clamp(min(k, 4 - k), 0, 1), where k = (n + hue) mod 6 and
-    n = 5, 3, 1 for R, G, B.
+    With value V and chroma C of a pixel, its R, G, B are V - C * clamp(min(k, 4 - k), 0, 1) with k = (n + hue) mod 6
+    and n = 5, 3, 1 (https://en.wikipedia.org/wiki/HSL_and_HSV, HSV to RGB alternative).
+
+    Args:
+        image: uint8 (3, H, W).
+        shift: of the hue, in sixths of the colour circle.
+        saturation: factor of the saturation.
+        value: factor of the value.
+
+    Returns:
+        uint8 (3, H, W)
     """
     flat = image.reshape(3, -1)
     out = torch.empty_like(flat)
@@ -132,17 +141,20 @@ def change_hsv(image: Tensor, shift: float, saturation: float, value: float) -> 
 
 
 class ColorRandAugment(PixelTransform):
-    """RandAugment (https://arxiv.org/abs/1909.13719) with its colour operations alone, so that boxes and masks hold.
+    """RandAugment (https://arxiv.org/abs/1909.13719) restricted to its colour operations, which move no pixels.
 
     Args:
-        num_ops: operations in a row, each drawn from eight and its strength from 0..magnitude.
-        magnitude: largest strength, 0..1; 1 is RandAugment's own largest.
+        num_ops: number of operations, each drawn from eight.
+        magnitude: largest strength of an operation, 0..1, where 1 is the largest of RandAugment; the strength is drawn
+            from 0..magnitude.
     """
 
     def __init__(self, num_ops: int = 1, magnitude: float = 0.5):
         super().__init__()
         if num_ops < 1 or not 0 <= magnitude <= 1:
-            raise ValueError(f"num_ops is {num_ops}, magnitude {magnitude}; give at least 1, and 0..1")
+            raise ValueError(
+                f"num_ops is {num_ops}, it must be at least 1; magnitude is {magnitude}, it must lie in 0..1"
+            )
         self.num_ops, self.magnitude = num_ops, magnitude
 
     def paint(self, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Augmentation that torchvision lacks for boxes and label maps: large-scale jitter, and pictures made of several."""
+"""Large-scale jitter, Mosaic and MixUp, which move boxes and masks with the pixels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torchvision.transforms.v2 import functional as F
 
 from allinone_ds.data.base import IGNORE, Sample
 
-More = Callable[[], Sample]
-"""Gives a further sample of the same dataset, drawn with torch's generator."""
+DrawSample = Callable[[], Sample]
+"""Returns a further sample of the same dataset, drawn with torch's generator."""
 
 _PARTS = ("image", "boxes", "labels", "iscrowd", "mask")
 
 
-def put_right(sample: Sample, size: tuple[int, int]) -> None:
-    """Cuts boxes at the border and drops those below 1 pixel a side, with their labels, in place.
+def sanitize_boxes(sample: Sample, size: tuple[int, int]) -> None:
+    """Cut boxes at the border and drop those with a side below 1 pixel, with their labels, in place.
 
-    The rule of v2.ClampBoundingBoxes and v2.SanitizeBoundingBoxes at a tenth of their time.
+    Equal to v2.ClampBoundingBoxes and v2.SanitizeBoundingBoxes, but ten times as fast.
 
     Args:
-        sample: with `boxes`, and `labels` and `iscrowd` where it has them.
+        sample: has `boxes`, and may have `labels` and `iscrowd`.
         size: (H, W) of its image.
     """
     boxes = sample["boxes"].as_subclass(Tensor).clone()  # (n, 4) XYXY
@@ -41,22 +41,21 @@ def put_right(sample: Sample, size: tuple[int, int]) -> None:
 
 
 class LargeScaleJitter(v2.Transform):
-    """Resizes by a random factor, then crops or pads to `size` at a random place (https://arxiv.org/abs/2012.07177).
+    """Resizes by a random factor, then crops or pads to `size` at a random position (https://arxiv.org/abs/2012.07177).
 
-    The factor is relative to the plain resize that evaluation uses: at 1 the whole picture fills `size`, at 0.5 it
-    covers half of each side and the rest is padded, at 2 half of each of its sides is seen. What is cropped away is
-    never computed.
+    The factor is relative to the plain resize of evaluation. At 1 the image fills `size`; at 0.5 it covers half of
+    each side and the rest is padded; at 2 half of its height and width is visible. Only the visible part is resized.
 
     Args:
-        size: (H, W) of the result, in pixels; one number is a square.
-        scale: (least, largest) factor, drawn evenly.
-        fill: value of uncovered pixels of the image; those of a mask become 255.
+        size: (H, W) of the result in pixels; one number is a square.
+        scale: (least, largest) factor of a uniform draw.
+        fill: value of the pixels that the image does not cover; those of a mask become 255.
     """
 
     def __init__(self, size: int | Sequence[int], scale: Sequence[float] = (0.5, 2.0), fill: int = 114):
         super().__init__()
-        self.size = _sides(size)
-        self.scale = _range("scale", scale)
+        self.size = _height_and_width(size)
+        self.scale = _validate_range("scale", scale)
         self.fill = fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -64,61 +63,61 @@ class LargeScaleJitter(v2.Transform):
         draws = torch.rand(3).tolist()
         scale = self.scale[0] + draws[0] * (self.scale[1] - self.scale[0])
         inner = (height, width) if scale >= 1 else self.size  # what is cropped from, or padded to
-        share = 1 / scale if scale >= 1 else scale
-        sides = [max(1, round(side * share)) for side in inner]
+        fraction = 1 / scale if scale >= 1 else scale
+        sides = [max(1, round(side * fraction)) for side in inner]
         first = [int(draw * (side - part + 1)) for draw, side, part in zip(draws[1:], inner, sides, strict=True)]
         return {"crop": scale >= 1, "top": first[0], "left": first[1], "height": sides[0], "width": sides[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         top, left, height, width = (params[key] for key in ("top", "left", "height", "width"))
-        if params["crop"]:  # for masks, torchvision's functions take the nearest pixel
+        if params["crop"]:  # torchvision resizes masks to the nearest pixel
             return F.resized_crop(inpt, top, left, height, width, list(self.size), antialias=True)
         small = F.resize(inpt, [height, width], antialias=True)
         padding = [left, top, self.size[1] - width - left, self.size[0] - height - top]
         return F.pad(small, padding, fill=IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill)
 
 
-class Join(v2.Transform):
-    """Base of the transforms that take further samples of the dataset: `forward(sample, more)`."""
+class MultiSampleTransform(v2.Transform):
+    """Base of the transforms that combine a sample with further samples of the dataset."""
 
-    def forward(self, sample: Sample, more: More) -> Sample:  # type: ignore[override]
-        """Joins a sample with further ones.
+    def forward(self, sample: Sample, further: DrawSample) -> Sample:  # type: ignore[override]
+        """Return a sample combined with further ones.
 
         Args:
-            sample: `image`, and `boxes`, `labels`, `iscrowd` or `mask`; it is left alone.
-            more: gives a further sample as the dataset has it.
+            sample: `image`, and `boxes`, `labels`, `iscrowd` or `mask`; it is not modified.
+            further: returns a further sample as the dataset gives it.
         """
         raise NotImplementedError
 
 
-class Mosaic(Join):
-    """Four samples in one picture of twice the height and width (https://arxiv.org/abs/2004.10934).
+class Mosaic(MultiSampleTransform):
+    """Combines four samples in one image of twice the height and width (https://arxiv.org/abs/2004.10934).
 
-    Each is resized to `size`; the four meet at a point near the middle. Usually `LargeScaleJitter` follows and shows a
-    part of it at the network's size.
+    Each sample is resized to `size`; their corners meet at a random point near the centre. Usually `LargeScaleJitter`
+    follows, which reduces the result to the model's image size.
 
     Args:
-        size: (H, W) of one of the four, in pixels; one number is a square. The result is (2 H, 2 W).
-        p: probability; otherwise the sample passes as it is.
-        center: (least, largest) place of the meeting point along each side, in units of `size`, within 0.5..1.5. Two
-            equal numbers fix it; at (1, 1) all four are seen whole.
-        fill: value of pixels of the image that none of the four covers; those of a mask become 255.
+        size: (H, W) of each of the four samples in pixels; one number is a square. The result is (2 H, 2 W).
+        p: probability; otherwise the sample does not change.
+        center: (least, largest) coordinate of the point where the samples meet, in units of `size`, within 0.5..1.5;
+            at (1, 1) all four samples are completely visible.
+        fill: value of the pixels that no sample covers; those of a mask become 255.
     """
 
     def __init__(
         self, size: int | Sequence[int], p: float = 1.0, center: Sequence[float] = (0.5, 1.5), fill: int = 114
     ) -> None:
         super().__init__()
-        self.size = _sides(size)
-        self.p = _probability(p)
-        self.center = _range("center", center)
+        self.size = _height_and_width(size)
+        self.p = _validate_probability(p)
+        self.center = _validate_range("center", center)
         if not 0.5 <= self.center[0] <= self.center[1] <= 1.5:
             raise ValueError(f"center is {list(center)}; it must lie within 0.5..1.5")
         self.fill = fill
 
-    def forward(self, sample: Sample, more: More) -> Sample:  # type: ignore[override]
+    def forward(self, sample: Sample, further: DrawSample) -> Sample:  # type: ignore[override]
         if "boxes" not in sample and "mask" not in sample:
-            raise ValueError("Mosaic joins boxes or masks, the sample has neither")
+            raise ValueError("Mosaic combines boxes or masks, the sample has neither")
         draws = torch.rand(3).tolist()
         if draws[0] >= self.p:
             return sample
@@ -127,9 +126,9 @@ class Mosaic(Join):
         y, x = (round(side * (least + d * (largest - least))) for side, d in zip(self.size, draws[1:], strict=True))
         image = torch.full((3, 2 * H, 2 * W), self.fill, dtype=torch.uint8)
         mask = torch.full((2 * H, 2 * W), IGNORE, dtype=torch.uint8) if "mask" in sample else None
-        found: list[Sample] = []
+        tiles: list[Sample] = []
         for number, (top, left) in enumerate(((y - H, x - W), (y - H, x), (y, x - W), (y, x))):
-            tile = _resized(sample if number == 0 else more(), self.size)
+            tile = _resize(sample if number == 0 else further(), self.size)
             y0, y1, x0, x1 = max(top, 0), min(top + H, 2 * H), max(left, 0), min(left + W, 2 * W)
             inside = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
             image[:, y0:y1, x0:x1] = tile["image"][:, *inside].as_subclass(Tensor)
@@ -138,50 +137,54 @@ class Mosaic(Join):
             if "boxes" in tile:
                 shifted = tile["boxes"].as_subclass(Tensor) - torch.tensor([x0 - left, y0 - top] * 2)
                 tile["boxes"] = _boxes(shifted, (y1 - y0, x1 - x0))
-                put_right(tile, (y1 - y0, x1 - x0))  # hidden parts go before the tile gets its place
+                sanitize_boxes(
+                    tile, (y1 - y0, x1 - x0)
+                )  # in the coordinates of the visible part, whose border cuts the boxes
                 tile["boxes"] = tile["boxes"].as_subclass(Tensor) + torch.tensor([x0, y0] * 2)
-                found.append(tile)
+                tiles.append(tile)
         out: Sample = {**sample, "image": tv_tensors.Image(image)}
         if mask is not None:
             out["mask"] = tv_tensors.Mask(mask)
-        if found:
-            out.update(_together(found, (2 * H, 2 * W)))
+        if tiles:
+            out.update(_concatenate_boxes(tiles, (2 * H, 2 * W)))
         return out
 
 
-class MixUp(Join):
-    """The mean of two samples, with the boxes of both (https://arxiv.org/abs/1902.04103).
+class MixUp(MultiSampleTransform):
+    """Averages two images and keeps the boxes of both (https://arxiv.org/abs/1902.04103).
 
-    The second is flipped or not, resized by a random factor and cropped or padded to the size of the first.
+    The second sample is flipped at random, resized by a random factor, and cropped or padded to the size of the first.
 
     Args:
-        p: probability; otherwise the sample passes as it is.
-        scale: (least, largest) factor of the second, as in `LargeScaleJitter`.
-        fill: value of pixels of the second that it does not cover.
+        p: probability; otherwise the sample does not change.
+        scale: (least, largest) factor of the second sample, as in `LargeScaleJitter`.
+        fill: value of the pixels that the second image does not cover.
     """
 
     def __init__(self, p: float = 1.0, scale: Sequence[float] = (0.5, 1.5), fill: int = 114):
         super().__init__()
-        self.p = _probability(p)
-        self.scale = _range("scale", scale)
+        self.p = _validate_probability(p)
+        self.scale = _validate_range("scale", scale)
         self.fill = fill
 
-    def forward(self, sample: Sample, more: More) -> Sample:  # type: ignore[override]
+    def forward(self, sample: Sample, further: DrawSample) -> Sample:  # type: ignore[override]
         if "boxes" not in sample or "mask" in sample:
-            raise ValueError(f"MixUp joins boxes alone, the sample has {', '.join(sample)}")
+            raise ValueError(
+                f"MixUp combines samples with boxes and without a mask, the sample has {', '.join(sample)}"
+            )
         if torch.rand(()) >= self.p:
             return sample
         size = (int(sample["image"].shape[-2]), int(sample["image"].shape[-1]))
-        second = {key: value for key, value in more().items() if key in _PARTS}
+        second = {key: value for key, value in further().items() if key in _PARTS}
         second = LargeScaleJitter(size, self.scale, self.fill)(v2.RandomHorizontalFlip()(second))
-        put_right(second, size)
-        # Halves before the sum: it stays uint8, in a fortieth of the time of a float blend.
+        sanitize_boxes(second, size)
+        # Halving before the sum keeps uint8, which is 40 times as fast as blending floats.
         one, two = (part["image"].as_subclass(Tensor) >> 1 for part in (sample, second))
-        return {**sample, "image": tv_tensors.Image(one.add_(two)), **_together([sample, second], size)}
+        return {**sample, "image": tv_tensors.Image(one.add_(two)), **_concatenate_boxes([sample, second], size)}
 
 
-def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
-    """The parts of a sample that move with the pixels, resized to (H, W)."""
+def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Return the image of a sample with its boxes and mask resized to (H, W)."""
     moving = ("image", "boxes", "mask")
     return {
         key: F.resize(sample[key], list(size), antialias=True) if key in moving else sample[key]
@@ -190,8 +193,8 @@ def _resized(sample: Sample, size: tuple[int, int]) -> Sample:
     }
 
 
-def _together(samples: Sequence[Sample], size: tuple[int, int]) -> Sample:
-    """Boxes, labels and crowd flags of several samples in one; `size` is (H, W) of their common picture."""
+def _concatenate_boxes(samples: Sequence[Sample], size: tuple[int, int]) -> Sample:
+    """Return boxes, labels and crowd flags of several samples in one; `size` is (H, W) of their common image."""
     boxes = torch.cat([sample["boxes"].as_subclass(Tensor) for sample in samples])
     out: Sample = {"boxes": _boxes(boxes, size), "labels": torch.cat([sample["labels"] for sample in samples])}
     if "iscrowd" in samples[0]:
@@ -203,17 +206,17 @@ def _boxes(boxes: Tensor, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     return tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
 
 
-def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _range(name: str, given: Sequence[float]) -> tuple[float, float]:
+def _validate_range(name: str, given: Sequence[float]) -> tuple[float, float]:
     if len(given) != 2 or not 0 < given[0] <= given[1]:
-        raise ValueError(f"{name} is {list(given)}; give the least and the largest, both above 0")
+        raise ValueError(f"{name} is {list(given)}; give (least, largest), both above 0")
     return float(given[0]), float(given[1])
 
 
-def _probability(p: float) -> float:
+def _validate_probability(p: float) -> float:
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; it must lie in 0..1")
     return p

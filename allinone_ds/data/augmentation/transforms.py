@@ -1,4 +1,4 @@
-"""From a sample to the network's input: one branch of augmentation, plain resize, normalisation."""
+"""From a sample to the input of the model: one branch of augmentation, plain resize, normalisation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
-from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build
-from allinone_ds.data.augmentation.geometry import Join, More, put_right
+from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
+from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
 
 MEAN = (0.485, 0.456, 0.406)
@@ -20,21 +20,26 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
-
 _TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
 
 
 class SampleTransform:
-    """Sample -> sample of a fixed size: the transforms of one branch, plain resize, then the boxes are put right.
+    """Applies the transforms of one branch to a sample, then resizes it to a fixed size.
 
-    Boxes are cut at the border; those below 1 pixel a side go, with their `labels` and `iscrowd`. Whatever else of a
-    sample is a `tv_tensors` (a `Mask` of depths, `KeyPoints`) moves with the pixels too; anything else passes through.
+    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels` and `iscrowd`. Every
+    other `tv_tensors` of the sample (a `Mask` of depths, `KeyPoints`) moves with the pixels; all else does not change.
     Pixels stay uint8.
 
     Args:
-        branches: {name: (probability, torchvision v2 transforms)}; where there are several, each call draws one with
+        branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
             torch's generator.
-        image_size: (H, W) of the result.
+        image_size: (H, W) of the result in pixels.
+
+    Example:
+        >>> flip = SampleTransform({"flip": (1.0, [v2.RandomHorizontalFlip(p=1.0)])}, image_size=(2, 2))
+        >>> image = tv_tensors.Image(torch.tensor([[[0, 255], [0, 255]]], dtype=torch.uint8).expand(3, 2, 2))
+        >>> flip({"image": image, "label": 1})["image"][0].tolist()
+        [[255, 0], [255, 0]]
     """
 
     def __init__(self, branches: Mapping[str, tuple[float, Sequence[v2.Transform]]], image_size: tuple[int, int]):
@@ -43,27 +48,29 @@ class SampleTransform:
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.resize = v2.Resize(list(self.image_size), antialias=True)
 
-    def __call__(self, sample: Sample, more: More | None = None) -> Sample:
-        """Transforms one sample.
+    def __call__(self, sample: Sample, further: DrawSample | None = None) -> Sample:
+        """Return the transformed sample.
 
         Args:
-            sample: as the dataset gives it; it is left alone.
-            more: gives further samples of the dataset, for Mosaic and MixUp; loaders give it.
+            sample: a sample as the dataset gives it; it is not modified.
+            further: returns further samples of the dataset, for Mosaic and MixUp; the loaders provide it.
 
         Raises:
-            TypeError: pixels that are not uint8, boxes or a mask that torchvision would leave where they are.
+            TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
         """
         if sample["image"].dtype != torch.uint8:
-            raise TypeError(f"sample['image'] is {sample['image'].dtype}; give uint8 pixels, they are normalised later")
+            found = sample["image"].dtype
+            raise TypeError(f"sample['image'] is {found}; give uint8 pixels, which the model normalises later")
         for key, kind in _TYPES.items():
             if key in sample and not isinstance(sample[key], kind):
-                found = type(sample[key]).__name__
-                raise TypeError(f"sample['{key}'] is a {found}, which would not move with the pixels; give a "
-                                f"tv_tensors.{kind.__name__}")  # fmt: skip
-        return self._run(self.branches[self.draw()], sample, more)
+                raise TypeError(
+                    f"sample['{key}'] is a {type(sample[key]).__name__}, which does not move with the pixels; "
+                    f"give a tv_tensors.{kind.__name__}"
+                )
+        return self._run(self.branches[self.draw()], sample, further)
 
     def draw(self) -> str:
-        """Name of a branch, drawn by the probabilities with torch's generator."""
+        """Return the name of a branch, drawn by probability with torch's generator."""
         *names, last = self.branches
         if names:
             left = float(torch.rand(()))
@@ -74,25 +81,25 @@ class SampleTransform:
         return last
 
     def only(self, name: str) -> SampleTransform:
-        """The same transform with one of its branches alone."""
+        """Return the same transform with only one of its branches."""
         return SampleTransform({name: (1.0, self.branches[name])}, self.image_size)
 
-    def _run(self, steps: Sequence[v2.Transform], sample: Sample, more: More | None) -> Sample:
-        # v2 takes less time the less it is given: no strings and numbers, and where only the pixels change a bare
-        # tensor in place of the image.
+    def _run(self, steps: Sequence[v2.Transform], sample: Sample, further: DrawSample | None) -> Sample:
+        # v2 is faster on fewer values: no strings and numbers, and a plain tensor where only the pixels change.
         part: Sample = {
             key: value
             for key, value in sample.items()
             if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
         }
-        alone = not part
+        only_image = not part
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:
-            if isinstance(step, Join):
-                if more is None:
-                    raise ValueError(f"{type(step).__name__} takes further samples: call the transform with `more`")
-                part = step({**part, "image": tv_tensors.Image(image)}, more)
-            elif alone or isinstance(step, PIXELS_ONLY):
+            if isinstance(step, MultiSampleTransform):
+                if further is None:
+                    name = type(step).__name__
+                    raise ValueError(f"{name} combines several samples; call the transform with `further`")
+                part = step({**part, "image": tv_tensors.Image(image)}, further)
+            elif only_image or isinstance(step, PIXELS_ONLY):
                 image = step(image)
                 continue
             else:
@@ -102,7 +109,7 @@ class SampleTransform:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
             image = part.pop("image").as_subclass(Tensor)
         if "boxes" in part:
-            put_right(part, self.image_size)
+            sanitize_boxes(part, self.image_size)
         return {**sample, **part, "image": tv_tensors.Image(image)}
 
     def __repr__(self) -> str:
@@ -112,45 +119,61 @@ class SampleTransform:
 def train_transform(
     augment: AugmentConfig | Mapping[str, Any] | Sequence[Any], image_size: tuple[int, int], kind: str | None = None
 ) -> SampleTransform:
-    """The transform of a config's `augment`.
+    """Return the transform of a config's `augment`.
 
-    An entry is the name of a transform, or {name: {option: value}}: those of torchvision v2, and `catalog.OWN`. `size`
-    is filled in with `image_size` where the class has one. RandomApply, RandomChoice and RandomOrder take `transforms`,
-    a list of such entries, in which a list stands for several in a row. RandomCrop pads images that are too small.
-    Pixels of a mask that a transform uncovers become 255 (ignore).
+    An entry is the name of a transform, or {name: {option: value}}; allowed are the transforms of torchvision v2 and
+    `catalog.OWN`. The option `size` defaults to `image_size`. RandomApply, RandomChoice and RandomOrder have an option
+    `transforms`, a list of entries in which a nested list is a sequence. RandomCrop pads images that are too small.
+    Pixels of a mask that the image does not cover become 255 (ignore).
 
     Args:
-        augment: a list of entries in the order they run, or `branches` of such; the final resize is added.
-        image_size: (H, W) of the result.
-        kind: of the data ("detection", ...), to refuse transforms that are not for it.
+        augment: a list of entries in the order they run, or `branches` of such lists; the final resize is added.
+        image_size: (H, W) of the result in pixels.
+        kind: kind of the data ("detection", ...), for which unsuitable transforms are refused; None allows all.
 
     Raises:
-        ConfigError: an unknown name (the nearest is told), an unknown option, a value that the transform refuses, a
-            transform that is not for the kind, or branches that do not fit (see `AugmentConfig`).
+        ConfigError: an unknown transform or option, a value that the transform refuses, a transform that does not
+            support the kind, or invalid branches (see `AugmentConfig`).
+
+    Example:
+        >>> transform = train_transform(["RandomHorizontalFlip", {"ColorJitter": {"brightness": 0.4}}], (64, 96))
+        >>> image = tv_tensors.Image(torch.zeros(3, 50, 50, dtype=torch.uint8))
+        >>> transform({"image": image, "label": 1})["image"].shape
+        torch.Size([3, 64, 96])
     """
     size = (int(image_size[0]), int(image_size[1]))
     branches: dict[str, tuple[float, list[v2.Transform]]] = {}
     config = as_augment(augment)
     for name, branch in config.branches.items():
-        place = config.place(name)
-        steps = [build(e, size, f"{place}[{n}]", kind) for n, e in enumerate(branch.transforms)]
+        location = config.location(name)
+        steps = [build_transform(e, size, f"{location}[{n}]", kind) for n, e in enumerate(branch.transforms)]
         branches[name] = (branch.probability, steps)
     return SampleTransform(branches, size)
 
 
 def eval_transform(image_size: tuple[int, int]) -> SampleTransform:
-    """Plain resize to (H, W), without padding: predictions scale back by H and W alone."""
+    """Return the plain resize to (H, W), without padding, so that two factors scale predictions back.
+
+    Example:
+        >>> image = tv_tensors.Image(torch.zeros(3, 50, 30, dtype=torch.uint8))
+        >>> eval_transform((64, 96))({"image": image})["image"].shape
+        torch.Size([3, 64, 96])
+    """
     return train_transform([], image_size)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """ImageNet normalisation of a batch.
+    """Normalise a batch with the mean and standard deviation of ImageNet.
 
     Args:
         images: uint8 (B, 3, H, W).
 
     Returns:
         float32 (B, 3, H, W)
+
+    Example:
+        >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
+        tensor([-2.1179, -2.0357, -1.8044])
     """
     mean = torch.tensor(MEAN, device=images.device).mul_(255).view(1, 3, 1, 1)
     std = torch.tensor(STD, device=images.device).mul_(255).view(1, 3, 1, 1)
@@ -158,27 +181,36 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def stack_pixels(samples: Sequence[Sample]) -> Tensor:
-    """The images of transformed samples as they are; `AllInOneModel` normalises them where it runs.
+    """Stack the images of transformed samples, which `AllInOneModel` normalises on its device.
 
-    A quarter of the bytes of `stack_images` on the way from a loader's worker to the device: sending floats would cost
-    a worker a quarter of the time of a mosaic.
+    A worker sends a quarter of the bytes of `stack_images`; sending floats would take a quarter of the time of a
+    mosaic.
 
     Args:
-        samples: each with `image` uint8 (3, H, W), all of one size.
+        samples: samples with `image` uint8 (3, H, W) of equal size.
 
     Returns:
         uint8 (B, 3, H, W)
+
+    Example:
+        >>> images = [tv_tensors.Image(torch.zeros(3, 4, 6, dtype=torch.uint8)) for _ in range(2)]
+        >>> stack_pixels([{"image": image} for image in images]).shape
+        torch.Size([2, 3, 4, 6])
     """
     return torch.stack([sample["image"].as_subclass(Tensor) for sample in samples])
 
 
 def stack_images(samples: Sequence[Sample]) -> Tensor:
-    """The images of transformed samples, normalised: for a `collate` that computes with them.
+    """Stack and normalise the images of transformed samples, for a `collate` that computes with them.
 
     Args:
-        samples: each with `image` uint8 (3, H, W), all of one size.
+        samples: samples with `image` uint8 (3, H, W) of equal size.
 
     Returns:
         float32 (B, 3, H, W), normalised
+
+    Example:
+        >>> stack_images([{"image": tv_tensors.Image(torch.zeros(3, 4, 6, dtype=torch.uint8))}]).dtype
+        torch.float32
     """
     return normalize(stack_pixels(samples))

@@ -1,4 +1,18 @@
-"""One file per data format.
+"""Readers of the data formats: one file per format, with its source class, and what the readers share.
 
 May import `data.base` and `data.images`.
 """
+
+from allinone_ds._lazy import lazy_names
+
+# A format is registered by one line: its file, and the source class in it. `data.sources` reads the list.
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "class_folders": ["ClassFoldersSource"],
+        "coco": ["CocoSource"],
+        "hugging_face": ["DatasetsSource"],
+        "image_list": ["ImageListSource"],
+        "label_maps": ["LabelMapsSource"],
+    },
+)

@@ -1,29 +1,34 @@
-"""Image files with one class id each, as the classification formats give them."""
+"""Image files with one class each, the dataset of both classification formats."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from allinone_ds.data.base import (
-    Problem,
-    Sample,
-    SampleDataset,
-)
+from allinone_ds.data.base import Problem, Sample, SampleDataset
 from allinone_ds.data.images import read_image
 
 
 class ClassifiedDataset(SampleDataset):
-    """Files with one class id each.
+    """Image files with one class each.
 
     Args:
         name: file or folder that error messages name.
-        folder: what `files` are relative to.
+        folder: folder that `files` are relative to.
         files: file of each sample.
         labels: label of each sample.
         classes: class names by label.
-        structural: faults found so far.
-        strict: raise a `DataError` for structural faults.
+        structural: faults found when the files were listed.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (6, 4)).save(Path(folder, "1.png"))
+        ...     sample = ClassifiedDataset("cats", Path(folder), ["1.png"], [0], ["cat"])[0]
+        >>> sample["image"].shape, sample["label"]
+        (torch.Size([3, 4, 6]), 0)
     """
 
     kind = "classification"
@@ -35,8 +40,7 @@ class ClassifiedDataset(SampleDataset):
         files: list[str],
         labels: list[int],
         classes: list[str],
-        structural: list[Problem],
-        strict: bool,
+        structural: Sequence[Problem] = (),
     ):
         self.name = name
         self.folder = folder
@@ -44,7 +48,6 @@ class ClassifiedDataset(SampleDataset):
         self.labels = labels
         self.classes = classes
         self.structural = structural
-        self.settle(strict)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,9 +1,8 @@
-"""Samples from Hugging Face `datasets`: a local folder or a name on the hub, with the columns that the config
-names."""
+"""Samples from Hugging Face `datasets`: a local folder or a name on the hub, with the columns that the config names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,31 +11,31 @@ import torch
 from pydantic import Field
 from torchvision import tv_tensors
 
-from allinone_ds.data.base import (
-    FRACTIONS,
-    IGNORE,
-    ClassNames,
-    Problem,
-    Sample,
-    SampleDataset,
-    SourceConfig,
+from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
+from allinone_ds.data.formats.boxes import (
+    FRACTIONS_REASON,
     are_fractions,
     boxes_outside,
-    match_classes,
+    detection_fields,
     outside_reason,
-    read_classes,
 )
-from allinone_ds.data.formats.label_maps import check_ids, check_size, class_ids, lone_class
+from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import read_image, read_label_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import Strict, did_you_mean
 
 
 class Columns(Strict):
-    """Which column holds what; the defaults are the names most datasets on the hub use."""
+    """Names of the columns. The defaults are those of most datasets on the hub.
+
+    Example:
+        >>> Columns(image="img", label="fine_label").label
+        'fine_label'
+    """
 
     image: str = "image"
-    """The picture, in every kind."""
+    """The image, in every kind."""
     label: str = "label"
     """Classification: the class, an integer, a ClassLabel or a name."""
     objects: str = "objects"
@@ -46,57 +45,93 @@ class Columns(Strict):
     category: str = "category"
     """Detection: the class of the box, inside `objects`."""
     iscrowd: str = "iscrowd"
-    """Detection: whether the box is a crowd, inside `objects`, where it has such a column."""
+    """Detection: whether the box is a crowd, inside `objects`. The column is optional."""
     label_map: str = "label"
-    """Segmentation: the label map, a picture of class ids."""
+    """Segmentation: the label map, an image of class ids."""
 
 
 class DatasetsSource(SourceConfig):
-    """A dataset of the `datasets` library."""
+    """A dataset of the `datasets` library.
+
+    Example:
+        >>> source = DatasetsSource(format="datasets", path="org/name", kind="detection", columns={"image": "img"})
+        >>> source.split, source.bbox_format
+        ('train', 'coco')
+    """
 
     format: Literal["datasets"]
     path: str
-    """A folder (written by `save_to_disk`, or of parquet files) below data_root, or a name on the hub."""
+    """A folder below data_root (written by `save_to_disk`, or of parquet files), or a name on the hub."""
     name: str | None = None
-    """The hub dataset's configuration, where it has several."""
+    """Configuration of the dataset on the hub, if it has several."""
     split: str = "train"
+    """Split of the dataset."""
     kind: Literal["classification", "detection", "segmentation"]
+    """What the samples carry."""
     columns: Columns = Columns()
+    """Names of the columns."""
     classes: ClassNames | None = None
-    """Class names by id, or a text file of them; without it those of the dataset's ClassLabel."""
+    """Class names in the order of the ids, or a text file with one name per line; null reads them from the columns."""
     bbox_format: Literal["coco", "pascal"] = "coco"
-    """coco: x, y, width, height; pascal: x1, y1, x2, y2. Pixels."""
+    """coco: x, y, width, height; pascal: x1, y1, x2, y2. In pixels."""
     ignore_index: int = IGNORE
-    """Segmentation: value of pixels without a class."""
+    """Segmentation: value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
-    """Segmentation: id of the first class; 1 where 0 stands for pixels without one (with `ignore_index: 0`)."""
+    """Segmentation: id of the first class; 1 if 0 stands for pixels without a class (with `ignore_index: 0`)."""
+
+    def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
+        import datasets
+
+        folder = root / self.path
+        try:
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(str(folder))
+                table = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            else:
+                path = str(folder) if folder.is_dir() else self.path
+                table = datasets.load_dataset(path, self.name, split=self.split)
+        except KeyError:
+            raise DataError(f"{folder}: no split '{self.split}'; {did_you_mean(self.split, loaded)}") from None
+        except Exception as error:  # network, missing names, broken files: the library raises many types
+            raise DataError(
+                f"{self.path}: cannot be loaded, neither as folder {folder} nor from the hub "
+                f"({type(error).__name__}: {error}); correct 'path', 'name' or 'split'"
+            ) from None
+        return HubDataset(table, self, root, classes)
+
+
+_SECOND_COLUMN = {"classification": "label", "detection": "objects", "segmentation": "label_map"}
 
 
 class HubDataset(SampleDataset):
-    """One split of a `datasets` dataset; pictures are decoded as files are.
+    """One split of a `datasets` dataset, whose images are decoded like files.
 
-    Boxes and label maps are checked as each sample is read, since rows do not tell a picture's size.
+    Boxes and label maps are checked when a sample is read, since the rows do not give the size of an image.
 
     Args:
         table: the split, a `datasets.Dataset`.
         source: columns, kind and classes.
-        root: what a relative `classes` file starts at.
-        classes: names of the train set, to give this set's classes the same places.
-        strict: raise a `DataError` for structural faults instead of only keeping them in `structural`.
+        root: folder that a relative `classes` file starts at.
+        classes: class names of the train set, whose order the labels follow; None for the order of the class ids.
 
     Raises:
-        DataError: always for a column that is missing or of a wrong type, or without class names; in strict
-            mode also for an empty split and class ids out of range.
+        DataError: a column is missing or has a wrong type, or there are no class names. Class ids out of range are
+            kept in `structural`.
+
+    Example:
+        >>> import datasets
+        >>> label = datasets.ClassLabel(names=["cat", "dog"])
+        >>> cell = {"bytes": b"P6 1 1 255 " + bytes(3), "path": None}
+        >>> table = datasets.Dataset.from_dict(
+        ...     {"image": [cell], "label": [1]}, features=datasets.Features({"image": datasets.Image(), "label": label})
+        ... )
+        >>> source = DatasetsSource(format="datasets", path="org/name", kind="classification")
+        >>> sample = HubDataset(table, source, Path("."))[0]
+        >>> sample["path"], sample["label"]
+        ('org/name[train]#0', 1)
     """
 
-    def __init__(
-        self,
-        table: Any,
-        source: DatasetsSource,
-        root: Path,
-        classes: list[str] | None = None,
-        strict: bool = True,
-    ):
+    def __init__(self, table: Any, source: DatasetsSource, root: Path, classes: Sequence[str] | None = None):
         import datasets
 
         self.kind = source.kind
@@ -104,76 +139,68 @@ class HubDataset(SampleDataset):
         self.name = f"{source.path}[{source.split}]"
         self.structural: list[Problem] = []
         columns = source.columns
-        second = {"classification": "label", "detection": "objects", "segmentation": "label_map"}[source.kind]
+        second = _SECOND_COLUMN[source.kind]
         for role in ("image", second):
-            self._need(getattr(columns, role), table.features, f"columns.{role}")
-        pictures = [columns.image] + ([columns.label_map] if source.kind == "segmentation" else [])
-        for column in pictures:
+            self._require_column(getattr(columns, role), table.features, f"columns.{role}")
+        images = [columns.image] + ([columns.label_map] if source.kind == "segmentation" else [])
+        for column in images:
             if not isinstance(table.features[column], datasets.Image):
                 raise DataError(
                     f"{self.name}: column '{column}' is {table.features[column]}, it must be an Image; "
-                    f"name another column, or cast it with cast_column('{column}', datasets.Image())"
+                    f"name a different column, or cast it with cast_column('{column}', datasets.Image())"
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
-        self.table = table.select_columns(list(dict.fromkeys([*pictures, getattr(columns, second)])))
-        stored = self._names(read_classes(source.classes, root))
-        places = match_classes(self.name, stored, classes)
+        self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
+        stored = self._stored_names(read_classes(source.classes, root))
+        label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
-        self._place: dict[Any, int] = {**places, **{name: places[i] for i, name in enumerate(stored)}}
-        self._lookup = np.array([places[i] for i in range(len(stored))], dtype=np.int64)
+        # A cell holds either the id or the name of its class.
+        self._label_of: dict[Any, int] = {**label_of, **{name: label_of[i] for i, name in enumerate(stored)}}
+        self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
-            check_ids(self.name, len(stored), source.first_id, source.ignore_index)
-            self._lookup = self._lookup.astype(np.uint8)
+            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index)
+            self._labels = self._labels.astype(np.uint8)
+            self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
-            found = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._place]
-            self.structural += [Problem(self.path(i), self._unknown(v)) for i, v in found]
-        if source.kind == "segmentation":
-            self.structural += lone_class(self, source.ignore_index)
-        self.settle(strict)
+            unknown = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._label_of]
+            self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def path(self, index: int) -> str:
-        return f"{self.name}#{index}"
 
     def __getitem__(self, index: int) -> Sample:
         columns = self.source.columns
         row = self.table[index]
         path = self.path(index)
-        image = self._picture(row[columns.image], path)
+        image = read_image(path, _file_bytes(row[columns.image], path))
         sample: Sample = {"image": image, "path": path, "index": index}
         if self.kind == "classification":
-            if row[columns.label] not in self._place:
-                raise BrokenSample(path, self._unknown(row[columns.label]))
-            sample["label"] = self._place[row[columns.label]]
+            if row[columns.label] not in self._label_of:
+                raise BrokenSample(path, self._unknown_class(row[columns.label]))
+            sample["label"] = self._label_of[row[columns.label]]
         elif self.kind == "detection":
             sample.update(self._objects(row[columns.objects], (image.shape[1], image.shape[2]), path))
         else:
-            mask = self._labels(row[columns.label_map], path)
-            check_size(mask, image, path)
+            mask = self._decode_mask(row[columns.label_map], path)
+            check_mask_size(mask, image, path)
             sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
         return sample
 
     def mask(self, index: int) -> np.ndarray:
-        """Labels (H, W) of one sample, uint8, without its image.
+        """Return the mask of one sample, uint8 (H, W), without reading its image.
 
         Raises:
-            BrokenSample: the label map cannot be read, or holds what is no class.
+            BrokenSample: the label map cannot be read, or contains a value that is not a class.
         """
         column = self.source.columns.label_map
-        return self._labels(self.table.select_columns(column)[index][column], self.path(index))
+        return self._decode_mask(self.table.select_columns(column)[index][column], self.path(index))
 
-    def _labels(self, cell: Any, path: str) -> np.ndarray:
-        source = self.source
+    def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
         stored = read_label_map(path, _file_bytes(cell, path))
-        return class_ids(stored, path, self._lookup, source.ignore_index, source.first_id)
+        return ids_to_labels(stored, path, self._labels, self.source.ignore_index, self.source.first_id)
 
-    def _picture(self, cell: Any, path: str) -> tv_tensors.Image:
-        return read_image(path, _file_bytes(cell, path))
-
-    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> dict[str, Any]:
-        """Boxes, labels and crowd flags of one row; `cell` is a dict of lists or a list of dicts."""
+    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> Sample:
+        """Return boxes, labels and crowd flags of one row; `cell` is a dict of lists or a list of dicts."""
         columns = self.source.columns
         if isinstance(cell, Mapping):
             rows, categories = cell[columns.bbox], cell[columns.category]
@@ -185,104 +212,65 @@ class HubDataset(SampleDataset):
                 [o.get(columns.iscrowd) or 0 for o in cell or []],
             )
         if len(rows) != len(categories):
-            raise BrokenSample(path, f"has {len(rows)} boxes and {len(categories)} categories; make them as many")
+            raise BrokenSample(path, f"has {len(rows)} boxes and {len(categories)} categories; give one per box")
         for category in categories:
-            if category not in self._place:
-                raise BrokenSample(path, self._unknown(category))
+            if category not in self._label_of:
+                raise BrokenSample(path, self._unknown_class(category))
         try:
             boxes = np.array(rows, dtype=np.float32).reshape(len(rows), 4)
         except (ValueError, TypeError):
-            raise BrokenSample(path, f"column '{columns.bbox}' must hold four numbers a box") from None
+            raise BrokenSample(path, f"column '{columns.bbox}' must hold four numbers per box") from None
         if self.source.bbox_format == "coco":
             boxes[:, 2:] += boxes[:, :2]
         if are_fractions(boxes):
-            raise BrokenSample(path, FRACTIONS)
-        turned = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)  # what coco's read as pascal's are
-        wrong = boxes_outside(boxes, size) | turned | ~np.isfinite(boxes).all(axis=1)
-        if wrong.any():
-            reason = outside_reason(boxes[wrong][0], size)
-            raise BrokenSample(path, f"{reason}, or set bbox_format (now {self.source.bbox_format})")
-        boxes[:, 0::2] = boxes[:, 0::2].clip(0, size[1])
-        boxes[:, 1::2] = boxes[:, 1::2].clip(0, size[0])
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        labels = np.array([self._place[c] for c in categories], dtype=np.int64).reshape(-1)[keep]
-        return {
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(boxes[keep]), format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size
-            ),
-            "labels": torch.from_numpy(labels),
-            "iscrowd": torch.tensor([bool(c) for c in crowd], dtype=torch.bool)[torch.from_numpy(keep)],
-        }
+            raise BrokenSample(path, FRACTIONS_REASON)
+        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)  # coco boxes that are read as pascal
+        invalid = boxes_outside(boxes, size) | inverted | ~np.isfinite(boxes).all(axis=1)
+        if invalid.any():
+            reason = outside_reason(boxes[invalid][0], size)
+            raise BrokenSample(path, f"{reason}, or change bbox_format ({self.source.bbox_format})")
+        labels = np.array([self._label_of[c] for c in categories], dtype=np.int64).reshape(-1)
+        return detection_fields(boxes, labels, np.array(crowd, dtype=bool), size)
 
-    def _names(self, given: list[str] | None) -> list[str]:
-        """Class names by stored id: those given, those of the ClassLabel, or the names in a text column."""
+    def _stored_names(self, given: list[str] | None) -> list[str]:
+        """Return the class names by stored id: those given, those of the ClassLabel, or those in a text column."""
         columns = self.source.columns
         feature: Any = None
         if self.kind == "classification":
             feature = self.table.features[columns.label]
         elif self.kind == "detection":
-            inside = _inner(self.table.features[columns.objects])
+            inside = _element(self.table.features[columns.objects])
             for role in ("bbox", "category"):
-                self._need(getattr(columns, role), inside, f"columns.{role}")
-            feature = _inner(inside[columns.category])
+                self._require_column(getattr(columns, role), inside, f"columns.{role}")
+            feature = _element(inside[columns.category])
         names = given if given is not None else getattr(feature, "names", None)
         if names is None and self.kind == "classification" and getattr(feature, "dtype", "") == "string":
             names = sorted(set(self.table[columns.label]))
         if not names:
-            raise DataError(f"{self.name}: its columns do not tell the class names; give 'classes' in the config")
+            raise DataError(f"{self.name}: the columns contain no class names; set 'classes' in the config")
         return list(names)
 
-    def _need(self, column: str, found: Any, where: str) -> None:
-        if not isinstance(found, Mapping) or column not in found:
-            names = list(found) if isinstance(found, Mapping) else []
-            raise DataError(
-                f"{self.name}: {where} = '{column}', there is no such column; {did_you_mean(column, names)}"
-            )
+    def _require_column(self, column: str, features: Any, field: str) -> None:
+        if not isinstance(features, Mapping) or column not in features:
+            names = list(features) if isinstance(features, Mapping) else []
+            raise DataError(f"{self.name}: {field} = '{column}', which is not a column; {did_you_mean(column, names)}")
 
-    def _unknown(self, found: Any) -> str:
-        count = len(self._lookup)
+    def _unknown_class(self, found: Any) -> str:
+        count = len(self._labels)
         return f"class {found!r} is not one of the {count} classes; ids are 0..{count - 1}"
 
 
-def open_datasets(
-    source: DatasetsSource, root: Path, classes: list[str] | None = None, strict: bool = True
-) -> HubDataset:
-    """Loads a split from a folder below `root` when there is one, otherwise from the hub.
-
-    Raises:
-        DataError: neither can be loaded, there is no such split, or see `HubDataset`.
-    """
-    import datasets
-
-    folder = root / source.path
-    try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(folder))
-            table = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            path = str(folder) if folder.is_dir() else source.path
-            table = datasets.load_dataset(path, source.name, split=source.split)
-    except KeyError:
-        raise DataError(f"{folder}: no split '{source.split}'; {did_you_mean(source.split, loaded)}") from None
-    except Exception as error:  # network, missing names, broken files: the library raises many kinds
-        raise DataError(
-            f"{source.path}: cannot be loaded, neither as folder {folder} nor from the hub "
-            f"({type(error).__name__}: {error}); correct 'path', 'name' or 'split'"
-        ) from None
-    return HubDataset(table, source, root, classes, strict)
-
-
-def _inner(feature: Any) -> Any:
-    """What a list feature holds, or the feature itself."""
+def _element(feature: Any) -> Any:
+    """Return the element type of a list feature, or the feature itself."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", feature)
 
 
 def _file_bytes(cell: Any, path: str) -> bytes:
-    """The file's bytes of an undecoded picture cell."""
+    """Return the encoded bytes in an undecoded image cell."""
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
-        raise BrokenSample(path, "has no picture; remove the row")
+        raise BrokenSample(path, "has no image; remove the row")
     if cell.get("bytes") is not None:
         return bytes(cell["bytes"])
     try:

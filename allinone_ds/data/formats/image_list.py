@@ -1,88 +1,93 @@
-"""Classification from an image list: a text file with `file class-id` per line."""
+"""Classification from a text file with `file class-id` per line."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from allinone_ds.data.base import (
-    ClassNames,
-    Problem,
-    SourceConfig,
-    match_classes,
-    need_folder,
-    read_classes,
-    read_text,
-)
+from allinone_ds.data.base import Problem, SourceConfig
+from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
 from allinone_ds.data.formats.classified_files import ClassifiedDataset
-from allinone_ds.data.images import compare_files
+from allinone_ds.data.formats.listing import check_listed_files, read_text, require_folder
 
 
 class ImageListSource(SourceConfig):
-    """A text file with `file class-id` a line."""
+    """A text file with `file class-id` per line.
+
+    Example:
+        >>> import tempfile
+        >>> source = ImageListSource(format="image_list", images=".", list="a.txt", first_id=1, classes=["old", "new"])
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     _ = Path(root, "a.txt").write_text("cars/1.jpg 1\\ncars/2.jpg 2\\n")
+        ...     dataset = source.open(Path(root))
+        >>> dataset.labels, len(dataset.structural)  # no image exists
+        ([0, 1], 2)
+    """
 
     format: Literal["image_list"]
     images: str
-    """Folder that the list's files are relative to."""
+    """Folder that the files in the list are relative to."""
     list: str
-    """The text file. Empty lines and lines that start with # are passed over."""
+    """The text file. Empty lines and lines that start with # are skipped."""
     classes: ClassNames | None = None
-    """Class names in the order of the ids, or a text file with one name a line; without it the ids are the names."""
+    """Class names in the order of the ids, or a text file with one name per line; null uses the ids as names."""
     first_id: int = Field(0, ge=0)
-    """Id of the first class in the list: 1 where it counts from 1."""
+    """Id of the first class: 1 if the ids in the list start at 1."""
+
+    def open(self, root: Path, classes: Sequence[str] | None = None) -> ClassifiedDataset:
+        file = root / self.list
+        folder = root / self.images
+        require_folder(folder, "images")
+        names = read_classes(self.classes, root)
+        known = names if names is not None else classes
+        files, ids, structural = _read_lines(file, self.first_id, None if known is None else len(known))
+        if known is None:
+            names = [str(self.first_id + i) for i in range(max(ids, default=0) + 1)]
+            unused = [names[i] for i in sorted(set(range(len(names))) - set(ids))]
+            if unused and ids:
+                reason = (
+                    f"no image has class id {', '.join(unused[:5])}; {_FIRST_ID.format(self.first_id)}; "
+                    "if this is correct, set 'classes'"
+                )
+                structural.append(Problem(str(file), reason, "warning"))
+        if names is not None:
+            label_of = match_classes(str(file), names, classes)
+            ids = [label_of[i] for i in ids]
+        structural += check_listed_files(folder, files)
+        return ClassifiedDataset(str(file), folder, files, ids, [*(classes or names or ())], structural)
 
 
-def open_image_list(
-    source: ImageListSource, root: Path, classes: list[str] | None = None, strict: bool = True
-) -> ClassifiedDataset:
-    """Opens an image list.
+_FIRST_ID = "ids count from first_id, which is {}"
+
+
+def _read_lines(file: Path, first_id: int, classes: int | None) -> tuple[list[str], list[int], list[Problem]]:
+    """Return the files of a list, their class ids counted from 0, and the faults of its lines.
 
     Args:
-        source: folder, list and class names.
-        root: what relative paths start at.
-        classes: names of the train set, to give this set's classes the same places.
-        strict: raise a `DataError` for structural faults instead of only keeping them in `structural`.
-
-    Raises:
-        DataError: always for a missing list; in strict mode also for missing files, lines that are not `file
-            class-id`, ids out of range, or an empty list.
+        file: the list.
+        first_id: id of the first class.
+        classes: number of classes; None allows every id from `first_id`.
     """
-    file = root / source.list
-    folder = root / source.images
-    need_folder(folder, "images")
-    names = read_classes(source.classes, root)
-    structural: list[Problem] = []
     files: list[str] = []
     ids: list[int] = []
-    allowed = len(names) if names is not None else len(classes) if classes is not None else None
-    first = source.first_id
-    hint = f"ids count from first_id, which is {first}"
+    problems: list[Problem] = []
+    allowed = f"be {first_id} or more" if classes is None else f"lie in {first_id}..{first_id + classes - 1}"
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         parts = line.rsplit(None, 1)
         if len(parts) < 2 or not re.fullmatch("-?[0-9]+", parts[1]):
-            structural.append(Problem(str(file), f"line {number}: {line.strip()!r} must be `file class-id`"))
+            problems.append(Problem(str(file), f"line {number}: {line.strip()!r} must be `file class-id`"))
             continue
-        identity = int(parts[1])
-        if identity < first or (allowed is not None and identity >= first + allowed):
-            limits = f"be {first} or more" if allowed is None else f"lie in {first}..{first + allowed - 1}"
-            structural.append(Problem(str(file), f"line {number}: class id {identity} must {limits} ({hint})"))
+        number_from_0 = int(parts[1]) - first_id
+        if number_from_0 < 0 or (classes is not None and number_from_0 >= classes):
+            reason = f"line {number}: class id {int(parts[1])} must {allowed} ({_FIRST_ID.format(first_id)})"
+            problems.append(Problem(str(file), reason))
             continue
         files.append(parts[0].strip())
-        ids.append(identity - first)
-    if names is None and classes is None:
-        names = [str(first + i) for i in range(max(ids, default=0) + 1)]
-        unused = [names[i] for i in sorted(set(range(len(names))) - set(ids))]
-        if unused and ids:
-            reason = f"no image has class id {', '.join(unused[:5])}; {hint}; if that is meant, give 'classes'"
-            structural.append(Problem(str(file), reason, "warning"))
-    if names is not None:
-        places = match_classes(str(file), names, classes)
-        ids = [places[i] for i in ids]
-    structural += compare_files(folder, files)
-    final = classes if classes is not None else names
-    return ClassifiedDataset(str(file), folder, files, ids, list(final or []), structural, strict)
+        ids.append(number_from_0)
+    return files, ids, problems

@@ -1,104 +1,115 @@
-"""Segmentation from png label maps: one map beside every image."""
+"""Segmentation from label maps: one png of class ids per image."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torchvision import tv_tensors
 
-from allinone_ds.data.base import (
-    IGNORE,
-    ClassNames,
-    Problem,
-    Sample,
-    SampleDataset,
-    SourceConfig,
-    match_classes,
-    need_folder,
-    read_classes,
-)
-from allinone_ds.data.images import orphans, read_image, read_label_map, walk_images
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
+from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.listing import require_folder, unused_images, walk_images
+from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
+from allinone_ds.data.images import read_image, read_label_map
 
 
 class LabelMapsSource(SourceConfig):
-    """Images and label maps of the same names, but for suffixes (`a/1.jpg` belongs to `a/1.png`)."""
+    """Images and label maps of equal relative paths except for suffixes (`a/1.jpg` belongs to `a/1.png`).
+
+    Example:
+        >>> source = LabelMapsSource(format="label_maps", images="images", label_maps="maps", classes=["road", "sky"])
+        >>> source.ignore_index, source.first_id
+        (255, 0)
+    """
 
     format: Literal["label_maps"]
     images: str
     """Folder of the images."""
     label_maps: str
-    """Folder of the label maps: one channel, the pixel's value is its class id."""
+    """Folder of the label maps: one channel, in which the value of a pixel is its class id."""
     label_map_suffix: str = ""
-    """What a label map's name has after its image's: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
+    """What ends the name of a label map: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
     image_suffix: str = ""
-    """Likewise of an image's name: Cityscapes has "_leftImg8bit", and "_gtFine_labelTrainIds" for its label maps."""
+    """What ends the name of an image: Cityscapes has "_leftImg8bit", and "_gtFine_labelTrainIds" for its label maps."""
     classes: ClassNames
-    """Class names by id, or a text file with one name a line; at most 255."""
+    """Class names in the order of the ids, or a text file with one name per line; at most 255."""
     ignore_index: int = Field(255, ge=0)
-    """Value of pixels without a class."""
+    """Value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
-    """Id of the first class: 1 where 0 stands for pixels without one (ADE20K, with `ignore_index: 0`)."""
+    """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
+
+    def open(self, root: Path, classes: Sequence[str] | None = None) -> LabelMapsDataset:
+        return LabelMapsDataset(self, root, classes)
 
 
 class LabelMapsDataset(SampleDataset):
-    """Every image below a folder with the label map of the same relative path and stem.
+    """All images below a folder, each with the label map of the same relative path.
 
-    In the sample's mask, ignored pixels are 255 whatever the files use.
+    In the mask of a sample, pixels without a class are 255 whatever value the files use.
 
     Args:
-        source: folders, class names, values of pixels.
-        root: what relative paths start at.
-        classes: names of the train set, to give this set's classes the same places.
-        strict: raise a `DataError` for structural faults instead of only keeping them in `structural`.
+        source: folders, class names and pixel values.
+        root: folder that relative paths start at.
+        classes: class names of the train set, whose order the labels follow; None for the order of the class ids.
 
     Raises:
-        DataError: always for a missing folder or more than 255 classes; in strict mode also for images
-            without map, maps without image, two files of one stem, or no image at all.
+        DataError: a folder is missing, or there are more than 255 classes. Images without a label map, label maps
+            without an image and names that are used twice are kept in `structural`.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> source = LabelMapsSource(format="label_maps", images="images", label_maps="maps", classes=["road", "sky"])
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for folder, mode in (("images", "RGB"), ("maps", "L")):
+        ...         Path(root, folder).mkdir()
+        ...         Image.new(mode, (3, 2), 1).save(Path(root, folder, "1.png"))
+        ...     LabelMapsDataset(source, Path(root))[0]["mask"].tolist()
+        [[1, 1, 1], [1, 1, 1]]
     """
 
     kind = "segmentation"
 
-    def __init__(self, source: LabelMapsSource, root: Path, classes: list[str] | None = None, strict: bool = True):
+    def __init__(self, source: LabelMapsSource, root: Path, classes: Sequence[str] | None = None):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)
         self.source = source
-        need_folder(self.images, "images")
-        need_folder(self.maps, "label_maps")
+        require_folder(self.images, "images")
+        require_folder(self.maps, "label_maps")
         names = read_classes(source.classes, root) or []
-        check_ids(self.name, len(names), source.first_id, source.ignore_index)
-        places = match_classes(self.name, names, classes)
+        validate_class_ids(self.name, len(names), source.first_id, source.ignore_index)
+        label_of = match_classes(self.name, names, classes)
         self.classes = names if classes is None else list(classes)
-        self._lookup = np.array([places[i] for i in range(len(names))], dtype=np.uint8)
+        self._labels = np.array([label_of[i] for i in range(len(names))], dtype=np.uint8)
         self.structural: list[Problem] = []
-        self._pair()
-        self.structural += lone_class(self, source.ignore_index)
-        self.settle(strict)
+        self._pair_files()
+        self.structural += single_class_warning(self, source.ignore_index)
 
-    def _pair(self) -> None:
-        """Sets `pairs`: (image, label map) relative to their folders, for every image."""
+    def _pair_files(self) -> None:
+        """Set `pairs`: for every image with a label map, both files relative to their folders."""
         images = self._by_stem(self.images, self.source.image_suffix)
         maps = self._by_stem(self.maps, self.source.label_map_suffix)
         self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
         for stem in images.keys() - maps.keys():
-            place = f"{self.maps / stem}{self.source.label_map_suffix}.png"
-            reason = f"has no label map {place}; add the map or remove the image"
+            wanted = f"{self.maps / stem}{self.source.label_map_suffix}.png"
+            reason = f"has no label map {wanted}; add the label map or remove the image"
             self.structural.append(Problem(str(self.images / images[stem]), reason))
         for stem in maps.keys() - images.keys():
-            reason = f"has no image {self.images / stem}{self.source.image_suffix}.*; add the image or remove the map"
+            wanted = f"{self.images / stem}{self.source.image_suffix}.*"
+            reason = f"has no image {wanted}; add the image or remove the label map"
             self.structural.append(Problem(str(self.maps / maps[stem]), reason))
         self.structural.sort()
 
     def _by_stem(self, folder: Path, suffix: str) -> dict[str, str]:
-        """{path without suffixes: path} of the pictures below a folder; two of one stem are a fault."""
+        """Return {path without suffixes: path} of the images below a folder; report equal stems as faults."""
         groups: dict[str, list[str]] = defaultdict(list)
         others = []
         for file in walk_images(folder):
@@ -107,10 +118,10 @@ class LabelMapsDataset(SampleDataset):
                 groups[stem.removesuffix(suffix)].append(file)
             else:
                 others.append(file)
-        self.structural += orphans(folder, others, f"whose names do not end with '{suffix}'")
+        self.structural += unused_images(folder, others, f"whose names do not end with '{suffix}'")
         for files in groups.values():
             if len(files) > 1:
-                reason = f"there is also {', '.join(files[1:])}; keep one file of a name"
+                reason = f"differs only in its suffix from {', '.join(files[1:])}; keep one of these files"
                 self.structural.append(Problem(str(folder / files[0]), reason))
         return {stem: files[0] for stem, files in groups.items()}
 
@@ -124,7 +135,7 @@ class LabelMapsDataset(SampleDataset):
         path = self.path(index)
         image = read_image(path)
         mask = self.mask(index)
-        check_size(mask, image, self._map_path(index))
+        check_mask_size(mask, image, self._map_path(index))
         return {
             "image": image,
             "mask": tv_tensors.Mask(torch.from_numpy(mask)),
@@ -133,86 +144,13 @@ class LabelMapsDataset(SampleDataset):
         }
 
     def mask(self, index: int) -> np.ndarray:
-        """Labels (H, W) of one sample, uint8, without its image.
+        """Return the mask of one sample, uint8 (H, W), without reading its image.
 
         Raises:
-            BrokenSample: the label map cannot be read, or holds what is no class.
+            BrokenSample: the label map cannot be read, or contains a value that is not a class.
         """
         path = self._map_path(index)
-        return class_ids(read_label_map(path), path, self._lookup, self.source.ignore_index, self.source.first_id)
+        return ids_to_labels(read_label_map(path), path, self._labels, self.source.ignore_index, self.source.first_id)
 
     def _map_path(self, index: int) -> str:
         return os.path.join(self.maps, self.pairs[index][1])
-
-
-def check_ids(name: str, classes: int, first_id: int, ignore_index: int) -> None:
-    """Raises `DataError` for a number of classes, or an ignored value, that label maps cannot have."""
-    if not 1 <= classes <= IGNORE or first_id <= ignore_index < first_id + classes:
-        raise DataError(
-            f"{name}: {classes} classes from id {first_id} on, with ignore_index {ignore_index}; "
-            "give 1 to 255 classes, and an ignore_index that is not the id of one"
-        )
-
-
-def class_ids(stored: np.ndarray, path: str, lookup: np.ndarray, ignore_index: int, first_id: int = 0) -> np.ndarray:
-    """Turns stored numbers into labels.
-
-    Args:
-        stored: integers (H, W).
-        path: the file that errors name.
-        lookup: uint8 (K,), label of each class in the order of their stored ids.
-        ignore_index: stored number of pixels without a class.
-        first_id: stored number of the first class.
-
-    Returns:
-        uint8 (H, W), 0..K-1 or 255
-
-    Raises:
-        BrokenSample: a number is neither a class id nor `ignore_index`.
-    """
-    last_id = first_id + len(lookup) - 1
-    ignored = stored == ignore_index
-    wrong = ((stored < first_id) | (stored > last_id)) & ~ignored
-    if wrong.any():
-        found = ", ".join(str(v) for v in np.unique(stored[wrong])[:5])
-        raise BrokenSample(
-            path,
-            f"holds {found} in {int(wrong.sum())} pixels; "
-            f"allowed are {first_id}..{last_id} and {ignore_index} (ignore); correct the map, 'classes', 'first_id' or "
-            "'ignore_index'",
-        )
-    mask = lookup[np.where(ignored, 0, stored - first_id)]
-    mask[ignored] = IGNORE
-    return mask
-
-
-def lone_class(dataset: Any, ignore_index: int) -> list[Problem]:
-    """A warning when label maps of several classes hold one class and ignored pixels: maps of 0 and 255 for two
-    classes, whose second one would be ignored, and learning and mIoU would be perfect.
-
-    Args:
-        dataset: label maps, read by its method `mask`; eight of them are looked at.
-        ignore_index: as the files use it.
-    """
-    found: set[int] = set()
-    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
-        with contextlib.suppress(BrokenSample):
-            found |= set(np.unique(dataset.mask(index)).tolist())
-    if len(dataset.classes) == 1 or IGNORE not in found or len(found) != 2:
-        return []
-    name = dataset.classes[min(found)]
-    reason = (
-        f"label maps that were looked at hold no class but '{name}', all else is {ignore_index}, which is ignored; if "
-        f"{ignore_index} is to be a class, write its id there"
-    )
-    return [Problem(dataset.name, reason, "warning")]
-
-
-def check_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:
-    """Raises `BrokenSample` when a mask (H, W) is not as large as its image (3, H, W)."""
-    if mask.shape != image.shape[1:]:
-        raise BrokenSample(
-            path,
-            f"is {mask.shape[1]} x {mask.shape[0]} (width x height), "
-            f"its image {image.shape[2]} x {image.shape[1]} (upright); write the map in the image's size",
-        )

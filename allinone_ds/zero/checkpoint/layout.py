@@ -1,113 +1,33 @@
-"""Where the elements of each parameter lie: in this rank's optimizer shards, and in the files of a checkpoint's ranks.
-
-Private fields and file keys of DeepSpeed 0.19.8. Stages 1 and 2 (`BF16_Optimizer` too) lay the parameters of a group
-one after the other and cut the whole into equal parts; stage 3 cuts every parameter. The end of a part may be padding,
-which nobody ever sets: it belongs to no fragment, so it is never copied.
-"""
+"""The files of all ranks in a checkpoint, and which elements of each parameter they hold. DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+
+from allinone_ds.zero.fragments import Fragment, Shapes, fragments_of_parameters, fragments_of_parts, no_paddings
 
 # Classes that DeepSpeed 0.19.8 pickles into its checkpoints beside tensors and plain containers.
 KNOWN_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 0, 1 and 2; stage 3 has one a rank
-Shapes = Sequence[Mapping[str, torch.Size]]
-"""Shapes of the parameters of each group, in the group's order."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements of a parameter in a rank's flat tensor of one group.
-
-    Args:
-        name: of the parameter.
-        offset: first of the elements in the flattened parameter.
-        group: which flat tensor.
-        start: first of the elements in it.
-        length: how many.
-    """
-
-    name: str
-    offset: int
-    group: int
-    start: int
-    length: int
-
-
-def fragments_of_parts(
-    shapes: Shapes, paddings: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
-) -> list[Fragment]:
-    """Stages 1 and 2: what lies in one rank's part of every group.
-
-    Args:
-        shapes: of the groups' parameters.
-        paddings: elements after each parameter, by group.
-        parts: first element and number of elements of the rank's part, by group.
-    """
-    found = []
-    for group, (named, gaps, (first, size)) in enumerate(zip(shapes, paddings, parts, strict=True)):
-        position = 0
-        for (name, shape), gap in zip(named.items(), gaps, strict=True):
-            begin, end = max(position, first), min(position + shape.numel(), first + size)
-            if begin < end:
-                found.append(Fragment(name, begin - position, group, begin - first, end - begin))
-            position += shape.numel() + gap
-    return found
-
-
-def fragments_of_parameters(shapes: Shapes, rank: int, world: int) -> list[Fragment]:
-    """Stage 3: what one rank holds of every parameter."""
-    found = []
-    for group, named in enumerate(shapes):
-        start = 0
-        for name, shape in named.items():
-            part = -(-shape.numel() // world)
-            length = min(part, shape.numel() - rank * part)
-            if length > 0:
-                found.append(Fragment(name, rank * part, group, start, length))
-            start += part
-    return found
-
-
-def engine_fragments(engine: Any) -> list[Fragment]:
-    """Where this rank's `master_shards` hold which elements.
-
-    Args:
-        engine: what `deepspeed.initialize` returned, ZeRO stage 1, 2 or 3.
-    """
-    optimizer, shapes = engine.optimizer, engine._get_zero_param_shapes()
-    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        group = optimizer.dp_process_group
-        return fragments_of_parameters(shapes, dist.get_rank(group), dist.get_world_size(group))
-    masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
-    masters = optimizer.fp32_groups_flat_partition if masters is None else masters
-    ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-    parts = [(rank * master.numel(), master.numel()) for rank, master in zip(ranks, masters, strict=True)]
-    paddings = getattr(optimizer, "round_robin_bit16_padding", None) or _no_paddings(shapes)
-    return fragments_of_parts(shapes, paddings, parts)
 
 
 class SavedShards:
-    """The files of all ranks in a checkpoint's folder (global_stepN); mapped, so only what is copied is read.
+    """The files of all ranks in a checkpoint's folder (global_stepN), mapped, so that only what is copied is read.
 
-    Files are read without running code from them: they may hold tensors, plain containers and `KNOWN_CLASSES`.
+    Reading runs no code from the files: they may hold tensors, plain containers and `KNOWN_CLASSES`.
 
     Args:
-        folder: in which every rank's file lies, ZeRO stage 1, 2 or 3.
+        folder: with the files of all ranks, ZeRO stage 1, 2 or 3.
 
     Attributes:
         shapes: of every parameter that was trained, by name.
@@ -117,7 +37,7 @@ class SavedShards:
         model: rank 0's file of what is not sharded: counters, buffers, and under stages 1 and 2 the weights.
 
     Raises:
-        ValueError, KeyError: files of ranks are missing, or of another kind; and what `torch.load` raises.
+        ValueError, KeyError: files of ranks are missing or of a different kind; and what `torch.load` raises.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,8 +63,8 @@ class SavedShards:
     def _fragments(self, groups: Shapes, rank: int) -> list[Fragment]:
         if self.stage3:
             return fragments_of_parameters(groups, rank, self.world)
-        paddings = self.optimizer.get("param_alignment_paddings") or _no_paddings(groups)
-        # a rank's file leaves out the padding at the end of the group, so only the last parts may be short
+        paddings = self.optimizer.get("param_alignment_paddings") or no_paddings(groups)
+        # a rank's file omits the padding at the end of the group, so only the last parts may be short
         parts = [
             (sum(self.masters[r][group].numel() for r in range(rank)), self.masters[rank][group].numel())
             for group in range(len(groups))
@@ -152,15 +72,15 @@ class SavedShards:
         return fragments_of_parts(groups, paddings, parts)
 
     def where(self, name: str, offset: int, length: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Which ranks hold elements of a parameter.
+        """Yield which ranks hold elements of a parameter.
 
         Args:
             name: of the parameter.
             offset: first element.
-            length: how many.
+            length: number of elements.
 
         Yields:
-            (rank, group, first element there, first element counted from `offset`, how many).
+            (rank, group, first element in the rank's flat tensor, first element counted from `offset`, number).
 
         Raises:
             KeyError: the checkpoint has no such parameter.
@@ -178,11 +98,11 @@ class SavedShards:
             raise ValueError(f"{self.folder}: of {length} elements of '{name}' only {found} are in the files")
 
     def fill(self, targets: Sequence[Any], wanted: Sequence[Fragment], sources: Sequence[Sequence[Any]]) -> None:
-        """Copy what a rank needs out of every rank's flat tensors.
+        """Copy what a rank needs from the flat tensors of all ranks.
 
         Args:
-            targets: flat tensors by group, of any device; anything for a group that `wanted` does not name.
-            wanted: what lies where in them; the rest of them is left alone.
+            targets: flat tensors by group, of any device; ignored for a group that `wanted` does not name.
+            wanted: which elements `targets` hold; the rest of them stays as it is.
             sources: flat tensors by rank and group, laid out like `masters`.
         """
         for w in wanted:
@@ -192,14 +112,14 @@ class SavedShards:
                 target.narrow(0, w.start + position, length).copy_(part)
 
     def whole(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float32 master of a parameter, in its shape, as `dtype`."""
+        """Return the float32 master of a parameter, in its shape, as `dtype`."""
         shape = self.shapes[name]
         value = torch.empty(shape.numel(), dtype=dtype)
         self.fill([value], [Fragment(name, 0, 0, 0, shape.numel())], self.masters)
         return value.view(shape)
 
     def untrained(self) -> dict[str, Tensor]:
-        """What no shard holds: buffers and frozen parameters, whole, as they were saved."""
+        """Return what no shard holds: buffers and frozen parameters, whole, as they were saved."""
         module = self.model["module"]
         if not self.stage3:
             return {name: value for name, value in module.items() if name not in self.shapes}
@@ -210,17 +130,25 @@ class SavedShards:
         return found
 
     def _files(self, pattern: str) -> list[Path]:
-        """Every rank's file, by rank."""
+        """Return the file of every rank, by rank."""
         files = {int(re.findall(r"pp_rank_(\d+)", file.name)[0]): file for file in self.folder.glob(pattern)}
         if sorted(files) != list(range(len(files))) or not files:
-            raise ValueError(f"files of the ranks {sorted(files)} are there; all of a run are needed")
+            raise ValueError(
+                f"{self.folder}: found files of the ranks {sorted(files)}; the files of all ranks of the run are needed"
+            )
         return [files[rank] for rank in sorted(files)]
 
 
-def read_file(file: Path) -> Any:
-    """A file of DeepSpeed's, mapped, without running code from it."""
+def read_file(file: str | Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
+    """Return the content of a checkpoint file, without running code from it.
+
+    Args:
+        file: a file of DeepSpeed or of `training`.
+        map_location: as for `torch.load`.
+        mmap: map the file instead of reading it.
+    """
     with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def _states(saved: Mapping[str, Any], groups: int) -> list[dict[str, Any]]:
@@ -228,7 +156,3 @@ def _states(saved: Mapping[str, Any], groups: int) -> list[dict[str, Any]]:
     if isinstance(states, list):  # stage 1 and 2 with elastic_checkpoint
         return states
     return [states["state"].get(group, {}) for group in range(groups)]
-
-
-def _no_paddings(shapes: Shapes) -> list[list[int]]:
-    return [[0] * len(named) for named in shapes]

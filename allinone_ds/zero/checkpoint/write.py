@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files: written so that every rank ends its save, read without running code from them."""
+"""DeepSpeed's checkpoint files: every rank finishes its save, and reading runs no code from the files."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from allinone_ds.errors import UnsupportedEngine
-from allinone_ds.zero.checkpoint.layout import KNOWN_CLASSES
+from allinone_ds.zero.checkpoint.layout import read_file
 
 Take = Callable[[Any, Path], None]
-"""Gets a file's content and its path, and writes it now or later."""
+"""Receives the content and the path of a file, and writes it now or later."""
 
 
 class CheckpointFiles(TorchCheckpointEngine):
     """DeepSpeed's own reader and writer of files, with two differences.
 
-    Reading is `torch.load(weights_only=True)` with `KNOWN_CLASSES` allowed: DeepSpeed's own would run any code that a
-    file holds. And during `save_engine` a failed write is noted, not raised: a rank that left `save_checkpoint` in its
-    middle would leave the others waiting in its barriers.
+    Reading is `read_file`, where DeepSpeed's own reader would run any code in a file. During `save_engine` a failed
+    write is recorded, not raised: when a rank leaves `save_checkpoint` early, the others wait in its barriers.
+
+    Args:
+        own: the reader and writer that the engine has.
+
+    Attributes:
+        errors: where failed writes are recorded; None: they are raised.
+        take: receives what would be written; None: it is written.
     """
 
     def __init__(self, own: TorchCheckpointEngine) -> None:
         super().__init__()
         self.zipfile_serialization = own.zipfile_serialization
         self.errors: list[str] | None = None
-        """Where failed writes are noted; None: they are raised."""
         self.take: Take | None = None
-        """Gets what would be written; None: it is written."""
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.take is not None:
@@ -39,24 +42,23 @@ class CheckpointFiles(TorchCheckpointEngine):
             return
         try:
             super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's own file writer raises the second
+        except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError
             if self.errors is None:
                 raise
             self.errors.append(f"{Path(path).name}: {error}")
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(list(KNOWN_CLASSES)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return read_file(path, map_location, mmap=False)
 
 
 def own_checkpoint_files(engine: Any) -> CheckpointFiles:
-    """Give an engine `CheckpointFiles`; returns them.
+    """Make an engine read and write through `CheckpointFiles`, and return them.
 
     Args:
         engine: a DeepSpeedEngine.
 
     Raises:
-        UnsupportedEngine: its config asks for a writer whose files may not be complete when the save returns.
+        UnsupportedEngine: its config asks for a writer whose files may be incomplete when the save returns.
     """
     own = engine.checkpoint_engine
     if isinstance(own, CheckpointFiles):
@@ -64,23 +66,23 @@ def own_checkpoint_files(engine: Any) -> CheckpointFiles:
     if type(own) is not TorchCheckpointEngine:
         raise UnsupportedEngine(
             f"DeepSpeed's {type(own).__name__} is not supported: checkpoints must be complete when the save returns; "
-            "take 'checkpoint.writer' and 'datastates_ckpt' out of the DeepSpeed config"
+            "remove 'checkpoint.writer' and 'datastates_ckpt' from the DeepSpeed config"
         )
     engine.checkpoint_engine = CheckpointFiles(own)
     return engine.checkpoint_engine
 
 
 def save_engine(engine: Any, folder: Path, take: Take | None = None) -> list[str]:
-    """`engine.save_checkpoint`, which every rank leaves at its end even when it could not write. Collective.
+    """Call `engine.save_checkpoint` such that every rank finishes it, even one that could not write. Collective.
 
     Args:
         engine: a DeepSpeedEngine.
-        folder: where to; it exists.
-        take: gets the content of every file instead of its being written. Tensors in it are the engine's own: whoever
-            writes them after the next step began copies them first.
+        folder: to write to; it exists.
+        take: receives the content of every file, which is then not written. Its tensors are the engine's own: copy them
+            before the next step to write them later.
 
     Returns:
-        What this rank could not write, one line a file.
+        What this rank could not write, one line per file.
     """
     files = own_checkpoint_files(engine)
     errors: list[str] = []

@@ -1,8 +1,8 @@
-"""The face every engine kind shows to the balancer: a task's gradient as flat pieces of this rank's shard.
+"""What every kind of DeepSpeed engine offers the balancer, the checkpoints and the averaged weights.
 
-S elements of this rank. An engine keeps its shard in one flat vector an optimizer group (ZeRO-3: a sub-group). A
-`Piece` is a run of such a vector that is wholly shared backbone or wholly not; norms and factors work on pieces, so
-partitions that straddle parameters, groups or ranks need no special case.
+S elements of this rank's shard. An engine keeps its shard in one flat vector per optimizer group (ZeRO-3: per
+sub-group). A `Piece` is a run of such a vector that belongs wholly to the shared backbone or wholly not. Norms and
+factors work on pieces, so partitions that straddle parameters, groups or ranks need no special case.
 """
 
 from __future__ import annotations
@@ -10,17 +10,30 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
+
+from allinone_ds.errors import UnsupportedEngine
+from allinone_ds.zero.fragments import Fragment
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where the elements of a parameter that this rank owns lie: group, first element in its shard, how many."""
+    """The elements of a parameter that this rank owns.
+
+    Args:
+        param: the parameter.
+        group: index of the flat vector that holds the elements.
+        start: first of the elements in the flat vector.
+        length: number of elements.
+    """
 
     param: Parameter
     group: int
@@ -30,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of this rank's shard of one group that is wholly shared backbone (`shared`) or wholly not."""
+    """A run of one flat vector of this rank that is wholly shared backbone (`shared`) or wholly not."""
 
     group: int
     start: int
@@ -38,123 +51,222 @@ class Piece:
     shared: bool
 
 
-class GradientShards(ABC):
-    """One engine's gradient shards on this rank.
+class EngineAdapter(ABC):
+    """One kind of DeepSpeed engine: gradient shards, master weights, backward and step.
 
-    The balancer calls, per task: `begin_task`, the micro-steps, `take` (reads), `release`; then once `put` and the
-    engine's own step, or `discard` when the step is given up.
+    For each task the balancer calls `begin_task`, `backward` once per micro-step, `gradient` and `clear_gradient`; then
+    once per optimizer step `set_gradient` and `step`, or `discard` when the step is given up.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        shared: `id` of every parameter of the shared backbone; empty where only weights are of interest.
 
     Attributes:
-        spans: every trainable parameter's elements on this rank.
-        pieces: what `take` returns, in order.
         sizes: elements of this rank's shard of each group.
-        device, dtype: of the accumulator that `put` takes: those of the optimizer's gradient.
+        device, dtype: of the accumulator that `set_gradient` takes: those of the optimizer's gradient.
         replicated: True when every rank holds the whole gradient (stage 0), so that norms are not summed over ranks.
+        keeps_local_gradients: True when gradients can stay on the rank over several backwards (`LocalGradients`).
+        allows_clipping: False when DeepSpeed would clip by a norm that it computes wrongly for a balanced gradient.
     """
 
-    spans: list[Span]
-    pieces: list[Piece]
-    sizes: list[int]
-    device: torch.device
-    dtype: torch.dtype
     replicated: bool = False
+    keeps_local_gradients: bool = False
+    allows_clipping: bool = True
 
-    def __init__(self, engine: Any, shared: set[int]):
-        """Args: engine: a DeepSpeedEngine; shared: `id` of every parameter of the backbone."""
+    @classmethod
+    @abstractmethod
+    def serves(cls, engine: Any) -> bool:
+        """Return whether this is the adapter for `engine`."""
+
+    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
         self.engine = engine
         self.optimizer = engine.optimizer
         self.shared = shared
+        self.sizes = self._shard_sizes()
+        first = self.masters()[0]
+        self.device, self.dtype = first.device, first.dtype
 
-    @property
-    def loss_scale(self) -> float:
-        """What gradients carry as a factor and the optimizer divides by (fp16); 1 otherwise."""
-        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
+    # ---- gradients ----
 
-    @property
-    def missing_loss_scale(self) -> float:
-        """The part of `loss_scale` that the engine's `backward` does not put on the loss."""
-        return 1.0
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The elements of every trainable parameter on this rank."""
+        return self._find_spans()
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What `gradient` returns, in order."""
+        return merge_spans(self.spans, self.sizes, self.shared)
+
+    @abstractmethod
+    def _shard_sizes(self) -> list[int]:
+        """Return the elements of this rank's shard of each group."""
+
+    @abstractmethod
+    def _find_spans(self) -> list[Span]:
+        """Return the elements of every trainable parameter on this rank."""
 
     @abstractmethod
     def begin_task(self) -> None:
         """Make the next micro-step the first of a task: nothing of an earlier gradient may leak into it."""
 
     @abstractmethod
-    def take(self) -> list[Tensor]:
-        """This rank's shard of the task's averaged gradient, 1-D tensors as `pieces`; valid until `release`."""
+    def gradient(self) -> list[Tensor]:
+        """Return this rank's shard of the task's averaged gradient.
+
+        Returns:
+            1-D tensors as `pieces`, views where possible; valid until `clear_gradient`.
+        """
 
     @abstractmethod
-    def release(self) -> None:
-        """Forget the gradient that `take` showed."""
+    def clear_gradient(self) -> None:
+        """Forget the gradient that `gradient` returned."""
 
     @abstractmethod
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         """Give the engine the gradient for its next step.
 
         Args:
-            flats: one 1-D tensor a group, of `sizes` elements, `device` and `dtype`; the engine may change them.
+            flats: one 1-D tensor per group, of `sizes` elements, `device` and `dtype`; the engine may change them.
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
 
     @abstractmethod
     def discard(self) -> None:
-        """Drop every gradient the engine holds, wherever it is in its step."""
-
-    def after_step(self) -> None:  # noqa: B027 - most engines need nothing
-        """Mend what the engine reports or keeps after its step."""
-
-    @abstractmethod
-    def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
-        """The optimizer's flat fp32 tensor that holds `span` at `span.start`, and the optimizer's state for it."""
+        """Drop every gradient that the engine holds, at any point of a step."""
 
     def norms(self, flats: Sequence[Tensor]) -> dict[Any, Tensor]:
-        """Norm of every parameter's part of `flats`, by the optimizer's id of the parameter."""
+        """Return the norm of every parameter's part of `flats`, by the optimizer's id of the parameter."""
         key = self.optimizer.get_param_id
         return {key(s.param): flats[s.group].narrow(0, s.start, s.length).norm() for s in self.spans}
 
+    # ---- backward and step ----
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.engine.zero_optimization_stage())
+
+    @property
+    def fp16(self) -> bool:
+        """Whether gradients carry a loss scale and may overflow."""
+        return bool(self.engine.fp16_enabled())
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Device of forward and backward; `device` is that of the optimizer's gradient, which may be offloaded."""
+        return self.engine.device
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that gradients carry and the optimizer divides by (fp16); 1 otherwise."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.fp16 else 1.0
+
+    @property
+    def missing_loss_scale(self) -> float:
+        """The part of `loss_scale` that the engine's `backward` does not apply to the loss."""
+        return 1.0
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the engine's last step found an fp16 overflow."""
+        return bool(getattr(self.optimizer, "overflow", False))
+
+    def set_reduces(self, reduces: bool) -> None:
+        """Set whether the next backward averages the gradient over ranks. ZeRO-3 asks for it before the forward."""
+        self.engine.set_gradient_accumulation_boundary(reduces)
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the engine's backward, without a division by DeepSpeed's accumulation steps.
+
+        Args:
+            loss: scalar, of one micro-batch of this rank.
+        """
+        self.engine.backward(loss * self.missing_loss_scale, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Take the engine's optimizer step on what `set_gradient` set."""
+        self.set_reduces(True)
+        self.engine.step()
+        self._after_step()
+
+    def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
+        """Correct what the engine reports or keeps after its step."""
+
+    def synchronize(self) -> None:
+        """Wait for the accelerator."""
+        get_accelerator().synchronize()
+
+    # ---- weights ----
+
+    @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """Return the tensors that this rank's optimizer steps on (fp32, offloaded or not); never copies."""
+
+    @abstractmethod
+    def publish_masters(self) -> None:
+        """Copy what `masters` hold to the model's own weights, on all ranks. Collective."""
+
+    def fragments(self) -> list[Fragment]:
+        """Return which elements `masters` hold on this rank.
+
+        Raises:
+            UnsupportedEngine: the engine does not shard its weights.
+        """
+        raise UnsupportedEngine(
+            f"ZeRO stage {self.stage} keeps whole weights on every rank, so its checkpoints cannot be resharded; use "
+            "ZeRO stage 1, 2 or 3"
+        )
+
+    @abstractmethod
+    def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
+        """Return the optimizer's flat fp32 tensor that holds `span` at `span.start`, and its optimizer state."""
+
     def weights(self, param: Parameter) -> list[Tensor]:
-        """The tensors that hold the model's own copy of a parameter on this rank."""
+        """Return the tensors that hold the model's own copy of a parameter on this rank."""
         return [param.data]
 
-    def weights_put_back(self, params: Sequence[Parameter]) -> None:  # noqa: B027 - most engines need nothing
-        """Called after `unmoved` has put `weights` of `params` back, for copies the engine keeps besides."""
+    def _weights_restored(self, params: Sequence[Parameter]) -> None:  # noqa: B027 - most engines need nothing
+        """Update further copies of `params` that the engine keeps, after `unmoved` has restored `weights`."""
 
     @contextlib.contextmanager
     def unmoved(self, params: Sequence[Parameter]) -> Iterator[None]:
         """Keep `params` where they are over an optimizer step, momentum and weight decay included.
 
-        Optimizer steps on flat shards move every element; what must stand still is copied before and put back.
+        Optimizer steps on flat shards move every element; what must not move is copied before and restored after.
         """
         wanted = {id(param) for param in params}
         spans = [span for span in self.spans if id(span.param) in wanted]
-        whole = _groups_wholly_in(spans, self.spans)
+        whole_groups = _groups_covered(spans, self.spans)
         saved = []
         for span in spans:
             master, state = self.master(span)
-            cut = slice(span.start, span.start + span.length)
-            old = {k: v.view(-1)[cut].clone() for k, v in state.items() if _like(v, master)}
-            scalars = {k: _copy(v) for k, v in state.items() if not _like(v, master)} if span.group in whole else {}
-            saved.append((span, cut, master.data.view(-1)[cut].clone(), old, scalars))
+            part = slice(span.start, span.start + span.length)
+            old = {k: v.view(-1)[part].clone() for k, v in state.items() if _per_element(v, master)}
+            scalars: dict[str, Any] = {}
+            if span.group in whole_groups:
+                scalars = {k: _copy(v) for k, v in state.items() if not _per_element(v, master)}
+            saved.append((span, part, master.data.view(-1)[part].clone(), old, scalars))
         weights = [(target, target.clone()) for param in params for target in self.weights(param)]
         yield
-        for span, cut, values, old, scalars in saved:
+        for span, part, values, old, scalars in saved:
             master, state = self.master(span)
-            master.data.view(-1)[cut].copy_(values)
+            master.data.view(-1)[part].copy_(values)
             for key, value in state.items():
-                if not _like(value, master):
+                if not _per_element(value, master):
                     continue
                 if key in old:
-                    value.view(-1)[cut].copy_(old[key])
+                    value.view(-1)[part].copy_(old[key])
                 else:
-                    value.view(-1)[cut].zero_()
+                    value.view(-1)[part].zero_()
             state.update(scalars)
         for target, values in weights:
             target.copy_(values)
-        self.weights_put_back(params)
+        self._weights_restored(params)
 
 
-def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: set[int]) -> list[Piece]:
-    """The fewest pieces that cover each group's shard; padding (always zero) joins the piece before it."""
+def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
+    """Return the fewest pieces that cover each group's shard; padding (always zero) joins the piece before it."""
     pieces: list[Piece] = []
     for group, size in enumerate(sizes):
         runs: list[list[int]] = []  # [start, shared]
@@ -164,18 +276,18 @@ def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: set[int]) -
                 runs.append([0, kind])
             elif runs[-1][1] != kind:
                 runs.append([span.start, kind])
-        runs = runs or [[0, 0]]  # of a small group the last ranks have nothing but padding
+        runs = runs or [[0, 0]]  # the last ranks may have nothing but padding of a small group
         ends = [start for start, _ in runs[1:]] + [size]
         pieces += [Piece(group, start, end - start, bool(kind)) for (start, kind), end in zip(runs, ends, strict=True)]
     return pieces
 
 
 def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
-    """Views of one flat tensor a group, one view a piece."""
+    """Return views of `flats`, one flat tensor per group, as `pieces`."""
     return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
 
 
-def _like(value: Any, master: Tensor) -> bool:
+def _per_element(value: Any, master: Tensor) -> bool:
     return isinstance(value, Tensor) and value.numel() == master.numel() and value.dim() > 0
 
 
@@ -183,6 +295,7 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _groups_wholly_in(spans: Sequence[Span], every: Sequence[Span]) -> set[int]:
+def _groups_covered(spans: Sequence[Span], every: Sequence[Span]) -> set[int]:
+    """Groups whose spans are all among `spans`."""
     inside = {(span.group, span.start) for span in spans}
     return {s.group for s in every} - {s.group for s in every if (s.group, s.start) not in inside}

@@ -11,28 +11,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from allinone_ds.zero.engines.base import GradientShards, Span, cut, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 
 
-class BF16Shards(GradientShards):
-    """This rank's slice of the fp32 gradient."""
+class BF16Adapter(EngineAdapter):
+    """ZeRO-1 through `BF16_Optimizer`; the shard is this rank's slice of the fp32 gradient."""
 
-    def __init__(self, engine: Any, shared: set[int]):
-        super().__init__(engine, shared)
-        masters = self.optimizer.fp32_groups_flat_partition
-        self.sizes = [master.numel() for master in masters]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
-        self.spans = self._find_spans()
-        self.pieces = merge_spans(self.spans, self.sizes, shared)
-        self._norm: Tensor | None = None
+    allows_clipping = False
+
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return type(engine.optimizer) is BF16_Optimizer
+
+    _norm: Tensor | None = None
+
+    def _shard_sizes(self) -> list[int]:
+        return [master.numel() for master in self.masters()]
 
     def _find_spans(self) -> list[Span]:
         spans = []
         for group, params in enumerate(self.optimizer.bf16_groups):
             size = self.sizes[group]
-            first = torch.distributed.get_rank(self.optimizer.real_dp_process_group[group]) * size
+            first = self._rank_in(group) * size
             position = 0
             for param in params:
                 start, end = max(position - first, 0), min(position + param.numel() - first, size)
@@ -41,16 +45,19 @@ class BF16Shards(GradientShards):
                 position += param.numel()
         return spans
 
+    def _rank_in(self, group: int) -> int:
+        return torch.distributed.get_rank(self.optimizer.real_dp_process_group[group])
+
     def begin_task(self) -> None:
         pass
 
-    def take(self) -> list[Tensor]:
+    def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.fp32_groups_gradient_flat_partition, self.pieces)
 
-    def release(self) -> None:
+    def clear_gradient(self) -> None:
         self.optimizer.clear_hp_grads()
 
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self.optimizer.fp32_groups_gradient_flat_partition, flats, strict=True):
             gradient.copy_(flat)
         for flags in self.optimizer.fp32_groups_has_gradients:
@@ -59,14 +66,25 @@ class BF16Shards(GradientShards):
         torch.distributed.all_reduce(square, group=self.optimizer.dp_process_group)
         self._norm = square.sqrt()
 
-    def after_step(self) -> None:
-        # the engine sees only this rank's slice; other slices are zero, so its own figure is a rank's share
+    def _after_step(self) -> None:
+        # the engine sees only this rank's slice; the other slices are zero, so its own norm is that of one slice
         if self._norm is not None:
             self.optimizer._global_grad_norm = self.engine._global_grad_norm = self._norm
             self._norm = None
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def masters(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_flat_partition)
+
+    def publish_masters(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def fragments(self) -> list[Fragment]:
+        shapes = self.engine._get_zero_param_shapes()
+        parts = [(self._rank_in(group) * size, size) for group, size in enumerate(self.sizes)]
+        return fragments_of_parts(shapes, no_paddings(shapes), parts)
 
     def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
         master = self.optimizer.fp32_groups_flat_partition[span.group]

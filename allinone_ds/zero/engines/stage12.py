@@ -8,26 +8,33 @@ gradients accumulate in fp32 beside 16-bit weights, as a `GradPartitionBufferGro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from allinone_ds.zero.engines.base import GradientShards, Piece, Span, cut, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter, Piece, Span, cut, merge_spans
+from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 from allinone_ds.zero.releases import as_partition, uses_flat_partition, wait_for_offload_copies
 
 
-class Stage12Shards(GradientShards):
-    """Shards of ZeRO-1 and ZeRO-2 with the optimizer on the accelerator."""
+class Stage12Adapter(EngineAdapter):
+    """ZeRO-1 and ZeRO-2 with the optimizer on the accelerator."""
 
-    def __init__(self, engine: Any, shared: set[int]):
-        super().__init__(engine, shared)
-        masters = self.optimizer.single_partition_of_fp32_groups
-        self.sizes = [int(size) for size in self.optimizer.partition_size]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
-        self.spans = self._find_spans()
-        self.pieces = merge_spans(self.spans, self.sizes, shared) if self._flat() else self._pieces_by_tensor()
+    keeps_local_gradients = True
+
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return type(engine.optimizer) is DeepSpeedZeroOptimizer
+
+    def _shard_sizes(self) -> list[int]:
+        return [int(size) for size in self.optimizer.partition_size]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        return merge_spans(self.spans, self.sizes, self.shared) if self._flat() else self._pieces_by_tensor()
 
     def _flat(self) -> bool:
         return uses_flat_partition(self.optimizer)
@@ -45,7 +52,7 @@ class Stage12Shards(GradientShards):
         return spans
 
     def _pieces_by_tensor(self) -> list[Piece]:
-        """One piece a tensor of `averaged_gradients`: the parameters in order, padding where there is any."""
+        """One piece per tensor of `averaged_gradients`: the parameters in order, and padding where there is any."""
         pieces = []
         for group, size in enumerate(self.sizes):
             position = 0
@@ -61,49 +68,66 @@ class Stage12Shards(GradientShards):
     def begin_task(self) -> None:
         self.optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
 
-    def take(self) -> list[Tensor]:
+    def gradient(self) -> list[Tensor]:
         shards = [self.optimizer.averaged_gradients[group] for group in range(len(self.sizes))]
         if self._flat():
             return cut([shard.flat_partition for shard in shards], self.pieces)
         tensors = [tensor.reshape(-1) for shard in shards for tensor in shard]
         if [t.numel() for t in tensors] != [piece.length for piece in self.pieces]:
             raise RuntimeError(
-                "DeepSpeed's gradient shard does not have the layout this release of allinone_ds knows "
+                "DeepSpeed's gradient shard does not have the layout that this release of allinone_ds knows "
                 f"({len(tensors)} tensors, expected {len(self.pieces)}); use a checked DeepSpeed release"
             )
         return tensors
 
-    def release(self) -> None:
+    def clear_gradient(self) -> None:
         for group in range(len(self.sizes)):
             self.optimizer.averaged_gradients[group] = None
             self.optimizer.all_grad_tensors[group] = None
 
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         if overflow:
             flats[0][0] = torch.inf
         for group, flat in enumerate(flats):
             self.optimizer.averaged_gradients[group] = as_partition(flat)
 
     def discard(self) -> None:
-        self.release()
+        self.clear_gradient()
         self.begin_task()
         self.optimizer.zero_grad(set_to_none=True)
-        for bucket in self.optimizer.ipg_buckets.values():  # filled when a backward broke off
+        for bucket in self.optimizer.ipg_buckets.values():  # filled by a backward that raised
             bucket.clear()
         self.optimizer.params_already_reduced = [False] * len(self.optimizer.params_already_reduced)
         self.optimizer._release_ipg_buffers()
+
+    def masters(self) -> list[Tensor]:
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def publish_masters(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def fragments(self) -> list[Fragment]:
+        shapes = self.engine._get_zero_param_shapes()
+        ranks = [torch.distributed.get_rank(group) for group in self.optimizer.real_dp_process_group]
+        parts = [(rank * m.numel(), m.numel()) for rank, m in zip(ranks, self.masters(), strict=True)]
+        paddings = getattr(self.optimizer, "round_robin_bit16_padding", None) or no_paddings(shapes)
+        return fragments_of_parts(shapes, paddings, parts)
 
     def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
         master = self.optimizer.single_partition_of_fp32_groups[span.group]
         return master, self.optimizer.optimizer.state[master]
 
 
-class Stage12OffloadShards(Stage12Shards):
-    """Shards of ZeRO-1 and ZeRO-2 with the optimizer on the CPU: the reduced shard is the fp32 gradient there.
+class Stage12OffloadAdapter(Stage12Adapter):
+    """ZeRO-1 and ZeRO-2 with the optimizer on the CPU; the reduced shard is the fp32 gradient there.
 
     The engine writes a parameter's gradient only when it got one, and adds onto what earlier micro-steps left in
-    `accumulated_grads_in_cpu`; both are cleared between tasks, or a head would be applied again.
+    `accumulated_grads_in_cpu`. Both are cleared between tasks, or the gradient of a head would be applied again.
     """
+
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return super().serves(engine) and bool(engine.optimizer.cpu_offload)
 
     def _flat(self) -> bool:
         return True
@@ -119,17 +143,17 @@ class Stage12OffloadShards(Stage12Shards):
         for gradient in self._gradients():
             gradient.zero_()
 
-    def take(self) -> list[Tensor]:
+    def gradient(self) -> list[Tensor]:
         wait_for_offload_copies(self.optimizer)
         return cut(self._gradients(), self.pieces)
 
-    def release(self) -> None:
-        super().release()
+    def clear_gradient(self) -> None:
+        super().clear_gradient()
         self.optimizer.reset_cpu_buffers()
         for gradient in self._gradients():
             gradient.zero_()
 
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self._gradients(), flats, strict=True):
             gradient.copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)

@@ -13,22 +13,25 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import GradientShards, Span, cut, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.fragments import Fragment, fragments_of_parameters
 
 
-class Stage3Shards(GradientShards):
-    """Shards of ZeRO-3."""
+class Stage3Adapter(EngineAdapter):
+    """ZeRO-3 with the optimizer on the accelerator."""
 
-    def __init__(self, engine: Any, shared: set[int]):
-        super().__init__(engine, shared)
-        masters = self.optimizer.fp32_partitioned_groups_flat
-        self.sizes = [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
-        self.device, self.dtype = masters[0].device, masters[0].dtype
-        self.spans = self._find_spans()
-        self.pieces = merge_spans(self.spans, self.sizes, shared)
+    keeps_local_gradients = True
+
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3
+
+    def _shard_sizes(self) -> list[int]:
+        return [sum(int(p.partition_numel()) for p in group) for group in self.optimizer.fp16_groups]
 
     def _find_spans(self) -> list[Span]:
         spans = []
@@ -43,27 +46,40 @@ class Stage3Shards(GradientShards):
         self.optimizer.micro_step_id = 0
         self.optimizer._epilogue_ran_this_backward = False
 
-    def take(self) -> list[Tensor]:
+    def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.grad_partitions_flat_buffer.split(self.sizes), self.pieces)
 
-    def release(self) -> None:
+    def clear_gradient(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
             self.optimizer.averaged_gradients[group] = [flat]
         if overflow:
             self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         if self.optimizer.overflow:
-            self.release()
+            self.clear_gradient()
 
     def discard(self) -> None:
-        self.release()
+        self.clear_gradient()
         self.optimizer.zero_grad(set_to_none=True)
         for bucket in self.optimizer.ipg_buckets.values():
             bucket.clear_params()
+
+    def masters(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def publish_masters(self) -> None:
+        for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_again([param for group in self.optimizer.fp16_groups for param in group])
+
+    def fragments(self) -> list[Fragment]:
+        group = self.optimizer.dp_process_group
+        rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        return fragments_of_parameters(self.engine._get_zero_param_shapes(), rank, world)
 
     def master(self, span: Span) -> tuple[Tensor, dict[str, Any]]:
         master = self.optimizer.fp32_partitioned_groups_flat[span.group]
@@ -72,18 +88,26 @@ class Stage3Shards(GradientShards):
     def weights(self, param: Parameter) -> list[Tensor]:
         return [_partition(param).data]
 
-    def weights_put_back(self, params: Sequence[Parameter]) -> None:
+    def _weights_restored(self, params: Sequence[Parameter]) -> None:
         # small parameters stay gathered, and were gathered again at the end of the step with the moved values
-        gathered: list[Any] = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
+        self._gather_again(params)
+
+    def _gather_again(self, params: Sequence[Any]) -> None:
+        """Partition the gathered ones of `params` without writing them back, and gather them from their partitions."""
+        gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
             gathered[0].all_gather(gathered)
 
 
-class Stage3OffloadShards(Stage3Shards):
-    """Shards of ZeRO-3 with the optimizer on the CPU; its step reads `fp32_partitioned_groups_flat[group].grad`."""
+class Stage3OffloadAdapter(Stage3Adapter):
+    """ZeRO-3 with the optimizer on the CPU; its step reads `fp32_partitioned_groups_flat[group].grad`."""
 
-    def put(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return super().serves(engine) and bool(engine.optimizer.offload_optimizer)
+
+    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)

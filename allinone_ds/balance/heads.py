@@ -1,0 +1,98 @@
+"""Which parameters belong to the backbone, and which heads a step used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from allinone_ds.strict import did_you_mean
+
+
+def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[int]:
+    """Return the `id` of every trainable parameter of the backbone.
+
+    Args:
+        module: the engine's module.
+        shared: dotted name of a submodule, or its parameters.
+
+    Raises:
+        ValueError: no such submodule, parameters of a different module, or nothing that can be trained.
+        TypeError: `shared` is neither.
+    """
+    if isinstance(shared, str):
+        modules = dict(module.named_modules())
+        if shared not in modules or not shared:
+            children = [name for name in modules if name and name.count(".") <= shared.count(".")]
+            raise ValueError(f"shared = '{shared}': the model has no such submodule; {did_you_mean(shared, children)}")
+        params = list(modules[shared].parameters())
+        origin = f"submodule '{shared}'"
+    else:
+        params = list(shared)
+        origin = "the iterable of parameters"
+        if not all(isinstance(p, Parameter) for p in params):
+            raise TypeError("shared must be a submodule's dotted name or an iterable of torch.nn.Parameter")
+        own = {id(p) for p in module.parameters()}
+        if any(id(p) not in own for p in params):
+            raise ValueError(
+                "shared has parameters that do not belong to the engine's module; take them from engine.module"
+            )
+    trainable = {id(p) for p in params if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"shared: {origin} has no trainable parameter, so there is nothing to balance")
+    return trainable
+
+
+class HeadUse:
+    """Records which head parameters each task of a step gives a gradient.
+
+    Args:
+        module: the engine's module.
+        backbone: `id` of the parameters of the backbone.
+
+    Attributes:
+        task: the task that runs now; None between tasks.
+    """
+
+    def __init__(self, module: Module, backbone: set[int]):
+        self.task: str | None = None
+        self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
+        self._used: dict[str, set[int]] = {}
+        self._hooks = [p.register_hook(self._hook(index)) for index, p in enumerate(self._params)]
+
+    def begin(self, task: str) -> None:
+        """Record gradients from now on for `task`."""
+        self.task, self._used[task] = task, set()
+
+    def end(self, keep: bool) -> None:
+        """Stop recording; forget the task's gradients unless `keep`."""
+        if self.task is not None and not keep:
+            del self._used[self.task]
+        self.task = None
+
+    def clear(self) -> None:
+        """Forget all tasks."""
+        self.task, self._used = None, {}
+
+    def flags(self, without: set[str]) -> list[bool]:
+        """Return, per head parameter, whether a task that is not in `without` gave it a gradient on this rank."""
+        used = set().union(*(indices for task, indices in self._used.items() if task not in without))
+        return [index in used for index in range(len(self._params))]
+
+    def unused(self, flags: list[bool]) -> list[Parameter]:
+        """Return the head parameters whose flag is False."""
+        return [param for param, flag in zip(self._params, flags, strict=True) if not flag]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, index: int) -> Any:
+        def record(gradient: Tensor) -> None:
+            if self.task is not None:
+                self._used[self.task].add(index)
+
+        return record

@@ -1,0 +1,55 @@
+"""Class names: how a config gives them, and how the classes of a test set map to those of its train set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from allinone_ds.data.formats.listing import read_text
+from allinone_ds.errors import DataError
+from allinone_ds.strict import did_you_mean
+
+ClassNames = list[str] | str
+"""Class names in a config: a list in the order of the ids, or a text file with one name per line."""
+
+
+def read_classes(classes: ClassNames | None, root: Path) -> list[str] | None:
+    """Return the class names of a config, or None if it gives none.
+
+    Raises:
+        DataError: the text file is missing or empty.
+    """
+    if not isinstance(classes, str):
+        return classes
+    file = root / classes
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    names = [line for line in lines if line]
+    if not names:
+        raise DataError(f"{file}: contains no class name; write one name per line")
+    return names
+
+
+def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) -> dict[int, int]:
+    """Map the class ids of a dataset to those of its train set by name.
+
+    Args:
+        name: the file that error messages name.
+        own: class names of this dataset, by id.
+        train: class names of the train set, by id; None keeps the dataset's own ids.
+
+    Returns:
+        {id in this dataset: id in the train set}
+
+    Raises:
+        DataError: a name is used more than once, or the train set does not have it.
+    """
+    if len(set(own)) < len(own):
+        duplicates = ", ".join(sorted({n for n in own if own.count(n) > 1}))
+        raise DataError(f"{name}: class names are used more than once: {duplicates}; give each class a unique name")
+    if train is None:
+        return {i: i for i in range(len(own))}
+    id_of = {n: i for i, n in enumerate(train)}
+    unknown = [n for n in own if n not in id_of]
+    if unknown:
+        raise DataError(f"{name}: class '{unknown[0]}' is not in the train set; {did_you_mean(unknown[0], train)}")
+    return {i: id_of[n] for i, n in enumerate(own)}

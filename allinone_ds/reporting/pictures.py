@@ -1,0 +1,78 @@
+"""Predictions of a model drawn on test images, and their files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allinone_ds.data.loader import TaskData
+from allinone_ds.errors import BrokenSample
+from allinone_ds.evaluation.evaluate import tasks_of, to_device
+from allinone_ds.run_folder.names import PICTURES
+from allinone_ds.tasks.drawing import to_pil
+
+
+@torch.no_grad()
+def collect_drawings(
+    model: Any, data: Mapping[str, TaskData], device: torch.device, count: int, draw: bool
+) -> dict[str, list[Tensor]]:
+    """Return predictions of every task drawn on its first test images. Collective.
+
+    Args:
+        model: an AllInOneModel, or the DeepSpeed engine around it; left in evaluation mode.
+        data: task -> test data.
+        device: the model's device.
+        count: images per task; unreadable ones are left out.
+        draw: whether this rank draws. The other ranks only run the model, as ZeRO-3 requires.
+
+    Returns:
+        task -> pictures, each uint8 (3, H, W); empty where `draw` is False.
+    """
+    model.eval()
+    tasks = tasks_of(model)
+    pictures: dict[str, list[Tensor]] = {}
+    for name, part in data.items():
+        samples = _readable(part, count)
+        if not samples:
+            continue
+        batch = part.collate([part.transform(sample) for sample in samples])
+        outputs = model(task=name, pixel_values=to_device(batch["pixel_values"], device))
+        if draw:
+            sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+            predictions = tasks[name].predict(outputs, sizes)
+            pictures[name] = [
+                tasks[name].draw(sample["image"], prediction, sample)
+                for sample, prediction in zip(samples, predictions, strict=True)
+            ]
+    return pictures
+
+
+def _readable(part: TaskData, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` samples that can be read."""
+    samples: list[dict[str, Any]] = []
+    for index in range(len(part.dataset)):
+        if len(samples) == count:
+            break
+        try:
+            samples.append(part.dataset[index])
+        except BrokenSample:
+            continue
+    return samples
+
+
+def save_pictures(pictures: Mapping[str, list[Tensor]], folder: str | Path) -> None:
+    """Write predictions/TASK-NN.png, which the pages of a run show.
+
+    Args:
+        pictures: task -> pictures, each uint8 (3, H, W).
+        folder: the run's folder.
+    """
+    target = Path(folder) / PICTURES
+    target.mkdir(parents=True, exist_ok=True)
+    for task, drawn in pictures.items():
+        for number, picture in enumerate(drawn):
+            to_pil(picture).save(target / f"{task}-{number:02}.png")

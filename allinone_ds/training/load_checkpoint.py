@@ -1,0 +1,134 @@
+"""Load a checkpoint into a trainer, also one of a different number of ranks or ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from allinone_ds.errors import ConfigError
+from allinone_ds.run_folder.manifest import read_manifest
+from allinone_ds.run_folder.names import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.run_folder.weights import shards_of
+from allinone_ds.training.save_checkpoint import loop_file
+from allinone_ds.zero.checkpoint.layout import read_file
+from allinone_ds.zero.checkpoint.reshard import load_resharded
+from allinone_ds.zero.checkpoint.write import own_checkpoint_files
+from allinone_ds.zero.params import whole_shape
+
+
+def best_checkpoint(checkpoint: Path) -> str | None:
+    """Return the best checkpoint of a run, which the state of a later checkpoint names; None if there is none.
+
+    The state holds the path at the time of the save. The folder of the run may have been moved or copied since, so
+    the best checkpoint is looked for beside `checkpoint`.
+    """
+    saved = json.loads((checkpoint / TRAINER_STATE).read_text()).get("best_model_checkpoint")
+    best = checkpoint.with_name(Path(saved).name) if saved else None
+    return str(best) if best and best.is_dir() else None
+
+
+def load_engine(trainer: Any, checkpoint: Path) -> None:
+    """Load weights, optimizer state, loss scale and learning rate schedule into the engine. Collective.
+
+    A checkpoint of a different number of ranks or a different ZeRO stage is resharded.
+
+    Raises:
+        ConfigError: the checkpoint cannot be resharded: only one of the two is without ZeRO, the models differ, or the
+            optimizer's state does not have the shape of the weights.
+    """
+    engine = trainer.deepspeed
+    check_model(engine.module, checkpoint)
+    own_checkpoint_files(engine)
+    manifest = read_manifest(checkpoint)
+    stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
+    if stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
+        deepspeed_load_checkpoint(engine, str(checkpoint))
+    elif 0 in (stage, saved_stage):
+        raise ConfigError(
+            f"{checkpoint} was saved with ZeRO stage {saved_stage}, this run uses stage {stage}: checkpoints "
+            f"cannot be converted between stage 0 and the other stages; use a DeepSpeed config of stage {saved_stage}"
+        )
+    else:
+        shards = shards_of(checkpoint)
+        if shards is None:
+            raise ConfigError(
+                f"{checkpoint} holds no ZeRO shards, only weights (save_only_model); choose a different checkpoint"
+            )
+        try:
+            load_resharded(engine, shards)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
+    _load_scheduler(trainer, checkpoint)
+
+
+def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
+    """Load the learning rate schedule; warn if this run is configured with different learning rates."""
+    configured = trainer.lr_scheduler.state_dict().get("base_lrs")
+    trainer._load_optimizer_and_scheduler(str(checkpoint))
+    loaded = trainer.lr_scheduler.state_dict().get("base_lrs")
+    if configured != loaded:
+        trainer.warn(
+            trainer.state.global_step,
+            f"the learning rates of {checkpoint.name} are kept: their maximum is {max(loaded):g}, this run is "
+            f"configured with {max(configured):g}. To change them, start a new run with a different output_dir and "
+            f"model.start_from={checkpoint}",
+        )
+    for group, rate in zip(trainer.deepspeed.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a different model, as far as its model.safetensors shows.
+
+    Raises:
+        ConfigError: names the tasks whose heads differ.
+    """
+    file = checkpoint / WEIGHTS_FILE
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as weights:
+        saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {name: tuple(whole_shape(tensors[name])) for name in model.state_dict()}
+    if own == saved:
+        return
+    raise ConfigError(
+        f"{checkpoint} is of a different model: {'; '.join(_differences(saved, own))}. To resume, use the "
+        f"configuration of the saved run ({checkpoint / CONFIG_FILE}). Or start a new run with a different output_dir "
+        f"and model.start_from={checkpoint}, which loads the backbone and the heads that are the same"
+    )
+
+
+def _differences(saved: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return one phrase per part of the model (backbone or task) whose shapes differ."""
+    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for side, shapes in enumerate((saved, own)):
+        for name, shape in shapes.items():
+            first, _, rest = name.partition(".")
+            part = f"task '{rest.partition('.')[0]}'" if first == "tasks" else f"the {first}"
+            parts.setdefault(part, ({}, {}))[side][name] = shape
+    phrases = []
+    for part, (before, now) in parts.items():
+        if not now:
+            phrases.append(f"{part} is in the checkpoint, but not in this run")
+        elif not before:
+            phrases.append(f"{part} is not in the checkpoint")
+        elif before != now:
+            name = min(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            sizes = f"{before.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} in this run"
+            phrases.append(f"{part} differs: {name} is {sizes}")
+    return phrases
+
+
+def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """Return the loop state of a rank; for a rank that did not exist when the checkpoint was saved, that of rank 0."""
+    new = not (checkpoint / loop_file(rank)).exists()
+    state = read_file(checkpoint / loop_file(0 if new else rank), mmap=False)
+    if new:
+        state["logs"]["broken"] = []  # counted on rank 0
+    return state

@@ -1,0 +1,112 @@
+"""LabelMapsSource."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from allinone_ds.errors import BrokenSample, DataError
+from tests.data.tiny_sets import CLASSES, COUNT, HEIGHT, MAPS, WIDTH, errors, opened, pixels, warnings
+
+
+def test_masks_keep_class_ids_and_255(maps_root):
+    dataset = opened(MAPS, maps_root)
+    for i in range(COUNT):
+        mask = dataset[i]["mask"]
+        assert type(mask) is tv_tensors.Mask and mask.dtype == torch.uint8
+        assert np.array_equal(mask.numpy(), np.array(Image.open(maps_root / "maps" / f"{i}.png")))
+
+
+def test_a_different_ignore_index_becomes_255(maps_root):
+    for file in (maps_root / "maps").iterdir():
+        stored = np.array(Image.open(file)).astype(np.uint16)
+        Image.fromarray(np.where(stored == 255, 1000, stored).astype(np.uint16)).save(file)
+    dataset = opened({**MAPS, "ignore_index": 1000}, maps_root)
+    assert set(np.unique(dataset[0]["mask"])) == {0, 1, 2, 255}
+
+
+def test_ids_may_start_at_1_with_0_for_no_class_as_in_ade20k(maps_root):
+    expected = opened(MAPS, maps_root)[0]["mask"]
+    for file in (maps_root / "maps").iterdir():
+        stored = np.array(Image.open(file))
+        Image.fromarray((stored + 1).astype(np.uint8)).save(file)  # 255 becomes 0
+    dataset = opened({**MAPS, "ignore_index": 0, "first_id": 1}, maps_root)
+    assert torch.equal(dataset[0]["mask"], expected) and set(expected.unique().tolist()) == {0, 1, 2, 255}
+    with pytest.raises(DataError, match="3 classes with ids from 1, and ignore_index 3"):
+        opened({**MAPS, "ignore_index": 3, "first_id": 1}, maps_root)
+    two_classes = opened({**MAPS, "ignore_index": 0, "first_id": 1, "classes": CLASSES[:2]}, maps_root)
+    assert "allowed are 1..2 and 0" in two_classes.check(0)[0].reason
+
+
+def test_images_and_maps_may_have_different_suffixes_as_in_cityscapes(maps_root):
+    for kind, end in (("images", "_leftImg8bit"), ("maps", "_gtFine_labelTrainIds")):
+        for file in list((maps_root / kind).iterdir()):
+            folder = maps_root / kind / "aachen"
+            folder.mkdir(exist_ok=True)
+            file.rename(folder / f"{file.stem}{end}{file.suffix}")
+    (maps_root / "maps" / "aachen" / "0_gtFine_color.png").write_bytes(b"a different type of map")
+    suffixes = {"image_suffix": "_leftImg8bit", "label_map_suffix": "_gtFine_labelTrainIds"}
+    dataset = opened({**MAPS, **suffixes}, maps_root)
+    assert len(dataset) == COUNT and dataset.path(0).endswith("aachen/0_leftImg8bit.png")
+    assert [problem.level for problem in dataset.structural] == ["warning"]  # the color map is not used
+    with pytest.raises(DataError, match="has no label map .*0_leftImg8bit_gtFine_labelTrainIds.png"):
+        opened({**MAPS, "label_map_suffix": "_gtFine_labelTrainIds"}, maps_root)
+
+
+def test_a_test_set_follows_the_class_order_of_its_train_set(maps_root):
+    dataset = opened(MAPS, maps_root, classes=CLASSES[::-1])
+    stored = np.array(Image.open(maps_root / "maps" / "0.png"))
+    assert np.array_equal(dataset[0]["mask"].numpy(), np.array([2, 1, 0] + [0] * 252 + [255])[stored])
+
+
+def test_a_label_map_of_wrong_size_or_with_unknown_ids_is_broken(maps_root):
+    Image.fromarray(np.zeros((HEIGHT, WIDTH + 1), dtype=np.uint8)).save(maps_root / "maps" / "2.png")
+    stored = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    stored[:2, :3] = 3
+    Image.fromarray(stored).save(maps_root / "maps" / "4.png")
+    dataset = opened(MAPS, maps_root)
+    with pytest.raises(BrokenSample, match=r"maps/2\.png: is 33 x 24 .*, its image is 32 x 24"):
+        dataset[2]
+    with pytest.raises(BrokenSample, match=r"maps/4\.png: contains 3 in 6 pixels; allowed are 0\.\.2 and 255"):
+        dataset[4]
+    assert [Path(p.file).name for p in errors(MAPS, maps_root)] == ["2.png", "4.png"]
+
+
+def test_images_without_map_and_maps_without_image_are_errors(maps_root):
+    (maps_root / "maps" / "2.png").unlink()
+    (maps_root / "images" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"(?s)images/2\.png: has no label map.*maps/4\.png: has no image"):
+        opened(MAPS, maps_root)
+    assert len(errors(MAPS, maps_root)) == 2
+
+
+def test_two_images_of_one_stem_are_an_error(maps_root):
+    Image.fromarray(pixels(0)).save(maps_root / "images" / "0.jpg")
+    with pytest.raises(DataError, match=r"0\.jpg: differs only in its suffix from 0\.png"):
+        opened(MAPS, maps_root)
+
+
+@pytest.mark.parametrize("options", [{"classes": []}, {"ignore_index": 2}, {"classes": [str(i) for i in range(256)]}])
+def test_impossible_classes_of_label_maps_are_refused(maps_root, options):
+    with pytest.raises(DataError, match="give 1 to 255 classes, and an ignore_index"):
+        opened({**MAPS, **options}, maps_root)
+
+
+def test_two_classes_stored_as_0_and_255_are_a_warning(maps_root):
+    assert warnings(MAPS, maps_root) == ""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[4:9] = 255
+    for i in range(COUNT):
+        Image.fromarray(mask).save(maps_root / "maps" / f"{i}.png")
+    assert "no class but 'ant'; all other pixels are 255, which is ignored" in warnings(MAPS, maps_root)
+    assert warnings({**MAPS, "classes": ["ant"]}, maps_root) == ""  # one class beside ignored pixels is a valid task
+    assert set(opened(MAPS, maps_root)[0]["mask"].unique().tolist()) == {0, 255}
+
+
+def test_label_maps_of_one_bit_hold_classes_0_and_1(maps_root):
+    for i in range(COUNT):
+        Image.fromarray(pixels(i)[..., 0] > 128).save(maps_root / "maps" / f"{i}.png")
+    assert torch.unique(opened(MAPS, maps_root)[0]["mask"]).tolist() == [0, 1]

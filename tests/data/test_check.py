@@ -1,0 +1,65 @@
+"""`check_sources` reports every fault of every source and never stops at the first."""
+
+from pathlib import Path
+
+import pytest
+
+from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.check import check_sources
+from allinone_ds.data.formats.classified_files import ClassifiedDataset
+from tests.data.tiny_sets import COCO, COUNT, FOLDERS, errors, source, write_images
+
+
+def test_the_check_continues_after_a_source_that_cannot_be_opened(coco_root):
+    (coco_root / "images" / "6.png").write_bytes(b"no image")
+    sources = {"first": source({**COCO, "annotations": "no.json"}), "second": source(COCO)}
+    found = check_sources(sources, coco_root, progress=False)
+    assert [Path(p.file).name for p in found] == ["first", "6.png"]
+
+
+def test_the_check_compares_the_classes_of_train_and_test(folders_root):
+    write_images(folders_root / "test" / "cat", 1)
+    sources = {"train": source(FOLDERS), "test": source({**FOLDERS, "images": "test"})}
+    assert [p for p in check_sources(sources, folders_root, progress=False) if p.level == "error"] == []
+    [found] = [
+        p
+        for p in check_sources(sources, folders_root, progress=False, classes_of={"test": "train"})
+        if p.level == "error"
+    ]
+    assert found.file == "test" and "class 'cat' is not in the train set" in found.reason
+
+
+def test_a_missing_file_is_reported_once(coco_root):
+    (coco_root / "images" / "6.png").unlink()
+    assert len(errors(COCO, coco_root)) == 1
+
+
+def test_the_progress_bar_is_drawn_on_stderr(coco_root, capsys):
+    check_sources({"my boxes": source(COCO)}, coco_root, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "my boxes" in err and f"{COUNT}/{COUNT}" in err
+
+
+class Failing(SampleDataset):
+    """A custom dataset that raises an error of its own for sample 1."""
+
+    kind, classes = "depth", ["a"]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise KeyError("depth")
+        return {"index": index}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "reasons"),
+    [
+        (Failing(), ["dataset#1: raised KeyError: 'depth'"]),
+        (ClassifiedDataset("cats", Path(), [], [], ["cat"]), ["cats: contains no sample; provide at least one"]),
+    ],
+)
+def test_datasets_are_checked_like_sources(dataset, reasons):
+    assert [str(p) for p in check_sources({"it": dataset}, progress=False)] == reasons

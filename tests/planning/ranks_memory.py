@@ -1,0 +1,120 @@
+"""What a rank holds in a balanced step, part by part, compared with the plan. Started by test_memory.py."""
+
+import sys
+from functools import partial
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from allinone_ds import TBGC, TaskBalancer
+from allinone_ds.balance.sketch import default_size
+from allinone_ds.planning.memory import memory_parts, sizes_of
+from allinone_ds.run_config.engine_settings import read_engine
+from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.zero.engines.choose import open_engine
+from tests.launcher import run_checks
+from tests.tiny import samples, tiny_model
+
+SIZE = {"hidden_size": 96, "num_hidden_layers": 8}  # so that padding is a small part
+CASES = [
+    (0, "bf16", "exact"),
+    (1, "fp32", "exact"),
+    (1, "bf16 fp32-accumulation", "exact"),
+    (2, "bf16", "exact"),
+    (2, "bf16 fp32-accumulation", "exact"),
+    (3, "bf16 fp32-accumulation", "exact"),
+    (1, "bf16", "sketch"),
+    (2, "bf16", "delayed"),
+    (3, "fp32", "sketch"),
+    (3, "bf16", "delayed"),
+    (1, "fp32", "exact, apart"),
+    (2, "bf16", "exact, apart"),
+    (2, "bf16", "sketch, apart"),
+]
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def weights(engine):
+    return [getattr(p, "ds_tensor", p.data) for p in engine.module.parameters()]
+
+
+def gradients(engine) -> list[torch.Tensor]:
+    optimizer = engine.optimizer
+    found = [getattr(p, name, None) for p in engine.module.parameters() for name in ("grad", "grad_accum")]
+    found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
+    found += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    averaged = getattr(optimizer, "averaged_gradients", {})
+    for group in averaged.values() if engine.zero_optimization_stage() in (1, 2) else ():
+        found += [getattr(group, "flat_partition", None)] if hasattr(group, "flat_partition") else list(group or ())
+    return [g for g in found if isinstance(g, torch.Tensor)]
+
+
+def optimizer_tensors(engine):
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    states = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    masters = [] if inner is engine.optimizer else open_engine(engine).masters()
+    return [*masters, *states]
+
+
+def check_plan(stage: int, kind: str, norm: str) -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 50_000},
+        "bf16": {"enabled": kind.startswith("bf16")},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000,
+    }
+    if "accumulation" in kind:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    model = tiny_model(**SIZE)
+    sizes = sizes_of(model, dict.fromkeys(model.tasks, 2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0, 1.0))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    norm, _, apart = norm.partition(", ")
+    parallel = "tasks" if apart else "data"
+    balancer = TaskBalancer(engine, tuple(model.tasks), "backbone", TBGC(0.1), norm=norm, parallel=parallel)
+    most = dict.fromkeys(("gradients", "balancer"), 0)
+    for _ in range(2):
+        for name in balancer.tasks:
+            batch = engine.module.tasks[name].collate(samples(2))
+            with balancer.task(name, micro_steps=2):
+                for _ in range(2):
+                    balancer.backward(engine(task=name, **batch).loss)
+                    most["gradients"] = max(most["gradients"], bytes_of(gradients(engine)))
+            most["balancer"] = max(most["balancer"], balancer.extra_bytes)
+        balancer.step()
+        most["balancer"] = max(most["balancer"], balancer.extra_bytes)
+    measured = {"weights": bytes_of(weights(engine)), "optimizer": bytes_of(optimizer_tensors(engine)), **most}
+    sketch = default_size(sizes.trained)
+    if norm != "exact" or apart:  # the plan counts the local gradient, which is the engine's and the balancer's, once
+        measured["balancer"] -= balancer._combiner.local.bytes
+    groups = balancer.groups if apart else None
+    planned = memory_parts(read_engine(config), sizes, dist.get_world_size(), norm, 2, 1, sketch, groups=groups)[0]
+    if apart:  # the busiest rank
+        busiest = torch.tensor([measured["balancer"], measured["gradients"]])
+        dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+        measured["balancer"], measured["gradients"] = busiest.tolist()
+    wrong = {
+        part: f"planned {planned[part]:,}, measured {found:,} ({planned[part] / found - 1:+.1%})"
+        for part, found in measured.items()
+        if abs(planned[part] - found) > 0.15 * found
+    }
+    balancer.detach()
+    engine.destroy()
+    assert not wrong, wrong
+
+
+def name_of(case) -> str:
+    return "check_plan zero{} {} {}".format(*case)
+
+
+if __name__ == "__main__":
+    run_checks({name_of(case): partial(check_plan, *case) for case in CASES}, sys.argv[1])

@@ -1,0 +1,85 @@
+"""The plan of a run before it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from allinone_ds import cli
+from allinone_ds.errors import ConfigError
+from allinone_ds.planning.plan import plan_run
+from allinone_ds.run_config.schema import load_config
+from tests.tiny_run import tiny_run
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    content: dict[str, Any] = tiny_run(tmp_path)
+    content["model"] = {"backbone": {"name": "vit_l"}}
+    for task in content["tasks"].values():
+        task["image_size"] = 224
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "big.yaml"
+
+
+def test_a_large_run_is_planned_without_its_data_or_weights(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(file), "--gpus", "8", "--json", "--classes", "det:45"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    P = sum(count for name, count in plan["parameters"].items() if name != "frozen")
+    assert P == pytest.approx(0.31e9, rel=0.05)
+    assert plan["memory"]["optimizer"] == pytest.approx(12 * P / 8, rel=1e-6)
+    assert plan["memory_total"] == sum(plan["memory"].values())
+    assert any(note.startswith("seg: its data cannot be read") for note in plan["notes"])
+    assert not any(note.startswith("det: its data") for note in plan["notes"])
+    chosen = [c for c in plan["choices"] if (c["stage"], c["norm"]) == (2, "exact")]
+    assert [c["memory"] for c in chosen] == [plan["memory_total"]]
+    assert cli.main(["plan", str(file), "--gpus", "8"]) == 0
+    assert "the same run with other settings" in capsys.readouterr().out
+
+
+def test_classes_that_the_file_expects_are_taken_where_the_data_is_not(file: Path) -> None:
+    expects = ["tasks.seg.train.expect.classes=19", "tasks.cls.train.expect.classes=196"]
+    notes = plan_run(load_config(file, expects), 8, {"det": 45}).notes
+    assert not any("cannot be read" in note for note in notes)
+    kernels = {
+        count: plan_run(load_config(file, expects), 8, {"cls": count}).parameters["head cls"] for count in (196, 197)
+    }
+    plain = plan_run(load_config(file, expects), 8).parameters["head cls"]
+    assert plain == kernels[196] != kernels[197]
+
+
+def test_a_colon_in_what_was_given_stays_as_it_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(file), "--gpus", "8", "--classes", "det:x:"]) == 2  # rich would draw a cross
+    assert "--classes det:x:: write TASK:N" in capsys.readouterr().err
+
+
+def test_options_change_the_plan_as_they_should(file: Path) -> None:
+    def memory(*overrides: str) -> dict[str, int]:
+        return plan_run(load_config(file, overrides), 8).memory
+
+    plain = memory()
+    assert memory("trainer.gradient_checkpointing=true")["activations"] < 0.3 * plain["activations"]
+    assert memory("trainer.ema_decay=0.99")["average of the weights"] * 3 == pytest.approx(plain["optimizer"], rel=1e-6)
+    assert memory("deepspeed=configs/deepspeed/zero3.json")["weights"] < 0.2 * plain["weights"]
+    assert memory("balancer.name=db_mtl")["balancer"] == 3 * plain["balancer"]  # a shard a task
+    apart = memory("balancer.parallel=tasks", "balancer.groups={det: 6, seg: 1, cls: 1}")
+    assert apart["balancer"] == plain["balancer"]
+    assert apart["gradients"] == pytest.approx(8 * plain["gradients"], rel=1e-6)
+    with pytest.raises(ConfigError, match="add up to the 8 ranks"):
+        memory("balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}")
+    with pytest.raises(ConfigError, match="ZeRO-1 or ZeRO-2"):
+        memory("balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json")
+    with pytest.raises(ConfigError, match="norm='sketch'.*DBMTL"):  # sees all tasks before it scales one
+        memory("balancer.norm=sketch", "balancer.name=db_mtl")
+
+
+def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:
+    for stage, weights in ((2, True), (3, False)):
+        overrides = [f"deepspeed=configs/deepspeed/zero{stage}.json", "trainer.async_save=true"]
+        plan = plan_run(load_config(file, overrides), 8)
+        copied = plan.memory["optimizer"] + (plan.memory["weights"] if weights else 0)  # rank 0 writes whole weights
+        assert plan.host == {"copy of a checkpoint": copied}

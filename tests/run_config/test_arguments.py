@@ -1,0 +1,75 @@
+"""Invalid arguments of the Trainer are refused, and the message names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from allinone_ds.errors import ConfigError
+from allinone_ds.run_config.arguments import AllInOneArguments, check_trainer_keys
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nonfinite": "skip"}, "did you mean 'skip_task'"),
+        ({"nonfinite_limit": 0}, "nonfinite_limit = 0"),
+        ({"stall_timeout": -1.0}, "stall_timeout"),
+        ({"hub_token": "hf_123"}, "HF_TOKEN"),
+    ],
+)
+def test_arguments_are_checked(tmp_path: Path, given: dict, message: str) -> None:
+    usual = {"output_dir": str(tmp_path), "max_steps": 1, "deepspeed": "configs/deepspeed/zero2.json"}
+    with pytest.raises(ConfigError, match=message):
+        AllInOneArguments(**{**usual, **given})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lerning_rate", 1, "did you mean 'learning_rate'"),
+        ("max_steps", "many", "trainer.max_steps = 'many'"),
+        ("per_device_train_batch_size", 4, "tasks.NAME.batch_size"),
+        ("deepspeed", "x.json", "set by 'deepspeed'"),
+        ("num_train_epochs", 3, "set by 'trainer.max_steps'"),
+        ("label_smoothing_factor", 0.1, "set by 'tasks.NAME.options'"),
+    ],
+)
+def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_trainer_keys({key: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"gradient_accumulation_steps": 2}, "micro_steps"),
+        ({"max_steps": -1}, "max_steps"),
+        ({"deepspeed": None}, "deepspeed is missing"),
+        ({"deepspeed": {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}}, "gradient_clipping = 1.0"),
+        ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}, "optimizer: .*backbone_lr_factor"),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {}}}}, "scheduler: .*lr_scheduler_type"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"eval_strategy": "epoch"}, "eval_strategy = epoch: the tasks have epochs of different lengths"),
+        ({"save_strategy": "epoch"}, "save_strategy = epoch"),
+        ({"logging_strategy": "epoch"}, "logging_strategy = epoch"),
+    ],
+)
+def test_arguments_that_would_spoil_the_balance_are_refused(tmp_path: Path, given: dict, message: str) -> None:
+    usual = {"output_dir": str(tmp_path), "max_steps": 1, "deepspeed": "configs/deepspeed/zero2.json"}
+    with pytest.raises(ConfigError, match=message):
+        AllInOneArguments(**{**usual, **given})
+
+
+def test_shards_are_needed(tmp_path: Path) -> None:
+    usual = {"output_dir": str(tmp_path), "max_steps": 1, "deepspeed": "configs/deepspeed/zero2.json"}
+    with pytest.raises(ConfigError, match="async_save with save_only_model"):
+        AllInOneArguments(**usual, async_save=True, save_only_model=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("layer_lr_decay", 0), ("layer_lr_decay", 1.1), ("ema_decay", 1.0)])
+def test_rates_outside_their_range_are_refused(tmp_path: Path, key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=key):
+        AllInOneArguments(str(tmp_path), max_steps=1, deepspeed="configs/deepspeed/zero2.json", **{key: value})

@@ -1,0 +1,21 @@
+"""The event log survives a line that was cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from allinone_ds.run_folder.event_log import EventLog
+from allinone_ds.training.launcher import _tail
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write("begin", step=0)
+    with log.path.open("a") as file:
+        file.write('{"event": "lo')
+    followed = _tail(log.path)
+    assert next(followed) == []  # what was there before counts for nothing
+    log.write("begin", step=3)
+    assert [event["step"] for event in next(followed)] == [3]
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()[::2]] == [0, 3]

@@ -1,0 +1,160 @@
+"""Resuming from a checkpoint: the best one is found, and a different model or different data are reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from allinone_ds.data.base import Problem
+from allinone_ds.data.schedule import Schedule
+from allinone_ds.errors import ConfigError
+from allinone_ds.training import load_checkpoint as loading
+from allinone_ds.training import save_checkpoint as saving
+from allinone_ds.training.ema import AverageWeights
+from allinone_ds.training.load_checkpoint import best_checkpoint, check_model
+from allinone_ds.training.run import _last_evaluation, _warn_at_start
+from allinone_ds.training.trainer import AllInOneTrainer
+from tests.tiny import LIGHT, tiny_model
+
+
+def test_the_best_checkpoint_is_looked_for_beside_the_resumed_one(tmp_path: Path) -> None:
+    here, there = tmp_path / "new" / "checkpoint-4", tmp_path / "old" / "checkpoint-2"
+    here.mkdir(parents=True)
+    there.mkdir(parents=True)
+    (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(there)}))
+    assert best_checkpoint(here) is None
+    (tmp_path / "new" / "checkpoint-2").mkdir()
+    assert best_checkpoint(here) == str(tmp_path / "new" / "checkpoint-2")
+    (here / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": None}))
+    assert best_checkpoint(here) is None
+
+
+def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -> None:
+    """Evaluated in every step, saved in every second one: the best evaluation, of step 3, left no weights."""
+    history = [{"step": step, "eval_score": score} for step, score in ((1, 0.1), (2, 0.5), (3, 0.9), (4, 0.2))]
+    state = SimpleNamespace(
+        best_model_checkpoint="runs/x/checkpoint-2", best_global_step=3, global_step=4, log_history=history
+    )
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True))
+    assert _last_evaluation(trainer) == {"eval_score": 0.5}  # type: ignore[arg-type]
+    trainer.args.load_best_model_at_end = False
+    assert _last_evaluation(trainer) == {"eval_score": 0.2}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("heads", "backbone", "words"),
+    [
+        ({"det": LIGHT["det"], "seg": LIGHT["seg"]}, {}, ["task 'cls' is in the checkpoint, but not in this run"]),
+        ({**LIGHT, "seg": ("light", {"width": 16})}, {}, ["task 'seg' differs: tasks.seg.", "(16,", "(32,"]),
+        (LIGHT, {"hidden_size": 16}, ["the backbone differs: backbone.", "task 'det' differs"]),
+    ],
+)
+def test_another_model_is_named(tmp_path: Path, heads: dict, backbone: dict, words: list[str]) -> None:
+    model = tiny_model()
+    check_model(model, tmp_path)  # only weights tell
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    check_model(model, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_model(tiny_model(heads, **backbone), tmp_path)
+    for word in (*words, f"model.start_from={tmp_path}"):
+        assert word in str(error.value)
+    save_file(tiny_model({"det": LIGHT["det"]}).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="task 'seg' is not in the checkpoint; task 'cls' is not in the checkpoint"):
+        check_model(model, tmp_path)
+
+
+def schedule(batch: int, ranks: int, seed: int = 0, size: int = 24) -> Schedule:
+    return Schedule(seed, {"a": size}, {"a": (batch, 2)}, ranks)
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [
+        (schedule(2, 4), None),  # the same samples, on other ranks
+        (schedule(2, 2), "images of 'a' in a step was 8, is 16"),
+        (schedule(4, 2, seed=1), "the seed was 1, is 0"),
+        (schedule(4, 2, size=23), "samples of 'a' was 23, is 24"),
+    ],
+)
+def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> None:
+    trainer = object.__new__(AllInOneTrainer)
+    part = SimpleNamespace(load_state_dict=lambda state: None)
+    trainer.balancer = trainer._logs = trainer._streaks = part  # type: ignore[assignment]
+    trainer.schedule, trainer.state = schedule(4, 2), SimpleNamespace(global_step=5)  # type: ignore[assignment]
+    trainer._tr_loss, trainer._total_loss_scalar = torch.tensor(0.0), 0.0
+    told: list[str] = []
+    trainer.warn = lambda step, message: told.append(message)  # type: ignore[method-assign]
+    state = dict.fromkeys(("balancer", "logs", "nonfinite", "last_logged"))
+    trainer._load_loop_state({**state, "loss": torch.tensor(1.0), "data": then.basis()})
+    assert not told if words is None else words in told[0] and "step 5" in told[0]
+
+
+@pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "maximum is 0.5, this run is configured with 0.1")])
+def test_learning_rates_that_a_resume_does_not_take_are_told(
+    monkeypatch: pytest.MonkeyPatch, asked: float, words: str | None
+) -> None:
+    def scheduler(rate: float) -> torch.optim.lr_scheduler.LambdaLR:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    now, told = scheduler(asked), []
+    monkeypatch.setattr(loading, "check_model", lambda *_: None)
+    monkeypatch.setattr(loading, "own_checkpoint_files", lambda *_: None)
+    monkeypatch.setattr(loading, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
+    monkeypatch.setattr(loading, "deepspeed_load_checkpoint", lambda *_: None)
+    trainer = SimpleNamespace(
+        deepspeed=SimpleNamespace(module=None, zero_optimization_stage=lambda: 0, optimizer=now.optimizer),
+        args=SimpleNamespace(world_size=1),
+        state=SimpleNamespace(global_step=4),
+        lr_scheduler=now,
+        _load_optimizer_and_scheduler=lambda folder: now.load_state_dict(scheduler(0.5).state_dict()),
+        warn=lambda step, message: told.append(message),
+    )
+    loading.load_engine(trainer, Path("run/checkpoint-4"))
+    assert now.optimizer.param_groups[0]["lr"] == 0.5
+    assert not told if words is None else words in told[0] and "model.start_from=run/checkpoint-4" in told[0]
+
+
+def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() -> None:
+    told: list[str] = []
+    trainer: Any = SimpleNamespace(warn=lambda step, message: told.append(message))
+    problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
+    data: Any = SimpleNamespace(dataset=SimpleNamespace(structural=problems))
+    _warn_at_start(trainer, {"det": data}, ["det", "seg"])
+    assert "start_from: the heads of det, seg start from random weights" in told[0]
+    assert told[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
+    told.clear()
+    _warn_at_start(trainer, {}, [])
+    assert told == []
+
+
+def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    trainer = SimpleNamespace(
+        deepspeed=None, resumed_from=Path("checkpoint-4"), warn=lambda step, message: told.append(message)
+    )
+    for has_one in (True, False):
+        average = SimpleNamespace(load=lambda folder, has_one=has_one: has_one)
+        monkeypatch.setattr("allinone_ds.training.ema.ShardEMA", lambda engine, decay, average=average: average)
+        AverageWeights(trainer).on_train_begin(SimpleNamespace(ema_decay=0.9), SimpleNamespace(global_step=4), None)
+        assert bool(told) != has_one
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving.save_weights({"w": torch.ones(3)}, tmp_path)
+
+    def broken_off(tensors: object, target: Path, metadata: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", broken_off)
+    with pytest.raises(OSError, match="No space"):
+        saving.save_weights({"w": torch.zeros(3)}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.ones(3))
