@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from allinone_ds.export.facts import ExportedTask, ExportFacts
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
-from allinone_ds.export.card import RunFacts, model_card
+from allinone_ds.export.card import Origin, model_card
+from allinone_ds.export.description import ExportedTask, ModelDescription
 from allinone_ds.export.onnx import TaskGraph, write_onnx
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig
@@ -111,8 +111,8 @@ def card_of(type_name: str) -> str:
     backbone = {"stem": "conv", "config": TINY}
     config = RunConfig.model_validate({"name": "x", "model": {"backbone": backbone}, "tasks": {"light": task}})
     exported = ExportedTask(type=type_name, head=None, options={}, image_size=SIZE, classes=CLASSES)
-    facts = ExportFacts(backbone=BackboneConfig(config=TINY), tasks={"light": exported})
-    return model_card(facts, RunFacts(config), model_of(type_name))
+    description = ModelDescription(backbone=BackboneConfig(config=TINY), tasks={"light": exported})
+    return model_card(description, Origin(config), model_of(type_name))
 
 
 def test_it_trains_predicts_and_is_drawn() -> None:
