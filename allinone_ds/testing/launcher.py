@@ -26,10 +26,10 @@ def torchrun(
         environment: variables beside those of this process.
         folder: to run in; None is the current one.
         capture: keep what the ranks print, in the result, instead of printing it.
-        timeout: seconds; None waits for ever.
+        timeout: seconds; None waits without a limit.
 
     Returns:
-        The finished process; a failure is told by its `returncode`.
+        The finished process; its `returncode` is not 0 after a failure.
 
     Raises:
         subprocess.TimeoutExpired: the ranks took longer than `timeout`.

@@ -234,7 +234,7 @@ def check_fp16_overflow_in_local_modes() -> None:
 
 
 def check_errors_in_local_modes_leave_the_step_usable() -> None:
-    """After an error in a task the step goes on (delayed: begins anew) and is that of an undisturbed run."""
+    """After an error in a task the step continues (delayed: restarts) and equals that of an undisturbed run."""
     for case in KINDS:
         for norm in ("sketch", "delayed"):
             moved = []

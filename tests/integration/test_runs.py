@@ -66,7 +66,7 @@ def test_every_step_is_logged_once_by_task_and_name(run: Path) -> None:
             assert entry[f"skipped/{task}"] == 0
         assert entry["broken_images"] == 0
         assert entry["epoch"] == entry["step"] / 4
-    # 4 images a rank and step on 2 ranks, 24 images an epoch
+    # 4 images per rank and step on 2 ranks, 24 images per epoch
     assert [entry["epoch/cls"] for entry in logs] == pytest.approx([step * 8 / 24 for step in (1, 2, 3, 4)])
 
 

@@ -113,9 +113,9 @@ def test_a_map_without_its_image_is_told_with_the_suffix(data: Path, tmp_path: P
     (tmp_path / "0a0a0b1a-00000000_train_color.png").write_bytes((tmp_path / name).read_bytes())
     dataset = open_source(source, data, strict=False)
     assert len(dataset) == SAMPLES - 1
-    told = {problem.level: str(problem) for problem in dataset.structural}
-    assert "00000004_train_id.png; add the label map or remove the image" in told["error"]
-    assert "do not end with '_train_id'" in told["warning"] and "train_color" in told["warning"]
+    messages = {problem.level: str(problem) for problem in dataset.structural}
+    assert "00000004_train_id.png; add the label map or remove the image" in messages["error"]
+    assert "do not end with '_train_id'" in messages["warning"] and "train_color" in messages["warning"]
 
 
 def test_another_line_takes_the_data_from_datasets(data: Path, tmp_path: Path) -> None:

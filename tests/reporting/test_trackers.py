@@ -153,17 +153,17 @@ def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc"}', '{"id": "abc", "rows": null}'])
 def test_a_spoilt_note_of_the_id_ends_no_run(tmp_path: Path, content: str) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     tracker = object.__new__(WandbTracker)
     tracker.trainer = SimpleNamespace(  # type: ignore[assignment]
-        state=SimpleNamespace(global_step=3), warn=lambda step, message: told.append(message)
+        state=SimpleNamespace(global_step=3), warn=lambda step, message: messages.append(message)
     )
     file = tmp_path / "wandb.json"
-    assert tracker._read_id(file) == {} and not told
+    assert tracker._read_id(file) == {} and not messages
     file.write_text('{"id": "abc", "rows": 7}')
-    assert tracker._read_id(file) == {"id": "abc", "rows": 7} and not told
+    assert tracker._read_id(file) == {"id": "abc", "rows": 7} and not messages
     file.write_text(content)
-    assert tracker._read_id(file) == {} and "WANDB_RUN_ID" in told[0]
+    assert tracker._read_id(file) == {} and "WANDB_RUN_ID" in messages[0]
 
 
 def test_pictures_of_a_gallery_have_one_size() -> None:

@@ -88,11 +88,11 @@ def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> Non
     trainer.balancer = trainer._logs = trainer._streaks = part  # type: ignore[assignment]
     trainer.schedule, trainer.state = schedule(4, 2), SimpleNamespace(global_step=5)  # type: ignore[assignment]
     trainer._tr_loss, trainer._total_loss_scalar = torch.tensor(0.0), 0.0
-    told: list[str] = []
-    trainer.warn = lambda step, message: told.append(message)  # type: ignore[method-assign]
+    messages: list[str] = []
+    trainer.warn = lambda step, message: messages.append(message)  # type: ignore[method-assign]
     state = dict.fromkeys(("balancer", "logs", "nonfinite", "last_logged"))
     trainer._load_loop_state({**state, "loss": torch.tensor(1.0), "data": then.basis()})
-    assert not told if words is None else words in told[0] and "step 5" in told[0]
+    assert not messages if words is None else words in messages[0] and "step 5" in messages[0]
 
 
 @pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "maximum is 0.5, this run is configured with 0.1")])
@@ -103,7 +103,7 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
-    now, told = scheduler(asked), []
+    now, messages = scheduler(asked), []
     monkeypatch.setattr(loading, "check_model", lambda *_: None)
     monkeypatch.setattr(loading, "own_checkpoint_files", lambda *_: None)
     monkeypatch.setattr(loading, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
@@ -114,36 +114,38 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
         state=SimpleNamespace(global_step=4),
         lr_scheduler=now,
         _load_optimizer_and_scheduler=lambda folder: now.load_state_dict(scheduler(0.5).state_dict()),
-        warn=lambda step, message: told.append(message),
+        warn=lambda step, message: messages.append(message),
     )
     loading.load_engine(trainer, Path("run/checkpoint-4"))
     assert now.optimizer.param_groups[0]["lr"] == 0.5
-    assert not told if words is None else words in told[0] and "model.start_from=run/checkpoint-4" in told[0]
+    assert (
+        not messages if words is None else words in messages[0] and "model.start_from=run/checkpoint-4" in messages[0]
+    )
 
 
 def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() -> None:
-    told: list[str] = []
-    trainer: Any = SimpleNamespace(warn=lambda step, message: told.append(message))
+    messages: list[str] = []
+    trainer: Any = SimpleNamespace(warn=lambda step, message: messages.append(message))
     problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
     data: Any = SimpleNamespace(dataset=SimpleNamespace(structural=problems))
     _warn_at_start(trainer, {"det": data}, ["det", "seg"])
-    assert "start_from: the heads of det, seg start from random weights" in told[0]
-    assert told[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
-    told.clear()
+    assert "start_from: the heads of det, seg start from random weights" in messages[0]
+    assert messages[1:] == ["boxes.json: fault 0", "boxes.json: fault 1", "boxes.json: fault 2"]
+    messages.clear()
     _warn_at_start(trainer, {}, [])
-    assert told == []
+    assert messages == []
 
 
 def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     trainer = SimpleNamespace(
-        deepspeed=None, resumed_from=Path("checkpoint-4"), warn=lambda step, message: told.append(message)
+        deepspeed=None, resumed_from=Path("checkpoint-4"), warn=lambda step, message: messages.append(message)
     )
     for has_one in (True, False):
         average = SimpleNamespace(load=lambda folder, has_one=has_one: has_one)
         monkeypatch.setattr("allinone_ds.training.ema.ShardEMA", lambda engine, decay, average=average: average)
         AverageWeights(trainer).on_train_begin(SimpleNamespace(ema_decay=0.9), SimpleNamespace(global_step=4), None)
-        assert bool(told) != has_one
+        assert bool(messages) != has_one
 
 
 def test_weights_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

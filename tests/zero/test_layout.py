@@ -33,7 +33,7 @@ def test_every_element_is_held_once(world: int) -> None:
 
 
 def saved_shards(folder: Path, ranks: int, **state: torch.Tensor) -> Path:
-    """Files like those of stage 2, one group of one parameter of 4 elements a rank."""
+    """Files like those of stage 2, one group of one parameter of 4 elements per rank."""
     folder.mkdir()
     for rank in range(ranks):
         masters = [torch.arange(4.0) + 4 * rank]
