@@ -17,7 +17,7 @@ FIRST = (
     "integration/test_faults.py",
     "zero/test_reshard.py",
     "integration/test_runs.py",
-    "run_folder/test_background_writer.py",
+    "integration/test_faults_in_background.py",
     "integration/test_examples.py",
     "export/test_onnx.py",
 )
@@ -29,10 +29,10 @@ LAUNCHERS = ("run_ranks", "run_faults", "launch", "torchrun")
 SLOW = (
     "integration/",
     "benchmarks/",
-    "test_ladder.py",
     "export/test_onnx.py",
     "evaluation/test_leaderboard.py",
     "data/test_loader.py",
+    "planning/test_plan.py",
     "tasks/test_own_task.py",
 )
 """Files that start ranks in other ways, or that compute for long."""

@@ -14,7 +14,7 @@ from allinone_ds.run_config.run_files import ModelFacts, save_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.names import WEIGHTS_FILE
 from tests.tiny import CLASSES
-from tests.training.tiny_run import tiny_run
+from tests.tiny_run import tiny_run
 
 RF_DETR = {
     "width": 32,

@@ -18,7 +18,7 @@ from allinone_ds.export.folders import export_run
 from allinone_ds.reporting.pictures import save_pictures
 from allinone_ds.reporting.report import write_predictions_page
 from tests.export import untrained
-from tests.training.tiny_run import tiny_run
+from tests.tiny_run import tiny_run
 
 DET = {"map50": 0.25, "samples": 9}
 SMALL = {"map50": 0.75, "samples": 4}
