@@ -1,4 +1,4 @@
-"""Toy engines, and what the checks do with them; imported on ranks."""
+"""Engines of the toy model, and helpers that the checks share; imported on ranks."""
 
 from __future__ import annotations
 

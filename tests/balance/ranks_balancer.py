@@ -1,4 +1,4 @@
-"""Checks of the balancer that run on ranks; started by `test_balancer.py` through torchrun."""
+"""Checks of the balancer on ranks; started by test_balancer.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of norms from sketches and from the step before, and of parameter traces; every rank runs them."""
+"""Checks of norms from sketches and from the previous step, and of parameter traces (see `ranks_balancer.py`)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def check_every_weighting_from_sketches() -> None:
                 follow(case, name, "sketch")
 
 
-def check_delayed_begins_exact() -> None:
+def check_the_first_delayed_step_is_exact() -> None:
     for name in ("tbgc", "mean"):
         engine = make_engine("zero2 fp32")
         balancer = make_balancer(engine, WEIGHTINGS[name][0], norm="delayed", sketch_size=SKETCH)
@@ -263,7 +263,7 @@ def _break(balancer) -> None:
         raise KeyError("a loader's error")
 
 
-def check_state_goes_on_where_it_was() -> None:
+def check_training_continues_from_a_saved_state() -> None:
     """A balancer that takes over another's state in the middle of a run gives the same weights, bit for bit."""
     for norm, weighting in (("delayed", DWA), ("sketch", Uncertainty), ("exact", DWA)):
         moved = []

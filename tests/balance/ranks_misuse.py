@@ -1,4 +1,4 @@
-"""Checks of misuse, refused engines and the start-up self-test; every rank runs them (see `ranks_balancer.py`)."""
+"""Checks of misuse, refused engines and the start-up self-test (see `ranks_balancer.py`)."""
 
 from __future__ import annotations
 

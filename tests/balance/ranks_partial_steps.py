@@ -1,4 +1,4 @@
-"""Checks of partial steps, tasks left out and fp16 overflow; every rank runs them (see `ranks_balancer.py`)."""
+"""Checks of partial steps, skipped tasks and fp16 overflow (see `ranks_balancer.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of tasks on different ranks (parallel="tasks"); every rank runs them (see `ranks_balancer.py`)."""
+"""Checks of tasks on different ranks, parallel="tasks" (see `ranks_balancer.py`)."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def check_measuring_changes_nothing() -> None:
         finish(balancer)
 
 
-def check_state_goes_on_where_it_was_apart() -> None:
+def check_training_continues_from_a_saved_state_apart() -> None:
     for norm in ("exact", "sketch"):
         options = {"norm": norm, **({} if norm == "exact" else {"sketch_size": 64})}
         moved = []

@@ -1,4 +1,4 @@
-"""Weightings that learn: each against its paper's formula by autograd or by hand; state; names in a config."""
+"""Weightings that learn: each against the formula of its paper, by autograd or by hand; their state and names."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_dwa_is_even_at_first_and_favours_what_falls_slowly() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: DBMTL(0.5), GradNorm, Uncertainty, lambda: DWA(window=10), FAMO, RandomWeights]
 )
-def test_state_goes_on_where_it_was(make) -> None:
+def test_training_continues_from_a_saved_state(make) -> None:
     first: Weighting = make()
     seen = [record(losses) for losses in ([4.0, 2.0, 1.0], [3.0, 2.5, 0.5], [2.0, 2.0, 0.1], [1.0, 2.0, 0.1])]
     for step in seen[:2]:

@@ -22,7 +22,7 @@ TASKS = ("det", "seg", "cls")
         (None, 1, [(0,), (0,), (0,)]),
     ],
 )
-def test_groups_say_every_task_s_ranks(groups, world: int, ranks: list[tuple[int, ...]]) -> None:
+def test_groups_list_the_ranks_of_every_task(groups, world: int, ranks: list[tuple[int, ...]]) -> None:
     found = task_groups(groups, TASKS, world)
     assert list(found.ranks.items()) == list(zip(TASKS, ranks, strict=True))
     assert task_groups(found, TASKS, world) == found
@@ -44,7 +44,7 @@ def test_groups_say_every_task_s_ranks(groups, world: int, ranks: list[tuple[int
         ({"det": (0, 1), "seg": 1, "cls": (3,)}, "give a list of its ranks"),
     ],
 )
-def test_groups_that_cannot_be_are_named(groups, text: str) -> None:
+def test_invalid_groups_are_refused(groups, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         task_groups(groups, TASKS, 4)
 
@@ -82,7 +82,7 @@ def test_no_division_has_a_faster_slowest_rank(world: int, seconds: tuple[float,
     assert sum(busy) == pytest.approx(plan.sequential_seconds * world), "the same micro-batches in both modes"
 
 
-def test_a_plan_says_what_it_chose_and_what_stays_idle() -> None:
+def test_a_plan_reports_the_choice_and_the_idle_time() -> None:
     plan = plan_groups({"det": 4.0, "seg": 2.0, "cls": 1.0}, 4)
     assert plan.groups.ranks == {"det": (0, 1), "seg": (2,), "cls": (3,)}
     assert (plan.step_seconds, plan.sequential_seconds, plan.idle) == (8.0, 7.0, 0.125)
@@ -94,6 +94,6 @@ def test_a_plan_says_what_it_chose_and_what_stays_idle() -> None:
     ("seconds", "world", "text"),
     [({}, 4, "0 tasks"), (dict.fromkeys("abcdefghi", 1.0), 9, "9 tasks"), ({"det": 0.0}, 4, "'det': 0.0 s")],
 )
-def test_times_that_cannot_be_planned_are_named(seconds: dict, world: int, text: str) -> None:
+def test_invalid_times_are_refused(seconds: dict, world: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         plan_groups(seconds, world)

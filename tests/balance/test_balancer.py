@@ -1,4 +1,4 @@
-"""The balancer on 1, 2 and 4 gloo ranks, started by torchrun; what each check demands is in `ranks_balancer.py`."""
+"""The balancer on 1, 2 and 4 gloo ranks; each check is a function of the `ranks_*.py` scripts of this folder."""
 
 from __future__ import annotations
 

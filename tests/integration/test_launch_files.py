@@ -55,7 +55,7 @@ def test_variables_of_the_example_are_lines_of_name_and_value() -> None:
         assert re.fullmatch(r"[A-Z_]+=\S+", line), line
 
 
-def test_two_hosts_says_what_it_needs() -> None:
+def test_two_hosts_names_the_programs_that_it_needs() -> None:
     done = subprocess.run(
         [sys.executable, str(LAUNCH / "two_hosts.py")],
         env={"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},

@@ -117,7 +117,7 @@ def test_the_average_of_the_weights_is_a_run_of_its_own(run: Path) -> None:
         assert metrics[key] == pytest.approx(value, abs=1e-4), key
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(run: Path, home: Path) -> None:
     broken_off = home / "resumed"
     broken_off.mkdir()
     shutil.copytree(run / "checkpoint-2", broken_off / "checkpoint-2")
@@ -137,7 +137,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run: Path, home: Path) ->
     assert [e["epoch"] for e in second if "loss" in e] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_tasks_on_different_ranks_end_where_the_usual_mode_does(run: Path, home: Path) -> None:
+def test_tasks_on_different_ranks_give_the_same_result(run: Path, home: Path) -> None:
     apart = home / "apart"
     apart.mkdir()
     shutil.copytree(run / "checkpoint-2", apart / "checkpoint-2")  # a run may change its groups, or have none before
@@ -164,7 +164,7 @@ def test_tasks_on_different_ranks_end_where_the_usual_mode_does(run: Path, home:
         (["balancer.parallel=tasks", "deepspeed=configs/deepspeed/zero3.json"], "cannot run on ZeRO-3"),
     ],
 )
-def test_groups_that_cannot_be_are_errors_without_a_traceback(
+def test_invalid_groups_are_errors_without_a_traceback(
     home: Path, overrides: list[str], says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", str(home / "tiny.yaml"), "--nproc", "2", f"output_dir={home / 'none'}", *overrides]) == 2

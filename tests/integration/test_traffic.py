@@ -1,4 +1,5 @@
-"""The paper's run: its sources on folders of exactly those layouts, its model at full size, two steps of it small."""
+"""The traffic runs: their data in exactly the folders that they expect, the model at full size, and two steps of a
+reduced one."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def small(root: Path) -> list[str]:
     return [f"data_root={root}", *counts]
 
 
-def test_a_check_says_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_names_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", RUN, f"data_root={data}"]) == 1
     said = capsys.readouterr().out
     for count in (6103, 3067, 7000, 1000, 8144, 8041):
@@ -94,7 +95,7 @@ def test_samples_are_what_the_folders_hold(data: Path) -> None:
         ("1 195", "holds 195 classes, expect.classes is 196: 1 missing"),
     ],
 )
-def test_ids_that_start_elsewhere_are_told(
+def test_ids_with_a_different_start_are_reported(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: str, message: str
 ) -> None:
     first, last = ids.split()
@@ -104,7 +105,7 @@ def test_ids_that_start_elsewhere_are_told(
     assert message in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_map_without_its_image_is_told_with_the_suffix(data: Path, tmp_path: Path) -> None:
+def test_a_map_without_its_image_is_reported_with_the_suffix(data: Path, tmp_path: Path) -> None:
     config = load_config(RUN, small(data))
     source = config.tasks["streets"].train.model_copy(update={"expect": None, "label_maps": str(tmp_path)})
     for i in range(SAMPLES - 1):
@@ -118,7 +119,7 @@ def test_a_map_without_its_image_is_told_with_the_suffix(data: Path, tmp_path: P
     assert "do not end with '_train_id'" in messages["warning"] and "train_color" in messages["warning"]
 
 
-def test_another_line_takes_the_data_from_datasets(data: Path, tmp_path: Path) -> None:
+def test_a_different_source_line_reads_the_data_from_datasets(data: Path, tmp_path: Path) -> None:
     """The same samples, written by `save_to_disk`; in the run's file only the source's own line changes."""
     kept = load_config(RUN, small(data))
     here = {task: open_source(kept.tasks[task].train, data) for task in kept.tasks}
@@ -184,7 +185,7 @@ def test_the_model_is_built_at_full_size_without_memory(run: str, millions: floa
     assert [tuple(f.shape) for f in features] == [(1, channels, 32, 32)] * 4
 
 
-def test_the_larger_run_differs_from_the_papers_where_its_file_says_so() -> None:
+def test_the_larger_run_differs_only_in_the_keys_of_its_file() -> None:
     paper, larger = load_config(RUN), load_config(LARGE)
     assert larger.tasks == paper.tasks and larger.balancer == paper.balancer
     assert larger.deepspeed["zero_optimization"]["stage"] == 3

@@ -22,7 +22,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_every_part_is_within_15_percent_of_what_a_rank_holds(ranks: dict[str, str], case: tuple) -> None:
+def test_every_part_is_within_15_percent_of_the_memory_of_a_rank(ranks: dict[str, str], case: tuple) -> None:
     assert ranks[name_of(case)] == ""
 
 

@@ -120,7 +120,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert text.count('<th scope="col" class="number">a</th>') == 1
 
 
-def test_a_run_that_goes_on_has_a_page_and_another_folder_has_not(tmp_path: Path) -> None:
+def test_a_running_run_has_a_page_and_an_unrelated_folder_has_none(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     for name in ("metrics.json", "predictions.html"):
         (run / name).unlink()
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_has_a_page_and_another_folder_has_not(tmp_path: Path
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_shows_it_at_every_width_and_asks_nobody(tmp_path: Path) -> None:
+def test_a_browser_shows_it_at_every_width_without_requests(tmp_path: Path) -> None:
     runs = [finished_run(tmp_path / "a"), finished_run(tmp_path / "b", learning_rate=7e-4)]
     text = write_report(runs, tmp_path / "both.html").read_text()
     text = re.sub("<meta http-equiv=.*?>", "", text)  # what the page would ask for if nothing forbade it

@@ -32,7 +32,7 @@ def test_what_is_taken_is_a_copy_whose_memory_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), RunError("the checkpoint of step 3 could not be written")])
-def test_what_the_thread_raises_is_told_once(error: Exception) -> None:
+def test_an_error_of_the_thread_is_raised_once(error: Exception) -> None:
     saver = BackgroundSaver()
 
     def fail() -> None:

@@ -25,7 +25,7 @@ from allinone_ds.zero.checkpoint.write import CheckpointFiles
 from tests.run_folder.small_checkpoint import checkpoint
 
 
-def test_the_last_whole_checkpoint_is_resumed_and_the_broken_ones_named(tmp_path: Path) -> None:
+def test_the_last_complete_checkpoint_is_resumed_and_broken_ones_are_named(tmp_path: Path) -> None:
     paths = [checkpoint(tmp_path, step) for step in (2, 4, 10)]
     assert checkpoint_to_resume(True, tmp_path) == (paths[2], [])
     (paths[2] / "weights").write_bytes(b"")

@@ -46,7 +46,7 @@ def test_one_process_writes_to_a_folder(tmp_path: Path) -> None:
     assert checkpoints(tmp_path)
 
 
-def test_a_run_of_another_host_is_waited_for(
+def test_a_run_on_a_different_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = ["process 7 on elsewhere"] * 3

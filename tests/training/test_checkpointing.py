@@ -23,7 +23,7 @@ from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
 
 
-def test_the_best_checkpoint_is_looked_for_beside_the_resumed_one(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_searched_in_the_folder_of_the_resumed_one(tmp_path: Path) -> None:
     here, there = tmp_path / "new" / "checkpoint-4", tmp_path / "old" / "checkpoint-2"
     here.mkdir(parents=True)
     there.mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -
         (LIGHT, {"hidden_size": 16}, ["the backbone differs: backbone.", "task 'det' differs"]),
     ],
 )
-def test_another_model_is_named(tmp_path: Path, heads: dict, backbone: dict, words: list[str]) -> None:
+def test_a_different_model_is_named(tmp_path: Path, heads: dict, backbone: dict, words: list[str]) -> None:
     model = tiny_model()
     check_model(model, tmp_path)  # only weights tell
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -82,7 +82,7 @@ def schedule(batch: int, ranks: int, seed: int = 0, size: int = 24) -> Schedule:
         (schedule(4, 2, size=23), "samples of 'a' was 23, is 24"),
     ],
 )
-def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> None:
+def test_a_different_order_of_data_is_reported(then: Schedule, words: str | None) -> None:
     trainer = object.__new__(AllInOneTrainer)
     part = SimpleNamespace(load_state_dict=lambda state: None)
     trainer.balancer = trainer._logs = trainer._streaks = part  # type: ignore[assignment]
@@ -96,7 +96,7 @@ def test_another_order_of_data_is_told(then: Schedule, words: str | None) -> Non
 
 
 @pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "maximum is 0.5, this run is configured with 0.1")])
-def test_learning_rates_that_a_resume_does_not_take_are_told(
+def test_learning_rates_that_a_resume_ignores_are_reported(
     monkeypatch: pytest.MonkeyPatch, asked: float, words: str | None
 ) -> None:
     def scheduler(rate: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -123,7 +123,7 @@ def test_learning_rates_that_a_resume_does_not_take_are_told(
     )
 
 
-def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() -> None:
+def test_fresh_heads_and_the_first_warnings_of_the_data_are_reported() -> None:
     messages: list[str] = []
     trainer: Any = SimpleNamespace(warn=lambda step, message: messages.append(message))
     problems = [Problem("boxes.json", f"fault {number}", "warning") for number in range(9)]
@@ -136,7 +136,7 @@ def test_heads_that_start_fresh_and_the_first_warnings_of_the_data_are_told() ->
     assert messages == []
 
 
-def test_an_average_that_begins_anew_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_average_that_restarts_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     trainer = SimpleNamespace(
         deepspeed=None, resumed_from=Path("checkpoint-4"), warn=lambda step, message: messages.append(message)

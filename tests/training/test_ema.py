@@ -19,11 +19,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", EMA_KINDS)
-def test_averaged_weights_come_and_go_on_every_engine(ranks: dict[str, str], kind: str) -> None:
+def test_averaged_weights_are_applied_and_removed_on_every_engine(ranks: dict[str, str], kind: str) -> None:
     assert ranks[f"check_average {kind}"] == ""
 
 
-def test_under_zero_3_no_rank_ever_holds_the_whole_backbone(ranks: dict[str, str]) -> None:
+def test_under_zero_3_no_rank_holds_the_complete_backbone(ranks: dict[str, str]) -> None:
     assert ranks["check_no_rank_holds_the_whole_backbone"] == ""
 
 

@@ -14,7 +14,7 @@ from allinone_ds.training import launcher as launch
 from allinone_ds.training.launcher import follow_run
 
 
-def test_a_failed_run_says_why_and_events_arrive(tmp_path: Path) -> None:
+def test_a_failed_run_gives_the_reason_and_events_arrive(tmp_path: Path) -> None:
     event = json.dumps({"event": "begin", "step": 0})
     script = f"open({str(tmp_path / 'log.jsonl')!r}, 'a').write({event!r} + chr(10)); print('noise'); "
     events: list[dict] = []

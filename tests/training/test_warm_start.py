@@ -23,7 +23,7 @@ def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_weights_of_another_run_are_taken_where_they_fit(run: Path) -> None:
+def test_weights_of_a_different_run_are_loaded_where_they_fit(run: Path) -> None:
     config, facts = read_run_files(run)
     theirs = load_file(run / "model.safetensors")
     torch.manual_seed(99)

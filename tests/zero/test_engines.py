@@ -7,7 +7,7 @@ import torch
 from allinone_ds.zero.engines.base import Span, merge_spans
 
 
-def test_pieces_cover_every_group_also_one_of_padding_only() -> None:
+def test_pieces_cover_every_group_including_one_of_padding_only() -> None:
     backbone, head = (torch.nn.Parameter(torch.zeros(6)) for _ in range(2))
     spans = [Span(backbone, 0, 0, 6), Span(head, 0, 6, 3), Span(head, 2, 0, 3)]
     pieces = merge_spans(spans, [10, 4, 3], {id(backbone)})
