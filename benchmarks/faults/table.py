@@ -102,7 +102,7 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     yield "best checkpoint, save_strategy steps", how, "once", lambda b, _: b.best("steps")
     yield "best checkpoint, save_strategy best", how, "once", lambda b, _: b.best("best")
     yield "two runs in one folder", "a second start beside a running one", "once", lambda b, _: b.twice()
-    how, said = "resumed without it", "task 'cls' is in it, but not in this run"
+    how, said = "resumed without it", "task 'cls' is in the checkpoint, but not in this run"
     yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
     how = "resumed with a head of 16 instead of 32 channels"
     yield "other head", how, "once", lambda b, _: b.other_model(change_head, "task 'seg' differs: tasks.seg.")
