@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {ROOT / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))  # stable
     for item in items:
-        slow = item.path.relative_to(ROOT).as_posix().startswith(SLOW)
+        slow = item.path.is_relative_to(ROOT) and item.path.relative_to(ROOT).as_posix().startswith(SLOW)
         if not slow and not any(hasattr(getattr(item, "module", None), name) for name in LAUNCHERS):
             item.add_marker(pytest.mark.quick)
 

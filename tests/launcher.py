@@ -1,8 +1,8 @@
 """Runs functions of a worker script on several ranks; each becomes a test of its own.
 
 A worker script has `check_*` functions that every rank calls; a check fails when it raises on any rank. One start of
-the ranks runs all of them. The ranks of these scripts are forked (see `tests.rank_server`); whole runs are started by
-the real launchers (see `tests.tiny_run` and `tests/integration`).
+the ranks runs all of them. The ranks of most scripts are forked (see `tests.rank_server`); the balancer's checks on 4
+ranks run under torchrun, and whole runs under the real launchers (see `tests.tiny_run` and `tests/integration`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from allinone_ds.testing.launcher import torchrun
 from allinone_ds.training.launcher import free_port
 
 ROOT = Path(__file__).parents[1]
 _servers: list[subprocess.Popen[str]] = []
 
 
-def run_ranks(script: Path, world: int, folder: Path, *arguments: str, timeout: int = 600) -> dict[str, str]:
+def run_ranks(
+    script: Path, world: int, folder: Path, *arguments: str, timeout: int = 600, fork: bool = True
+) -> dict[str, str]:
     """Run a script on CPU ranks and return its result.
 
     Args:
@@ -33,6 +36,7 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str, timeout: 
         folder: for the result and for what the ranks print.
         arguments: of the script, after the path of its result.
         timeout: seconds, after which the ranks are killed.
+        fork: False starts the ranks through torchrun, as users do; it takes some 10 s more.
 
     Returns:
         What the script wrote: the name of each check -> "" or the traceback of the first rank that failed.
@@ -41,6 +45,19 @@ def run_ranks(script: Path, world: int, folder: Path, *arguments: str, timeout: 
         RuntimeError: the script left no result; the message has what the ranks printed.
     """
     out = folder / f"{script.stem}-{world}.json"
+    if not fork:
+        variables = {"PYTHONPATH": str(ROOT)}
+        done = torchrun(
+            [str(script), str(out), *arguments],
+            world,
+            environment=variables,
+            folder=ROOT,
+            capture=True,
+            timeout=timeout,
+        )
+        if not out.exists():
+            raise RuntimeError(f"{script.name} on {world} ranks left no result:\n{(done.stdout + done.stderr)[-9000:]}")
+        return json.loads(out.read_text())
     log = folder / f"{script.stem}-{world}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
