@@ -89,7 +89,9 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         elif item["type"] == "missing":
             lines.append(f"{where}: '{dotted}' is missing; add it")
         elif isinstance(item.get("ctx", {}).get("error"), ConfigError):
-            lines.append(f"{where}: {dotted}: {item['ctx']['error']}" if dotted else f"{where}: {item['ctx']['error']}")
+            message = str(item["ctx"]["error"])
+            named = not dotted or message.startswith(f"{dotted}.")  # the message says where
+            lines.append(f"{where}: {message}" if named else f"{where}: {dotted}: {message}")
         else:
             lines.append(f"{where}: '{dotted}' = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)

@@ -134,7 +134,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(explain(error, RunConfig, where)) from error
     if isinstance(config.deepspeed, str):
         config.deepspeed = read_deepspeed(config.deepspeed)
-    check_balancer(config)
+    try:
+        check_balancer(config)
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}") from error
     return config
 
 

@@ -45,6 +45,58 @@ def test_mistakes_are_named(file: Path, override: str, message: str) -> None:
         load_config(file, [override])
 
 
+ZERO0 = "deepspeed.zero_optimization.stage=0"
+ZERO3 = "deepspeed=configs/deepspeed/zero3.json"
+APART = {"parallel": "tasks"}
+
+
+@pytest.mark.parametrize(
+    ("balancer", "override", "message"),
+    [
+        ({"name": "tbcg"}, "", "balancer.name: unknown weighting 'tbcg'; did you mean 'tbgc'"),
+        ({"name": "tbgc", "maxnorm": 1}, "", "balancer.maxnorm: 'tbgc' has no such option; did you mean 'max_norm'"),
+        ({"max_norm": "abc"}, "", "balancer.max_norm = 'abc'"),
+        ({"max_norm": -1}, "", "max_norm = -1"),
+        ({"norm": "skech"}, "", "norm = 'skech'; did you mean 'sketch'"),
+        ({"norm": "exact", "sketch_size": 64}, "", "sketch_size = 64 with norm = 'exact'"),
+        ({"cosines_every": -1}, "", "cosines_every = -1"),
+        ({"parallel": "task"}, "", "parallel = 'task'; did you mean 'tasks'"),
+        ({"target": "max"}, "", "never scales a gradient"),
+        ({"name": "mgda", "norm": "sketch"}, "", "must see every task before it scales one"),
+        ({"norm": "delayed", **APART}, "", "norm='delayed' with parallel='tasks'"),
+        ({"norm": "sketch"}, ZERO0, "norm='sketch' cannot run on this engine (ZeRO stage 0)"),
+        ({"norm": "delayed"}, ZERO0, "norm='delayed' cannot run on this engine"),
+        (APART, ZERO3, "parallel='tasks' cannot run on ZeRO-3"),
+        ({"groups": {"det": 1, "seg": 1, "cls": 1}}, "", "groups are for parallel='tasks'"),
+        ({"groups": {"dett": 1, "seg": 1, "cls": 1}, **APART}, "", "unknown task 'dett'; did you mean 'det'"),
+        ({"groups": {"det": 1, "seg": 1}, **APART}, "", "no ranks for task(s) cls"),
+        ({"groups": {"det": [0, 1], "seg": [1], "cls": [2]}, **APART}, "", "rank 1"),
+    ],
+)
+def test_a_balancer_that_cannot_run_is_refused(file: Path, balancer: dict, override: str, message: str) -> None:
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "balancer": balancer}))
+    with pytest.raises(ConfigError, match="(?s)" + re.escape(f"{file}: ") + ".*" + re.escape(message)):
+        load_config(file, [override] if override else [])
+
+
+@pytest.mark.parametrize(
+    "balancer",
+    [
+        {"name": "static", "weights": {"det": 1.0, "seg": 0.5, "cls": 2.0}},
+        {"name": "tbgc", "max_norm": 0.2, "norm": "sketch", "sketch_size": 4096, "cosines_every": 10},
+        {"name": "gradnorm", "groups": {"det": [0], "seg": [1], "cls": [0]}, **APART},
+    ],
+)
+def test_a_balancer_reads_back_equal(file: Path, tmp_path: Path, balancer: dict) -> None:
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "balancer": balancer}))
+    config = load_config(file)
+    again = load_config(save_config(config, tmp_path))
+    assert again.balancer == config.balancer and repr(again.balancer.weighting()) == repr(config.balancer.weighting())
+    assert {key: value for key, value in again.balancer.model_dump().items() if key in balancer} == balancer
+
+
 def test_overrides_may_add_a_whole_task(file: Path) -> None:
     content = yaml.safe_load(file.read_text())["tasks"]["cls"]
     added = [f"tasks.more.{key}={content[key]}" for key in ("type", "image_size", "batch_size")]
