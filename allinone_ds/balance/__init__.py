@@ -10,7 +10,7 @@ __getattr__, __all__ = lazy_names(
     {
         "assignment": ["GroupPlan", "TaskGroups", "groups_for", "plan_groups", "task_groups"],
         "balancer": ["TaskBalancer"],
-        "options": ["BalancerConfig", "balancer_from_config", "weighting_from_config"],
+        "options": ["BalancerConfig", "weighting_from_config"],
         "report": ["StepReport"],
         "weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],
         "weightings.base": ["StepRecord", "Weighting"],

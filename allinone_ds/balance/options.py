@@ -44,7 +44,7 @@ class BalancerConfig(Strict):
 
     Raises:
         pydantic.ValidationError: an unknown name or option, an option out of range, or options that exclude each other;
-            `load_config` and `balancer_from_config` turn it into a `ConfigError`.
+            `load_config` turns it into a `ConfigError`.
 
     Example:
         >>> config = BalancerConfig(name="tbgc", max_norm=0.2, norm="sketch")
@@ -87,28 +87,8 @@ class BalancerConfig(Strict):
 
     def options(self) -> dict[str, Any]:
         """Return the options of `TaskBalancer` that the block sets."""
-        own = set(type(self).model_fields) - {"name"}
-        return {key: getattr(self, key) for key in type(self).model_fields if key in own & self.model_fields_set}
-
-
-def balancer_from_config(config: Mapping[str, Any] | BalancerConfig) -> tuple[Weighting, dict[str, Any]]:
-    """Return the weighting and the options of `TaskBalancer` that a run's `balancer:` block names.
-
-    Args:
-        config: for example {"name": "tbgc", "max_norm": 0.1, "norm": "sketch"}.
-
-    Raises:
-        ConfigError: as `BalancerConfig`.
-    """
-    if not isinstance(config, BalancerConfig):
-        try:
-            config = BalancerConfig(**config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = first.get("ctx", {}).get("error")
-            field = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(str(reason) if reason else f"balancer.{field}: {first['msg']}") from error
-    return config.weighting(), config.options()
+        names = [name for name in type(self).model_fields if name != "name" and name in self.model_fields_set]
+        return {name: getattr(self, name) for name in names}
 
 
 def weighting_from_config(config: Mapping[str, Any]) -> Weighting:

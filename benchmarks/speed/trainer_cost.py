@@ -94,7 +94,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from transformers import TrainerCallback, set_seed
 
-    from allinone_ds.balance.options import balancer_from_config
     from allinone_ds.reporting.progress import PrintProgress
     from allinone_ds.run_config.arguments import arguments_from_config
     from allinone_ds.run_config.build import build_model, open_train_data
@@ -112,7 +111,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     facts = ModelFacts(
         backbone=config.model.backbone, classes={name: list(part.dataset.classes) for name, part in data.items()}
     )
-    weighting, options = balancer_from_config(config.balancer)
+    weighting, options = config.balancer.weighting(), config.balancer.options()
     seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     processor: dict[str, list[float]] = {loop: [] for loop in LOOPS}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from allinone_ds import DBMTL, DWA, FAMO, GradNorm, RandomWeights, StepRecord, Uncertainty, Weighting
-from allinone_ds.balance.options import TORCHJD, balancer_from_config
+from allinone_ds.balance.options import TORCHJD, BalancerConfig, weighting_from_config
 from allinone_ds.balance.weightings.gram import GramWeighting
-from allinone_ds.errors import ConfigError
 
 TASKS = ("det", "seg", "cls")
 NORMS = torch.tensor([2.0, 300.0, 0.5], dtype=torch.float64)
@@ -104,10 +104,11 @@ def test_random_weights_are_positive_and_sum_to_the_number_of_tasks() -> None:
 
 
 def test_a_config_names_weighting_and_balancer_options() -> None:
-    weighting, options = balancer_from_config({"name": "gradnorm", "alpha": 1, "norm": "delayed", "sketch_size": 4096})
+    config = BalancerConfig(**{"name": "gradnorm", "alpha": 1, "norm": "delayed", "sketch_size": 4096})
+    weighting, options = config.weighting(), config.options()
     assert isinstance(weighting, GradNorm) and weighting.alpha == 1.0
     assert options == {"norm": "delayed", "sketch_size": 4096}
-    assert isinstance(balancer_from_config({"name": "mgda", "max_iters": 10})[0], GramWeighting)
+    assert isinstance(weighting_from_config({"name": "mgda", "max_iters": 10}), GramWeighting)
 
 
 @pytest.mark.parametrize("name", TORCHJD)
@@ -115,7 +116,7 @@ def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
     options = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}}.get(name, {})
     if name == "nash_mtl":
         options = {"n_tasks": 3}
-    weights = balancer_from_config({"name": name, **options})[0].factors(record([1.0, 1.0, 1.0]))
+    weights = weighting_from_config({"name": name, **options}).factors(record([1.0, 1.0, 1.0]))
     assert weights.shape == (3,) and bool(torch.isfinite(weights).all())
 
 
@@ -133,8 +134,8 @@ def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
     ],
 )
 def test_mistakes_are_named(config: dict, text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        balancer_from_config(config)
+    with pytest.raises(ValidationError, match=text):
+        BalancerConfig(**config)
 
 
 FALLING = ([4.0, 100.0, 0.1], [3.0, 99.0, 0.05], [2.0, 80.0, 0.06], [1.5, 79.0, 0.01])
