@@ -73,7 +73,7 @@ class NonFinite(AllInOneError, RuntimeError):
     """
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
-        super().__init__(f"task(s) {', '.join(tasks)}: loss or gradient is not finite; no weight was changed")
+        super().__init__(f"task(s) {', '.join(tasks)}: loss, gradient or factor is not finite; no weight was changed")
         self.tasks = tasks
 
 

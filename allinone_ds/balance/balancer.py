@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, task_names
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
 from allinone_ds.balance.heads import HeadUse, shared_parameters
+from allinone_ds.balance.measure import measure_tasks
 from allinone_ds.balance.options import NONFINITE, check_options, combination_error
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask
@@ -24,7 +23,7 @@ from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.distributed import all_reduce, rank, world_size
+from allinone_ds.distributed import rank, world_size
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.engines.choose import open_engine
@@ -45,15 +44,14 @@ class TaskBalancer:
     Args:
         engine: what `deepspeed.initialize` returned; "gradient_clipping" must be 0.0 in its config.
         tasks: names of the T tasks.
-        shared: dotted name of the backbone in the engine's module, or an iterable of its parameters.
+        shared: dotted name of the backbone in the engine's module, the backbone, or an iterable of its parameters.
         weighting: a `Weighting` such as `TBGC`, or a callable from the (T, T) Gram matrix of the tasks' backbone
             gradients to (T,) weights, such as a `torchjd` Weighting.
         parallel: "data": every rank runs every task, one after another. "tasks": ranks are divided among the tasks,
             `balancer.tasks` are those of this rank, and nothing is sent before `step`. "tasks" needs ZeRO-1 or ZeRO-2
             and norm "exact" or "sketch"; every rank keeps the gradients of its tasks. `share` tells which micro-batches
             a rank runs.
-        groups: with parallel="tasks": task -> number of its ranks, or task -> its ranks; None: evenly. See
-            `plan_groups`.
+        groups: with parallel="tasks": task -> number of its ranks, or its ranks; None: evenly. See `plan_groups`.
         norm: where norms come from. "exact": the averaged gradient of each task, one reduce per task (ZeRO-2 and 3 send
             as much for a micro-step in any case; plain ZeRO-1 reduces once per step). "sketch": estimates (see
             `sketch_size`) before the reduce, one reduce per step; every rank keeps two gradients of the whole model.
@@ -67,19 +65,16 @@ class TaskBalancer:
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare the task on all ranks before it runs (one CPU message of 32 bytes per task), so that ranks
-            in different tasks are an error and not a hang. With parallel="tasks" ranks compare once per step in any
-            case.
+            in different tasks are an error and not a hang. With parallel="tasks" they compare once per step always.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
-        nonfinite: what a step does with a task whose loss or gradient is not finite: "skip_task" leaves the task out,
-            "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
+        nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
+            out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
         self_test: first compare balanced steps of a toy model, on the same kind of engine, with a float64 reference.
             None: only with a DeepSpeed release that was not checked.
 
     Attributes:
-        tasks: names of the tasks that this rank runs, in the order given: all, unless parallel is "tasks".
         groups: which ranks run which task; `groups.tasks` are all names.
         skipped_steps: task -> number of steps that left it out because it was not finite.
-        extra_bytes: bytes of gradient that the balancer keeps on this rank beside the engine's own.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used; the message says what is allowed.
@@ -101,7 +96,7 @@ class TaskBalancer:
         self,
         engine: Any,
         tasks: Iterable[str],
-        shared: str | Iterable[Parameter],
+        shared: str | Module | Iterable[Parameter],
         weighting: Weighting | Any,
         *,
         parallel: str = "data",
@@ -120,6 +115,7 @@ class TaskBalancer:
             raise ValueError(f"nonfinite = {nonfinite!r}; allowed: {', '.join(NONFINITE)}")
         check_options(norm, sketch_size, parallel, cosines_every)
         self.weighting = as_weighting(weighting)
+        self.weighting.check_tasks(names)
         self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
         refuse_unsupported(engine, allow_gradient_clipping)
         self.engine = engine
@@ -144,17 +140,18 @@ class TaskBalancer:
         self._heads = HeadUse(engine.module, backbone)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(names, 0)
+        self._adapter.discard()  # gradients of steps that the engine took without a balancer
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._running: RunningTask | None = None
         self._clear()
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that this rank runs, in the order given."""
+        """Names of the tasks that this rank runs, in the order given: all, unless parallel is "tasks"."""
         return self.groups.of(rank())
 
     def share(self, task: str, micro_steps: int = 1) -> list[tuple[int, int]]:
-        """Return the micro-batches of a task that this rank runs: (micro-step k, rank r) of each.
+        """Return (micro-step k, rank r) of each micro-batch of a task that this rank runs.
 
         Where every rank runs every task they are its own: (0, r), (1, r), ... Where tasks run on different ranks, the
         ranks of a task divide those that all R ranks would have run, so that the samples of a step are the same.
@@ -172,8 +169,7 @@ class TaskBalancer:
             groups: as in the constructor.
 
         Raises:
-            ValueError: groups that cannot be used, or that differ between ranks.
-            BalancerError: in the middle of a step, or parallel is not "tasks".
+            ValueError, BalancerError: invalid groups; in the middle of a step, or parallel is not "tasks".
         """
         combiner = self._grouped_between_steps("regroup")
         new_groups = task_groups(groups, self.groups.tasks, self.groups.world)
@@ -191,16 +187,9 @@ class TaskBalancer:
 
         Returns:
             Task -> seconds of forward and backward: median of the repeats, mean over ranks; the same on all ranks.
-
-        Raises:
-            BalancerError: in the middle of a step, or parallel is not "tasks".
         """
         self._grouped_between_steps("measure")
-        times = {task: [self._time(task, loss_of) for _ in range(repeats + 1)] for task in self.groups.tasks}
-        self._combiner.close()
-        medians = torch.tensor([statistics.median(seconds[1:]) for seconds in times.values()], dtype=torch.float64)
-        mean = all_reduce(medians.to(self.engine.device)) / self.groups.world
-        return dict(zip(times, mean.tolist(), strict=True))
+        return measure_tasks(self.groups.tasks, self._combiner, self._guard, loss_of, repeats)
 
     @property
     def extra_bytes(self) -> int:
@@ -225,13 +214,13 @@ class TaskBalancer:
             with self._trace(name, keep=True):
                 yield
             running.check_complete()
-        except BaseException:
-            self._combiner.drop()
-            self._heads.end(keep=False)
+            with torch.no_grad():
+                self._combiner.add(name, running.loss)
+        except BaseException as error:
             self._running = None
+            self._heads.end(keep=False)
+            self._drop(error)
             raise
-        with torch.no_grad():
-            self._combiner.add(name, running.loss)
         self._heads.end(keep=True)
         self._running = None
         self._ran[name] = micro_steps
@@ -252,6 +241,7 @@ class TaskBalancer:
         if self._running is None:
             raise BalancerError("balancer.backward() outside a task; use it inside `with balancer.task(name):`")
         scaled = self._running.scaled(loss)
+        self._combiner.before_backward()
         self._adapter.set_reduces(self._combiner.reduces(self._running.next_is_last))
         with self._guard.allowed():
             self._adapter.backward(scaled)
@@ -272,6 +262,7 @@ class TaskBalancer:
         """
         if self._running is not None:
             raise BalancerError(f"balancer.step() inside task '{self._running.name}'; leave its block first")
+        self._heads.check_trainable()
         names = self.groups.tasks
         ran = self._combiner.agree(self._ran)
         missing = [task for task in names if task not in ran]
@@ -282,8 +273,13 @@ class TaskBalancer:
             )
         if self._agreement and self.parallel == "data":
             self._agreement.check(_STEP, -len(missing) - 1)
-        with torch.no_grad():
-            result = self._combiner.finish()
+        try:
+            with torch.no_grad():
+                result = self._combiner.finish()
+        except BaseException as error:
+            self._drop(error)
+            self._clear()
+            raise
         if self._traces:
             self._traces.partition()
         if result.skipped and self.nonfinite == "stop":
@@ -299,6 +295,17 @@ class TaskBalancer:
         self._steps += 1
         self._clear()
         return result.report(overflow, applied and not overflow, watched)
+
+    def abandon(self) -> None:
+        """Forget the tasks of this step that have run; no weight changes, and every task can run again.
+
+        Raises:
+            BalancerError: inside a task.
+        """
+        if self._running is not None:
+            raise BalancerError(f"balancer.abandon() inside task '{self._running.name}'; leave its block first")
+        self._combiner.drop()
+        self._clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
@@ -322,6 +329,7 @@ class TaskBalancer:
         if self._traces:
             self._traces.partition()
         self._combiner.close()
+        self._adapter.restore_boundary()
         self._guard.remove()
         self._heads.close()
 
@@ -331,20 +339,6 @@ class TaskBalancer:
 
     def _trace(self, key: Hashable, keep: bool = False) -> contextlib.AbstractContextManager[None]:
         return self._traces.use(key, keep) if self._traces else contextlib.nullcontext()
-
-    def _time(self, task: str, loss_of: Callable[[str], Tensor]) -> float:
-        """Return the seconds of forward and backward of one micro-batch."""
-        self._combiner.begin(task)
-        self._adapter.set_reduces(False)
-        self._adapter.synchronize()
-        start = time.perf_counter()
-        loss = loss_of(task)
-        with self._guard.allowed():
-            self._adapter.backward(loss)
-        self._adapter.synchronize()
-        seconds = time.perf_counter() - start
-        self._combiner.drop()
-        return seconds
 
     def _grouped_between_steps(self, method: str) -> GroupedCombiner:
         if not isinstance(self._combiner, GroupedCombiner):
@@ -371,9 +365,9 @@ class TaskBalancer:
         running = RunningTask(name, micro_steps, self.engine.device)
         if self._agreement and self.parallel == "data":
             self._agreement.check(name, micro_steps)
-        self._running = running
-        self._heads.begin(name)
         self._combiner.begin(name)
+        self._heads.begin(name)
+        self._running = running
         self._adapter.set_reduces(self._combiner.reduces(running.next_is_last))
         return running
 
@@ -388,6 +382,13 @@ class TaskBalancer:
             flags = self._agreement.union(flags)
         with torch.no_grad(), self._guard.allowed(), self._adapter.unmoved(self._heads.unused(flags)):
             self._adapter.step()
+
+    def _drop(self, error: BaseException) -> None:
+        """Drop the current gradient after an error, which stays the one that the user sees."""
+        try:
+            self._combiner.drop()
+        except Exception as cleanup:
+            error.add_note(f"dropping the gradient failed as well: {cleanup!r}")
 
     def _watches(self, step: int) -> bool:
         return self._cosines_every > 0 and step % self._cosines_every == 0

@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from allinone_ds.errors import BalancerError
 from allinone_ds.strict import did_you_mean
 
 
-def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[int]:
+def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]) -> set[int]:
     """Return the `id` of every trainable parameter of the backbone.
 
     Args:
         module: the engine's module.
-        shared: dotted name of a submodule, or its parameters.
+        shared: dotted name of a submodule, the submodule, or its parameters.
 
     Raises:
         ValueError: no such submodule, parameters of a different module, or nothing that can be trained.
@@ -30,10 +31,10 @@ def shared_parameters(module: Module, shared: str | Iterable[Parameter]) -> set[
         params = list(modules[shared].parameters())
         origin = f"submodule '{shared}'"
     else:
-        params = list(shared)
-        origin = "the iterable of parameters"
+        params = list(shared.parameters() if isinstance(shared, Module) else shared)
+        origin = f"the module {type(shared).__name__}" if isinstance(shared, Module) else "the iterable of parameters"
         if not all(isinstance(p, Parameter) for p in params):
-            raise TypeError("shared must be a submodule's dotted name or an iterable of torch.nn.Parameter")
+            raise TypeError("shared must be a submodule, its dotted name, or an iterable of torch.nn.Parameter")
         own = {id(p) for p in module.parameters()}
         if any(id(p) not in own for p in params):
             raise ValueError(
@@ -58,9 +59,24 @@ class HeadUse:
 
     def __init__(self, module: Module, backbone: set[int]):
         self.task: str | None = None
+        self._module = module
+        self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
         self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
         self._used: dict[str, set[int]] = {}
         self._hooks = [p.register_hook(self._hook(index)) for index, p in enumerate(self._params)]
+
+    def check_trainable(self) -> None:
+        """Raise if a parameter was thawed after the balancer was constructed.
+
+        Raises:
+            BalancerError: names the parameter; its gradient would count as that of a head.
+        """
+        for name, param in self._module.named_parameters():
+            if param.requires_grad and id(param) not in self._trainable:
+                raise BalancerError(
+                    f"parameter '{name}' was frozen when the balancer was constructed and is trainable now; call "
+                    "balancer.detach() and construct a new TaskBalancer after thawing"
+                )
 
     def begin(self, task: str) -> None:
         """Record gradients from now on for `task`."""

@@ -156,6 +156,10 @@ def check_balancer(config: RunConfig) -> None:
             check_groups(balancer.groups, tuple(config.tasks))
         except ConfigError as error:
             raise ConfigError(f"balancer.{error}") from error
+    try:
+        balancer.weighting().check_tasks(tuple(config.tasks))
+    except ValueError as error:
+        raise ConfigError(f"balancer: {error}") from error
     engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
     refusal = combination_error(
         balancer.norm, balancer.parallel, balancer.weighting(), engine.stage, engine.keeps_local_gradients

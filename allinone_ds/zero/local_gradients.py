@@ -56,6 +56,7 @@ class LocalGradients:
     def begin(self) -> None:
         """Make the backwards from now on leave their gradients on the rank."""
         if self._open is None:
+            self.adapter.refuse_no_sync()
             self.adapter.begin_task()
             self._open = contextlib.ExitStack()
             self._open.enter_context(self.adapter.engine.coalesce_grad_reduction())

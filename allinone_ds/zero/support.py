@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -74,8 +75,9 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
         (bool(engine.is_deepcompile_enabled()), "DeepCompile", "set compile.deepcompile to false"),
         (MANAGES_ACCUMULATION and not engine.managed_gradient_accumulation(),
          "managed_gradient_accumulation = false", "remove the key"),
-        (bool(getattr(engine, "torch_autocast_z0_gradscaler", None)), "torch_autocast in fp16 without ZeRO",
-         "use bf16, or ZeRO"),
+        (engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16, "torch_autocast in fp16",
+         "its loss scale would be in the norms; use torch_autocast in bf16, or the fp16 section"),
+        (not engine.gradient_average, 'gradient_allreduce_op = "sum"', "remove the key: a task is a mean over ranks"),
         ("Muon" in optimizer_name or "Bit" in optimizer_name, f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
     ]  # fmt: skip

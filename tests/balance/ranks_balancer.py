@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
-from tests.balance import ranks_local_norms, ranks_misuse, ranks_partial_steps, ranks_task_parallel
+from tests.balance import ranks_local_norms, ranks_misuse, ranks_other_loops, ranks_partial_steps, ranks_task_parallel
 from tests.balance.engines import (
     CASES,
     cases,
@@ -200,7 +200,13 @@ def all_checks(world: int) -> dict:
                     exact, f"zero{stage} fp32", weighting, "1/2/4"
                 )
         checks |= _all_in(globals())
-        for module in (ranks_partial_steps, ranks_misuse, ranks_local_norms, ranks_task_parallel):
+        for module in (
+            ranks_partial_steps,
+            ranks_misuse,
+            ranks_local_norms,
+            ranks_other_loops,
+            ranks_task_parallel,
+        ):
             checks |= _all_in(vars(module))
     else:
         for stage in range(4):

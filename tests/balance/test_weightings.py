@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torchjd.aggregation
 from torch import Tensor
 from torchjd.aggregation import IMTLG, AlignedMTL
 
@@ -122,8 +123,17 @@ def test_static_weights_scale_each_task_by_name() -> None:
     wanted = torch.tensor([3, 1, 0.5], dtype=torch.float64) @ gradients
     torch.testing.assert_close(update(weighting, gradients), wanted)
     assert weighting.streams and weighting.heads == "same"
+    weighting.check_tasks(("task0", "task1", "task2"))
     with pytest.raises(ValueError, match="no weight for task 'task3'"):
-        weighting.factors(record(jacobian(4)))
+        weighting.check_tasks(("task0", "task1", "task2", "task3"))
+    with pytest.raises(ValueError, match="unknown task 'task2'; did you mean 'task"):
+        weighting.check_tasks(("task0", "task1"))
+
+
+def test_an_aggregator_of_torchjd_is_refused() -> None:
+    with pytest.raises(TypeError, match="pass its weighting of Gram matrices: torchjd.aggregation.UPGradWeighting"):
+        as_weighting(torchjd.aggregation.UPGrad())
+    assert isinstance(as_weighting(torchjd.aggregation.UPGradWeighting()), Weighting)
 
 
 def test_callable_on_a_gram_matrix_is_a_weighting() -> None:

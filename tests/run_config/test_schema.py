@@ -62,6 +62,8 @@ APART = {"parallel": "tasks"}
         ({"cosines_every": -1}, "", "cosines_every = -1"),
         ({"parallel": "task"}, "", "parallel = 'task'; did you mean 'tasks'"),
         ({"target": "max"}, "", "never scales a gradient"),
+        ({"name": "static", "weights": {"det": 1, "seg": 1}}, "", "no weight for task 'cls'"),
+        ({"name": "static", "weights": {"det": 1, "seg": 1, "cls": 1, "dett": 1}}, "", "did you mean 'det'"),
         ({"name": "mgda", "norm": "sketch"}, "", "must see every task before it scales one"),
         ({"norm": "delayed", **APART}, "", "norm='delayed' with parallel='tasks'"),
         ({"norm": "sketch"}, ZERO0, "norm='sketch' cannot run on this engine (ZeRO stage 0)"),

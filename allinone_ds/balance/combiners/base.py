@@ -68,6 +68,7 @@ class Combiner(ABC):
     Args:
         adapter: of the engine.
         weighting: turns the record of the step into factors.
+        order: names of all tasks; records and Gram matrices follow it, in whatever order the tasks ran.
 
     Attributes:
         watch: whether this step has to return the tasks' Gram matrix.
@@ -78,9 +79,10 @@ class Combiner(ABC):
 
     watch: bool = False
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting):
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
         self.adapter = adapter
         self.weighting = weighting
+        self.order = order
         self.is_shared = [piece.shared for piece in adapter.pieces]
         self.world = world_size()
         self.records: dict[str, StepRecord] = {}
@@ -92,8 +94,8 @@ class Combiner(ABC):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks added since the last `clear`."""
-        return tuple(self.records)
+        """Tasks added since the last `clear`, in the order in which they were declared."""
+        return tuple(task for task in self.order if task in self.records)
 
     @property
     def bytes(self) -> int:
@@ -103,6 +105,10 @@ class Combiner(ABC):
     def begin(self, task: str) -> None:
         """Make the next backward the first of a task."""
         self.adapter.begin_task()
+
+    def before_backward(self) -> None:
+        """Raise if the next backward would not average its gradient over ranks."""
+        self.adapter.refuse_no_sync()
 
     def reduces(self, last: bool) -> bool:
         """Return whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
@@ -219,17 +225,20 @@ class Combiner(ABC):
         return sketches @ sketches.T / self.adapter.loss_scale**2
 
     def _factors_of(self, record: StepRecord) -> dict[str, Tensor]:
-        """Return factors from a record of several tasks: rank 0's, since a method may draw at random or iterate."""
+        """Return the finite factors from a record of several tasks; a task whose factor is not finite is absent.
+
+        They are those of rank 0, since a method may draw at random or iterate.
+        """
         factors = self.weighting.factors(record).to(self.adapter.compute_device, torch.float32)
         if self.world > 1:
             dist.broadcast(factors, 0)
-        return dict(zip(record.tasks, factors, strict=True))
+        finite = torch.isfinite(factors).tolist()
+        return {task: factor for task, factor, good in zip(record.tasks, factors, finite, strict=True) if good}
 
     def _verdicts(self) -> tuple[tuple[str, ...], bool]:
         """Return the tasks to leave out and whether an fp16 gradient overflowed; the step's one wait for the device."""
-        rows = torch.stack(
-            [torch.stack([self.usable[t], torch.isfinite(r.whole_norms[0])]) for t, r in self.records.items()]
-        ).tolist()
+        flags = [torch.stack([self.usable[t], torch.isfinite(self.records[t].whole_norms[0])]) for t in self.tasks]
+        rows = torch.stack(flags).tolist()
         skipped = tuple(task for task, (usable, _) in zip(self.tasks, rows, strict=True) if not usable)
         return skipped, self.adapter.fp16 and any(usable and not finite for usable, finite in rows)
 

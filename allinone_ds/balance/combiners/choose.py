@@ -34,7 +34,7 @@ def choose_combiner(
     if agreement is not None:
         return GroupedCombiner(adapter, weighting, norm, sketch_size, groups, agreement)
     if norm == "sketch":
-        return SketchCombiner(adapter, weighting, sketch_size)
+        return SketchCombiner(adapter, weighting, sketch_size, groups.tasks)
     if norm == "delayed":
         return DelayedCombiner(adapter, weighting, sketch_size, groups.tasks)
-    return exact_combiner(adapter, weighting)
+    return exact_combiner(adapter, weighting, groups.tasks)

@@ -28,14 +28,13 @@ class DelayedCombiner(LocalCombiner):
         adapter: of the engine.
         weighting: turns the record of the step into factors.
         size: length k of a sketch; None chooses by the number of parameters.
-        tasks: names of all tasks.
+        order: names of all tasks.
     """
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, tasks: tuple[str, ...]):
-        super().__init__(adapter, weighting, size)
-        self.all_tasks = tasks
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, size, order)
         self._next: dict[str, Tensor] = {}  # factors for the next step; empty: it must be exact
-        self._exact: Combiner | None = exact_combiner(adapter, weighting)
+        self._exact: Combiner | None = exact_combiner(adapter, weighting, order)
         self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
         self._losses: dict[str, Tensor] = {}
         self._task: str | None = None
@@ -43,11 +42,11 @@ class DelayedCombiner(LocalCombiner):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return self._exact.tasks if self._exact else tuple(self._losses)
+        return self._exact.tasks if self._exact else tuple(task for task in self.order if task in self._losses)
 
     @property
     def bytes(self) -> int:
-        sketches = 2 * 4 * self.sketcher.size * len(self.all_tasks)
+        sketches = 2 * 4 * self.sketcher.size * len(self.order)
         return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:
@@ -58,6 +57,10 @@ class DelayedCombiner(LocalCombiner):
         super().begin(task)
         self._task = task
         self._sketches[task] = torch.zeros(2, self.sketcher.size, device=self.sketcher.device)
+
+    def before_backward(self) -> None:
+        if self._exact:
+            self._exact.before_backward()
 
     def reduces(self, last: bool) -> bool:
         return self._exact.reduces(last) if self._exact else False
@@ -106,12 +109,14 @@ class DelayedCombiner(LocalCombiner):
     def _factors_from(self, gram: Tensor) -> dict[str, Tensor]:
         """Return the factors that the norms of this step give the next."""
         if self.weighting.streams:
-            return {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
+            factors = {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
+            finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
+            return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
         return self._factors_of(self._joint_record(tuple(self.records), gram))
 
     def _plan(self, factors: Mapping[str, Tensor]) -> None:
         """Keep factors for the next step, if every task has one."""
-        self._next = dict(factors) if set(factors) == set(self.all_tasks) else {}
+        self._next = dict(factors) if set(factors) == set(self.order) else {}
 
     def drop(self) -> None:
         self._task = None
@@ -130,7 +135,7 @@ class DelayedCombiner(LocalCombiner):
 
     def _choose(self) -> None:
         """Decide whether the next step uses the factors that are known, or is exact."""
-        self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting)
+        self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting, self.order)
         self.factors = dict(self._next)
 
     def state_dict(self) -> dict[str, Any]:

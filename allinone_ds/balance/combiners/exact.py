@@ -18,11 +18,11 @@ from allinone_ds.zero.engines.base import EngineAdapter, cut
 class StreamingCombiner(Combiner):
     """One extra shard for any T: each task is scaled and added as soon as it is done."""
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting):
-        super().__init__(adapter, weighting)
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, order)
         self.flats: list[Tensor] = []
         self._sketcher: Sketcher | None = None
-        self._sketches: list[Tensor] = []
+        self._sketches: dict[str, Tensor] = {}
         self._draws = 0
 
     def add(self, task: str, loss: Tensor) -> None:
@@ -30,9 +30,10 @@ class StreamingCombiner(Combiner):
         pieces = self.adapter.gradient()
         record, usable = self._measure(task, pieces, loss)
         factor = self.weighting.factors(record)[0]
+        usable = usable & torch.isfinite(factor)
         shared, other = self._split(pieces)
         if self.watch:
-            self._sketches.append(self._sketch(shared))
+            self._sketches[task] = self._sketch(shared)
         shared_sum, other_sum = self._split(cut(self.flats, self.adapter.pieces))
         on_shard = self.adapter.device
         shared_factor, on_shard_usable = factor.to(on_shard), usable.to(on_shard)
@@ -45,7 +46,9 @@ class StreamingCombiner(Combiner):
     def finish(self) -> Combined:
         skipped, overflow = self._verdicts()
         if self._sketches:
-            self._gram = self._gram_of(torch.stack(self._sketches), summed=self.adapter.replicated)
+            self._gram = self._gram_of(
+                torch.stack([self._sketches[task] for task in self.tasks]), summed=self.adapter.replicated
+            )
         return self._combined(self.flats, skipped, overflow, usable=len(skipped) < len(self.tasks))
 
     def _sketch(self, shared: Sequence[Tensor]) -> Tensor:
@@ -62,7 +65,7 @@ class StreamingCombiner(Combiner):
 
     def clear(self) -> None:
         super().clear()
-        self._sketches = []
+        self._sketches = {}
         for flat in self.flats:
             flat.zero_()
 
@@ -70,8 +73,8 @@ class StreamingCombiner(Combiner):
 class KeepingCombiner(Combiner):
     """T extra shards: for weightings that must see every task before they scale one."""
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting):
-        super().__init__(adapter, weighting)
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, order)
         self.flats: dict[str, list[Tensor]] = {}
         self._spare: list[list[Tensor]] = []
 
@@ -93,7 +96,13 @@ class KeepingCombiner(Combiner):
             return self._combined(first, skipped, overflow, usable=bool(used))
         record = self._record(used)
         self._gram = record.gram
-        self.factors.update(self._factors_of(record))
+        factors = self._factors_of(record)
+        skipped = tuple(task for task in self.tasks if task not in factors)
+        used = [task for task in used if task in factors]
+        if not used:
+            return self._combined(first, skipped, overflow, usable=False)
+        first = self.flats[used[0]]
+        self.factors.update(factors)
         for task in used:
             shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
             factor = self.factors[task].to(self.adapter.device)
@@ -118,6 +127,6 @@ class KeepingCombiner(Combiner):
         self.flats = {}
 
 
-def exact_combiner(adapter: EngineAdapter, weighting: Weighting) -> Combiner:
+def exact_combiner(adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]) -> Combiner:
     """Return the cheaper combiner with exact norms that serves `weighting`."""
-    return (StreamingCombiner if weighting.streams else KeepingCombiner)(adapter, weighting)
+    return (StreamingCombiner if weighting.streams else KeepingCombiner)(adapter, weighting, order)

@@ -28,14 +28,15 @@ class LocalCombiner(Combiner):
         adapter: of the engine.
         weighting: turns the record of the step into factors.
         size: length k of a sketch; None chooses by the number of parameters.
+        order: names of all tasks.
 
     Attributes:
         local: this rank's gradients.
         shared: whether each parameter of `local` belongs to the backbone.
     """
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None):
-        super().__init__(adapter, weighting)
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, order)
         self.local = LocalGradients(adapter)
         sizes = self.local.sizes
         self.sketcher = Sketcher(sizes, size or default_size(sum(sizes)), adapter.compute_device)
@@ -50,6 +51,9 @@ class LocalCombiner(Combiner):
 
     def begin(self, task: str) -> None:
         self.local.begin()
+
+    def before_backward(self) -> None:
+        pass  # gradients stay on the rank, and `LocalGradients.begin` has checked
 
     def reduces(self, last: bool) -> bool:
         return False
@@ -117,10 +121,10 @@ class SketchCombiner(LocalCombiner):
     stream: the others would need T whole gradients on every rank.
     """
 
-    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None):
-        super().__init__(adapter, weighting, size)
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, size, order)
         self._sums: dict[int, Tensor] = {}  # index of the parameter -> the scaled sum so far
-        self._sketches: list[Tensor] = []
+        self._sketches: dict[str, Tensor] = {}
 
     @property
     def bytes(self) -> int:
@@ -135,10 +139,11 @@ class SketchCombiner(LocalCombiner):
         message[-1] = loss
         all_reduce(message)
         if self.watch:
-            self._sketches.append(message[:size] / self.world)
+            self._sketches[task] = message[:size] / self.world
         square, other = (message[: 2 * size].view(2, size).double() / self.world).square().sum(1)
         record, usable = self._record_of(task, square, square + other, message[-1].double() / self.world)
         factor = self.weighting.factors(record)[0]
+        usable = usable & torch.isfinite(factor)
         for index, gradient in gradients.items():
             self._add_scaled(self._sums, index, gradient, factor, usable)
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
@@ -149,7 +154,7 @@ class SketchCombiner(LocalCombiner):
             self.local.set(index, gradient)
         self._sums = {}
         if self._sketches:
-            self._gram = self._gram_of(torch.stack(self._sketches), summed=True)
+            self._gram = self._gram_of(torch.stack([self._sketches[task] for task in self.tasks]), summed=True)
         return self._reduced(skipped, overflow, usable=len(skipped) < len(self.tasks))
 
     def drop(self) -> None:
@@ -157,4 +162,4 @@ class SketchCombiner(LocalCombiner):
 
     def clear(self) -> None:
         super().clear()
-        self._sums, self._sketches = {}, []
+        self._sums, self._sketches = {}, {}

@@ -50,7 +50,7 @@ class GroupedCombiner(LocalCombiner):
         groups: TaskGroups,
         agreement: Agreement,
     ):
-        super().__init__(adapter, weighting, size)
+        super().__init__(adapter, weighting, size, groups.tasks)
         self.exact = norm == "exact"
         self.agreement = agreement
         self.rank = rank()
@@ -131,7 +131,10 @@ class GroupedCombiner(LocalCombiner):
         if sketches is not None:
             self._gram = self._with_measured_norms(self._gram_of(sketches[:, 0], summed=True))
         if used and not overflow:
-            self.factors.update(self._factors_of_used(used))
+            factors = self._factors_of_used(used)
+            skipped = tuple(task for task in self._ran if task not in factors)
+            used = list(factors)
+            self.factors.update(factors)
         self.local.begin()  # a rank whose tasks did not run has not begun
         self._set_local_gradients(used)
         return self._reduced(skipped, overflow, usable=bool(used))
@@ -189,7 +192,9 @@ class GroupedCombiner(LocalCombiner):
 
     def _factors_of_used(self, used: list[str]) -> dict[str, Tensor]:
         if self.weighting.streams:
-            return {task: self.weighting.factors(self.records[task])[0] for task in used}
+            factors = {task: self.weighting.factors(self.records[task])[0] for task in used}
+            finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
+            return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
         assert self._gram is not None
         rows = torch.tensor([self._ran.index(task) for task in used], device=self._gram.device)
         return self._factors_of(self._joint_record(used, self._gram[rows][:, rows]))

@@ -45,7 +45,8 @@ class DBMTL(_PerTask):
     """DB-MTL (arXiv 2308.12029): the gradient of log(loss) of every task, rescaled to the largest of their norms.
 
     The gradient of log L_t is g_t / L_t with norm m_t = n_t / L_t; factors are max_s(m_s) / m_t / L_t. The paper
-    averages gradients over steps (EMA); here the norms m_t are averaged, which needs no further memory.
+    averages gradients over steps (EMA); here the norms m_t are averaged, which needs no further memory. A task with a
+    norm m_t below 1e-6 has factor 1 / L_t: there is no gradient to rescale, and its head must not grow with it.
 
     Args:
         beta: weight of the past in the average of norms, from 0 (none) to below 1.
@@ -67,7 +68,8 @@ class DBMTL(_PerTask):
         now = record.norms / (losses + EPS)
         norms = self.beta * self._get(record, "norm", now) + (1 - self.beta) * now
         self._put(record, "norm", norms, now)
-        return norms.max() / (norms + EPS) / (losses + EPS)
+        scaled = torch.where(norms > EPS, norms.max() / (norms + EPS), torch.ones_like(norms))
+        return scaled / (losses + EPS)
 
 
 class GradNorm(_PerTask):

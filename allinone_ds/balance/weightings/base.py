@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 EPS = 1e-6
-"""Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
+"""Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does. A norm below it counts as zero."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StepRecord:
     """What a weighting may look at.
 
     Args:
-        tasks: names of the T tasks, in the order in which they ran.
+        tasks: names of the T tasks, in the order in which they were declared.
         gram: inner products of the tasks' gradients restricted to the shared backbone, (T, T); for a weighting that
             streams T is 1.
         whole_norms: norms of the tasks' whole gradients, heads included, (T,).
@@ -73,6 +73,9 @@ class Weighting(ABC):
     @abstractmethod
     def factors(self, record: StepRecord) -> Tensor:
         """Return the factors of the tasks' gradients, (T,)."""
+
+    def check_tasks(self, tasks: tuple[str, ...]) -> None:  # noqa: B027 - most weightings accept any tasks
+        """Raise a ValueError unless the weighting can serve these tasks."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most."""

@@ -49,11 +49,16 @@ class Static(Weighting):
             raise ValueError(f"Static: weights = {weights!r}; allowed: a finite number above 0 for every task, by name")
         self.weights = {task: float(weight) for task, weight in weights.items()}
 
-    def factors(self, record: StepRecord) -> Tensor:
-        missing = [task for task in record.tasks if task not in self.weights]
+    def check_tasks(self, tasks: tuple[str, ...]) -> None:
+        missing = [task for task in tasks if task not in self.weights]
         if missing:
             known = ", ".join(self.weights)
             raise ValueError(f"Static: no weight for task '{missing[0]}'; weights has {known}: give one to every task")
+        for task in self.weights:
+            if task not in tasks:
+                raise ValueError(f"Static: a weight for the unknown task '{task}'; {did_you_mean(task, tasks)}")
+
+    def factors(self, record: StepRecord) -> Tensor:
         return record.whole_norms.new_tensor([self.weights[task] for task in record.tasks])
 
     def __repr__(self) -> str:
@@ -118,7 +123,8 @@ class TBGC(Weighting):
         max_norm: the target norm where `target` is "constant" (0.1 in the paper's winning entry).
         target: "constant", or "max", "mean", "median", "min" of the step's n_t (as in DB-MTL, arXiv 2308.12029).
             All but "constant" keep the gradient shards of all tasks until the step.
-        rescale: "clip" never enlarges a gradient; "always" rescales to the target in both directions.
+        rescale: "clip" never enlarges a gradient; "always" rescales to the target in both directions, except a gradient
+            whose norm is below 1e-6, which has factor 1: it cannot be rescaled, and its head keeps its gradient.
         heads: "same": heads get the factor of their task too. "none": heads keep their raw gradient.
 
     Raises:
@@ -154,7 +160,9 @@ class TBGC(Weighting):
         norms = record.norms
         target = norms.new_tensor(self.max_norm) if self.streams else self.TARGETS[self.target](norms)
         factors = target / (norms + EPS)
-        return factors.clamp(max=1.0) if self.rescale == "clip" else factors
+        if self.rescale == "clip":
+            return factors.clamp(max=1.0)
+        return torch.where(norms > EPS, factors, torch.ones_like(factors))
 
     def __repr__(self) -> str:
         return f"TBGC(max_norm={self.max_norm}, target={self.target!r}, rescale={self.rescale!r}, heads={self.heads!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,9 +58,20 @@ def as_weighting(weighting: Any) -> Weighting:
         return weighting
     if isinstance(weighting, type) and issubclass(weighting, Weighting):
         raise TypeError(f"weighting is the class {weighting.__name__}; pass an instance: {weighting.__name__}()")
+    if _is_aggregator(weighting):
+        raise TypeError(
+            f"weighting is torchjd's aggregator {type(weighting).__name__}, a function of Jacobians; pass its "
+            f"weighting of Gram matrices: torchjd.aggregation.{type(weighting).__name__}Weighting()"
+        )
     if callable(weighting) and not isinstance(weighting, type):
         return GramWeighting(weighting)
     raise TypeError(
         f"weighting is {type(weighting).__name__}; allowed: TBGC, TaskClip, GlobalClip, Sum or another Weighting, "
         "or a callable from a (T, T) Gram matrix to (T,) weights, such as a torchjd Weighting"
     )
+
+
+def _is_aggregator(weighting: Any) -> bool:
+    """Return whether `weighting` is an aggregator of torchjd, which is not imported for it."""
+    torchjd = sys.modules.get("torchjd.aggregation")
+    return torchjd is not None and isinstance(weighting, torchjd.Aggregator)

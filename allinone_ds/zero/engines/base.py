@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.errors import UnsupportedEngine
+from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.fragments import Fragment
 
 
@@ -171,6 +171,22 @@ class EngineAdapter(ABC):
     def overflow(self) -> bool:
         """Whether the engine's last step found an fp16 overflow."""
         return bool(getattr(self.optimizer, "overflow", False))
+
+    def refuse_no_sync(self) -> None:
+        """Raise if gradients are not averaged now.
+
+        Raises:
+            BalancerError: inside `engine.no_sync`, which accelerate's `accumulate` enters.
+        """
+        if self.engine.inside_no_sync_ctxt:
+            raise BalancerError(
+                "a task runs inside engine.no_sync(), so its gradient would not be averaged over ranks; leave the "
+                "block (with accelerate: do not use accelerator.accumulate); the balancer accumulates micro_steps"
+            )
+
+    def restore_boundary(self) -> None:
+        """Let DeepSpeed decide again which backward is at an accumulation boundary."""
+        self.engine._is_gradient_accumulation_boundary = None
 
     def set_reduces(self, reduces: bool) -> None:
         """Set whether the next backward averages the gradient over ranks. ZeRO-3 asks for it before the forward."""

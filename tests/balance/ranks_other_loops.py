@@ -1,0 +1,240 @@
+"""Checks of loops that use an engine or a balancer in unusual ways; every rank runs them (see `ranks_balancer.py`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from allinone_ds import TBGC, GramWeighting, Sum, TaskBalancer, Weighting
+from allinone_ds.errors import BalancerError, NonFinite, UnsupportedEngine
+from tests.balance.engines import (
+    FP32_KINDS,
+    finish,
+    largest_change,
+    make_balancer,
+    make_engine,
+    raises,
+    run_task,
+    toy,
+    weights,
+)
+
+LOCAL = ("sketch", "delayed")
+
+
+def run_step(balancer: TaskBalancer, step: int = 0, tasks: tuple[str, ...] = toy.TASKS):
+    for task in tasks:
+        run_task(balancer, task, step)
+    return balancer.step()
+
+
+def check_gradients_of_earlier_plain_steps_are_forgotten() -> None:
+    """An engine that took a plain step, or a backward without a step, gives the norms of a fresh engine."""
+    for case in FP32_KINDS:
+        for steps in (0, 1):
+            norms = []
+            for used in (False, True):
+                engine = make_engine(case, lr=0.0)
+                if used:
+                    loss = engine("seg", toy.inputs("seg", 9, 0, dist.get_rank()).float())
+                    engine.backward(loss)
+                    if steps:
+                        engine.step()
+                balancer = make_balancer(engine, Sum())
+                norms.append({task: float(norm) for task, norm in run_step(balancer).whole_norms.items()})
+                finish(balancer)
+            for task in toy.TASKS:
+                assert abs(norms[1][task] / norms[0][task] - 1) < 1e-5, (case, steps, task, norms)
+
+
+class Seen(Weighting):
+    """Keeps the order of the tasks and the norms that it sees; weights tasks by their place."""
+
+    streams = False
+
+    def factors(self, record):
+        self.tasks, self.seen = record.tasks, record.norms.tolist()
+        return torch.arange(1.0, len(record.tasks) + 1)
+
+
+def check_records_follow_the_declared_order() -> None:
+    """Whatever the order in which tasks run, a method with one entry per task meets the same task."""
+    for norm in ("exact", "delayed"):
+        results = []
+        for order in (toy.TASKS, toy.TASKS[::-1]):
+            engine = make_engine("zero2 fp32", lr=0.0)
+            balancer = make_balancer(engine, seen := Seen(), norm=norm, cosines_every=1)
+            for step in range(2):
+                report = run_step(balancer, step, order)
+            assert seen.tasks == report.tasks == toy.TASKS, (norm, order, seen.tasks)
+            results.append((seen.seen, report.scales, report.cosines()))
+            finish(balancer)
+        (one, scales, cosines), (other, other_scales, other_cosines) = results
+        assert all(abs(a / b - 1) < 1e-4 for a, b in zip(one, other, strict=True)), norm
+        assert {t: float(s) for t, s in scales.items()} == {t: float(s) for t, s in other_scales.items()}
+        assert all(abs(cosines[pair] - other_cosines[pair]) < 1e-4 for pair in cosines)
+
+
+class NotFinite(Weighting):
+    """A factor of NaN for one task."""
+
+    def __init__(self, streams: bool):
+        self.streams = streams
+
+    def factors(self, record):
+        return torch.tensor([float("nan") if task == "seg" else 1e-3 for task in record.tasks])
+
+
+def check_a_factor_that_is_not_finite_leaves_its_task_out() -> None:
+    for case in FP32_KINDS:
+        for streams, norm in ((True, "exact"), (False, "exact"), (True, "sketch")):
+            if norm == "sketch" and case == "zero0 fp32":
+                continue
+            engine = make_engine(case)
+            balancer = make_balancer(engine, NotFinite(streams), norm=norm)
+            before = weights(engine)
+            report = run_step(balancer)
+            after = weights(engine)
+            assert report.skipped == ("seg",) and report.applied and not report.overflow, (case, streams, norm)
+            assert balancer.skipped_steps["seg"] == 1 and float(report.scales["seg"]) == 0
+            assert all(bool(torch.isfinite(value).all()) for value in after.values()), (case, streams, norm)
+            assert largest_change(before, after, "backbone") > 0
+            assert largest_change(before, after, "heads.seg") == 0
+            finish(balancer)
+    engine = make_engine()
+    balancer = make_balancer(engine, NotFinite(True), nonfinite="stop")
+    raises(NonFinite, "seg", lambda: run_step(balancer))
+    finish(balancer)
+
+
+def check_a_zero_backbone_gradient_is_not_rescaled() -> None:
+    """A task of its head alone: its norm on the backbone is 0, and its head keeps its gradient."""
+    for weighting in (TBGC(rescale="always"), TBGC(target="mean", rescale="always")):
+        engine = make_engine("zero2 fp32")
+        balancer = make_balancer(engine, weighting)
+        for task in toy.TASKS:
+            with balancer.task(task):
+                loss = engine(task, toy.inputs(task, 0, 0, dist.get_rank()).float())
+                head = sum(p.square().sum() for p in engine.module.heads["seg"].parameters())
+                balancer.backward(head + 0 * loss if task == "seg" else loss)
+        report = balancer.step()
+        assert float(report.norms["seg"]) == 0 and float(report.scales["seg"]) == 1, (weighting, report.scales)
+        assert float(report.whole_norms["seg"]) > 0
+        finish(balancer)
+
+
+def check_no_sync_is_refused() -> None:
+    for case, norm in (("zero0 fp32", "exact"), ("zero1 fp32", "exact"), ("zero1 fp32", "sketch")):
+        engine = make_engine(case)
+        balancer = make_balancer(engine, norm=norm)
+        with engine.no_sync():
+            raises(BalancerError, "no_sync", lambda balancer=balancer: run_task(balancer, "det"))
+        assert run_step(balancer).applied, "usable afterwards"
+        finish(balancer)
+
+
+def check_thawed_parameters_are_refused() -> None:
+    engine = make_engine("zero2 fp32")
+    bias = engine.module.backbone.stem.bias
+    bias.requires_grad_(False)
+    balancer = make_balancer(engine)
+    run_step(balancer)
+    bias.requires_grad_(True)
+    for task in toy.TASKS:
+        run_task(balancer, task)
+    raises(BalancerError, "'backbone.stem.bias' was frozen", balancer.step)
+    finish(balancer)
+
+
+def check_detach_gives_the_accumulation_boundary_back() -> None:
+    """With 4 accumulation steps the detached engine steps at each fourth micro-step."""
+    for case in ("zero1 fp32", "zero2 fp32", "zero3 fp32"):
+        engine = make_engine(case, gradient_accumulation_steps=4)
+        balancer = make_balancer(engine)
+        run_step(balancer)
+        balancer.detach()
+        boundaries = []
+        for _ in range(8):
+            boundaries.append(engine.is_gradient_accumulation_boundary())
+            engine.backward(engine("det", toy.inputs("det", 0, 0, dist.get_rank()).float()))
+            engine.step()
+        assert sum(boundaries) == 2, (case, boundaries)
+        engine.destroy()
+
+
+class Raises(Weighting):
+    """Raises in its first call."""
+
+    def __init__(self, streams: bool):
+        self.streams, self.calls = streams, 0
+
+    def factors(self, record):
+        self.calls += 1
+        if self.calls == 1:
+            raise ZeroDivisionError("of the weighting")
+        return torch.full((len(record.tasks),), 1e-3)
+
+
+def check_an_error_of_the_weighting_leaves_the_balancer_usable() -> None:
+    for case in ("zero0 fp32", "zero2 fp32", "zero3 fp32"):
+        for streams in (True, False):
+            engine = make_engine(case)
+            balancer = make_balancer(engine, Raises(streams))
+            raises(ZeroDivisionError, "of the weighting", lambda balancer=balancer: run_step(balancer))
+            reference = make_engine(case)
+            other = make_balancer(reference, GramWeighting(lambda gram: torch.full((3,), 1e-3)))
+            assert run_step(balancer).applied
+            run_step(other)
+            start = "backbone"
+            assert largest_change(weights(reference), weights(engine), start) < 1e-7, (case, streams)
+            finish(balancer)
+            finish(other)
+
+
+def check_a_step_can_be_abandoned() -> None:
+    for case in FP32_KINDS:
+        for norm in ("exact", *(LOCAL if case != "zero0 fp32" else ())):
+            results = []
+            for disturbed in (False, True):
+                engine = make_engine(case)
+                balancer = make_balancer(engine, norm=norm)
+                if disturbed:
+                    run_task(balancer, "seg", step=7)
+                    balancer.abandon()
+                for step in range(2):
+                    run_step(balancer, step)
+                results.append(weights(engine))
+                finish(balancer)
+            limit = 1e-6 if norm == "exact" else 1e-4  # a new step has new sketches
+            assert largest_change(*results) < limit, (case, norm)
+    engine = make_engine()
+    balancer = make_balancer(engine)
+    with balancer.task("det"):
+        raises(BalancerError, "inside task 'det'", balancer.abandon)
+        balancer.backward(engine("det", toy.inputs("det", 0, 0, dist.get_rank()).float()))
+    finish(balancer)
+
+
+def check_settings_that_scale_gradients_are_refused() -> None:
+    engine = make_engine("zero2 fp32", gradient_allreduce_op="sum")
+    raises(UnsupportedEngine, 'gradient_allreduce_op = "sum"', lambda: make_balancer(engine))
+    engine.destroy()
+    for stage in (1, 2, 3):
+        engine = make_engine(f"zero{stage} fp32", torch_autocast={"enabled": True, "dtype": "fp16"})
+        raises(UnsupportedEngine, "torch_autocast in fp16", lambda engine=engine: make_balancer(engine))
+        engine.destroy()
+
+
+def check_the_backbone_may_be_given_as_a_module() -> None:
+    engine = make_engine()
+    balancer = TaskBalancer(engine, toy.TASKS, engine.module.backbone, TBGC())
+    by_name = {task: float(norm) for task, norm in run_step(balancer).norms.items()}
+    finish(balancer)
+    engine = make_engine()
+    balancer = make_balancer(engine, TBGC())
+    assert by_name == {task: float(norm) for task, norm in run_step(balancer).norms.items()}
+    finish(balancer)
+    engine = make_engine()
+    raises(ValueError, "do not belong", lambda: TaskBalancer(engine, toy.TASKS, nn.Linear(2, 2), TBGC()))
+    engine.destroy()
