@@ -3,7 +3,7 @@
     python -m benchmarks.correctness.exactness          # every case on 1, 2 and 4 ranks: the table in docs/exactness.md
     python -m benchmarks.correctness.exactness --world 2 --only zero2
 
-All 942 runs take about 20 minutes on 2 cores; `--world 2 --only "zero2 fp32" --weighting tbgc` takes half a minute.
+All 1,266 runs take about 20 minutes on 2 cores; `--world 2 --only "zero2 fp32" --weighting tbgc` takes half a minute.
 
 Each case takes 5 SGD steps on 3 tasks whose losses differ by a factor of 3,000 and compares all weights and norms.
 For fp32 the figure is the largest absolute difference of a weight from float64. 16-bit rows are compared with the same
