@@ -201,6 +201,10 @@ class Combiner(ABC):
             usable = usable & torch.isfinite(whole)
         return StepRecord((task,), norm.square().view(1, 1), whole_norm.view(1), loss.float().view(1)), usable
 
+    def _with_factor(self, record: StepRecord, usable: Tensor, factor: Tensor) -> Tensor:
+        """Return whether a task's gradient is still usable with its factor: an overflow is no fault of the factor."""
+        return usable & (torch.isfinite(factor) | ~torch.isfinite(record.whole_norms[0]))
+
     def _joint_record(self, tasks: Sequence[str], gram: Tensor) -> StepRecord:
         """Return the record of several tasks from their own records and their Gram matrix (T, T)."""
         records = [self.records[task] for task in tasks]

@@ -30,7 +30,7 @@ class StreamingCombiner(Combiner):
         pieces = self.adapter.gradient()
         record, usable = self._measure(task, pieces, loss)
         factor = self.weighting.factors(record)[0]
-        usable = usable & torch.isfinite(factor)
+        usable = self._with_factor(record, usable, factor)
         shared, other = self._split(pieces)
         if self.watch:
             self._sketches[task] = self._sketch(shared)

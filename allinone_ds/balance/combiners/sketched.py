@@ -143,7 +143,7 @@ class SketchCombiner(LocalCombiner):
         square, other = (message[: 2 * size].view(2, size).double() / self.world).square().sum(1)
         record, usable = self._record_of(task, square, square + other, message[-1].double() / self.world)
         factor = self.weighting.factors(record)[0]
-        usable = usable & torch.isfinite(factor)
+        usable = self._with_factor(record, usable, factor)
         for index, gradient in gradients.items():
             self._add_scaled(self._sums, index, gradient, factor, usable)
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
