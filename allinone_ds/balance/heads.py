@@ -24,7 +24,8 @@ def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]
         TypeError: `shared` is neither.
     """
     if isinstance(shared, str):
-        modules = dict(module.named_modules())
+        # torch.compile puts the model into a wrapper, which the user's name does not know
+        modules = {name.replace("_orig_mod.", ""): child for name, child in module.named_modules()}
         if shared not in modules or not shared:
             children = [name for name in modules if name and name.count(".") <= shared.count(".")]
             raise ValueError(f"shared = '{shared}': the model has no such submodule; {did_you_mean(shared, children)}")

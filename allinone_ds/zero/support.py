@@ -12,6 +12,7 @@ from allinone_ds.errors import UnsupportedEngine
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
 
+_EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 CHECKED_RELEASES = ("0.19.8",)
 """DeepSpeed releases whose private fields were read and whose exactness table was run."""
 
@@ -77,6 +78,8 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "managed_gradient_accumulation = false", "remove the key"),
         (engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16, "torch_autocast in fp16",
          "its loss scale would be in the norms; use torch_autocast in bf16, or the fp16 section"),
+        (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
+         "an embedding with sparse gradients", "construct it with sparse=False"),
         (not engine.gradient_average, 'gradient_allreduce_op = "sum"', "remove the key: a task is a mean over ranks"),
         ("Muon" in optimizer_name or "Bit" in optimizer_name, f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),

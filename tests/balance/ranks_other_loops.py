@@ -49,6 +49,27 @@ def check_gradients_of_earlier_plain_steps_are_forgotten() -> None:
                 assert abs(norms[use][task] / norms["fresh"][task] - 1) < 1e-5, (case, use, task, norms)
 
 
+def check_every_micro_step_counts_wherever_its_loss_comes_from() -> None:
+    """A loss from `engine.module`, and two forwards before two backwards, give what a loss of the engine gives."""
+    for case in (*FP32_KINDS, "zero3 bf16"):
+        results = []
+        for way in ("engine", "module", "forwards first"):
+            engine = make_engine(case)
+            balancer = make_balancer(engine)
+            dtype = next(engine.module.parameters()).dtype
+            for task in toy.TASKS:
+                with balancer.task(task, micro_steps=2):
+                    forward = engine.module if way == "module" else engine
+                    made = (forward(task, toy.inputs(task, 0, k, dist.get_rank()).to(dtype)) for k in range(2))
+                    for loss in list(made) if way == "forwards first" else made:
+                        balancer.backward(loss)
+            balancer.step()
+            results.append(weights(engine))
+            finish(balancer)
+        for result, way in zip(results[1:], ("module", "forwards first"), strict=True):
+            assert largest_change(results[0], result) < (1e-7 if "fp32" in case else 1e-3), (case, way)
+
+
 class Seen(Weighting):
     """Keeps the order of the tasks and the norms that it sees; weights tasks by their place."""
 
@@ -220,6 +241,10 @@ def check_a_step_can_be_abandoned() -> None:
 def check_settings_that_scale_gradients_are_refused() -> None:
     engine = make_engine("zero2 fp32", gradient_allreduce_op="sum")
     raises(UnsupportedEngine, 'gradient_allreduce_op = "sum"', lambda: make_balancer(engine))
+    engine.destroy()
+    engine = make_engine()
+    engine.module.embedding = nn.Embedding(3, 2, sparse=True)
+    raises(UnsupportedEngine, "sparse=False", lambda: make_balancer(engine))
     engine.destroy()
     for stage in (1, 2, 3):
         engine = make_engine(f"zero{stage} fp32", torch_autocast={"enabled": True, "dtype": "fp16"})

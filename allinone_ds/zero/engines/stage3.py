@@ -25,6 +25,8 @@ class Stage3Adapter(EngineAdapter):
     """ZeRO-3 with the optimizer on the accelerator."""
 
     keeps_local_gradients = True
+    _backwards = 0
+    """Backwards of the current task."""
 
     @classmethod
     def serves(cls, engine: Any) -> bool:
@@ -43,8 +45,16 @@ class Stage3Adapter(EngineAdapter):
         return spans
 
     def begin_task(self) -> None:
+        self._backwards = 0
         self.optimizer.micro_step_id = 0
         self.optimizer._epilogue_ran_this_backward = False
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed counts micro-steps in `engine.forward`; a loss may come from `engine.module`, or from a forward
+        # before an earlier backward, and its gradient would then overwrite the one that it should be added to
+        self.optimizer.micro_step_id = self._backwards
+        super().backward(loss)
+        self._backwards += 1
 
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.grad_partitions_flat_buffer.split(self.sizes), self.pieces)
