@@ -66,7 +66,7 @@ class BalancerError(AllInOneError, RuntimeError):
 
 
 class NonFinite(AllInOneError, RuntimeError):
-    """A loss or gradient that is not finite, in a step that is therefore not executed. No weight was changed.
+    """A loss, gradient or factor that is not finite, in a step that is therefore not executed. No weight was changed.
 
     Args:
         tasks: names of the tasks that it concerns.

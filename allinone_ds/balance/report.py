@@ -20,7 +20,7 @@ class StepReport:
         scales: task -> factor that its backbone gradient got; 0 for a skipped task.
         losses: task -> loss, mean over its micro-steps and all its ranks.
         whole_norms: task -> norm of its whole gradient, head included, before scaling.
-        skipped: tasks left out of this step because their loss or gradient was not finite.
+        skipped: tasks left out of this step because their loss, gradient or factor was not finite.
         overflow: True when fp16 gradients overflowed; the weights stay, DeepSpeed lowers its loss scale.
         applied: True when the optimizer changed the weights.
         tasks: names of the T tasks of the step.

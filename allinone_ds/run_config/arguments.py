@@ -67,7 +67,7 @@ class AllInOneArguments(TrainingArguments):
     nonfinite: str = field(
         default="skip_task",
         metadata={
-            "help": "If the loss or gradient of a task is not finite: `skip_task` omits the task from the step, "
+            "help": "If loss, gradient or factor of a task is not finite: `skip_task` omits the task from the step, "
             "`skip_step` omits the step, `stop` ends the run."
         },
     )

@@ -15,7 +15,7 @@ _ADVICE = (
 
 
 class NonFiniteStreaks:
-    """Counts, per task, the consecutive steps in which its loss or gradient was not finite.
+    """Counts, per task, the consecutive steps in which its loss, gradient or factor was not finite.
 
     Args:
         tasks: names of the tasks.
@@ -44,7 +44,7 @@ class NonFiniteStreaks:
         except NonFinite as error:
             tasks = ", ".join(f"'{task}'" for task in error.tasks)
             raise RunError(
-                f"step {number}: loss or gradient of task {tasks} is not finite (trainer.nonfinite is 'stop'). "
+                f"step {number}: loss, gradient or factor of task {tasks} is not finite (trainer.nonfinite is 'stop'). "
                 + _ADVICE,
                 on_all_ranks=True,
             ) from error
@@ -53,8 +53,8 @@ class NonFiniteStreaks:
         worst = max(self._steps, key=lambda task: self._steps[task])
         if self._steps[worst] >= self.limit:
             raise RunError(
-                f"loss or gradient of task '{worst}' was not finite in {self._steps[worst]} steps in a row, the "
-                f"last of them step {number} (trainer.nonfinite_limit). {_ADVICE}",
+                f"loss, gradient or factor of task '{worst}' was not finite in {self._steps[worst]} steps in a row, "
+                f"the last of them step {number} (trainer.nonfinite_limit). {_ADVICE}",
                 on_all_ranks=True,
             )
         return report

@@ -48,7 +48,7 @@ class AllInOneTrainer(DurableTrainer):
     A training step runs the micro-steps of every task and then one optimizer step. Callbacks, logs, learning rate
     schedules and `report_to` work as in Trainer; checkpoints, resuming and signals as described in `DurableTrainer`.
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
-    task because its loss or gradient was not finite.
+    task because its loss, gradient or factor was not finite.
 
     Args:
         model: an AllInOneModel.

@@ -276,5 +276,7 @@ def test_runs_append_records_and_are_not_trained_twice(small: dict[str, Any], tm
 
 
 def test_a_run_that_diverged_is_told_from_one_that_failed() -> None:
-    said = "error: loss or gradient of task 'classification' was not finite in 50 steps in a row, the last of them"
+    said = (
+        "error: loss, gradient or factor of task 'classification' was not finite in 50 steps in a row, the last of them"
+    )
     assert runs.diverged(said) and not runs.diverged("error: no space left on device")

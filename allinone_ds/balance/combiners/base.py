@@ -137,7 +137,10 @@ class Combiner(ABC):
 
     @abstractmethod
     def finish(self) -> Combined:
-        """Compute the weighted sum of all tasks added; waits for the device once, to learn which are not finite."""
+        """Compute the weighted sum of all tasks added.
+
+        Waits for the device once, to learn which tasks are not finite, and once more where factors are computed here.
+        """
 
     def hand_over(self, overflow: bool) -> None:
         """Give the engine the sum for its next step."""
@@ -236,11 +239,15 @@ class Combiner(ABC):
         factors = self.weighting.factors(record).to(self.adapter.compute_device, torch.float32)
         if self.world > 1:
             dist.broadcast(factors, 0)
-        finite = torch.isfinite(factors).tolist()
-        return {task: factor for task, factor, good in zip(record.tasks, factors, finite, strict=True) if good}
+        return self._finite(dict(zip(record.tasks, factors, strict=True)))
+
+    def _finite(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the factors that are finite; waits for the device."""
+        finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
+        return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
 
     def _verdicts(self) -> tuple[tuple[str, ...], bool]:
-        """Return the tasks to leave out and whether an fp16 gradient overflowed; the step's one wait for the device."""
+        """Return the tasks to leave out and whether an fp16 gradient overflowed; waits for the device."""
         flags = [torch.stack([self.usable[t], torch.isfinite(self.records[t].whole_norms[0])]) for t in self.tasks]
         rows = torch.stack(flags).tolist()
         skipped = tuple(task for task, (usable, _) in zip(self.tasks, rows, strict=True) if not usable)

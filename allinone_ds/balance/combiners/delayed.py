@@ -109,9 +109,7 @@ class DelayedCombiner(LocalCombiner):
     def _factors_from(self, gram: Tensor) -> dict[str, Tensor]:
         """Return the factors that the norms of this step give the next."""
         if self.weighting.streams:
-            factors = {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
-            finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
-            return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
+            return self._finite({task: self.weighting.factors(record)[0] for task, record in self.records.items()})
         return self._factors_of(self._joint_record(tuple(self.records), gram))
 
     def _plan(self, factors: Mapping[str, Tensor]) -> None:

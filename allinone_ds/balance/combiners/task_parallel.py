@@ -192,9 +192,7 @@ class GroupedCombiner(LocalCombiner):
 
     def _factors_of_used(self, used: list[str]) -> dict[str, Tensor]:
         if self.weighting.streams:
-            factors = {task: self.weighting.factors(self.records[task])[0] for task in used}
-            finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
-            return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
+            return self._finite({task: self.weighting.factors(self.records[task])[0] for task in used})
         assert self._gram is not None
         rows = torch.tensor([self._ran.index(task) for task in used], device=self._gram.device)
         return self._factors_of(self._joint_record(used, self._gram[rows][:, rows]))
