@@ -278,12 +278,12 @@ class TaskBalancer:
                 result = self._combiner.finish()
         except BaseException as error:
             self._drop(error)
-            self._clear()
+            self._give_up()
             raise
         if self._traces:
             self._traces.partition()
         if result.skipped and self.nonfinite == "stop":
-            self._clear()
+            self._give_up()
             raise NonFinite(result.skipped)
         for task in result.skipped:
             self.skipped_steps[task] += 1
@@ -305,7 +305,7 @@ class TaskBalancer:
         if self._running is not None:
             raise BalancerError(f"balancer.abandon() inside task '{self._running.name}'; leave its block first")
         self._combiner.drop()
-        self._clear()
+        self._give_up()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
@@ -392,6 +392,10 @@ class TaskBalancer:
 
     def _watches(self, step: int) -> bool:
         return self._cosines_every > 0 and step % self._cosines_every == 0
+
+    def _give_up(self) -> None:
+        self._combiner.rewind()
+        self._clear()
 
     def _clear(self) -> None:
         self._combiner.clear()

@@ -91,6 +91,7 @@ class Combiner(ABC):
         self._kept: list[list[Tensor]] = []
         self._sum: list[Tensor] = []
         self._gram: Tensor | None = None
+        self._weighting_state: Mapping[str, Any] = weighting.state_dict()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -152,6 +153,11 @@ class Combiner(ABC):
         self.usable.clear()
         self.factors = {}
         self._gram = None
+        self._weighting_state = self.weighting.state_dict()
+
+    def rewind(self) -> None:
+        """Give the weighting the state back that it had when the step began; for steps that are given up."""
+        self.weighting.load_state_dict(self._weighting_state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a step takes over from the one before; empty where norms are exact."""

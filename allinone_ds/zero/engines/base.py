@@ -269,13 +269,10 @@ class EngineAdapter(ABC):
             master, state = self.master(span)
             master.data.view(-1)[part].copy_(values)
             for key, value in state.items():
-                if not _per_element(value, master):
-                    continue
-                if key in old:
-                    value.view(-1)[part].copy_(old[key])
-                else:
-                    value.view(-1)[part].zero_()
-            state.update(scalars)
+                if _per_element(value, master):
+                    value.view(-1)[part].copy_(old.get(key, torch.zeros((), dtype=value.dtype)))
+                elif span.group in whole_groups:  # a state that the step created counts no step
+                    state[key] = scalars[key] if key in scalars else _zero(value)
         for target, values in weights:
             target.copy_(values)
         self._weights_restored(params)
@@ -309,6 +306,10 @@ def _per_element(value: Any, master: Tensor) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _zero(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) else type(value)()
 
 
 def _groups_covered(spans: Sequence[Span], every: Sequence[Span]) -> set[int]:
