@@ -51,7 +51,7 @@ def check_gradients_of_earlier_plain_steps_are_forgotten() -> None:
 
 def check_every_micro_step_counts_wherever_its_loss_comes_from() -> None:
     """A loss from `engine.module`, and two forwards before two backwards, give what a loss of the engine gives."""
-    for case in (*FP32_KINDS, "zero3 bf16"):
+    for case in (*FP32_KINDS, "zero3 bf16", "zero1 bf16 fp32-accumulation"):
         results = []
         for way in ("engine", "module", "forwards first"):
             engine = make_engine(case)

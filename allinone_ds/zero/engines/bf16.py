@@ -51,6 +51,12 @@ class BF16Adapter(EngineAdapter):
     def begin_task(self) -> None:
         pass
 
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed clears the bf16 gradients in a hook on what `engine.forward` returned, and adds them to the fp32
+        # ones after each backward; a loss of `engine.module` would add those of earlier backwards again
+        self.optimizer.clear_lp_grads()
+        super().backward(loss)
+
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.fp32_groups_gradient_flat_partition, self.pieces)
 
