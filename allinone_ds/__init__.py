@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .balance.assignment import plan_groups
     from .balance.balancer import TaskBalancer
+    from .balance.features import FeatureBalance, task_features
     from .balance.options import weighting_from_config
     from .balance.report import StepReport
     from .balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
@@ -31,6 +32,7 @@ __all__ = [
     "DBMTL",
     "DWA",
     "FAMO",
+    "FeatureBalance",
     "GlobalClip",
     "GradNorm",
     "GramWeighting",
@@ -46,6 +48,7 @@ __all__ = [
     "Weighting",
     "load",
     "plan_groups",
+    "task_features",
     "weighting_from_config",
 ]
 
@@ -54,6 +57,7 @@ __getattr__, _ = lazy_names(
     {
         "balance.assignment": ["plan_groups"],
         "balance.balancer": ["TaskBalancer"],
+        "balance.features": ["FeatureBalance", "task_features"],
         "balance.options": ["weighting_from_config"],
         "balance.report": ["StepReport"],
         "balance.weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],

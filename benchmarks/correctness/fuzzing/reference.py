@@ -56,19 +56,18 @@ class Reference:
         self.reached: set[str] = set()
         self.norms: dict[str, float] = {}
         self._found: dict[str, dict[str, Tensor]] = {}
+        self._losses: dict[str, float] = {}
 
-    def measure(self, index: int) -> dict[str, float]:
-        """Compute the gradients and norms of a step; return the factors that its weighting gives, by task."""
+    def measure(self, index: int) -> None:
+        """Compute the gradients, norms and losses of a step."""
         step = self.program.steps[index]
         with torch.no_grad():
             for p, q in zip(self._master.parameters(), self.model.parameters(), strict=True):
                 q.copy_(p)
-        self._found, self.norms, losses = {}, {}, {}
+        self._found, self.norms, self._losses = {}, {}, {}
         for task, micro_steps in step["tasks"]:
-            self._found[task], losses[task] = self._gradient(task, index, micro_steps, step["batch"])
+            self._found[task], self._losses[task] = self._gradient(task, index, micro_steps, step["batch"])
             self.norms[task] = norm_of(self._shared(task).values()) if self._shared(task) else 0.0
-        event = step["event"] or {}
-        return self._factors(losses, event["task"] if event.get("kind") == "nan" else None)
 
     def step(self, scales: Mapping[str, float], left_out: Sequence[str]) -> None:
         """Take the optimizer's step with these factors, without the tasks that are left out."""
@@ -82,6 +81,20 @@ class Reference:
         self._optimizer.step()
         self.reached |= set(total)
 
+    def factors(self, left_out: Sequence[str]) -> dict[str, float]:
+        """Return the factors that the weighting gives in this step to the tasks that are not left out."""
+        used = [task for task in self.program.tasks if task in self._found and task not in left_out]
+        if not used:
+            return {}
+        if self.weighting.streams:
+            factors = [self.weighting.factors(self._record([task]))[0] for task in used]
+        else:
+            factors = list(self.weighting.factors(self._record(used)))
+        scales = {task: float(factor) for task, factor in zip(used, factors, strict=True)}
+        total = self._total(scales, left_out)
+        last = self.weighting.sum_factor(torch.tensor(norm_of(total.values())))
+        return scales if last is None else {task: scale * float(last) for task, scale in scales.items()}
+
     def _total(self, scales: Mapping[str, float], left_out: Sequence[str]) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for task, gradient in self._found.items():
@@ -90,20 +103,7 @@ class Reference:
                 total[name] = total.get(name, 0) + value * (1.0 if raw else scales[task])
         return total
 
-    def _factors(self, losses: Mapping[str, float], bad: str | None) -> dict[str, float]:
-        used = [task for task in self.program.tasks if task in self._found and task != bad]
-        if not used:
-            return {}
-        if self.weighting.streams:
-            factors = [self.weighting.factors(self._record([task], losses))[0] for task in used]
-        else:
-            factors = list(self.weighting.factors(self._record(used, losses)))
-        scales = {task: float(factor) for task, factor in zip(used, factors, strict=True)}
-        total = self._total(scales, left_out=[task for task in self._found if task not in used])
-        last = self.weighting.sum_factor(torch.tensor(norm_of(total.values())))
-        return scales if last is None else {task: scale * float(last) for task, scale in scales.items()}
-
-    def _record(self, tasks: Sequence[str], losses: Mapping[str, float]) -> StepRecord:
+    def _record(self, tasks: Sequence[str]) -> StepRecord:
         zeros = {name: torch.zeros_like(self._master.get_parameter(name)) for name in sorted(self._backbone)}
         rows = torch.stack(
             [
@@ -112,7 +112,7 @@ class Reference:
             ]
         )  # (T, P)
         whole = torch.tensor([norm_of(self._found[task].values()) for task in tasks], dtype=torch.float64)
-        values = torch.tensor([losses[task] for task in tasks], dtype=torch.float64)
+        values = torch.tensor([self._losses[task] for task in tasks], dtype=torch.float64)
         return StepRecord(tuple(tasks), rows @ rows.T, whole, values)
 
     def _gradient(self, task: str, index: int, micro_steps: int, batch: int) -> tuple[dict[str, Tensor], float]:
