@@ -65,6 +65,15 @@ class DelayedCombiner(LocalCombiner):
     def reduces(self, last: bool) -> bool:
         return self._exact.reduces(last) if self._exact else False
 
+    def communicates(self, last: bool) -> bool:
+        return self._exact.communicates(last) if self._exact else super().communicates(last)
+
+    def reset(self) -> None:
+        self._task = None
+        super().reset()
+        if self._exact:
+            self._exact.reset()
+
     def _scale(self, index: int, gradient: Tensor) -> Tensor | None:
         """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
         if self._task is None:

@@ -1,0 +1,225 @@
+"""Loops in which one rank does something that the others do not; started once per loop by test_out_of_step.py.
+
+Every rank writes what it saw to a file of its own, since ranks that were out of step share no collective any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from allinone_ds import TBGC, TaskBalancer, Weighting
+from allinone_ds.balance import agreement
+from allinone_ds.errors import BalancerError
+from tests.balance.engines import CASES, make_engine, run_task, toy, weights
+from tests.launcher import join_ranks
+
+LAST = 1
+"""The rank that does something else."""
+
+
+def forward(balancer: TaskBalancer, task: str, step: int = 0) -> torch.Tensor:
+    return balancer.engine(task, toy.inputs(task, step, 0, dist.get_rank()).float(), True)
+
+
+def step_of(balancer: TaskBalancer, tasks: tuple[str, ...] = toy.TASKS) -> None:
+    for task in tasks:
+        run_task(balancer, task)
+    balancer.step()
+
+
+def swallowed(balancer: TaskBalancer, mine: bool, before: bool) -> None:
+    """An exception in a task, before or after its forward, that the loop swallows."""
+    for task in toy.TASKS:
+        try:
+            with balancer.task(task):
+                if before and mine and task == "seg":
+                    raise ValueError("a bad sample")
+                loss = forward(balancer, task)
+                if mine and task == "seg":
+                    raise ValueError("a bad sample")
+                balancer.backward(loss)
+        except ValueError:
+            pass
+    balancer.step()
+
+
+def in_hook(balancer: TaskBalancer, mine: bool) -> None:
+    """An exception in the middle of a backward."""
+    param = balancer.engine.module.backbone.blocks[1].weight
+    for task in toy.TASKS:
+        try:
+            with balancer.task(task):
+                loss = forward(balancer, task)
+                if mine and task == "seg":
+                    param.register_hook(lambda g: (_ for _ in ()).throw(ValueError("a bad hook")))
+                balancer.backward(loss)
+        except ValueError:
+            pass
+    balancer.step()
+
+
+def in_layer(balancer: TaskBalancer, mine: bool) -> None:
+    """An exception in the middle of a forward."""
+    if mine:
+
+        def bad(*_):
+            if balancer._running is not None and balancer._running.name == "seg":
+                raise ValueError("a bad layer")
+
+        balancer.engine.module.backbone.blocks[1].register_forward_pre_hook(bad)
+    swallowed(balancer, False, False)
+
+
+def after_backward(balancer: TaskBalancer, mine: bool) -> None:
+    for task in toy.TASKS:
+        try:
+            with balancer.task(task):
+                balancer.backward(forward(balancer, task))
+                if mine and task == "seg":
+                    raise ValueError("a bad metric")
+        except ValueError:
+            pass
+    balancer.step()
+
+
+def too_few(balancer: TaskBalancer, mine: bool) -> None:
+    """A loader of one rank that ends too early."""
+    with balancer.task("det", micro_steps=2):
+        for _ in range(1 if mine else 2):
+            balancer.backward(forward(balancer, "det"))
+
+
+def too_many(balancer: TaskBalancer, mine: bool) -> None:
+    with balancer.task("det"):
+        for _ in range(2 if mine else 1):
+            balancer.backward(forward(balancer, "det"))
+
+
+def other_micro_steps(balancer: TaskBalancer, mine: bool) -> None:
+    run_task(balancer, "det", micro_steps=2 if mine else 1)
+
+
+def other_order(balancer: TaskBalancer, mine: bool) -> None:
+    step_of(balancer, toy.TASKS[::-1] if mine else toy.TASKS)
+
+
+def skips_task(balancer: TaskBalancer, mine: bool) -> None:
+    step_of(balancer, ("det", "cls") if mine else toy.TASKS)
+
+
+def steps_early(balancer: TaskBalancer, mine: bool) -> None:
+    step_of(balancer, ("det", "seg") if mine else toy.TASKS)
+
+
+def partial_step(balancer: TaskBalancer, mine: bool) -> None:
+    for task in toy.TASKS[:2]:
+        run_task(balancer, task)
+    balancer.step(require_all=not mine)
+
+
+def steps_inside(balancer: TaskBalancer, mine: bool) -> None:
+    with balancer.task("det"):
+        if mine:
+            balancer.step()
+        balancer.backward(forward(balancer, "det"))
+
+
+def abandons(balancer: TaskBalancer, mine: bool) -> None:
+    run_task(balancer, "det")
+    if mine:
+        balancer.abandon()
+        run_task(balancer, "det")
+    step_of(balancer, ("seg", "cls"))
+
+
+def detaches(balancer: TaskBalancer, mine: bool) -> None:
+    run_task(balancer, "det")
+    if mine:
+        balancer.detach()
+        raise BalancerError("this rank detached in task 'det' of rank 1")
+    run_task(balancer, "seg")
+
+
+def leaves(balancer: TaskBalancer, mine: bool) -> None:
+    """A rank whose process ends without an error; as far as it knows, all is well."""
+    run_task(balancer, "det")
+    if mine:
+        write([])
+        os._exit(0)
+    run_task(balancer, "seg")
+
+
+class RaisesOnce(Weighting):
+    """Raises on one rank."""
+
+    streams = False
+
+    def __init__(self, mine: bool):
+        self.mine = mine
+
+    def factors(self, record):
+        if self.mine:
+            self.mine = False
+            raise ZeroDivisionError("of the weighting")
+        return torch.full((len(record.tasks),), 1e-3)
+
+
+def weighting(balancer: TaskBalancer, mine: bool) -> None:
+    balancer.weighting.mine = mine
+    step_of(balancer)
+
+
+def thaws(balancer: TaskBalancer, mine: bool) -> None:
+    if mine:
+        balancer.engine.module.backbone.frozen.weight.requires_grad_(True)
+    step_of(balancer)
+
+
+LOOPS = {
+    "an exception before the forward": lambda b, m: swallowed(b, m, before=True),
+    "an exception after the forward": lambda b, m: swallowed(b, m, before=False),
+    "an exception in a layer": in_layer,
+    "an exception in a hook": in_hook,
+    "an exception after the backward": after_backward,
+    "too few micro-steps": too_few, "too many micro-steps": too_many, "other micro-steps": other_micro_steps,
+    "other order": other_order, "skips a task": skips_task, "steps early": steps_early, "partial step": partial_step,
+    "steps inside": steps_inside, "abandons": abandons, "detaches": detaches, "leaves": leaves,
+    "a weighting that raises": weighting, "thaws": thaws,
+}  # fmt: skip
+
+
+def write(result: list) -> None:
+    Path(f"{sys.argv[1]}.{dist.get_rank()}").write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Run one loop; write the exception that ended it, its notes, and the seconds that it took."""
+    name, case, norm = sys.argv[2:5]
+    agreement.POLL, agreement.GRACE, agreement._ANSWER = 0.1, 1.0, 1.0
+    join_ranks()
+    engine = make_engine(case)
+    mine = dist.get_rank() == dist.get_world_size() - 1
+    parallel = "tasks" if CASES[case].apart else "data"
+    chosen = RaisesOnce(False) if name == "a weighting that raises" else TBGC(0.1)
+    balancer = TaskBalancer(engine, toy.TASKS, "backbone", chosen, norm=norm, parallel=parallel)
+    start = time.monotonic()
+    try:
+        LOOPS[name](balancer, mine)
+        result = ["nothing was raised", "", []]
+    except Exception as error:
+        result = [type(error).__name__, str(error), getattr(error, "__notes__", [])]
+    write([*result, time.monotonic() - start])
+    while not all(Path(f"{sys.argv[1]}.{r}").exists() for r in range(dist.get_world_size())):
+        time.sleep(0.05)  # a rank that ended would tell the others by its end
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
