@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def watched_waits(wait: Callable[[Any], None]) -> Iterator[None]:
     def watched(work: Any, *timeout: Any, **options: Any) -> bool:
         if timeout or options or threading.get_ident() != thread:
             return original(work, *timeout, **options)
-        wait(work)
+        wait(work if _has_timeout(work) else _ThreadedWork(lambda: original(work)))
         return True
 
     dist.Work.wait = watched
@@ -77,6 +78,44 @@ def watched_waits(wait: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         dist.Work.wait = original
+
+
+def _has_timeout(work: Any) -> bool:
+    """Return whether a wait can end before the work: not that of gloo's reduce-scatter, which has no future either."""
+    try:
+        work.get_future()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _ThreadedWork:
+    """Work whose own wait has no timeout, so that a thread waits for it."""
+
+    def __init__(self, wait: Callable[[], Any]):
+        self._wait = wait
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Raise unless the work is done in time."""
+        self._thread.join(timeout.total_seconds())
+        if self._thread.is_alive():
+            raise RuntimeError("the work is not done")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the work is done or has failed."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._wait()
+        except BaseException as error:
+            self._error = error
 
 
 def leave() -> None:

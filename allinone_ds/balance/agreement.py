@@ -35,7 +35,7 @@ WITHIN_STEP, BETWEEN_STEPS = 600.0, 1800.0
 _ANSWER = 3.0
 """Seconds in which every rank that waits has answered what it waits for."""
 _SETTLED = 4
-"""Looks after which a collective operation that a failed rank was in does not complete any more."""
+"""Looks after which a collective operation does not complete any more, if all ranks wait or one has failed."""
 _numbers = itertools.count()
 
 
@@ -54,6 +54,7 @@ class Agreement:
         self.raised: BalancerError | None = None
         self._doing = "the construction of the balancer"
         self._disagreed = ""  # the message of the last exchange, if it raised
+        self._waited = False  # inside a collective operation that has not ended
         self._count = 0  # exchanges so far, the same on all ranks
         self._store: Any = None
         if self.world > 1:
@@ -110,10 +111,17 @@ class Agreement:
             BalancerError: names the rank that failed and what it did.
         """
         number, seen = self._count + 1, 0
-        while self._is_pending(work, number, f"inside {self._doing}"):
-            seen += self._has(number, "failed", "gone", "lost")
+        doing = f"in a collective operation after {self._doing}"
+        while self._is_pending(work, number, doing):
+            self._store.set(f"{number}/waits{self.rank}", "")
+            self._waited = True
+            stuck = self._has(number, "failed", "gone", "lost") or not self._busy(number)
+            seen = seen + 1 if stuck else 0
             if seen == _SETTLED:
-                raise self._loss(number, f"inside {self._doing}")
+                raise self._loss(number, doing)
+        if self._waited:
+            self._waited = False
+            self._store.delete_key(f"{number}/waits{self.rank}")
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
         """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
@@ -162,6 +170,7 @@ class Agreement:
         """Wait for a message, but not for ranks that have left or ended, or do not come for so long."""
         number, start, warned = self._count, time.monotonic(), False
         while self._is_pending(work, number, f"waits at {self._doing}"):
+            self._store.set(f"{number}/waits{self.rank}", "")
             waited = time.monotonic() - start
             if self._has(number, "gone", "lost") or waited > seconds:
                 raise self._loss(number, f"waits at {self._doing}")
@@ -169,14 +178,16 @@ class Agreement:
                 warned = True
                 self._warn(number)
 
+    def _busy(self, number: int) -> list[int]:
+        """Return the ranks that neither wait for others nor have failed."""
+        return [r for r in range(self.world) if not self._has(number, f"waits{r}", str(r))]
+
     def _warn(self, number: int) -> None:
         """Let the first rank that waits warn of those that it waits for."""
-        self._store.set(f"{number}/waits{self.rank}", "")
-        time.sleep(POLL)
-        absent = [r for r in range(self.world) if not self._has(number, f"waits{r}")]
-        if absent and all(r in absent for r in range(self.rank)):
+        busy = self._busy(number)
+        if busy and all(r in busy for r in range(self.rank)):
             warnings.warn(
-                f"{_listed([self.rank])} has waited for {WARNING:.0f} s at {self._doing}; not there: {_listed(absent)}",
+                f"{_listed([self.rank])} has waited for {WARNING:.0f} s at {self._doing}; not there: {_listed(busy)}",
                 stacklevel=2,
             )
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from allinone_ds import TBGC, TaskBalancer, Weighting
 from allinone_ds.balance import agreement
 from allinone_ds.errors import BalancerError
-from tests.balance.engines import CASES, make_engine, run_task, toy, weights
+from tests.balance.engines import CASES, make_engine, run_task, toy
 from tests.launcher import join_ranks
 
 LAST = 1
@@ -25,7 +25,8 @@ LAST = 1
 
 
 def forward(balancer: TaskBalancer, task: str, step: int = 0) -> torch.Tensor:
-    return balancer.engine(task, toy.inputs(task, step, 0, dist.get_rank()).float(), True)
+    x = toy.inputs(task, step, 0, dist.get_rank()).to(next(balancer.engine.module.parameters()).dtype)
+    return balancer.engine(task, x, True)
 
 
 def step_of(balancer: TaskBalancer, tasks: tuple[str, ...] = toy.TASKS) -> None:
@@ -144,7 +145,7 @@ def detaches(balancer: TaskBalancer, mine: bool) -> None:
     if mine:
         balancer.detach()
         raise BalancerError("this rank detached in task 'det' of rank 1")
-    run_task(balancer, "seg")
+    step_of(balancer, ("seg", "cls"))
 
 
 def leaves(balancer: TaskBalancer, mine: bool) -> None:
@@ -153,7 +154,7 @@ def leaves(balancer: TaskBalancer, mine: bool) -> None:
     if mine:
         write([])
         os._exit(0)
-    run_task(balancer, "seg")
+    step_of(balancer, ("seg", "cls"))
 
 
 class RaisesOnce(Weighting):
@@ -206,9 +207,10 @@ def main() -> None:
     join_ranks()
     engine = make_engine(case)
     mine = dist.get_rank() == dist.get_world_size() - 1
-    parallel = "tasks" if CASES[case].apart else "data"
+    every = {task: tuple(range(dist.get_world_size())) for task in toy.TASKS}
+    apart = {"parallel": "tasks", "groups": every} if CASES[case].apart else {}
     chosen = RaisesOnce(False) if name == "a weighting that raises" else TBGC(0.1)
-    balancer = TaskBalancer(engine, toy.TASKS, "backbone", chosen, norm=norm, parallel=parallel)
+    balancer = TaskBalancer(engine, toy.TASKS, "backbone", chosen, norm=norm, **apart)
     start = time.monotonic()
     try:
         LOOPS[name](balancer, mine)
