@@ -209,7 +209,8 @@ class TaskBalancer:
                 (norm="delayed": all tasks of the step are dropped and must run again.)
         """
         running = self._enter(name, micro_steps)
-        with undone_after_error(running.fail, self._leave_task, self._combiner.drop), self._watched():
+        restore = partial(self.weighting.load_state_dict, self.weighting.state_dict())
+        with undone_after_error(running.fail, self._leave_task, self._combiner.drop, restore), self._watched():
             with self._trace(name, keep=True):
                 yield
             running.end()
@@ -286,6 +287,7 @@ class TaskBalancer:
         if self._running is not None:
             raise BalancerError(f"balancer.abandon() inside task '{self._running.name}'; leave its block first")
         self._combiner.reset()
+        self._restore_weighting()
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,8 +334,11 @@ class TaskBalancer:
     @contextlib.contextmanager
     def _stepping(self, inside: bool) -> Iterator[None]:
         tell = partial(tell_failure, agreement=self._agreement, place="balancer.step()", inside=inside)
-        with undone_after_error(tell, self._combiner.reset), self._watched():
+        with undone_after_error(tell, self._combiner.reset, self._restore_weighting), self._watched():
             yield
+
+    def _restore_weighting(self) -> None:
+        self.weighting.load_state_dict(self._weighting_before)
 
     def _watched(self) -> contextlib.AbstractContextManager[None]:
         return watched_waits(self._agreement.wait) if self._agreement else contextlib.nullcontext()
@@ -391,4 +396,5 @@ class TaskBalancer:
         self._combiner.clear()
         self._combiner.watch = self._watches(self._steps)
         self._heads.clear()
+        self._weighting_before = self.weighting.state_dict()
         self._ran, self._running = {}, None
