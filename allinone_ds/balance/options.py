@@ -126,12 +126,16 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     return GramWeighting(_from_jacobian(made.weighting) if name == "nash_mtl" else made)
 
 
-def check_options(norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0) -> None:
+def check_options(
+    norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0, nonfinite: str = "skip_task"
+) -> None:
     """Raise unless each option of the balancer has a value that is allowed.
 
     Raises:
         ConfigError: names the option, its value and what is allowed.
     """
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if parallel not in PARALLEL:
         raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), PARALLEL)}")
     if norm not in NORMS:

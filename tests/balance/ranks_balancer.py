@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
-from tests.balance import ranks_local_norms, ranks_misuse, ranks_other_loops, ranks_partial_steps, ranks_task_parallel
+from tests.balance import (
+    ranks_error_paths,
+    ranks_local_norms,
+    ranks_misuse,
+    ranks_other_loops,
+    ranks_partial_steps,
+    ranks_task_parallel,
+)
 from tests.balance.engines import (
     CASES,
     cases,
@@ -220,7 +227,7 @@ def all_checks(world: int) -> dict:
         checks["local_weights"] = partial(
             ranks_local_norms.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
         )
-    return checks
+    return checks | ranks_error_paths.all_paths(world)
 
 
 def _all_in(names: dict) -> dict:

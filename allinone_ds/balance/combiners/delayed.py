@@ -34,6 +34,7 @@ class DelayedCombiner(LocalCombiner):
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
         super().__init__(adapter, weighting, size, order)
         self._next: dict[str, Tensor] = {}  # factors for the next step; empty: it must be exact
+        self._before: dict[str, Tensor] = {}  # factors that this step was planned with
         self._exact: Combiner | None = exact_combiner(adapter, weighting, order)
         self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
         self._losses: dict[str, Tensor] = {}
@@ -64,6 +65,15 @@ class DelayedCombiner(LocalCombiner):
 
     def reduces(self, last: bool) -> bool:
         return self._exact.reduces(last) if self._exact else False
+
+    def communicates(self, last: bool) -> bool:
+        return self._exact.communicates(last) if self._exact else super().communicates(last)
+
+    def reset(self) -> None:
+        self._task, self._next = None, dict(self._before)
+        super().reset()
+        if self._exact:
+            self._exact.reset()
 
     def _scale(self, index: int, gradient: Tensor) -> Tensor | None:
         """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
@@ -134,7 +144,7 @@ class DelayedCombiner(LocalCombiner):
     def _choose(self) -> None:
         """Decide whether the next step uses the factors that are known, or is exact."""
         self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting, self.order)
-        self.factors = dict(self._next)
+        self.factors, self._before = dict(self._next), dict(self._next)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "next": dict(self._next)}

@@ -80,7 +80,7 @@ class Weighting(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most.
 
-        Later calls of `factors` must not change the values: a step that is given up restores them.
+        A step that is given up restores it, so `factors` must not change these values in place.
         """
         return {}
 
