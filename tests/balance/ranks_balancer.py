@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
-from tests.balance import ranks_local_norms, ranks_misuse, ranks_other_loops, ranks_partial_steps, ranks_task_parallel
+from tests.balance import (
+    ranks_local_norms,
+    ranks_loss_scales,
+    ranks_misuse,
+    ranks_other_loops,
+    ranks_partial_steps,
+    ranks_task_parallel,
+)
 from tests.balance.engines import (
     CASES,
     cases,
@@ -204,6 +211,7 @@ def all_checks(world: int) -> dict:
             ranks_partial_steps,
             ranks_misuse,
             ranks_local_norms,
+            ranks_loss_scales,
             ranks_other_loops,
             ranks_task_parallel,
         ):

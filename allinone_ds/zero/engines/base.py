@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.fragments import Fragment
 
 
@@ -149,8 +150,8 @@ class EngineAdapter(ABC):
 
     @property
     def fp16(self) -> bool:
-        """Whether gradients carry a loss scale and may overflow."""
-        return bool(self.engine.fp16_enabled())
+        """Whether gradients are computed in fp16, so that they carry a loss scale and may overflow."""
+        return bool(self.engine.fp16_enabled()) or grad_scaler(self.engine) is not None
 
     @property
     def compute_device(self) -> torch.device:
@@ -159,8 +160,8 @@ class EngineAdapter(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """The factor that gradients carry and the optimizer divides by (fp16); 1 otherwise."""
-        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.fp16 else 1.0
+        """The factor that gradients carry and the engine's step divides by; 1 where losses are not scaled."""
+        return loss_scale(self.engine)
 
     @property
     def missing_loss_scale(self) -> float:
@@ -203,7 +204,8 @@ class EngineAdapter(ABC):
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set."""
         self.set_reduces(True)
-        self.engine.step()
+        with scale_changes_after_step(self.engine):
+            self.engine.step()
         self._after_step()
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
