@@ -87,13 +87,13 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "DeepSpeed scales the loss once and divides its gradient by both scales; remove one of the two sections"),
         (scaled and getattr(engine.optimizer, "custom_loss_scaler", False), "override_loss_scale with torch_autocast",
          "DeepSpeed would multiply by one scale and divide by both; do not call it"),
-        (scaled and not getattr(zero, "compute_grad_norm", True), "torch_autocast in fp16 with compute_grad_norm = false",
+        (scaled and not getattr(zero, "compute_grad_norm", True),
+         "torch_autocast in fp16 with compute_grad_norm = false",
          "DeepSpeed would not see an overflow; remove the key compute_grad_norm"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
         (not engine.gradient_average, 'gradient_allreduce_op = "sum"',
-         "a task's gradient is its mean over ranks: remove the key, and multiply the loss by the number of ranks for the "
-         "sum"),
+         "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
         (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
     ]  # fmt: skip

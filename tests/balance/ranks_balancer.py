@@ -20,6 +20,7 @@ from tests.balance import (
     ranks_other_loops,
     ranks_partial_steps,
     ranks_task_parallel,
+    ranks_weightings,
 )
 from tests.balance.engines import (
     CASES,
@@ -214,6 +215,7 @@ def all_checks(world: int) -> dict:
             ranks_loss_scales,
             ranks_other_loops,
             ranks_task_parallel,
+            ranks_weightings,
         ):
             checks |= _all_in(vars(module))
     else:
