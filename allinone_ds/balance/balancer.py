@@ -14,9 +14,9 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, task_names
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
-from allinone_ds.balance.heads import HeadUse, shared_parameters
+from allinone_ds.balance.heads import HeadUse, agreed_backbone
 from allinone_ds.balance.measure import measure_tasks
-from allinone_ds.balance.options import NONFINITE, check_options, combination_error
+from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask
 from allinone_ds.balance.self_test import self_test as run_self_test
@@ -110,16 +110,15 @@ class TaskBalancer:
         nonfinite: str = "skip_task",
         self_test: bool | None = None,
     ):
-        names = task_names(tasks)
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite = {nonfinite!r}; allowed: {', '.join(NONFINITE)}")
-        check_options(norm, sketch_size, parallel, cosines_every)
+        tasks = names = task_names(tasks)
+        options = {k: v for k, v in locals().items() if k not in ("self", "engine", "shared", "names")}
+        refuse_unsupported(engine, allow_gradient_clipping)
+        backbone = agreed_backbone(engine.module, shared, options)
+        check_options(norm, sketch_size, parallel, cosines_every, nonfinite)
         self.weighting = as_weighting(weighting)
         self.weighting.check_tasks(names)
         self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
-        refuse_unsupported(engine, allow_gradient_clipping)
         self.engine = engine
-        backbone = shared_parameters(engine.module, shared)
         self._adapter = open_engine(engine, backbone)
         error = combination_error(
             norm, parallel, self.weighting, self._adapter.stage, self._adapter.keeps_local_gradients
@@ -137,7 +136,7 @@ class TaskBalancer:
         )
         self._traces = ParameterTraces(engine) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
-        self._heads = HeadUse(engine.module, backbone)
+        self._heads = HeadUse(engine.module, backbone, self._guard)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(names, 0)
         self._adapter.discard()  # gradients of steps that the engine took without a balancer

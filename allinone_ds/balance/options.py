@@ -131,7 +131,9 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     return GramWeighting(OfJacobians(made.weighting) if name == "nash_mtl" else made)
 
 
-def check_options(norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0) -> None:
+def check_options(
+    norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0, nonfinite: str = "skip_task"
+) -> None:
     """Raise unless each option of the balancer has a value that is allowed.
 
     Raises:
@@ -139,6 +141,8 @@ def check_options(norm: str, sketch_size: int | None, parallel: str, cosines_eve
     """
     if parallel not in PARALLEL:
         raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), PARALLEL)}")
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if norm not in NORMS:
         raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), NORMS)}")
     if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):

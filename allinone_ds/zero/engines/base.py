@@ -136,6 +136,10 @@ class EngineAdapter(ABC):
     def discard(self) -> None:
         """Drop every gradient that the engine holds, at any point of a step."""
 
+    def _remove_gradients(self) -> None:
+        """Remove the gradients of all parameters; the optimizer's own method may be guarded (`EngineGuard`)."""
+        type(self.optimizer).zero_grad(self.optimizer, set_to_none=True)
+
     def norms(self, flats: Sequence[Tensor]) -> dict[Any, Tensor]:
         """Return the norm of every parameter's part of `flats`, by the optimizer's id of the parameter."""
         key = self.optimizer.get_param_id

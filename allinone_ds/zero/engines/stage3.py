@@ -74,7 +74,7 @@ class Stage3Adapter(EngineAdapter):
 
     def discard(self) -> None:
         self.clear_gradient()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._remove_gradients()
         for bucket in self.optimizer.ipg_buckets.values():
             bucket.clear_params()
 
