@@ -14,6 +14,7 @@ from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
+    ranks_gradients,
     ranks_habits,
     ranks_local_norms,
     ranks_loss_scales,
@@ -212,6 +213,7 @@ def all_checks(world: int) -> dict:
         for module in (
             ranks_partial_steps,
             ranks_misuse,
+            ranks_gradients,
             ranks_habits,
             ranks_local_norms,
             ranks_loss_scales,

@@ -8,6 +8,7 @@ factors work on pieces, so partitions that straddle parameters, groups or ranks 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -260,6 +261,7 @@ class EngineAdapter(ABC):
         wanted = {id(param) for param in params}
         spans = [span for span in self.spans if id(span.param) in wanted]
         whole_groups = _groups_covered(spans, self.spans)
+        self._warn_of_shared_counts({span.group for span in spans} - whole_groups)
         saved = []
         for span in spans:
             master, state = self.master(span)
@@ -285,6 +287,17 @@ class EngineAdapter(ABC):
         for target, values in weights:
             target.copy_(values)
         self._weights_restored(params)
+
+    def _warn_of_shared_counts(self, groups: AbstractSet[int]) -> None:
+        """Warn if the optimizer counts steps for a group of which only some parameters move in this step."""
+        masters = {span.group: self.master(span) for span in self.spans if span.group in groups}
+        if any(not _per_element(value, master) for master, state in masters.values() for value in state.values()):
+            warnings.warn(
+                "a step without some tasks, and an optimizer that counts steps per parameter group, as AdamW does: the "
+                "heads of absent tasks do not move, but their step counts rise with those of the other parameters in "
+                "their group; give every head a parameter group of its own",
+                stacklevel=2,
+            )
 
 
 def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
