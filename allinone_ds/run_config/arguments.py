@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from allinone_ds.balance.balancer import NONFINITE
+from allinone_ds.balance.options import NONFINITE
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_deepspeed
