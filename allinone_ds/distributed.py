@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -152,6 +154,29 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(every, value, group=group)
     return every
+
+
+def first_difference(lines: Sequence[str]) -> str | None:
+    """Return the first line in which ranks differ, as each rank has it; None when all have the same. Collective.
+
+    Args:
+        lines: of this rank.
+
+    Returns:
+        Such as "rank 0, 2: a = 1; rank 1: a = 2".
+    """
+    if world_size() == 1:
+        return None
+    group = cpu_group()
+    digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
+    extremes = all_reduce(torch.tensor([digest, -digest]), dist.ReduceOp.MAX, group)
+    if extremes[0] == -extremes[1]:
+        return None
+    for row in zip_longest(*gather_objects(list(lines), group), fillvalue="nothing"):
+        if len(set(row)) > 1:
+            ranks = {line: ", ".join(str(r) for r, own in enumerate(row) if own == line) for line in row}
+            return "; ".join(f"rank {numbers}: {line}" for line, numbers in ranks.items())
+    return None
 
 
 def broadcast_object(value: Any, group: Any = None) -> Any:

@@ -17,7 +17,7 @@ from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, 
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
-from allinone_ds.balance.heads import HeadUse, shared_parameters
+from allinone_ds.balance.heads import HeadUse, agreed_backbone
 from allinone_ds.balance.measure import measure_tasks
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.report import StepReport
@@ -110,36 +110,35 @@ class TaskBalancer:
         nonfinite: str = "skip_task",
         self_test: bool | None = None,
     ):
-        names = task_names(tasks)
+        tasks = task_names(tasks)
+        options = {k: v for k, v in locals().items() if k not in ("self", "engine", "shared")}
+        refuse_unsupported(engine, allow_gradient_clipping)
+        backbone = agreed_backbone(engine.module, shared, options)
         check_options(norm, sketch_size, parallel, cosines_every, nonfinite)
         self.weighting = as_weighting(weighting)
-        self.weighting.check_tasks(names)
+        self.weighting.check_tasks(tasks)
         self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
-        refuse_unsupported(engine, allow_gradient_clipping)
         self.engine = engine
-        backbone = shared_parameters(engine.module, shared)
-        self._adapter = open_engine(engine, backbone)
-        error = combination_error(
-            norm, parallel, self.weighting, self._adapter.stage, self._adapter.keeps_local_gradients
-        )
+        adapter = self._adapter = open_engine(engine, backbone)
+        error = combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients)
         if error is not None:
             raise error
         if self_test or (self_test is None and not checked_release()):
             warn_of_unchecked_release()
             run_self_test(engine, TaskBalancer, norm, parallel)
-        self.groups = groups_for(parallel, groups, names, world_size())
+        self.groups = groups_for(parallel, groups, tasks, world_size())
         apart = parallel == "tasks"
         self._agreement = Agreement() if check_ranks or apart else None
         self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
         self._combiner = choose_combiner(
-            self._adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
+            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
         )
         self._traces = ParameterTraces(engine) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
-        self._heads = HeadUse(engine.module, backbone)
+        self._heads = HeadUse(engine.module, backbone, self._guard)
         self._cosines_every, self._steps = cosines_every, 0
-        self.skipped_steps = dict.fromkeys(names, 0)
-        self._adapter.discard()  # gradients of steps that the engine took without a balancer
+        self.skipped_steps = dict.fromkeys(tasks, 0)
+        adapter.discard()  # gradients of steps that the engine took without a balancer
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._running: RunningTask | None = None
         self._clear()

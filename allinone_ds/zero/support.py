@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from allinone_ds.errors import UnsupportedEngine
 from allinone_ds.zero.engines.choose import adapter_class
+from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
 
+_CHANGES_GRADIENTS = ("muon", "onebit", "zeroone")
 _EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 CHECKED_RELEASES = ("0.19.8",)
 """DeepSpeed releases whose private fields were read and whose exactness table was run."""
@@ -61,6 +64,7 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
     zero = engine._config.zero_config
     offload = [c for c in (zero.offload_optimizer, zero.offload_param) if c is not None]
     nvme = any(str(getattr(c.device, "value", c.device)) == "nvme" for c in offload)
+    scaled = grad_scaler(engine) is not None
     optimizer_name = type(getattr(engine, "basic_optimizer", None)).__name__
     rows: list[tuple[bool, str, str]] = [
         (isinstance(engine, PipelineEngine), "a pipeline engine", "use ZeRO without PipelineModule"),
@@ -71,17 +75,26 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
         (nvme, "NVMe offload", "offload to cpu or not at all"),
         (bool(engine.has_moe_layers), "mixture-of-experts layers", "their gradients are averaged over other ranks"),
         (engine.mpu is not None or engine.autotp_size() > 1, "tensor or model parallelism", "use ZeRO alone"),
+        (engine.mesh_device is not None or engine.sequence_parallel_size > 1, "sequence parallelism (a device mesh)",
+         "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"),
+        (isinstance(engine, DeepSpeedHybridEngine), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
         (bool(engine.zero_quantized_gradients()), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
         (bool(engine.is_deepcompile_enabled()), "DeepCompile", "set compile.deepcompile to false"),
         (MANAGES_ACCUMULATION and not engine.managed_gradient_accumulation(),
          "managed_gradient_accumulation = false", "remove the key"),
-        (engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16, "torch_autocast in fp16",
-         "its loss scale would be in the norms; use torch_autocast in bf16, or the fp16 section"),
+        (scaled and engine.fp16_enabled(), "torch_autocast in fp16 beside the fp16 section",
+         "DeepSpeed scales the loss once and divides its gradient by both scales; remove one of the two sections"),
+        (scaled and getattr(engine.optimizer, "custom_loss_scaler", False), "override_loss_scale with torch_autocast",
+         "DeepSpeed would multiply by one scale and divide by both; do not call it"),
+        (scaled and not getattr(zero, "compute_grad_norm", True),
+         "torch_autocast in fp16 with compute_grad_norm = false",
+         "DeepSpeed would not see an overflow; remove the key compute_grad_norm"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
-        (not engine.gradient_average, 'gradient_allreduce_op = "sum"', "remove the key: a task is a mean over ranks"),
-        ("Muon" in optimizer_name or "Bit" in optimizer_name, f"the optimizer {optimizer_name}",
+        (not engine.gradient_average, 'gradient_allreduce_op = "sum"',
+         "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
+        (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
     ]  # fmt: skip
     return [(reason, advice) for wrong, reason, advice in rows if wrong]

@@ -15,11 +15,15 @@ from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
     ranks_error_paths,
+    ranks_gradients,
+    ranks_habits,
     ranks_local_norms,
+    ranks_loss_scales,
     ranks_misuse,
     ranks_other_loops,
     ranks_partial_steps,
     ranks_task_parallel,
+    ranks_weightings,
 )
 from tests.balance.engines import (
     CASES,
@@ -210,9 +214,13 @@ def all_checks(world: int) -> dict:
         for module in (
             ranks_partial_steps,
             ranks_misuse,
+            ranks_gradients,
+            ranks_habits,
             ranks_local_norms,
+            ranks_loss_scales,
             ranks_other_loops,
             ranks_task_parallel,
+            ranks_weightings,
         ):
             checks |= _all_in(vars(module))
     else:

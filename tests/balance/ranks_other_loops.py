@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import torch_autocast
 from torch import nn
 
 from allinone_ds import TBGC, GramWeighting, Sum, TaskBalancer, Weighting
@@ -238,19 +237,11 @@ def check_a_step_can_be_abandoned() -> None:
     finish(balancer)
 
 
-def check_settings_that_scale_gradients_are_refused() -> None:
-    engine = make_engine("zero2 fp32", gradient_allreduce_op="sum")
-    raises(UnsupportedEngine, 'gradient_allreduce_op = "sum"', lambda: make_balancer(engine))
-    engine.destroy()
+def check_sparse_embeddings_are_refused() -> None:
     engine = make_engine()
     engine.module.embedding = nn.Embedding(3, 2, sparse=True)
     raises(UnsupportedEngine, "sparse=False", lambda: make_balancer(engine))
     engine.destroy()
-    for stage in (1, 2, 3):
-        engine = make_engine(f"zero{stage} fp32", torch_autocast={"enabled": True, "dtype": "fp16"})
-        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed never resets it, for engines of later checks
-        raises(UnsupportedEngine, "torch_autocast in fp16", lambda engine=engine: make_balancer(engine))
-        engine.destroy()
 
 
 def check_the_backbone_may_be_given_as_a_module() -> None:

@@ -63,6 +63,13 @@ APART = {"parallel": "tasks"}
         ({"parallel": "task"}, "", "parallel = 'task'; did you mean 'tasks'"),
         ({"target": "max"}, "", "never scales a gradient"),
         ({"name": "static", "weights": {"det": 1, "seg": 1}}, "", "no weight for task 'cls'"),
+        (
+            {"name": "upgrad", "pref_vector": [1, 2]},
+            "",
+            "pref_vector has 2 numbers, and there are 3 tasks",
+        ),
+        ({"name": "nash_mtl", "n_tasks": 2}, "", "n_tasks = 2, and there are 3 tasks"),
+        ({"name": "fairgrad"}, "", "'fairgrad' needs the option alpha"),
         ({"name": "static", "weights": {"det": 1, "seg": 1, "cls": 1, "dett": 1}}, "", "did you mean 'det'"),
         ({"name": "mgda", "norm": "sketch"}, "", "must see every task before it scales one"),
         ({"norm": "delayed", **APART}, "", "norm='delayed' with parallel='tasks'"),

@@ -79,7 +79,7 @@ class BF16Adapter(EngineAdapter):
             self._norm = None
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._remove_gradients()
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat_partition)

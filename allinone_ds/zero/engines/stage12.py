@@ -94,7 +94,7 @@ class Stage12Adapter(EngineAdapter):
     def discard(self) -> None:
         self.clear_gradient()
         self.begin_task()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._remove_gradients()
         for bucket in self.optimizer.ipg_buckets.values():  # filled by a backward that raised
             bucket.clear()
         self.optimizer.params_already_reduced = [False] * len(self.optimizer.params_already_reduced)
