@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig
 
 from allinone_ds.data.augmentation.transforms import eval_transform, train_transform
+from allinone_ds.data.base import raise_problems
+from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
+from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.loader import TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.model import AllInOneModel
@@ -77,6 +82,30 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
                 test_time=task.test_time,
             )
     return data
+
+
+def inspect_data(config: RunConfig, train: Mapping[str, TaskData], test: Mapping[str, TaskData]) -> None:
+    """Count what each task can learn from, and compare its test images with its training images.
+
+    Warnings are added to the `structural` of the datasets.
+
+    Args:
+        config: configuration of the run.
+        train: {task: training data}.
+        test: {task: test data}, where there is any.
+
+    Raises:
+        DataError: nothing can be learned from the data of a task, or all its test images are training images.
+    """
+    for name, task in config.tasks.items():
+        for part in (train, test):
+            if name in part:
+                dataset = part[name].dataset
+                problems = [*target_problems(dataset, task.image_size, part is train), *depths_at_start(dataset)]
+                if part is test:
+                    problems += overlap_at_start(train[name].dataset, dataset)
+                raise_problems(f"task '{name}'", problems)
+                dataset.structural = [*problems, *dataset.structural]
 
 
 def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
