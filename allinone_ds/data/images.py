@@ -209,8 +209,10 @@ def _decode(data: bytes) -> np.ndarray:
         wide = torchvision.io.decode_png(raw, unchanged, apply_exif_orientation=True).permute(1, 2, 0).numpy()
         return np.ascontiguousarray(wide[..., :3] if wide.shape[2] > 2 else wide[..., [0, 0, 0]])
     with Image.open(io.BytesIO(data)) as picture:
-        tiles: Any = picture.tile  # (codec, box, offset, (name of the stored pixels, ...)) of each part
-        picture.tile = [(*place, (_other_order(args[0]), *args[1:])) for *place, args in tiles]
+        for number, tile in enumerate(picture.tile):  # (codec, box, offset, (name of the stored pixels, ...))
+            *place, (name, *more) = tile  # type: ignore[misc]
+            make: Any = getattr(tile, "_make", tuple)  # before release 11, Pillow had plain tuples
+            picture.tile[number] = make((*place, (_other_order(name), *more)))
         lower = _channels(ImageOps.exif_transpose(picture))
     return upright.astype(np.uint16) << 8 | lower
 

@@ -95,9 +95,10 @@ def test_a_new_format_is_opened_and_checked(tmp_path):
     cats = Extended.validate_python({"format": "one_class", "images": "cat", "expect": {"samples": COUNT + 1}})
     dogs = Extended.validate_python({"format": "one_class", "images": "dog"})
     found = check_sources({"cats": cats, "dogs": dogs}, tmp_path, progress=False)
-    assert [Path(p.file).name for p in found] == ["cat", "3.png", "dog"]
+    assert [Path(p.file).name for p in found] == ["cat", "cat", "3.png", "dog"]
     assert [p.reason.split(";")[0] for p in found] == [
         "holds 7 samples, expect.samples is 8: 1 missing",
+        "only class 'cat' occurs, so there is nothing to tell apart",
         "is not an image, or its header is damaged",
         "contains no sample",
     ]
