@@ -36,8 +36,8 @@ class ImageListSource(SourceConfig):
     list: PathText
     """The text file. Empty lines and lines that start with # are skipped."""
     classes: ClassNames | None = None
-    """Class names in the order of the ids, or a text file with one name per line; null: the ids that
-    occur are the names, in ascending order."""
+    """Class names in the order of the ids, or a text file with one name per line; null uses the ids as names: those
+    that occur, or with `expect.classes` every one from `first_id` to the largest."""
     first_id: int = Field(0, ge=0)
     """Id of the first class: 1 if the ids in the list start at 1."""
 
@@ -56,9 +56,14 @@ class ImageListSource(SourceConfig):
             label_of = {self.first_id + label: label for label in range(len(classes))}
         files, ids, structural = _read_lines(file, self.first_id, label_of)
         if label_of is None:
-            label_of = {number: label for label, number in enumerate(sorted(set(ids)))}
+            if self.expect is not None and self.expect.classes is not None:
+                label_of = {
+                    self.first_id + i: i for i in range(max(ids, default=self.first_id - 1) + 1 - self.first_id)
+                }
+            else:
+                label_of = {number: label for label, number in enumerate(sorted(set(ids)))}
+                structural += _gaps(file, self.first_id, label_of)
             names = [str(number) for number in label_of]
-            structural += _gaps(file, self.first_id, label_of)
         structural += check_listed_files(folder, files)
         labels = [label_of[number] for number in ids]
         return ClassifiedDataset(str(file), folder, files, labels, [*(classes or names or ())], structural)
