@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from allinone_ds import cli
-from allinone_ds.errors import DataError
+from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.run_config.build import inspect_data, open_test_data, open_train_data
 from allinone_ds.run_config.schema import RunConfig, load_config
 
@@ -51,3 +51,10 @@ def test_boxes_that_vanish_are_a_warning(home: Path) -> None:
     found = [w for w in inspected(load_config(home / "tiny.yaml", ["tasks.det.image_size=4"])) if "not used" in w]
     assert len(found) == 2  # train and test
     assert all("are smaller than 1 pixel at the image_size 4 x 4 (height x width)" in warning for warning in found)
+
+
+def test_data_of_another_kind_is_refused(home: Path) -> None:
+    config = load_config(home / "tiny.yaml")
+    config.tasks["cls"].train = config.tasks["det"].train
+    with pytest.raises(ConfigError, match="tasks.cls.train: the data is for detection, the task is a classification"):
+        open_train_data(config)

@@ -114,7 +114,7 @@ def walk_files(folder: Path) -> list[str]:
             raise DataError(f"{folder / current}: cannot be listed: {error.strerror}; make it readable") from None
         for entry in entries:
             path = os.path.join(current, entry.name)
-            if not os.path.isdir(entry.path):
+            if not _is_folder(entry):
                 found.append(path)
             elif not entry.name.startswith("."):
                 (links if entry.is_symlink() else folders).append(path)
@@ -141,6 +141,13 @@ def unread_files(root: Path, files: Sequence[str]) -> list[Problem]:
 def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image and is not hidden."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_text(name: str) -> bool:
