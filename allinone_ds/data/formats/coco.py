@@ -191,10 +191,10 @@ class CocoDataset(SampleDataset):
             crowd.append(record.get("iscrowd") in (1, "1"))  # bool("0") would be True
         boxes = np.array(rows, dtype=np.float32).reshape(-1, 4)
         owner = np.array(owners, dtype=np.int64)
-        for n, index in enumerate(owners):
-            size = self.sizes[index]
-            if size is not None and boxes_outside(boxes[n : n + 1], size)[0]:
-                self.structural.append(Problem(self.path(index), outside_reason(boxes[n], size)))
+        sizes = np.array([size or (np.inf, np.inf) for size in self.sizes]).reshape(-1, 2)[owner]  # (n, 2): H, W
+        for n in np.flatnonzero(boxes_outside(boxes, (sizes[:, 0], sizes[:, 1]))):
+            index = owners[n]
+            self.structural.append(Problem(self.path(index), outside_reason(boxes[n], self.sizes[index] or (0, 0))))
         if are_fractions(boxes):
             self.structural.append(Problem(self.name, FRACTIONS_REASON))
         repeated = len(boxes) - len(np.unique(np.column_stack([boxes, owner, labels]), axis=0))
@@ -216,15 +216,16 @@ class CocoDataset(SampleDataset):
         if not _is_id(image) or image not in index_of:
             reason = f"image_id {image!r} is not among 'images'; add the image or remove the annotation"
             return Problem(self.name, f"{where}: {reason}")
-        file = self.path(index_of[image])
         category = record.get("category_id")
         if not _is_id(category) or category not in self._label_of:
             known = ", ".join(str(i) for i in list(self._label_of)[:20]) + (", ..." if len(self._label_of) > 20 else "")
-            return Problem(file, f"{where}: category_id {category!r} is not among 'categories' ({known}); correct it")
+            reason = f"category_id {category!r} is not among 'categories' ({known}); correct it"
+            return Problem(self.path(index_of[image]), f"{where}: {reason}")
         box: Any = record.get("bbox")
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
         if not numbers or not all(abs(v) < 1e9 for v in box):  # also false for NaN
-            return Problem(file, f"{where}: bbox {box!r} must be four numbers: x, y, width, height in pixels")
+            reason = f"bbox {box!r} must be four numbers: x, y, width, height in pixels"
+            return Problem(self.path(index_of[image]), f"{where}: {reason}")
         return None
 
 
