@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from allinone_ds.errors import ConfigError
+from allinone_ds.errors import ConfigError, printable
 from allinone_ds.strict import did_you_mean, expand_path
 
 _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|[?&][^=&\s]*(?:token|key|secret|sig|password)[^=&\s]*=", re.IGNORECASE)
@@ -64,6 +64,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for item in overrides:
         if "=" not in item or item.startswith("-"):
             raise ConfigError(f"override '{item}': write KEY=VALUE, for example trainer.max_steps=50")
+        if printable(item) != item:
+            raise ConfigError(f"override '{item}': is not UTF-8; rename the folder, or make a link with another name")
     file = find_config(path)
     try:
         base = _with_bases(file)

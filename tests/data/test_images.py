@@ -86,12 +86,15 @@ def colours(values: np.ndarray) -> np.ndarray:
     return values[..., :3] if values.shape[2] > 2 else values[..., [0, 0, 0]]
 
 
-def png_of(values: np.ndarray) -> bytes:
+def png_of(values: np.ndarray, orientation: int | None = None) -> bytes:
     """A png file of uint16 (H, W, C); Pillow writes only the grey ones."""
     height, width, channels = values.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     lines = zlib.compress(b"".join(b"\0" + line.astype(">u2").tobytes() for line in values))
-    parts = ((b"IHDR", header), (b"IDAT", lines), (b"IEND", b""))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = [(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))] if orientation else []
+    parts = [(b"IHDR", header), *turned, (b"IDAT", lines), (b"IEND", b"")]
     chunks = (struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -140,8 +143,8 @@ def test_16_bit_colours_are_turned_upright(orientation):
     values = wide(12, 3)
     plain = tiff_of((values >> 4) * 257, orientation=orientation)  # of 16 bits, whose upper byte Pillow reads
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(plain))))
-    found = read_image("x", tiff_of(values, orientation=orientation))
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), upright)
+    for data in (tiff_of(values, orientation=orientation), png_of(values, orientation)):
+        assert np.array_equal(read_image("x", data).permute(1, 2, 0).numpy(), upright)
 
 
 def test_an_image_of_black_pixels_stays_black():

@@ -134,6 +134,11 @@ def test_other_names_of_tasks_are_accepted(file: Path, name: str) -> None:
     assert name in load_config(file).tasks
 
 
+def test_an_override_that_is_not_utf_8_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"caf\\udce9': is not UTF-8; rename the folder, or make a link"):
+        load_config(file, ["data_root=/x/caf\udce9"])
+
+
 def test_names_that_the_terminal_cannot_show_do_not_end_a_command(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,7 +84,7 @@ def list_files(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if entry.is_file()]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: the name holds a zero byte
         return []
 
 

@@ -23,12 +23,20 @@ def overlap_at_start(train: SampleDataset, test: SampleDataset) -> list[Problem]
         own = {index: digest for index in range(len(test)) if (digest := digest_of(test, index))}
         if own:
             return overlap_problems(test, {index: digests[d] for index, d in own.items() if d in digests})
-    paths = {os.path.abspath(train.path(index)) for index in range(len(train))}
-    common = {index: path for index in range(len(test)) if (path := os.path.abspath(test.path(index))) in paths}
+    real: dict[str, str] = {}  # folders without links
+    paths = {_real(train.path(index), real) for index in range(len(train))}
+    common = {index: path for index in range(len(test)) if (path := _real(test.path(index), real)) in paths}
     rows = isinstance(train, HubDataset) and isinstance(test, HubDataset)  # their paths are the names of rows
     if common and (rows or os.path.isfile(next(iter(common.values())))):
         return overlap_problems(test, common)
     return []
+
+
+def _real(path: str, folders: dict[str, str]) -> str:
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
 
 
 def overlap_problems(test: SampleDataset, common: Mapping[int, str]) -> list[Problem]:

@@ -98,6 +98,7 @@ COCO_FAULTS = {
     "bbox null": (lambda c: c["annotations"][1].update(bbox=None), "bbox None must be four numbers"),
     "bbox huge": (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 3]), "must be four numbers"),
     "annotation null": (lambda c: c["annotations"].append(None), "annotation None must be an object"),
+    "zero byte": (lambda c: c["images"][1].update(file_name="a\0b/1.png"), "file is missing"),
     "image record": (lambda c: c["images"][1].pop("file_name"), "needs 'id' and 'file_name'"),
     "empty": (lambda c: c.update(images=[], annotations=[]), "contains no sample"),
 }

@@ -76,6 +76,13 @@ def test_copies_are_found_by_their_content(coco_root):
     assert "copies/1.png = " in problem.reason and "images/1.png" in problem.reason
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_links_to_one_folder_are_the_same_images(folders_root, large, monkeypatch):
+    (folders_root / "test").symlink_to("images")
+    found = overlaps(FOLDERS, {**FOLDERS, "images": "test"}, folders_root, large, monkeypatch)
+    assert found == {("error", "all 6 test images are also training images")}
+
+
 def test_equal_ids_and_names_in_different_folders_do_not_overlap(coco_root):
     write_images(coco_root / "other", COUNT + 9)
     for i in range(COUNT):
