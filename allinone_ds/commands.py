@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.reporting.tables import metrics_table, plan_tables
+from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
@@ -56,7 +57,7 @@ def demo(args: argparse.Namespace) -> int:
     if args.steps:
         overrides.append(f"trainer.max_steps={args.steps}")
     content = read_yaml(config, overrides)
-    made = make_demo_data(Path(content["data_root"]), sizes=FULL_SIZES if args.full else DEMO_SIZES)
+    made = make_demo_data(Path(expand_path(content["data_root"])), sizes=FULL_SIZES if args.full else DEMO_SIZES)
     console.print(f"demo data in {made.root}")
     clear_run(_folder_of(content))
     _run(config, overrides, content, args.nproc or default_ranks())
@@ -66,7 +67,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def _folder_of(content: dict[str, Any]) -> Path:
     # the ranks validate the file; only the folder of the log is needed here
-    return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
+    return Path(expand_path(content.get("output_dir") or Path("runs") / str(content.get("name", "run"))))
 
 
 def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
@@ -220,12 +221,14 @@ def check(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     arguments_from_config(config)
     sources, classes_of = {}, {}
+    sizes: dict[str, tuple[int, int]] = {}
     for name, task in config.tasks.items():
         sources[f"{name} train"] = task.train
+        sizes |= {f"{name} {part}": task.image_size for part in ("train", "test")}
         if task.test is not None:
             sources[f"{name} test"] = task.test
             classes_of[f"{name} test"] = f"{name} train"
-    problems = check_sources(sources, config.data_root, classes_of=classes_of)
+    problems = check_sources(sources, config.data_root, classes_of=classes_of, image_sizes=sizes)
     for problem in problems:
         console.print(f"{problem.level}: {problem}")
     errors = sum(problem.level == "error" for problem in problems)

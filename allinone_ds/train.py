@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     gc.disable()  # while modules are imported it frees nothing and takes a fifth of the time
     from allinone_ds.distributed import leave
-    from allinone_ds.errors import REQUEUE, AllInOneError
+    from allinone_ds.errors import REQUEUE, AllInOneError, print_every_name
     from allinone_ds.run_config.schema import load_config
 
+    print_every_name()
     try:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import PositiveInt
 from torch.utils.data import Dataset
 
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, DataError, printable
 from allinone_ds.strict import Strict
 
 Sample = dict[str, Any]
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     """An error stops a run; a warning is only reported."""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+        return printable(f"{self.file}: {self.reason}")
 
 
 class Expect(Strict):
@@ -105,6 +105,8 @@ class SampleDataset(Dataset[Sample]):
     """Class names; a label is an index into this list."""
     name: str = "dataset"
     """The file or folder that error messages name."""
+    in_memory: bool = False
+    """Whether `annotation` reads no file, so that all annotations of a large dataset are counted."""
     structural: Sequence[Problem] = ()
     """Faults found without decoding an image. `open_source` raises the errors among them."""
 
@@ -117,6 +119,25 @@ class SampleDataset(Dataset[Sample]):
     def path(self, index: int) -> str:
         """Return the file of a sample without reading it."""
         return f"{self.name}#{index}"
+
+    def encoded(self, index: int) -> bytes | None:
+        """Return the content of a sample's image file, or None if there is no such file."""
+        try:
+            return Path(self.path(index)).read_bytes()
+        except (OSError, ValueError):
+            return None
+
+    def annotation(self, index: int) -> Sample:
+        """Return what is learned from a sample, to be counted: `label`; `mask`; or `boxes`, `labels` and `size`.
+
+        `boxes` (n, 4) are XYXY in pixels of the image, whose `size` is (H, W) or None; `iscrowd` is optional. The
+        default reads the sample. A subclass that can need not decode the image, and returns all boxes as stored.
+
+        Raises:
+            BrokenSample: the sample cannot be read.
+        """
+        sample = self[index]
+        return {**sample, "size": tuple(sample["image"].shape[-2:])}
 
     def check(self, index: int) -> list[Problem]:
         """Read one sample completely and return what is wrong with it."""

@@ -34,7 +34,7 @@ class CachedDataset(SampleDataset):
     def __init__(self, dataset: SampleDataset, max_bytes: int = 2**30):
         self.dataset = dataset
         self.kind, self.classes, self.name = dataset.kind, dataset.classes, dataset.name
-        self.structural = dataset.structural
+        self.structural, self.in_memory = dataset.structural, dataset.in_memory
         self.max_bytes = max_bytes
         self._samples: dict[int, Sample] = {}
         self._bytes = 0
@@ -44,6 +44,12 @@ class CachedDataset(SampleDataset):
 
     def path(self, index: int) -> str:
         return self.dataset.path(index)
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.dataset.encoded(index)
+
+    def annotation(self, index: int) -> Sample:
+        return self.dataset.annotation(index)
 
     def check(self, index: int) -> list[Problem]:
         return self.dataset.check(index)

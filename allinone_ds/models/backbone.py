@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import group_norm
-from allinone_ds.strict import Strict, did_you_mean
+from allinone_ds.strict import PathText, Strict, did_you_mean
 
 # AutoBackbone.from_pretrained accepts hub names only; these classes also accept folders.
 _CLASSES: dict[str, Any] = {
@@ -72,7 +72,7 @@ class BackboneConfig(Strict):
     """Architecture: a `model_type` of `transformers`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that model's configuration class (hidden_size, num_hidden_layers, patch_size, drop_path_rate, ...)."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Folder or hub name of pretrained weights; None initialises the weights randomly."""
     out_indices: list[int] | None = None
     """Layers whose outputs the heads receive, 1 = first layer; None: four at even distances, the last one included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.yaml_files import read_deepspeed, read_yaml
-from allinone_ds.strict import Strict, explain
+from allinone_ds.strict import ConfigPath, Strict, explain
 from allinone_ds.tasks.test_time import TestTime
 
 
@@ -33,7 +34,7 @@ class ModelConfig(Strict):
     """The part of the model that all tasks share."""
 
     backbone: BackboneConfig
-    start_from: Path | None = None
+    start_from: ConfigPath | None = None
     """Folder of an earlier run or checkpoint with the same backbone, whose weights the run starts from. The head of a
     task whose name or classes differ starts from random weights."""
 
@@ -85,9 +86,9 @@ class RunConfig(Strict):
     """
 
     name: str
-    output_dir: Path | None = None
+    output_dir: ConfigPath | None = None
     """Folder that the run is written to; None is runs/NAME."""
-    data_root: Path = Path(".")
+    data_root: ConfigPath = Path(".")
     """Folder that relative paths of the data sources start from."""
     model: ModelConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
@@ -99,6 +100,15 @@ class RunConfig(Strict):
     """DeepSpeed config: a JSON file or its content."""
     max_broken_images: int = Field(default=100, ge=0)
     """Unreadable images, over all ranks, that are skipped and counted before the run stops."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _usable_names(cls, value: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        """Refuse names that cannot be part of the names of files, modules, logs and overrides."""
+        for name in value:
+            if not re.fullmatch(r"\w[\w-]*", name):
+                raise ConfigError(f"'{name}' cannot name a task; use letters, digits, _ and -, for example 'lanes'")
+        return value
 
     @property
     def run_dir(self) -> Path:

@@ -10,28 +10,32 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from allinone_ds.errors import ConfigError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.errors import ConfigError, printable
+from allinone_ds.strict import did_you_mean, expand_path
 
 _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|[?&][^=&\s]*(?:token|key|secret|sig|password)[^=&\s]*=", re.IGNORECASE)
 
 
-def find_config(path: str | Path) -> Path:
+def find_config(path: str | Path, beside: Path | None = None) -> Path:
     """Return a configuration file: the given path if it exists, else the file of this name in the package.
+
+    A relative path starts at the working directory, or at `beside`.
 
     The files of the package are in configs/ of a checkout and in allinone_ds/configs of an installed package.
 
     Args:
         path: for example "configs/runs/demo.yaml"; the leading "configs" stands for either folder.
+        beside: folder of the file that names this one.
 
     Raises:
         ConfigError: there is no such file.
     """
-    given = Path(path)
-    if given.is_file():
-        return given
+    given = Path(expand_path(path))
+    for candidate in (given, *([beside / given] if beside else [])):
+        if candidate.is_file():
+            return candidate
     package = Path(__file__).resolve().parent.parent
     folders = (package / "configs", package.parent / "configs")
     inner = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
@@ -60,6 +64,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for item in overrides:
         if "=" not in item or item.startswith("-"):
             raise ConfigError(f"override '{item}': write KEY=VALUE, for example trainer.max_steps=50")
+        if printable(item) != item:
+            raise ConfigError(f"override '{item}': is not UTF-8; rename the folder, or make a link with another name")
     file = find_config(path)
     try:
         base = _with_bases(file)
@@ -69,6 +75,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
             base["deepspeed"] = read_deepspeed(base["deepspeed"])
         merged = _merged(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{file}: is not text in UTF-8 or UTF-16 ({error.reason}); save it as UTF-8") from error
+    except InterpolationKeyError as error:
+        hint = "for a variable of the environment write $NAME or ${oc.env:NAME}"
+        raise ConfigError(f"{file}: {error}; {hint}") from error
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list replaces a mapping
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
@@ -105,15 +116,20 @@ def _refuse_secrets(content: Any, file: str, key: str = "") -> None:
 
 
 def _with_bases(file: Path) -> Any:
-    content: Any = OmegaConf.load(file)
+    content: Any = _load(file)
     files = [file.resolve()]
     while isinstance(content, DictConfig) and "base" in content:
-        file = find_config(content.pop("base"))
+        file = find_config(content.pop("base"), beside=file.parent)
         if file.resolve() in files:
             raise ConfigError(f"{files[0]}: base leads back to {file}; remove one of these base keys")
         files.append(file.resolve())
-        content = _merged(OmegaConf.load(file), content)
+        content = _merged(_load(file), content)
     return content
+
+
+def _load(file: Path) -> Any:
+    with file.open("rb") as stream:  # from bytes, yaml recognises UTF-16 and a byte order mark
+        return OmegaConf.load(stream)  # type: ignore[arg-type]
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -139,6 +155,6 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     """Return the content of a DeepSpeed config file."""
     file = find_config(path)
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(file.read_bytes())  # from bytes, json recognises UTF-16 and a byte order mark
+    except ValueError as error:  # also of text in no such encoding
         raise ConfigError(f"{file} is not valid JSON: {error}") from error

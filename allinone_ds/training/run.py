@@ -15,7 +15,13 @@ from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_predictions_page, write_report
 from allinone_ds.run_config.arguments import arguments_from_config
-from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, without_checkpoint
+from allinone_ds.run_config.build import (
+    build_model,
+    inspect_data,
+    open_test_data,
+    open_train_data,
+    without_checkpoint,
+)
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.atomic_file import write_atomically
@@ -58,6 +64,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     train_data = open_train_data(config)
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
+    inspect_data(config, train_data, test_data)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)

@@ -287,7 +287,7 @@ class AllInOneTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
-            logs.update(self._logs.drain(self.state.global_step, self.state.log_history))
+            logs.update(self._logs.drain(self.state.global_step))
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)

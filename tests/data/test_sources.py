@@ -1,7 +1,7 @@
 """`open_source` and the type `Source`: what holds for every data format, and how a format is added."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -95,9 +95,10 @@ def test_a_new_format_is_opened_and_checked(tmp_path):
     cats = Extended.validate_python({"format": "one_class", "images": "cat", "expect": {"samples": COUNT + 1}})
     dogs = Extended.validate_python({"format": "one_class", "images": "dog"})
     found = check_sources({"cats": cats, "dogs": dogs}, tmp_path, progress=False)
-    assert [Path(p.file).name for p in found] == ["cat", "3.png", "dog"]
+    assert [Path(p.file).name for p in found] == ["cat", "cat", "3.png", "dog"]
     assert [p.reason.split(";")[0] for p in found] == [
         "holds 7 samples, expect.samples is 8: 1 missing",
+        "only class 'cat' occurs, so there is nothing to tell apart",
         "is not an image, or its header is damaged",
         "contains no sample",
     ]
@@ -113,6 +114,18 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
     with pytest.raises(ValidationError, match=r"one_class\.image\n.*not permitted"):
         Extended.validate_python({"format": "one_class", "images": "cat", "image": "x"})
     assert isinstance(Extended.validate_python(COCO), SourceConfig)  # the formats of the package remain available
+
+
+@pytest.mark.parametrize("source_class", SOURCE_CLASSES, ids=lambda source_class: source_class.__name__)
+def test_every_path_of_a_format_is_expanded(source_class, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    fields = [name for name, field in source_class.model_fields.items() if field.annotation is str and name != "format"]
+    paths = [name for name in fields if source_class.model_fields[name].is_required()]
+    others = {"format": get_args(source_class.model_fields["format"].annotation)[0]}
+    others |= {"kind": "detection"} if "kind" in source_class.model_fields else {}
+    others |= {"classes": ["a"]} if "classes" in source_class.model_fields else {}
+    read = source_class(**others, **{name: "~/x" for name in paths})
+    assert paths and [getattr(read, name) for name in paths] == ["/home/me/x"] * len(paths)
 
 
 def test_every_format_of_the_package_is_registered():

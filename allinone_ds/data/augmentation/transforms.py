@@ -14,6 +14,7 @@ from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
+from allinone_ds.errors import BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of R, G, B on the scale 0..1."""
@@ -56,6 +57,7 @@ class SampleTransform:
             further: returns further samples of the dataset, for Mosaic and MixUp; the loaders provide it.
 
         Raises:
+            BrokenSample: a transform cannot be applied to the image, for example because the image is too small.
             TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
         """
         if sample["image"].dtype != torch.uint8:
@@ -99,11 +101,14 @@ class SampleTransform:
                     name = type(step).__name__
                     raise ValueError(f"{name} combines several samples; call the transform with `further`")
                 part = step({**part, "image": tv_tensors.Image(image)}, further)
-            elif only_image or isinstance(step, PIXELS_ONLY):
-                image = step(image)
-                continue
             else:
-                part = step({**part, "image": tv_tensors.Image(image)})
+                try:
+                    if only_image or isinstance(step, PIXELS_ONLY):
+                        image = step(image)
+                        continue
+                    part = step({**part, "image": tv_tensors.Image(image)})
+                except (RuntimeError, ValueError) as error:  # for example a padding larger than the image
+                    raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
             image = part.pop("image").as_subclass(Tensor)
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
@@ -114,6 +119,14 @@ class SampleTransform:
 
     def __repr__(self) -> str:
         return f"SampleTransform({self.branches}, image_size={self.image_size})"
+
+
+def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:
+    height, width = image.shape[-2:]
+    return (
+        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {error}; change the options of "
+        "the transform in 'augment', put a resize before it, or remove the image"
+    )
 
 
 def train_transform(

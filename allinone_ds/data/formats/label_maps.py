@@ -15,9 +15,10 @@ from torchvision import tv_tensors
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.listing import require_folder, unused_images, walk_images
+from allinone_ds.data.formats.listing import is_image, require_folder, unread_files, unused_images, walk_files
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import read_image, read_label_map
+from allinone_ds.strict import PathText
 
 
 class LabelMapsSource(SourceConfig):
@@ -30,9 +31,9 @@ class LabelMapsSource(SourceConfig):
     """
 
     format: Literal["label_maps"]
-    images: str
+    images: PathText
     """Folder of the images."""
-    label_maps: str
+    label_maps: PathText
     """Folder of the label maps: one channel, in which the value of a pixel is its class id."""
     label_map_suffix: str = ""
     """What ends the name of a label map: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
@@ -112,7 +113,9 @@ class LabelMapsDataset(SampleDataset):
         """Return {path without suffixes: path} of the images below a folder; report equal stems as faults."""
         groups: dict[str, list[str]] = defaultdict(list)
         others = []
-        for file in walk_images(folder):
+        every = walk_files(folder)
+        self.structural += unread_files(folder, every)
+        for file in filter(is_image, every):
             stem = os.path.splitext(file)[0]
             if stem.endswith(suffix):
                 groups[stem.removesuffix(suffix)].append(file)
@@ -142,6 +145,9 @@ class LabelMapsDataset(SampleDataset):
             "path": path,
             "index": index,
         }
+
+    def annotation(self, index: int) -> Sample:
+        return {"mask": self.mask(index)}
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of one sample, uint8 (H, W), without reading its image.
