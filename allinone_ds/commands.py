@@ -87,6 +87,8 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
             elif event["event"] == "warning":
                 console.print(f"warning: {event['message']}", style="yellow")
+            elif event["event"] == "note":
+                console.print(event["message"])
             elif event["event"] == "end":
                 bar.update(job, state="evaluating and drawing")
             elif "eval_score" in event:

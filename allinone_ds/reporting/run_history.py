@@ -26,7 +26,7 @@ class Run:
         label: the run's name on a page.
         config: the resolved configuration; empty when the run has not begun.
         history: logs in the order of steps, each with `step`; of a step that was logged again, the last log.
-        events: (step, text) of resumes, stops and warnings, in the order of time.
+        events: (step, text) of resumes, stops, warnings and notes, in the order of time.
         metrics: content of metrics.json; empty when the run has not ended.
         pictures: task -> files of drawn predictions.
     """
@@ -100,16 +100,17 @@ def _history(file: Path) -> list[dict[str, Any]]:
 
 
 def _events(file: Path) -> list[tuple[int, str]]:
-    """Return (step, text) of every restart, stop and warning."""
-    found = []
-    for number, event in enumerate(_lines(file)):
+    """Return (step, text) of every restart, stop, warning and note."""
+    found, begun = [], False
+    for event in _lines(file):
         step = event.get("step", 0)
         match event.get("event"):
-            case "begin" if number:
-                found.append((step, "started again"))
+            case "begin":
+                found += [(step, "started again")] if begun else []
+                begun = True
             case "stopped":
                 found.append((step, f"saved and stopped by {event.get('signal')}"))
-            case "warning":
+            case "warning" | "note":
                 found.append((step, str(event.get("message"))))
     return found
 

@@ -32,6 +32,7 @@ from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.warm_start import LoadedWeightsReport
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -132,6 +133,7 @@ class AllInOneTrainer(DurableTrainer):
             args.device,
             args.max_broken_images,
         )
+        self.add_callback(LoadedWeightsReport(self))
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
