@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from allinone_ds.data.loader import TaskData, eval_loader
 from allinone_ds.distributed import all_reduce, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
+from allinone_ds.evaluation.selection import main_value, score
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks import Prediction, Sample, Task
 
@@ -102,15 +102,5 @@ def evaluate_tasks(
     model.eval()
     tasks = tasks_of(model)
     values = {name: evaluate_task(model, name, part, device, num_workers, around) for name, part in data.items()}
-    main = [values[name][tasks[name].main_metric] for name in values]
+    main = [main_value(name, tasks[name], found) for name, found in values.items()]
     return Evaluation(values, score(main) if main else None)
-
-
-def score(main: Sequence[float]) -> float:
-    """Return the mean of the tasks' main metrics; a task without a value (NaN, or torchmetrics' -1) counts 0.
-
-    Example:
-        >>> score([0.5, -1.0, math.nan, 0.5])
-        0.25
-    """
-    return sum(0.0 if math.isnan(value) or value < 0 else value for value in main) / len(main)

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import evaluate_task, score, tasks_of
+from allinone_ds.evaluation.evaluate import evaluate_task, tasks_of
 from allinone_ds.evaluation.predictor import default_device, load_run
+from allinone_ds.evaluation.selection import score
 from allinone_ds.run_config.build import open_test_data
 from allinone_ds.run_folder.names import SUBMISSION
 from allinone_ds.tasks import Prediction, Sample, Task

@@ -51,6 +51,7 @@ class ClassificationTask(Task):
 
     kind = "classification"
     main_metric = "top1"
+    greater_is_better = {"top1": True}
     pipeline_tag = "image-classification"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
 

@@ -55,6 +55,7 @@ class DetectionTask(Task):
 
     kind = "detection"
     main_metric = "map50"
+    greater_is_better = {"map50": True, "map": True}
     pipeline_tag = "object-detection"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
     shown_score = 0.3

@@ -53,6 +53,7 @@ class SegmentationTask(Task):
 
     kind = "segmentation"
     main_metric = "miou"
+    greater_is_better = {"miou": True}
     pipeline_tag = "image-segmentation"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
 

@@ -22,6 +22,7 @@ from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
 from allinone_ds.evaluation.metrics import flatten
+from allinone_ds.evaluation.selection import selects_greater
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
@@ -62,7 +63,8 @@ class AllInOneTrainer(DurableTrainer):
         callbacks: further Trainer callbacks.
 
     Raises:
-        ConfigError: the tasks of model and data differ, or `groups` of ranks are invalid.
+        ConfigError: the tasks of model and data differ, `groups` of ranks are invalid, or the metric that selects the
+            best checkpoint does not exist or has no direction.
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
@@ -98,6 +100,16 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        if args.metric_for_best_model is not None:
+            args.greater_is_better = selects_greater(
+                args.metric_for_best_model,
+                dict(model.tasks),
+                set(eval_dataset or {}),
+                args.chosen_direction,  # type: ignore[arg-type]
+            )
+            if args.lr_scheduler_type == "reduce_lr_on_plateau":  # torch expects a metric that falls
+                mode = {"mode": "max" if args.greater_is_better else "min"}
+                args.lr_scheduler_kwargs = mode | dict(args.lr_scheduler_kwargs or {})
         super().__init__(
             model=model,
             args=args,
