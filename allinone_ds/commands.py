@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.reporting.class_tables import class_tables
 from allinone_ds.reporting.tables import metrics_table, plan_tables
 
 DEMO = "configs/runs/demo.yaml"
@@ -142,6 +143,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
         metrics = evaluate_run(args.folder, args.overrides)
     console.print(metrics_table(metrics, str(args.folder)))
+    for part in class_tables(metrics.details):
+        console.print(part)
+    for message in metrics.warnings:
+        console.print(f"warning: {message}", style="yellow")
     return 0
 
 

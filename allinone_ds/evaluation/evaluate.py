@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from allinone_ds.data.loader import TaskData, eval_loader
-from allinone_ds.distributed import all_reduce, rank, world_size
+from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.selection import main_value, score
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks import Prediction, Sample, Task
+from allinone_ds.tasks.details import Details
+
+WORST = 8
+"""Images with the lowest scores that an evaluation remembers per task."""
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -59,8 +63,22 @@ def evaluate_task(
         Metric -> value; and over all ranks `samples`, the number of samples evaluated, and `broken`, the number of
         unreadable ones, when there are any.
     """
+    return _evaluate(model, name, data, device, num_workers, around, record)[0]
+
+
+def _evaluate(
+    model: nn.Module,
+    name: str,
+    data: TaskData,
+    device: torch.device,
+    num_workers: int,
+    around: Callable[[str], AbstractContextManager[None]] | None,
+    record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
+) -> tuple[dict[str, float], Details]:
+    """Return the metrics and the details of one task. Collective."""
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
+    worst: list[dict[str, Any]] = []
     counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
     for batch in loader:
@@ -68,12 +86,28 @@ def evaluate_task(
         predictions = predict_batch(model, task, pixels, batch.samples, data.test_time, around)
         if batch.count:
             metric.update(predictions, batch.samples)
+            worst = _worst([*worst, *_scored(task, predictions, batch.samples)])
             if record is not None:
                 record(batch.samples, predictions)
         counts += torch.tensor([batch.count, len(batch.broken)], device=device)
     values = {key: float(value) for key, value in metric.compute().items()}
     samples, broken = all_reduce(counts).tolist()
-    return {**values, "samples": samples, **({"broken": broken} if broken else {})}
+    worst = _worst([found for of_rank in gather_objects(worst) for found in of_rank])
+    details = task.details(metric) | ({"worst": worst} if worst else {})
+    values |= details.pop("metrics", {})
+    return {**values, "samples": samples, **({"broken": broken} if broken else {})}, details
+
+
+def _scored(task: Task, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    for prediction, sample in zip(predictions, samples, strict=True):
+        value = task.sample_score(prediction, sample)
+        if value is not None:
+            yield {"index": sample["index"], "path": str(sample.get("path", "")), "score": value}
+
+
+def _worst(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the images with the lowest scores, lowest first; the order of equal scores depends on no rank."""
+    return sorted(found, key=lambda image: (image["score"], image["index"]))[:WORST]
 
 
 def evaluate_tasks(
@@ -101,6 +135,8 @@ def evaluate_tasks(
     """
     model.eval()
     tasks = tasks_of(model)
-    values = {name: evaluate_task(model, name, part, device, num_workers, around) for name, part in data.items()}
-    main = [main_value(name, tasks[name], found) for name, found in values.items()]
-    return Evaluation(values, score(main) if main else None)
+    found = {name: _evaluate(model, name, part, device, num_workers, around) for name, part in data.items()}
+    values = {name: metrics for name, (metrics, _) in found.items()}
+    main = [main_value(name, tasks[name], metrics) for name, metrics in values.items()]
+    details = {name: part for name, (_, part) in found.items() if part}
+    return Evaluation(values, score(main) if main else None, details)

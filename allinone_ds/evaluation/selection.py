@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
@@ -80,8 +81,8 @@ def selects_greater(metric: str, tasks: Mapping[str, Task], evaluated: Collectio
         if declared is None and given is None:
             raise ConfigError(
                 f"trainer.metric_for_best_model = '{metric}': it is not known whether larger or smaller values are "
-                f"better; metrics of '{owner}' with a known direction: {', '.join(tasks[owner].known_metrics())}. Choose "
-                f"one of them, set trainer.greater_is_better, or declare it: {type(tasks[owner]).__name__}."
+                f"better; metrics of '{owner}' with a known direction: {', '.join(tasks[owner].known_metrics())}. "
+                f"Choose one of them, set trainer.greater_is_better, or declare it: {type(tasks[owner]).__name__}."
                 f"greater_is_better = {{'{key}': ...}}"
             )
         if evaluated and owner not in evaluated:
@@ -96,3 +97,23 @@ def selects_greater(metric: str, tasks: Mapping[str, Task], evaluated: Collectio
             "kept; remove greater_is_better"
         )
     return bool(declared if declared is not None else given)
+
+
+def settle_direction(args: Any, tasks: Mapping[str, Task], evaluated: Collection[str]) -> None:
+    """Set `greater_is_better` of training arguments, which the best checkpoint and early stopping read, and with it the
+    direction of a schedule that waits for a plateau.
+
+    Args:
+        args: an `AllInOneArguments`.
+        tasks: tasks of the model by name.
+        evaluated: names of the tasks with evaluation data.
+
+    Raises:
+        ConfigError: see `selects_greater`.
+    """
+    if args.metric_for_best_model is None:
+        return
+    args.greater_is_better = selects_greater(args.metric_for_best_model, tasks, evaluated, args.chosen_direction)
+    if args.lr_scheduler_type == "reduce_lr_on_plateau":  # torch expects a metric that falls
+        mode = "max" if args.greater_is_better else "min"
+        args.lr_scheduler_kwargs = {"mode": mode, **(args.lr_scheduler_kwargs or {})}

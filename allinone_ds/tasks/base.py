@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from allinone_ds.data.base import Sample
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict, did_you_mean, explain
+from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.test_time import TestTime, View
 
 _ERRORS = re.compile(r"(loss|error|err|mse|mae|mape|epe|rel|distance|nll|perplexity)(_|\b|$)")
@@ -157,6 +158,18 @@ class Task(nn.Module, ABC):
 
         `compute` synchronises all ranks and returns {name: value}, among them `main_metric`.
         """
+
+    def details(self, metric: Any) -> Details:
+        """Return what an evaluation found for each class, the same on every rank; by default nothing.
+
+        Args:
+            metric: what `metric` returned, after `compute`.
+        """
+        return {}
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return how good the prediction of one image is, larger is better, to find the worst; None: not known."""
+        return None
 
     @abstractmethod
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassStatScores
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
@@ -16,6 +16,7 @@ from allinone_ds.data.base import Sample
 from allinone_ds.models.arcface import ArcFace, ArcFaceOptions
 from allinone_ds.models.linear import LinearClassifier, LinearOptions
 from allinone_ds.tasks.base import Prediction, Task, full_precision
+from allinone_ds.tasks.details import MAX_COUNTED, Details, class_details, ratio
 from allinone_ds.tasks.drawing import caption, enlarge
 
 _HEADS: dict[str, Any] = {"linear": (LinearClassifier, LinearOptions), "arcface": (ArcFace, ArcFaceOptions)}
@@ -85,6 +86,13 @@ class ClassificationTask(Task):
     def metric(self) -> ClassificationMetric:
         return ClassificationMetric(len(self.classes))
 
+    def details(self, metric: Any) -> Details:
+        return metric.details(self.classes)
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float:
+        """Return the probability of the true class."""
+        return float(prediction["scores"][int(sample["label"])])
+
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
         large, _ = enlarge(image.cpu())
@@ -112,19 +120,44 @@ class ClassificationTask(Task):
         return torch.zeros(batch_size, dtype=torch.long)
 
 
-class ClassificationMetric(MulticlassAccuracy):
+class ClassificationMetric(MulticlassStatScores):
     """Top-1 accuracy: fraction of the images of all ranks whose most probable class is the true one."""
 
+    confusion: Tensor
+
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes=num_classes, average="micro", validate_args=False)
+        super().__init__(num_classes=num_classes, average=None, validate_args=False)
+        counted = num_classes if num_classes <= MAX_COUNTED else 0
+        self.add_state("confusion", torch.zeros(counted, counted, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:  # type: ignore[override]
         """Add images: their predictions and the original samples."""
         if not samples:
             return
         predicted = torch.tensor([prediction["label"] for prediction in predictions], device=self.device)
-        super().update(predicted, torch.tensor([int(sample["label"]) for sample in samples], device=self.device))
+        true = torch.tensor([int(sample["label"]) for sample in samples], device=self.device)
+        super().update(predicted, true)
+        if len(self.confusion):
+            self.confusion.index_put_((true, predicted), torch.ones_like(true), accumulate=True)
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Return {"top1"}, the same on every rank."""
-        return {"top1": float(super().compute())}
+        self.counts = super().compute().reshape(-1, 5).cpu()  # (K, 5): TP, FP, TN, FN, images of the class
+        self.confused = self.confusion.cpu()
+        right, images = self.counts[:, 0].sum(), self.counts[:, 4].sum()
+        return {"top1": float(right / images) if images else 0.0}
+
+    def details(self, classes: Sequence[str]) -> Details:
+        """Return what `compute` found for every class.
+
+        Args:
+            classes: K class names.
+        """
+        right, false, _, _, images = self.counts.unbind(1)
+        columns = {
+            "accuracy": ratio(right, images),
+            "precision": ratio(right, right + false),
+            "images": images,
+            "predicted": right + false,
+        }
+        return class_details(classes, columns, self.confused if len(self.confused) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from allinone_ds.models.segmenters import (
     UPerNetSegmenter,
 )
 from allinone_ds.tasks.base import Prediction, Task
+from allinone_ds.tasks.details import Details, class_details, ratio
 from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
 from allinone_ds.tasks.test_time import TestTime, View
 
@@ -105,6 +107,18 @@ class SegmentationTask(Task):
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(len(self.classes))
 
+    def details(self, metric: Any) -> Details:
+        return metric.details(self.classes)
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return the mean IoU over the classes of this image; None if no pixel has a class."""
+        truth = sample["mask"].as_subclass(Tensor).cpu().long()
+        known = truth != IGNORE
+        K = len(self.classes)
+        counts = torch.bincount(truth[known] * K + prediction["mask"].cpu().long()[known], minlength=K * K)
+        iou = _ious(counts.reshape(K, K))
+        return float(iou.nanmean()) if known.any() else None
+
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
         drawn = self._masks(image, prediction["mask"])
@@ -165,8 +179,28 @@ class SegmentationMetric(MulticlassConfusionMatrix):
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Return {"miou"}, the same on every rank."""
-        counts = super().compute().double()  # (K, K), rows: truth
-        intersection = counts.diag()
-        union = counts.sum(0) + counts.sum(1) - intersection
-        present = union > 0
-        return {"miou": float((intersection[present] / union[present]).mean()) if present.any() else 0.0}
+        self.counts = super().compute().cpu()  # (K, K), rows: truth
+        mean = float(_ious(self.counts).nanmean())
+        return {"miou": 0.0 if math.isnan(mean) else mean}
+
+    def details(self, classes: Sequence[str]) -> Details:
+        """Return what `compute` found for every class.
+
+        Args:
+            classes: K class names.
+        """
+        right, true, predicted = self.counts.diag(), self.counts.sum(1), self.counts.sum(0)
+        columns = {
+            "iou": _ious(self.counts),
+            "accuracy": ratio(right, true),
+            "precision": ratio(right, predicted),
+            "pixels": true,
+            "predicted pixels": predicted,
+        }
+        return class_details(classes, columns, self.counts)
+
+
+def _ious(counts: Tensor) -> Tensor:
+    """Return the IoU of each class (K,) from a confusion matrix (K, K); NaN for a class without any pixel."""
+    intersection = counts.diag()
+    return ratio(intersection, counts.sum(0) + counts.sum(1) - intersection)

@@ -21,12 +21,13 @@ from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
-from allinone_ds.evaluation.metrics import flatten
-from allinone_ds.evaluation.selection import selects_greater
+from allinone_ds.evaluation.metrics import Evaluation, flatten
+from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_folder.checkpoints import step_of
 from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.load_checkpoint import read_loop_state
@@ -69,6 +70,8 @@ class AllInOneTrainer(DurableTrainer):
 
     Attributes:
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
+        details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
+            described in `allinone_ds.tasks.details`.
 
     Example::
 
@@ -100,16 +103,7 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
-        if args.metric_for_best_model is not None:
-            args.greater_is_better = selects_greater(
-                args.metric_for_best_model,
-                dict(model.tasks),
-                set(eval_dataset or {}),
-                args.chosen_direction,  # type: ignore[arg-type]
-            )
-            if args.lr_scheduler_type == "reduce_lr_on_plateau":  # torch expects a metric that falls
-                mode = {"mode": "max" if args.greater_is_better else "min"}
-                args.lr_scheduler_kwargs = mode | dict(args.lr_scheduler_kwargs or {})
+        settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
         super().__init__(
             model=model,
             args=args,
@@ -146,6 +140,8 @@ class AllInOneTrainer(DurableTrainer):
             args.max_broken_images,
         )
         self.add_callback(LoadedWeightsReport(self))
+        self.details: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._evaluation_warnings: set[str] = set()
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -334,6 +330,7 @@ class AllInOneTrainer(DurableTrainer):
             self.args.dataloader_num_workers,
             around=self.balancer.evaluation if self.balancer else None,
         )
+        self._keep_details(metric_key_prefix, evaluation)
         metrics = flatten(evaluation, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
@@ -341,6 +338,17 @@ class AllInOneTrainer(DurableTrainer):
             self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep_details(self, prefix: str, evaluation: Evaluation) -> None:
+        """Keep what was found for each class, and warn once of what makes the metrics misleading."""
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        steps = {step, step_of(best)} if best else {step}
+        self.details = {key: found for key, found in self.details.items() if key[1] in steps}
+        self.details[prefix, step] = evaluation.details
+        for message in evaluation.warnings:
+            if message not in self._evaluation_warnings:
+                self._evaluation_warnings.add(message)
+                self.warn(step, message)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: the predictions of different tasks have no common shape."""
