@@ -195,6 +195,8 @@ def score(args: argparse.Namespace) -> int:
         console.print(f"{task:16} {'  '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
     console.print(f"leaderboard {args.leaderboard}    {done['score']:.6f}", style="bold")
     console.print(f"{'predictions':16} {done['file']}")
+    for message in done["warnings"]:
+        console.print(f"warning: {message}", style="yellow")
     return 0
 
 

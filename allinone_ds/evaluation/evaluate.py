@@ -46,6 +46,7 @@ def evaluate_task(
     num_workers: int = 0,
     around: Callable[[str], AbstractContextManager[None]] | None = None,
     record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
+    details: dict[str, Details] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one task, the same on every rank. Collective.
 
@@ -58,24 +59,12 @@ def evaluate_task(
         num_workers: processes per rank that read images.
         around: returns a context for each forward, given the task's name; for example `TaskBalancer.evaluation`.
         record: is called with the samples and predictions of every batch of this rank.
+        details: receives under `name` what was found for each class, and the images with the lowest scores.
 
     Returns:
         Metric -> value; and over all ranks `samples`, the number of samples evaluated, and `broken`, the number of
         unreadable ones, when there are any.
     """
-    return _evaluate(model, name, data, device, num_workers, around, record)[0]
-
-
-def _evaluate(
-    model: nn.Module,
-    name: str,
-    data: TaskData,
-    device: torch.device,
-    num_workers: int,
-    around: Callable[[str], AbstractContextManager[None]] | None,
-    record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
-) -> tuple[dict[str, float], Details]:
-    """Return the metrics and the details of one task. Collective."""
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
     worst: list[dict[str, Any]] = []
@@ -92,10 +81,12 @@ def _evaluate(
         counts += torch.tensor([batch.count, len(batch.broken)], device=device)
     values = {key: float(value) for key, value in metric.compute().items()}
     samples, broken = all_reduce(counts).tolist()
-    worst = _worst([found for of_rank in gather_objects(worst) for found in of_rank])
-    details = task.details(metric) | ({"worst": worst} if worst else {})
-    values |= details.pop("metrics", {})
-    return {**values, "samples": samples, **({"broken": broken} if broken else {})}, details
+    worst = _worst([image for of_rank in gather_objects(worst) for image in of_rank])
+    found = task.details(metric) | ({"worst": worst} if worst else {})
+    values |= found.pop("metrics", {})
+    if details is not None and found:
+        details[name] = found
+    return {**values, "samples": samples, **({"broken": broken} if broken else {})}
 
 
 def _scored(task: Task, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
@@ -135,8 +126,10 @@ def evaluate_tasks(
     """
     model.eval()
     tasks = tasks_of(model)
-    found = {name: _evaluate(model, name, part, device, num_workers, around) for name, part in data.items()}
-    values = {name: metrics for name, (metrics, _) in found.items()}
+    details: dict[str, Details] = {}
+    values = {
+        name: evaluate_task(model, name, part, device, num_workers, around, None, details)
+        for name, part in data.items()
+    }
     main = [main_value(name, tasks[name], metrics) for name, metrics in values.items()]
-    details = {name: part for name, (_, part) in found.items() if part}
     return Evaluation(values, score(main) if main else None, details)
