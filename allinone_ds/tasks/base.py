@@ -230,6 +230,24 @@ class Task(nn.Module, ABC):
         """
         return None
 
+    def samples_to_count(self) -> int:
+        """Return how many training samples to read for `use_frequencies`; 0, the default: the task needs none."""
+        return 0
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        """Return which part of a sample's targets each class has (K,), with the sum 1; None for no target.
+
+        Called only with a `samples_to_count` above 0.
+        """
+        raise NotImplementedError
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set what depends on the frequencies of the classes in the training data, before training begins.
+
+        Args:
+            frequencies: K fractions with the sum 1.
+        """
+
     def check_test_time(self, options: TestTime) -> None:
         """Check that the task can predict and merge the views; by default it can merge none.
 

@@ -19,6 +19,9 @@ from allinone_ds.tasks.base import Prediction, Task, full_precision
 from allinone_ds.tasks.details import MAX_COUNTED, Details, class_details, ratio
 from allinone_ds.tasks.drawing import caption, enlarge
 
+_COUNTED = 20_000
+"""Training images whose labels are counted at the start, if prior or class weights need it."""
+
 _HEADS: dict[str, Any] = {"linear": (LinearClassifier, LinearOptions), "arcface": (ArcFace, ArcFaceOptions)}
 
 
@@ -27,7 +30,7 @@ class ClassificationOutput(ModelOutput):
     """Raw predictions.
 
     Attributes:
-        loss: mean cross-entropy over the images of the micro-batch, float32.
+        loss: mean loss over the images of the micro-batch, float32.
         logits: (B, K), without the margins of ArcFace.
     """
 
@@ -72,6 +75,15 @@ class ClassificationTask(Task):
             with full_precision(pixel_values.device):
                 out.loss = self.classifier.loss(loss_logits, labels)
         return out
+
+    def samples_to_count(self) -> int:
+        return _COUNTED if self.classifier.needs_frequencies() else 0
+
+    def class_shares(self, sample: Sample) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(int(sample["label"])), len(self.classes))
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        self.classifier.use_frequencies(frequencies)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:

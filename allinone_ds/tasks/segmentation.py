@@ -18,6 +18,7 @@ from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmen
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
+    LogitSegmenter,
     SegmentationOutput,
     UPerNetOptions,
     UPerNetSegmenter,
@@ -28,6 +29,9 @@ from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlar
 from allinone_ds.tasks.test_time import TestTime, View
 
 __all__ = ["SegmentationMetric", "SegmentationOutput", "SegmentationTask"]
+
+_COUNTED = 64
+"""Training images whose pixels are counted at the start, for prior and class weights."""
 
 _HEADS: dict[str, Any] = {
     "light": (LightSegmenter, LightOptions),
@@ -65,6 +69,18 @@ class SegmentationTask(Task):
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         return self.segmenter(features, labels, IGNORE)
+
+    def samples_to_count(self) -> int:
+        segmenter = self.segmenter
+        return _COUNTED if isinstance(segmenter, LogitSegmenter) and segmenter.needs_frequencies() else 0
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        mask = sample["mask"].as_subclass(Tensor).flatten().long()
+        counts = torch.bincount(mask[mask != IGNORE], minlength=len(self.classes))[: len(self.classes)]
+        return counts / counts.sum() if counts.any() else None
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        self.segmenter.use_frequencies(frequencies)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:

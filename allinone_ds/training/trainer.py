@@ -28,13 +28,14 @@ from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.checkpoints import step_of
+from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
-from allinone_ds.training.warm_start import LoadedWeightsReport
+from allinone_ds.training.warm_start import StartReport
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -103,6 +104,7 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        counted = use_frequencies(dict(model.tasks), {task: data.dataset for task, data in train_dataset.items()})  # type: ignore[arg-type]
         settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
         super().__init__(
             model=model,
@@ -139,7 +141,7 @@ class AllInOneTrainer(DurableTrainer):
             args.device,
             args.max_broken_images,
         )
-        self.add_callback(LoadedWeightsReport(self))
+        self.add_callback(StartReport(self, counted))
         self.details: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._evaluation_warnings: set[str] = set()
         self.ema: ShardEMA | None = None

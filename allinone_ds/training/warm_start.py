@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ def _changed(mine: PreTrainedConfig, earlier: BackboneConfig) -> tuple[str, ...]
 
 
 class StartedTrainer(Protocol):
-    """What `LoadedWeightsReport` uses of an `AllInOneTrainer`."""
+    """What `StartReport` uses of an `AllInOneTrainer`."""
 
     model: Any
 
@@ -94,18 +95,24 @@ class StartedTrainer(Protocol):
     def note(self, step: int, message: str) -> None: ...
 
 
-class LoadedWeightsReport(TrainerCallback):
+class StartReport(TrainerCallback):
     """Says at the start of a run how many tensors came from a checkpoint or an earlier run; a warning if not all did.
 
     Args:
         trainer: its model's `backbone.loaded` is read.
+        notes: further texts.
     """
 
-    def __init__(self, trainer: StartedTrainer) -> None:
+    def __init__(self, trainer: StartedTrainer, notes: Sequence[str] = ()) -> None:
         self.trainer = trainer
+        self.notes = notes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loaded = self.trainer.model.backbone.loaded
-        if loaded is not None and not state.global_step:  # a resumed run has the weights of its own checkpoint
+        if state.global_step:  # a resumed run has the weights of its own checkpoint
+            return
+        for note in self.notes:
+            self.trainer.note(0, note)
+        if loaded is not None:
             say = self.trainer.note if loaded.complete else self.trainer.warn
             say(0, str(loaded))

@@ -13,7 +13,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.pretrained import LoadedWeights
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.run_files import ModelFacts, read_run_files
-from allinone_ds.training.warm_start import LoadedWeightsReport, start_from
+from allinone_ds.training.warm_start import StartReport, start_from
 from tests.export.untrained import untrained_run
 
 
@@ -77,6 +77,6 @@ def test_a_run_says_what_it_starts_from_and_warns_of_what_is_missing() -> None:
     part = LoadedWeights("dino", 9, missing=("layernorm.bias",), unexpected=())
     for loaded, step, kind in ((whole, 0, "note"), (part, 0, "warning"), (part, 3, None), (None, 0, None)):
         trainer = FakeTrainer(loaded)
-        LoadedWeightsReport(trainer).on_train_begin(None, SimpleNamespace(global_step=step), None)
+        StartReport(trainer).on_train_begin(None, SimpleNamespace(global_step=step), None)
         assert trainer.said == ([(kind, 0, str(loaded))] if kind else [])
     assert "8 of 9 tensors loaded" in str(whole) and "1 unexpected (head.bias)" in str(whole)
