@@ -144,7 +144,7 @@ class SegmentationTask(Task):
 
     def _masks(self, image: Tensor, mask: Tensor) -> Tensor:
         large, factor = enlarge(image.cpu())
-        large, present = draw_mask(large, enlarge_mask(mask.cpu(), factor), len(self.classes))
+        large, present = draw_mask(large, enlarge_mask(mask.cpu(), factor), self.classes)
         colors = palette(len(self.classes))
         return legend(large, [(self.classes[k], colors[k]) for k in present])
 
@@ -156,9 +156,12 @@ class SegmentationTask(Task):
 
     @staticmethod
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
-        """Return the image with the colours of its classes, dark where there is none, and the names of the classes."""
+        """Return the image with the colours of its classes, dark where there is none, and their names.
+
+        A class that is named as the background keeps the colours of the image.
+        """
         mask = sample["mask"].as_subclass(Tensor)
-        drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, len(classes), alpha=0.35)
+        drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, classes, alpha=0.35)
         return torch.where(mask >= len(classes), drawn // 4, drawn), ", ".join(classes[k] for k in present)
 
     def export_outputs(self, outputs: Any) -> dict[str, Tensor]:

@@ -300,6 +300,8 @@ class AllInOneTrainer(DurableTrainer):
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
             logs.update(self._logs.drain(self.state.global_step, self.state.log_history))
+            for message in self._logs.warnings:
+                self.warn(self.state.global_step, message)
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
