@@ -213,11 +213,11 @@ class LowShares:
                     logs.get(f"grad_norm/{task}/{what}", math.nan) for what in ("share", "raw", "scale")
                 )
                 warnings.append(
-                    f"task '{task}' had less than {100 * self.limit:.2g} % of the update of the backbone in each of the last "
-                    f"{steps} steps (since the last log: share {share:.1e}, norm of its gradient {norm:.1e} before "
-                    f"scaling, factor {scale:.1e}): the backbone hardly learns from it. Its head may predict one class "
-                    'only, its loss may be constant, or the weighting may give it no weight; see "Imbalance" in '
-                    "docs/heads.md"
+                    f"task '{task}' had less than {100 * self.limit:.2g} % of the update of the backbone in each of "
+                    f"the last {steps} steps (since the last log: share {share:.1e}, norm of its gradient {norm:.1e} "
+                    f"before scaling, factor {scale:.1e}): the backbone hardly learns from it. Its head may predict "
+                    "one class only, its loss may be constant, or the weighting may give it no weight; see "
+                    "'Imbalance' in docs/heads.md"
                 )
         return warnings
 
