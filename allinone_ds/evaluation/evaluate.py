@@ -91,7 +91,8 @@ def evaluate_task(
 
 def _scored(task: Task, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     for prediction, sample in zip(predictions, samples, strict=True):
-        value = task.sample_score(prediction, sample)
+        # a data set of the user's may not number its samples
+        value = task.sample_score(prediction, sample) if "index" in sample else None
         if value is not None:
             yield {"index": sample["index"], "path": str(sample.get("path", "")), "score": value}
 

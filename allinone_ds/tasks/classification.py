@@ -99,11 +99,11 @@ class ClassificationTask(Task):
         return ClassificationMetric(len(self.classes))
 
     def details(self, metric: Any) -> Details:
-        return metric.details(self.classes)
+        return metric.details(self.classes) if isinstance(metric, ClassificationMetric) else {}
 
-    def sample_score(self, prediction: Prediction, sample: Sample) -> float:
-        """Return the probability of the true class."""
-        return float(prediction["scores"][int(sample["label"])])
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return the probability of the true class; None in a subclass whose predictions have none."""
+        return float(prediction["scores"][int(sample["label"])]) if "scores" in prediction else None
 
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:

@@ -150,7 +150,7 @@ class DetectionTask(Task):
         return DetectionMetric(counted, self.detector.max_detections, self.shown_score)
 
     def details(self, metric: Any) -> Details:
-        return metric.details(self.classes)
+        return metric.details(self.classes) if isinstance(metric, DetectionMetric) else {}
 
     def sample_score(self, prediction: Prediction, sample: Sample) -> float:
         """Return F1 at IoU 0.5 of the predictions that are drawn."""

@@ -124,7 +124,7 @@ class SegmentationTask(Task):
         return SegmentationMetric(len(self.classes))
 
     def details(self, metric: Any) -> Details:
-        return metric.details(self.classes)
+        return metric.details(self.classes) if isinstance(metric, SegmentationMetric) else {}
 
     def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
         """Return the mean IoU over the classes of this image; None if no pixel has a class."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torchmetrics import MeanSquaredError
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.selection import contribution, main_value, score, selects_greater
+from allinone_ds.evaluation.selection import contribution, main_value, score, selects_greater, settle_direction
+from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.tasks import build_task
 from allinone_ds.tasks.classification import ClassificationTask
 from tests.tiny import CLASSES, SIZE, tiny_backbone, tiny_model
@@ -131,3 +134,36 @@ def test_every_metric_of_the_package_has_a_direction() -> None:
         assert task.main_metric in task.greater_is_better
         metric = task.metric()
         assert {*metric.compute(), *task.details(metric).get("metrics", {})} <= set(task.greater_is_better)
+
+
+def arguments(**values: Any) -> Any:
+    plain = {"output_dir": "unused", "max_steps": 4, "deepspeed": "configs/deepspeed/zero2.json", "use_cpu": True}
+    return AllInOneArguments(**plain, **values)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("depth_rmse", 1), ("depth_delta1", 2), ("score", 1)])
+def test_trainer_and_early_stopping_keep_the_better_model(metric: str, best: int) -> None:
+    args = arguments(metric_for_best_model=metric, eval_strategy="steps", eval_steps=1, save_steps=1)
+    settle_direction(args, tasks(), tasks())
+    state = TrainerState()
+    trainer: Any = SimpleNamespace(args=args, state=state)
+    stopping = EarlyStoppingCallback(early_stopping_patience=1)
+    kept = []
+    for step, (rmse, delta1, score_) in enumerate([(3.0, 0.3, 0.3), (1.0, 0.2, 0.6), (2.0, 0.9, 0.5)]):
+        metrics = {"eval_depth_rmse": rmse, "eval_depth_delta1": delta1, "eval_score": score_}
+        value = metrics[f"eval_{metric}"]
+        stopping.check_metric_value(args, state, TrainerControl(), value)
+        if Trainer._determine_best_metric(trainer, metrics, None):
+            kept.append(step)
+    assert kept[-1] == best
+    assert stopping.early_stopping_patience_counter == (0 if best == 2 else 1)
+
+
+def test_a_direction_that_the_user_chose_is_known_and_a_plateau_follows() -> None:
+    assert arguments().chosen_direction is None and arguments(greater_is_better=False).chosen_direction is False
+    for metric, mode in (("depth_rmse", "min"), ("score", "max")):
+        args = arguments(metric_for_best_model=metric, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+        settle_direction(args, tasks(), tasks())
+        assert args.lr_scheduler_kwargs["mode"] == mode and args.greater_is_better is (mode == "max")
+    with pytest.raises(ConfigError, match="of 'score' larger values are better"):
+        settle_direction(arguments(greater_is_better=False), tasks(), tasks())
