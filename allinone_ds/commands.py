@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.reporting.class_tables import class_tables
 from allinone_ds.reporting.tables import metrics_table, plan_tables
 from allinone_ds.strict import expand_path
 
@@ -88,6 +89,8 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
                 bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
             elif event["event"] == "warning":
                 console.print(f"warning: {event['message']}", style="yellow")
+            elif event["event"] == "note":
+                console.print(event["message"])
             elif event["event"] == "end":
                 bar.update(job, state="evaluating and drawing")
             elif "eval_score" in event:
@@ -141,6 +144,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
         metrics = evaluate_run(args.folder, args.overrides)
     console.print(metrics_table(metrics, str(args.folder)))
+    for part in class_tables(metrics.details):
+        console.print(part)
+    for message in metrics.warnings:
+        console.print(f"warning: {message}", style="yellow")
     return 0
 
 
@@ -189,6 +196,8 @@ def score(args: argparse.Namespace) -> int:
         console.print(f"{task:16} {'  '.join(f'{key} {value:.6g}' for key, value in metrics.items())}")
     console.print(f"leaderboard {args.leaderboard}    {done['score']:.6f}", style="bold")
     console.print(f"{'predictions':16} {done['file']}")
+    for message in done["warnings"]:
+        console.print(f"warning: {message}", style="yellow")
     return 0
 
 

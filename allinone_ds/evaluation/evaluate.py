@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,10 +10,15 @@ import torch
 from torch import nn
 
 from allinone_ds.data.loader import TaskData, eval_loader
-from allinone_ds.distributed import all_reduce, rank, world_size
+from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
+from allinone_ds.evaluation.selection import main_value, score
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.tasks import Prediction, Sample, Task
+from allinone_ds.tasks.details import Details
+
+WORST = 8
+"""Images with the lowest scores that an evaluation remembers per task."""
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -42,6 +46,7 @@ def evaluate_task(
     num_workers: int = 0,
     around: Callable[[str], AbstractContextManager[None]] | None = None,
     record: Callable[[Sequence[Sample], Sequence[Prediction]], None] | None = None,
+    details: dict[str, Details] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one task, the same on every rank. Collective.
 
@@ -54,6 +59,7 @@ def evaluate_task(
         num_workers: processes per rank that read images.
         around: returns a context for each forward, given the task's name; for example `TaskBalancer.evaluation`.
         record: is called with the samples and predictions of every batch of this rank.
+        details: receives under `name` what was found for each class, and the images with the lowest scores.
 
     Returns:
         Metric -> value; and over all ranks `samples`, the number of samples evaluated, and `broken`, the number of
@@ -61,6 +67,7 @@ def evaluate_task(
     """
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
+    worst: list[dict[str, Any]] = []
     counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
     for batch in loader:
@@ -68,12 +75,31 @@ def evaluate_task(
         predictions = predict_batch(model, task, pixels, batch.samples, data.test_time, around)
         if batch.count:
             metric.update(predictions, batch.samples)
+            worst = _worst([*worst, *_scored(task, predictions, batch.samples)])
             if record is not None:
                 record(batch.samples, predictions)
         counts += torch.tensor([batch.count, len(batch.broken)], device=device)
     values = {key: float(value) for key, value in metric.compute().items()}
     samples, broken = all_reduce(counts).tolist()
+    worst = _worst([image for of_rank in gather_objects(worst) for image in of_rank])
+    found = task.details(metric) | ({"worst": worst} if worst else {})
+    values |= found.pop("metrics", {})
+    if details is not None and found:
+        details[name] = found
     return {**values, "samples": samples, **({"broken": broken} if broken else {})}
+
+
+def _scored(task: Task, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    for prediction, sample in zip(predictions, samples, strict=True):
+        # a data set of the user's may not number its samples
+        value = task.sample_score(prediction, sample) if "index" in sample else None
+        if value is not None:
+            yield {"index": sample["index"], "path": str(sample.get("path", "")), "score": value}
+
+
+def _worst(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the images with the lowest scores, lowest first; the order of equal scores depends on no rank."""
+    return sorted(found, key=lambda image: (image["score"], image["index"]))[:WORST]
 
 
 def evaluate_tasks(
@@ -101,16 +127,10 @@ def evaluate_tasks(
     """
     model.eval()
     tasks = tasks_of(model)
-    values = {name: evaluate_task(model, name, part, device, num_workers, around) for name, part in data.items()}
-    main = [values[name][tasks[name].main_metric] for name in values]
-    return Evaluation(values, score(main) if main else None)
-
-
-def score(main: Sequence[float]) -> float:
-    """Return the mean of the tasks' main metrics; a task without a value (NaN, or torchmetrics' -1) counts 0.
-
-    Example:
-        >>> score([0.5, -1.0, math.nan, 0.5])
-        0.25
-    """
-    return sum(0.0 if math.isnan(value) or value < 0 else value for value in main) / len(main)
+    details: dict[str, Details] = {}
+    values = {
+        name: evaluate_task(model, name, part, device, num_workers, around, None, details)
+        for name, part in data.items()
+    }
+    main = [main_value(name, tasks[name], metrics) for name, metrics in values.items()]
+    return Evaluation(values, score(main) if main else None, details)

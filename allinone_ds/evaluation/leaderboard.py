@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import evaluate_task, score, tasks_of
+from allinone_ds.evaluation.evaluate import evaluate_task, tasks_of
+from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.predictor import default_device, load_run
+from allinone_ds.evaluation.selection import score
 from allinone_ds.run_config.build import open_test_data
 from allinone_ds.run_folder.names import SUBMISSION
 from allinone_ds.tasks import Prediction, Sample, Task
@@ -48,7 +50,8 @@ def score_run(
             ["tasks.seg.test_time.flip=true"].
 
     Returns:
-        "leaderboard", "score" (0 to 1), "metrics" (task -> metric -> value) and "file", the path of the file.
+        "leaderboard", "score" (0 to 1), "metrics" (task -> metric -> value), "file", the path of the file, and
+        "warnings", what the user should know about the numbers.
 
     Raises:
         ConfigError: there are no weights, or a kind does not have exactly one task with test data.
@@ -65,6 +68,7 @@ def score_run(
     chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test})
     data = open_test_data(config, {name: task.classes for name, task in tasks.items()})
     metrics: dict[str, dict[str, float]] = {}
+    details: dict[str, Any] = {}
     written: dict[str, Any] = {}
     for kind, name in chosen.items():
         rows: list[dict[str, Any]] = []
@@ -75,14 +79,14 @@ def score_run(
                 for s, p in zip(samples, predictions, strict=True)
             ]
 
-        metrics[name] = evaluate_task(model, name, data[name], device, record=keep)
+        metrics[name] = evaluate_task(model, name, data[name], device, record=keep, details=details)
         written[name] = {"kind": kind, "classes": tasks[name].classes, "predictions": rows}
     main = [metrics[name][metric] for name, metric in zip(chosen.values(), KINDS[leaderboard].values(), strict=True)]
     summary = {"leaderboard": leaderboard, "score": score(main), "metrics": metrics}
     target = Path(output) if output is not None else Path(folder) / SUBMISSION.format(leaderboard)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"version": 1, "run": config.name, **summary, "tasks": written}) + "\n")
-    return {**summary, "file": str(target)}
+    return {**summary, "file": str(target), "warnings": Evaluation(metrics, details=details).warnings}
 
 
 def _one_of_each(tasks: dict[str, Task], kinds: dict[str, str], tested: set[str]) -> dict[str, str]:

@@ -8,6 +8,10 @@ from typing import Any
 
 TRAINED_PREFIX, AVERAGED_PREFIX = "eval", "eval_ema"
 """Prefixes of flat names: metrics of the trained weights, and of their average (`ema_decay`)."""
+CLASS = "class/"
+"""Beginning of the names of values of one class: class/CLASS/METRIC."""
+MAX_LOGGED_CLASSES = 20
+"""Classes up to which a task's logs have one value per class; with more, only metrics.json and the report have them."""
 COUNTS = ("samples", "broken")
 """Values of a task that count images; all its other values are metrics."""
 
@@ -19,6 +23,7 @@ class Evaluation:
     Attributes:
         tasks: task -> name -> value: metrics, `samples` (images evaluated) and, if any, `broken` (unreadable images).
         score: mean of the tasks' main metrics; None when no task was evaluated.
+        details: task -> what was found for each class, see `allinone_ds.tasks.details`.
 
     Example:
         >>> Evaluation({"det": {"map50": 0.5, "samples": 9}}, score=0.5).metrics("det")
@@ -27,6 +32,12 @@ class Evaluation:
 
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     score: float | None = None
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about these numbers, one text per fact."""
+        return [f"{task}: {note}" for task, found in self.details.items() for note in found.get("notes", [])]
 
     def metrics(self, task: str) -> dict[str, float]:
         """Return a task's values without the counts of images."""
@@ -36,6 +47,8 @@ class Evaluation:
 def flatten(evaluation: Evaluation, prefix: str = TRAINED_PREFIX) -> dict[str, float]:
     """Return the values under Trainer's flat names: PREFIX_TASK_METRIC, and PREFIX_score.
 
+    Up to `MAX_LOGGED_CLASSES` classes it also has PREFIX_TASK_class/CLASS/METRIC, for the first metric per class.
+
     Example:
         >>> flatten(Evaluation({"det": {"map50": 0.5}, "det_small": {"map50": 0.25}}, score=0.375))
         {'eval_det_map50': 0.5, 'eval_det_small_map50': 0.25, 'eval_score': 0.375}
@@ -43,13 +56,18 @@ def flatten(evaluation: Evaluation, prefix: str = TRAINED_PREFIX) -> dict[str, f
     flat = {
         f"{prefix}_{task}_{name}": value for task, values in evaluation.tasks.items() for name, value in values.items()
     }
+    for task, found in evaluation.details.items():
+        if "per_class" in found and len(found["classes"]) <= MAX_LOGGED_CLASSES:
+            metric, column = next(iter(found["per_class"].items()))
+            named = zip(found["classes"], column, strict=True)
+            flat |= {f"{prefix}_{task}_{CLASS}{name}/{metric}": value for name, value in named if value is not None}
     return flat if evaluation.score is None else {**flat, f"{prefix}_score": evaluation.score}
 
 
 def nest(record: Mapping[str, Any], tasks: Iterable[str], prefix: str = TRAINED_PREFIX) -> Evaluation:
     """Return the evaluation that `flatten` wrote into a record, for example into a line of log.jsonl.
 
-    A flat name belongs to the task with the longest name that fits.
+    A flat name belongs to the task with the longest name that fits. Values per class are left out.
 
     Args:
         record: flat names -> values; all other entries are ignored.
@@ -68,7 +86,9 @@ def nest(record: Mapping[str, Any], tasks: Iterable[str], prefix: str = TRAINED_
     nested: dict[str, dict[str, float]] = {}
     for key, value in record.items():
         start = next((start for start in starts if key.startswith(start)), None)
-        if start is not None and owners[start][0] == prefix and key not in summaries and value is not None:
+        if start is None or key in summaries or value is None or key.removeprefix(start).startswith(CLASS):
+            continue
+        if owners[start][0] == prefix:
             nested.setdefault(owners[start][1], {})[key.removeprefix(start)] = value
     return Evaluation(nested, record.get(f"{prefix}_score"))
 

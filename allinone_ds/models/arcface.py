@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.strict import Strict
+from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions
 
 _LARGEST_COSINE = 1.0 - 1e-7  # the slope of acos is infinite at 1
 
 
-class ArcFaceOptions(Strict):
+class ArcFaceOptions(ClassLossOptions):
     """Options of the classification head `arcface`.
 
     Example:
@@ -62,6 +63,7 @@ class ArcFace(nn.Module):
         super().__init__()
         self.num_classes, self.scale = num_classes, options.scale
         self.margin_of_class = class_margins(num_classes, options)
+        self.criterion = ClassLoss(num_classes, options)
         self.embed = nn.Linear(channels, options.width)
         self.weight = nn.Parameter(torch.empty(num_classes * options.sub_centers, options.width))
         nn.init.xavier_uniform_(self.weight)
@@ -88,13 +90,21 @@ class ArcFace(nn.Module):
             return self.scale * cosines, self.scale * with_margins
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over images.
+        """Return the mean loss over images.
 
         Args:
             logits: (B, K) float32, the second result of `forward`.
             labels: (B,) long.
         """
-        return F.cross_entropy(logits, labels)
+        return self.criterion(logits, labels, self.training) / max(len(labels), 1)
+
+    def needs_frequencies(self) -> bool:
+        """Return whether `use_frequencies` would change something."""
+        return self.criterion.balanced
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set balanced class weights from the frequencies of the classes in the training data."""
+        self.criterion.use_frequencies(frequencies)
 
 
 def class_margins(num_classes: int, options: ArcFaceOptions) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BackboneOutput
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.pretrained import LoadedWeights, load_pretrained
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
@@ -74,6 +74,8 @@ class BackboneConfig(Strict):
     """Fields of that model's configuration class (hidden_size, num_hidden_layers, patch_size, drop_path_rate, ...)."""
     checkpoint: PathText | None = None
     """Folder or hub name of pretrained weights; None initialises the weights randomly."""
+    min_loaded: float = Field(0.9, ge=0, le=1)
+    """Smallest fraction of the backbone's tensors that `checkpoint` must contain; with fewer the run does not start."""
     out_indices: list[int] | None = None
     """Layers whose outputs the heads receive, 1 = first layer; None: four at even distances, the last one included."""
     stem: Literal["patch", "conv"] = "patch"
@@ -137,6 +139,7 @@ class Backbone(nn.Module):
 
     Args:
         net: a backbone model of `transformers`.
+        loaded: which of its tensors came from a checkpoint; None without one.
 
     Attributes:
         channels: channels C of every feature map.
@@ -145,9 +148,10 @@ class Backbone(nn.Module):
         config: configuration of the ViT.
     """
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, loaded: LoadedWeights | None = None) -> None:
         super().__init__()
         self.net = net
+        self.loaded = loaded
         self.config = net.config
         self.channels: int = self.config.hidden_size
         self.stride: int = _patch_size(self.config)
@@ -183,8 +187,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         ConfigError: the model's configuration does not have a field of `cfg.config`, or settings contradict each other.
 
     Example:
-        >>> import torch
-        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+        >>>         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
         >>> backbone = build_backbone(BackboneConfig(config=sizes))
         >>> [tuple(level.shape) for level in backbone(torch.randn(1, 3, 32, 48)).feature_maps]
         [(1, 32, 4, 6), (1, 32, 4, 6)]
@@ -192,7 +195,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         (32, 8, 2)
     """
     try:
-        net = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else _from_config(cfg)
+        net, loaded = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else (_from_config(cfg), None)
     except ConfigError:
         raise
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
@@ -204,7 +207,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
     for name, parameter in net.named_parameters():
         if name.endswith("mask_token"):  # only masked pretraining uses it, so it never gets a gradient
             parameter.requires_grad_(False)
-    return Backbone(net)
+    return Backbone(net, loaded)
 
 
 def _from_config(cfg: BackboneConfig) -> Any:
@@ -217,19 +220,27 @@ def _from_config(cfg: BackboneConfig) -> Any:
     return AutoBackbone.from_config(config)
 
 
-def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> Any:
+def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedWeights]:
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
-    config = AutoConfig.from_pretrained(checkpoint)
-    if config.model_type != cfg.model_type:
-        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{config.model_type}', but model_type is "
+    theirs = AutoConfig.from_pretrained(checkpoint)
+    if theirs.model_type != cfg.model_type:
+        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "
                           f"'{cfg.model_type}'; change model_type")  # fmt: skip
-    _check_fields(cfg, config)
-    indices = _checked(cfg.out_indices or _spread(config.num_hidden_layers), config.num_hidden_layers)
-    config = AutoConfig.from_pretrained(checkpoint, out_indices=indices, **cfg.config)
+    _check_fields(cfg, theirs)
+    depth = cfg.config.get("num_hidden_layers", theirs.num_hidden_layers)
+    indices = _checked(cfg.out_indices or _spread(depth), depth)
+    named = ("stage_names", "out_features", "out_indices")  # the configuration derives them from the depth
+    kept = {key: value for key, value in theirs.to_dict().items() if key not in named}
+    config = type(theirs).from_dict({**kept, **cfg.config}, out_indices=indices)
     _check_values(config)
-    return _CLASSES[cfg.model_type].from_pretrained(checkpoint, config=config, dtype=torch.float32)
+    changed = {
+        key: (getattr(config, key), getattr(theirs, key))
+        for key in cfg.config
+        if getattr(config, key) != getattr(theirs, key)
+    }
+    return load_pretrained(_CLASSES[cfg.model_type], checkpoint, config, cfg.min_loaded, changed)
 
 
 def _check_fields(cfg: BackboneConfig, config: Any) -> None:

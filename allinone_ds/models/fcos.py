@@ -43,7 +43,7 @@ class FCOSOptions(Strict):
     nms_threshold: float = Field(0.6, gt=0, le=1)
     """IoU above which the weaker of two boxes of one class is dropped."""
     max_detections: int = Field(100, ge=1)
-    """Boxes kept per image."""
+    """Boxes kept per image. Above 100, it is also the number of boxes per image and class that mAP counts."""
 
 
 @dataclass

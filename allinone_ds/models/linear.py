@@ -1,15 +1,17 @@
-"""The linear classifier, with label smoothing."""
+"""The linear classifier."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from allinone_ds.strict import Strict
+from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions, set_prior
 
 
-class LinearOptions(Strict):
+class LinearOptions(ClassLossOptions):
     """Options of the classification head `linear`.
 
     Example:
@@ -19,8 +21,8 @@ class LinearOptions(Strict):
 
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping a pooled feature in training."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the target that is spread over all classes in training."""
+    prior: Literal["uniform", "data"] = "uniform"
+    """Initial probability of the classes: "uniform": all equal; "data": their frequency in the training data."""
 
 
 class LinearClassifier(nn.Linear):
@@ -34,7 +36,8 @@ class LinearClassifier(nn.Linear):
 
     def __init__(self, num_classes: int, channels: int, options: LinearOptions) -> None:
         super().__init__(channels, num_classes)
-        self.label_smoothing = options.label_smoothing
+        self.prior = options.prior
+        self.criterion = ClassLoss(num_classes, options)
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
 
@@ -44,10 +47,20 @@ class LinearClassifier(nn.Linear):
         return logits, logits.float()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy over images, smoothed in training.
+        """Return the mean loss over images.
 
         Args:
             logits: (B, K) float32, the second result of `forward`.
             labels: (B,) long.
         """
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
+        return self.criterion(logits, labels, self.training) / max(len(labels), 1)
+
+    def needs_frequencies(self) -> bool:
+        """Return whether `use_frequencies` would change something."""
+        return self.criterion.balanced or (self.prior == "data" and not self.bias.any())
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set prior and balanced class weights from the frequencies of the classes in the training data."""
+        if self.prior == "data":
+            set_prior(self.bias, frequencies)
+        self.criterion.use_frequencies(frequencies)

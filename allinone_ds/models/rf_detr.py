@@ -52,6 +52,9 @@ class RFDetrOptions(Strict):
     """Dropout in the decoder."""
     score_threshold: float = Field(0.01, ge=0, lt=1)
     """Predictions with a lower score are dropped."""
+    max_detections: int | None = Field(None, ge=1)
+    """Boxes kept per image, at most `num_queries`; None: all. Above 100, it is also the number of boxes per image and
+    class that mAP counts."""
 
 
 class RFDetrDetector(nn.Module):
@@ -69,7 +72,8 @@ class RFDetrDetector(nn.Module):
         options: see `RFDetrOptions`.
 
     Raises:
-        ConfigError: more queries than cells, or a width that the numbers of attention heads do not divide.
+        ConfigError: more queries than cells, more boxes than queries, or a width that the numbers of attention heads do
+            not divide.
     """
 
     def __init__(
@@ -93,7 +97,11 @@ class RFDetrDetector(nn.Module):
                 raise ConfigError(f"rf_detr: width {options.width} is no multiple of {name} {getattr(options, name)}; "
                                   "change one of them")  # fmt: skip
         self.score_threshold = options.score_threshold
-        self.num_queries = self.max_detections = options.num_queries
+        self.num_queries = options.num_queries
+        self.max_detections = options.max_detections or options.num_queries
+        if self.max_detections > self.num_queries:
+            raise ConfigError(f"rf_detr: max_detections = {self.max_detections}, but there are {self.num_queries} "
+                              "queries, which predict one box each; raise num_queries")  # fmt: skip
         self.image_size = image_size
         config = RfDetrConfig(
             backbone_config=_neck_shape(8, 1),  # replaced below
@@ -174,7 +182,7 @@ class RFDetrDetector(nn.Module):
             outputs,
             threshold=self.score_threshold,
             target_sizes=[self.image_size] * len(outputs.logits),
-            top_k=self.num_queries,
+            top_k=self.max_detections,
         )
         limit = outputs.logits.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
         for prediction in predictions:

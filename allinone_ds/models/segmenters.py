@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,8 +15,8 @@ from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
 from transformers.utils import ModelOutput
 
+from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions, set_prior
 from allinone_ds.models.pyramid import SCALES, ChannelNorm, Fuse, SimpleFeaturePyramid
-from allinone_ds.strict import Strict
 
 
 @dataclass
@@ -23,7 +24,7 @@ class SegmentationOutput(ModelOutput):
     """Raw predictions.
 
     Attributes:
-        loss: mean cross-entropy over the valid pixels of the micro-batch, float32.
+        loss: mean loss over the valid pixels of the micro-batch, float32.
         logits: (B, K, h, w) at the head's resolution.
     """
 
@@ -31,14 +32,51 @@ class SegmentationOutput(ModelOutput):
     logits: Tensor | None = None
 
 
+class LogitOptions(ClassLossOptions):
+    """Options that the segmentation heads with logits per cell share.
+
+    Example:
+        >>> LogitOptions(prior="uniform").focal_gamma
+        0.0
+    """
+
+    prior: Literal["data", "uniform"] = "data"
+    """Initial probability of the classes: "data": their frequency in the training data; "uniform": all equal."""
+
+
 class LogitSegmenter(nn.Module, ABC):
     """Base class of segmenters that predict class logits per cell.
+
+    Args:
+        num_classes: K.
+        options: see `LogitOptions`.
 
     Attributes:
         score_name: name of `scores` among the outputs of an ONNX graph.
     """
 
     score_name = "logits"
+
+    def __init__(self, num_classes: int, options: LogitOptions) -> None:
+        super().__init__()
+        self.prior = options.prior
+        self.loss = ClassLoss(num_classes, options)
+
+    @property
+    @abstractmethod
+    def output(self) -> nn.Conv2d:
+        """The last layer, whose bias is the prior of the classes."""
+
+    def needs_frequencies(self) -> bool:
+        """Return whether `use_frequencies` would change something."""
+        bias = self.output.bias
+        return self.loss.balanced or (self.prior == "data" and bias is not None and not bias.any())
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set prior and balanced class weights from the frequencies of the classes in the training data."""
+        if self.prior == "data":
+            set_prior(self.output.bias, frequencies)
+        self.loss.use_frequencies(frequencies)
 
     @abstractmethod
     def logits(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -56,7 +94,7 @@ class LogitSegmenter(nn.Module, ABC):
         out = SegmentationOutput(logits=logits)
         if masks is not None:
             with torch.autocast(masks.device.type, enabled=False):
-                out.loss = segmentation_loss(logits, masks, ignore_index)
+                out.loss = segmentation_loss(logits, masks, ignore_index, self.loss, self.training)
         return out
 
     @staticmethod
@@ -70,7 +108,7 @@ class LogitSegmenter(nn.Module, ABC):
         return outputs.logits.float().softmax(1)
 
 
-class LightOptions(Strict):
+class LightOptions(LogitOptions):
     """Options of the segmentation head `light`.
 
     Example:
@@ -99,7 +137,7 @@ class LightSegmenter(LogitSegmenter):
     """
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: LightOptions) -> None:
-        super().__init__()
+        super().__init__(num_classes, options)
         width = options.width
         layers: list[nn.Module] = [nn.GELU()]
         for _ in range(options.num_convs):
@@ -115,11 +153,15 @@ class LightSegmenter(LogitSegmenter):
         self.classifier = nn.Conv2d(width, num_classes, 1)
         _initialize_uniform(self.classifier)
 
+    @property
+    def output(self) -> nn.Conv2d:
+        return self.classifier
+
     def logits(self, features: tuple[Tensor, ...]) -> Tensor:
         return self.classifier(self.decoder(self.fuse(features)))  # (B, K, h * 2^upsamples, w * 2^upsamples)
 
 
-class UPerNetOptions(Strict):
+class UPerNetOptions(LogitOptions):
     """Options of the segmentation head `upernet`.
 
     Example:
@@ -150,7 +192,7 @@ class UPerNetSegmenter(LogitSegmenter):
     """
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: UPerNetOptions) -> None:
-        super().__init__()
+        super().__init__(num_classes, options)
         width = options.width
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
@@ -161,20 +203,29 @@ class UPerNetSegmenter(LogitSegmenter):
                 module.batch_norm = ChannelNorm(width)  # type: ignore[assignment]
         _initialize_uniform(self.head.classifier)
 
+    @property
+    def output(self) -> nn.Conv2d:
+        return self.head.classifier
+
     def logits(self, features: tuple[Tensor, ...]) -> Tensor:
         return self.head(self.pyramid(self.fuse(features)))  # (B, K, h * scales[0], w * scales[0])
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean cross-entropy over the valid pixels of the batch, in float32 at the resolution of the masks.
+def segmentation_loss(
+    logits: Tensor, masks: Tensor, ignore_index: int, loss: ClassLoss | None = None, training: bool = True
+) -> Tensor:
+    """Return the mean loss over the valid pixels of the batch, in float32 at the resolution of the masks.
 
     Args:
         logits: (B, K, h, w), any floating dtype.
         masks: (B, H, W) class ids.
         ignore_index: pixels with this value do not count; without any other pixel the result is 0, with a gradient.
+        loss: loss of a pixel; None: cross-entropy.
+        training: whether labels are smoothed.
     """
     logits = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, masks.long(), ignore_index=ignore_index, reduction="sum")
+    loss = loss or ClassLoss(logits.shape[1], ClassLossOptions())  # type: ignore[call-arg]
+    total = loss(logits, masks.long(), training, ignore_index)
     return total / (masks != ignore_index).sum().clamp(min=1)
 
 

@@ -15,13 +15,15 @@ STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 1rem; color: #1b1b1b; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; } h4 { font-size: .95rem; margin: 1rem 0 .3rem; }
 p { margin: .4rem 0; max-width: 75ch; } .note { color: #555; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; } caption { text-align: left; color: #555; padding: .2rem 0; }
 th, td { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre { font-size: .85rem; } td code { overflow-wrap: break-word; } pre { overflow-x: auto; }
+.matrix th, .matrix td { padding: .15rem .4rem; font-size: .85rem; }
+.matrix thead th { vertical-align: bottom; } .matrix thead span { writing-mode: vertical-rl; }
 .plots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .pictures { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(45%, 200px), 1fr)); }

@@ -12,7 +12,7 @@ from allinone_ds.balance.report import StepReport
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.distributed import all_reduce, cpu_group, gather_objects
 from allinone_ds.errors import DataError
-from allinone_ds.reporting.meters import Means, Pace, update_shares
+from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares
 
 
 class TaskLogs:
@@ -40,6 +40,7 @@ class TaskLogs:
 
     Attributes:
         pace: measures the time of the steps.
+        warnings: problems that the last call of `drain` found, as texts for the user.
 
     Example:
         >>> values = {"det": torch.tensor(2.0)}
@@ -57,7 +58,9 @@ class TaskLogs:
         self.device = device
         self.max_broken_images = max_broken_images
         self.pace = Pace(images, device)
+        self.warnings: list[str] = []
         self._means = Means(device)
+        self._low = LowShares(schedule.tasks, device)
         self._gram_report: StepReport | None = None  # the last one with a Gram matrix
         self._broken: dict[str, str] = {}  # message by file, of this rank since the last log
         self._broken_files: set[str] = set()  # of all ranks and the whole run, as of the last log
@@ -65,6 +68,7 @@ class TaskLogs:
     def add(self, report: StepReport) -> None:
         """Add the values of one step."""
         shares = update_shares(report.norms, report.scales)
+        self._low.add(shares)
         values: dict[str, Tensor] = {}
         for task in self.schedule.tasks:
             values[f"loss/{task}"] = report.losses[task]
@@ -91,6 +95,7 @@ class TaskLogs:
         """
         with self.pace.working():
             logs = self._means.drain()
+            self.warnings = self._low.drain(logs)
         logs.update(self.pace.drain())
         logs.update({f"epoch/{task}": self.schedule.epoch(task, step) for task in self.schedule.tasks})
         logs["broken_images"] = self._count_broken()
@@ -105,6 +110,7 @@ class TaskLogs:
         report = self._gram_report
         return {
             "means": self._means.state_dict(),
+            "low_shares": self._low.state_dict(),
             "gram": None if report is None else report.gram,
             "gram_tasks": [] if report is None else list(report.tasks),
             "broken": list(self._broken.values()),
@@ -114,6 +120,8 @@ class TaskLogs:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from values that `state_dict` returned."""
         self._means.load_state_dict(state["means"])
+        if "low_shares" in state:  # not in checkpoints of earlier releases
+            self._low.load_state_dict(state["low_shares"])
         self._gram_report = None
         if state["gram"] is not None:  # cosines need nothing else of the report
             self._gram_report = StepReport({}, {}, {}, {}, tasks=tuple(state["gram_tasks"]), gram=state["gram"])

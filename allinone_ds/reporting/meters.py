@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,3 +161,72 @@ def update_shares(norms: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> 
     squares = {task: torch.where(scales[task] > 0, norms[task] * scales[task], 0.0).square() for task in norms}
     total = torch.stack(list(squares.values())).sum()
     return {task: square / total for task, square in squares.items()}
+
+
+class LowShares:
+    """Warns of tasks that hardly move the backbone: whose share of the update is small in many steps in a row.
+
+    The limit is 1 % of the update, or with more than ten tasks a tenth of an equal share. Steps are counted on the
+    device and read once per log. A step without any update does not count.
+
+    Args:
+        tasks: names of the T tasks.
+        device: device of the counts.
+
+    Example:
+        >>> low = LowShares(["a", "b"], torch.device("cpu"))
+        >>> for _ in range(LowShares.STEPS):
+        ...     low.add({"a": torch.tensor(0.999), "b": torch.tensor(0.001)})
+        >>> low.drain({"grad_norm/b/share": 0.001, "grad_norm/b/raw": 1e-5, "grad_norm/b/scale": 1.0})[0][:66]
+        "task 'b' had less than 1 % of the update of the backbone in each o"
+        >>> low.drain({})  # once per occurrence
+        []
+    """
+
+    STEPS = 100
+
+    def __init__(self, tasks: Sequence[str], device: torch.device) -> None:
+        self.tasks = list(tasks)
+        self.limit = min(0.01, 0.1 / len(self.tasks))
+        self._steps = torch.zeros(len(self.tasks), dtype=torch.long, device=device)
+        self._warned: set[str] = set()
+
+    def add(self, shares: Mapping[str, Tensor]) -> None:
+        """Add one step's shares, task -> 0-dim, as `update_shares` returned them."""
+        row = torch.stack([shares[task].to(self._steps.device) for task in self.tasks])
+        counted = torch.where(row < self.limit, self._steps + 1, 0)
+        self._steps = torch.where(torch.isnan(row), self._steps, counted)
+
+    def drain(self, logs: Mapping[str, float]) -> list[str]:
+        """Return a warning for each task whose count has reached `STEPS` since it was last warned of.
+
+        Args:
+            logs: the means since the last log, for the numbers in the warning.
+        """
+        warnings = []
+        for task, steps in zip(self.tasks, self._steps.tolist(), strict=True):
+            if steps < self.STEPS:
+                self._warned.discard(task)
+            elif task not in self._warned:
+                self._warned.add(task)
+                share, norm, scale = (
+                    logs.get(f"grad_norm/{task}/{what}", math.nan) for what in ("share", "raw", "scale")
+                )
+                warnings.append(
+                    f"task '{task}' had less than {100 * self.limit:.2g} % of the update of the backbone in each of "
+                    f"the last {steps} steps (since the last log: share {share:.1e}, norm of its gradient {norm:.1e} "
+                    f"before scaling, factor {scale:.1e}): the backbone hardly learns from it. Its head may predict "
+                    "one class only, its loss may be constant, or the weighting may give it no weight; see "
+                    "'Imbalance' in docs/heads.md"
+                )
+        return warnings
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and which tasks were warned of."""
+        return {"steps": dict(zip(self.tasks, self._steps.tolist(), strict=True)), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; tasks that it does not have start at 0."""
+        counts = [int(state["steps"].get(task, 0)) for task in self.tasks]
+        self._steps = torch.tensor(counts, dtype=torch.long, device=self._steps.device)
+        self._warned = set(state["warned"])

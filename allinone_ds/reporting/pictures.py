@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,14 @@ from allinone_ds.tasks.drawing import to_pil
 
 @torch.no_grad()
 def collect_drawings(
-    model: Any, data: Mapping[str, TaskData], device: torch.device, count: int, draw: bool
+    model: Any,
+    data: Mapping[str, TaskData],
+    device: torch.device,
+    count: int,
+    draw: bool,
+    indices: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Return predictions of every task drawn on its first test images. Collective.
+    """Return predictions of every task drawn on its first test images, or on chosen ones. Collective.
 
     Args:
         model: an AllInOneModel, or the DeepSpeed engine around it; left in evaluation mode.
@@ -28,6 +33,7 @@ def collect_drawings(
         device: the model's device.
         count: images per task; unreadable ones are left out.
         draw: whether this rank draws. The other ranks only run the model, as ZeRO-3 requires.
+        indices: task -> positions of the images to draw instead of the first ones, the same on every rank.
 
     Returns:
         task -> pictures, each uint8 (3, H, W); empty where `draw` is False.
@@ -36,7 +42,8 @@ def collect_drawings(
     tasks = tasks_of(model)
     pictures: dict[str, list[Tensor]] = {}
     for name, part in data.items():
-        samples = _readable(part, count)
+        chosen = range(len(part.dataset)) if indices is None else indices.get(name, ())
+        samples = _readable(part, chosen, count)
         if not samples:
             continue
         batch = part.collate([part.transform(sample) for sample in samples])
@@ -51,10 +58,10 @@ def collect_drawings(
     return pictures
 
 
-def _readable(part: TaskData, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` samples that can be read."""
+def _readable(part: TaskData, indices: Sequence[int], count: int) -> list[dict[str, Any]]:
+    """Return the first `count` samples at these positions that can be read."""
     samples: list[dict[str, Any]] = []
-    for index in range(len(part.dataset)):
+    for index in indices:
         if len(samples) == count:
             break
         try:
@@ -64,14 +71,15 @@ def _readable(part: TaskData, count: int) -> list[dict[str, Any]]:
     return samples
 
 
-def save_pictures(pictures: Mapping[str, list[Tensor]], folder: str | Path) -> None:
+def save_pictures(pictures: Mapping[str, list[Tensor]], folder: str | Path, name: str = PICTURES) -> None:
     """Write predictions/TASK-NN.png, which the pages of a run show.
 
     Args:
         pictures: task -> pictures, each uint8 (3, H, W).
         folder: the run's folder.
+        name: folder of the pictures in it.
     """
-    target = Path(folder) / PICTURES
+    target = Path(folder) / name
     target.mkdir(parents=True, exist_ok=True)
     for task, drawn in pictures.items():
         for number, picture in enumerate(drawn):

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from allinone_ds.evaluation.metrics import labelled_metrics
+from allinone_ds.reporting.class_tables import class_sections
 from allinone_ds.reporting.html_page import document, figure, image, table
 from allinone_ds.reporting.plots import Lines, describe, evaluation_lines, series, svg
 from allinone_ds.reporting.run_history import Run, dotted_values, read_run
@@ -47,7 +48,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     target = Path(output) if output is not None else runs[0].folder / REPORT_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
-    sections = [_results(runs), _differences(runs), _events(runs), _plots(runs), _last_values(runs), _predictions(runs)]
+    sections = [_results(runs), _differences(runs), _events(runs), _plots(runs), _last_values(runs)]
+    sections += [class_sections(runs), _predictions(runs)]
     target.write_text(document(title, [*sections, *(_configuration(run) for run in runs)]))
     return target
 
@@ -221,9 +223,19 @@ def _predictions(runs: Sequence[Run]) -> str:
         parts.append(f"<h3>{escape(task)}</h3>")
         if len(runs) == 1:
             parts += [f'<div class="pictures{small}">', *(row[0] for row in rows), "</div>"]
+            parts += _lowest_scores(runs[0], task, small)
         else:
             parts += [f'<div class="pictures beside{small}">' + "".join(row) + "</div>" for row in rows]
     return "<h2>Predictions</h2>" + "".join(parts) if parts else ""
+
+
+def _lowest_scores(run: Run, task: str, small: str) -> list[str]:
+    files, images = run.worst.get(task, []), run.details.get(task, {}).get("worst", [])
+    drawn = [
+        _picture(task, number, file, f"{Path(found['path']).name}: {found['score']:.3f}")
+        for number, (file, found) in enumerate(zip(files, images, strict=False))
+    ]
+    return ["<h4>Lowest scores</h4>", f'<div class="pictures{small}">', *drawn, "</div>"] if drawn else []
 
 
 def _picture(task: str, number: int, file: Path, label: str) -> str:

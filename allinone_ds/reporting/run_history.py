@@ -14,7 +14,7 @@ import yaml
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.metrics import TRAINED_PREFIX, Evaluation, nest
 from allinone_ds.reporting.plots import series
-from allinone_ds.run_folder.names import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, PICTURES
+from allinone_ds.run_folder.names import CONFIG_FILE, DETAILS, EVENTS_FILE, METRICS_FILE, PICTURES, WORST_PICTURES
 
 
 @dataclass
@@ -26,9 +26,10 @@ class Run:
         label: the run's name on a page.
         config: the resolved configuration; empty when the run has not begun.
         history: logs in the order of steps, each with `step`; of a step that was logged again, the last log.
-        events: (step, text) of resumes, stops and warnings, in the order of time.
+        events: (step, text) of resumes, stops, warnings and notes, in the order of time.
         metrics: content of metrics.json; empty when the run has not ended.
         pictures: task -> files of drawn predictions.
+        worst: task -> files of drawn predictions with the lowest scores, lowest first.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Run:
     events: list[tuple[int, str]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, list[Path]] = field(default_factory=dict)
+    worst: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -49,6 +51,11 @@ class Run:
         """The flat record of the final evaluation, or of the last one of a run that has not ended."""
         logged = [entry for entry in self.history if f"{TRAINED_PREFIX}_score" in entry]
         return self.metrics if f"{TRAINED_PREFIX}_score" in self.metrics or not logged else logged[-1]
+
+    @property
+    def details(self) -> dict[str, dict[str, Any]]:
+        """Task -> what the final evaluation found for each class."""
+        return self.metrics.get(DETAILS, {})
 
     def evaluation(self, prefix: str = TRAINED_PREFIX) -> Evaluation:
         """Return the metrics of `evaluated`: of the trained weights, or of their average with AVERAGED_PREFIX."""
@@ -70,9 +77,6 @@ def read_run(folder: str | Path) -> Run:
     if not (folder / EVENTS_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         raise ConfigError(f"{folder}: has neither {EVENTS_FILE} nor {METRICS_FILE}; give the folder of a run")
     config = yaml.safe_load(_text(folder / CONFIG_FILE)) or {}
-    pictures: dict[str, list[Path]] = {}
-    for file in sorted((folder / PICTURES).glob("*-*.png")):
-        pictures.setdefault(file.stem.rpartition("-")[0], []).append(file)
     return Run(
         folder=folder,
         label=str(config.get("name", folder.name)),
@@ -80,8 +84,16 @@ def read_run(folder: str | Path) -> Run:
         history=_history(folder / EVENTS_FILE),
         events=_events(folder / EVENTS_FILE),
         metrics=json.loads(_text(folder / METRICS_FILE) or "{}"),
-        pictures=pictures,
+        pictures=_pictures(folder / PICTURES),
+        worst=_pictures(folder / WORST_PICTURES),
     )
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    pictures: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*-*.png")):
+        pictures.setdefault(file.stem.rpartition("-")[0], []).append(file)
+    return pictures
 
 
 def _history(file: Path) -> list[dict[str, Any]]:
@@ -100,16 +112,17 @@ def _history(file: Path) -> list[dict[str, Any]]:
 
 
 def _events(file: Path) -> list[tuple[int, str]]:
-    """Return (step, text) of every restart, stop and warning."""
-    found = []
-    for number, event in enumerate(_lines(file)):
+    """Return (step, text) of every restart, stop, warning and note."""
+    found, begun = [], False
+    for event in _lines(file):
         step = event.get("step", 0)
         match event.get("event"):
-            case "begin" if number:
-                found.append((step, "started again"))
+            case "begin":
+                found += [(step, "started again")] if begun else []
+                begun = True
             case "stopped":
                 found.append((step, f"saved and stopped by {event.get('signal')}"))
-            case "warning":
+            case "warning" | "note":
                 found.append((step, str(event.get("message"))))
     return found
 

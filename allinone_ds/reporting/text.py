@@ -15,7 +15,7 @@ def task_losses(logs: dict[str, Any]) -> dict[str, float]:
 
 
 def metrics_line(logs: dict[str, Any]) -> str:
-    """Return the metrics of one log as a line of text, under their flat names.
+    """Return the metrics of one log as a line of text, under their flat names, without counts and values per class.
 
     Example:
         >>> metrics_line({"eval_det_map50": 0.25, "eval_det_samples": 9, "eval_score": 0.25, "eval_runtime": 2.0})
@@ -24,7 +24,7 @@ def metrics_line(logs: dict[str, Any]) -> str:
     return "  ".join(
         f"{key.removeprefix('eval_')} {value:.3f}"
         for key, value in logs.items()
-        if key.startswith("eval_") and key != "eval_runtime" and isinstance(value, float)  # counts are integers
+        if key.startswith("eval_") and key != "eval_runtime" and "_class/" not in key and isinstance(value, float)
     )
 
 

@@ -119,7 +119,8 @@ class WandbTracker(WandbCallback):
         if config.is_file():
             run.config.update({"run": yaml.safe_load(config.read_text())}, allow_val_change=True)
         for name, task in tasks_of(model).items():
-            run.define_metric(METRIC.format(task=name, metric=task.main_metric), step_metric=STEP, summary="max")
+            best = "min" if task.better_is_greater(task.main_metric) is False else "max"
+            run.define_metric(METRIC.format(task=name, metric=task.main_metric), step_metric=STEP, summary=best)
         run.define_metric(SCORE, step_metric=STEP, summary="max")
         if run.step < before.get("rows", 0):  # an offline run does not get its row counter from the server
             run.log({STEP: state.global_step}, step=before["rows"])

@@ -102,7 +102,10 @@ class AllInOneArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="score", metadata={"help": "`score` is the mean of the tasks' main metrics."}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "On: higher scores are better."})
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Follows from the declaration of `metric_for_best_model`; set it for a metric without one."},
+    )
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Trackers, for example `wandb` or `tensorboard`."}
     )
@@ -161,6 +164,7 @@ class AllInOneArguments(TrainingArguments):
             self.use_cpu = True
         if self.use_cpu:
             spare_cpu_kernel()
+        self.chosen_direction = self.greater_is_better  # Trainer's guess from the metric's name replaces None
         super().__post_init__()
 
 

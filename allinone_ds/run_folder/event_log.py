@@ -15,7 +15,7 @@ from allinone_ds.run_folder.names import EVENTS_FILE
 
 
 class RunCallback(TrainerCallback):
-    """A Trainer callback with two additional events."""
+    """A Trainer callback with three additional events."""
 
     def on_checkpoint(self, folder: Path) -> None:
         """Add files to the checkpoint that is being written to `folder`. Called on rank 0."""
@@ -23,12 +23,15 @@ class RunCallback(TrainerCallback):
     def on_warning(self, step: int, message: str) -> None:
         """Report a problem that did not end the run. Called on rank 0."""
 
+    def on_note(self, step: int, message: str) -> None:
+        """Report a fact about the run that is no problem. Called on rank 0."""
+
 
 class EventLog(RunCallback):
     """Appends events to RUN/log.jsonl: {"event": ..., "time": ..., "step": ..., ...}.
 
-    Events are "begin", "log", "warning", "end" (of training) and "stopped", the last event of a run that saved a
-    checkpoint and ended because of a signal.
+    Events are "begin", "log", "warning", "note", "end" (of training) and "stopped", the last event of a run that
+    saved a checkpoint and ended because of a signal.
 
     Args:
         folder: folder of the run.
@@ -70,3 +73,6 @@ class EventLog(RunCallback):
 
     def on_warning(self, step: int, message: str) -> None:
         self.write("warning", step=step, message=message)
+
+    def on_note(self, step: int, message: str) -> None:
+        self.write("note", step=step, message=message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,7 +16,11 @@ from transformers.utils import ModelOutput
 from allinone_ds.data.base import Sample
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict, did_you_mean, explain
+from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.test_time import TestTime, View
+
+_ERRORS = re.compile(r"(loss|error|err|mse|mae|mape|epe|rel|distance|nll|perplexity)(_|\b|$)")
+"""Names of metrics of which smaller values are better."""
 
 Prediction = dict[str, Any]
 """One image's prediction; the keys depend on the task, see its `predict`."""
@@ -43,8 +48,10 @@ class Task(nn.Module, ABC):
 
     Attributes:
         kind: kind of data set that the task reads: "detection", "segmentation", "classification", or a new one.
-        main_metric: the key of `metric().compute()` that enters the run's score. Its values lie in 0..1 and larger is
-            better: the best checkpoint has the largest mean over tasks, and a value below 0 counts as 0.
+        main_metric: the key of `metric().compute()` that enters the run's score, whose largest mean over tasks selects
+            the best checkpoint. Its values lie in 0..1. An error e, of which smaller is better, counts as 1 / (1 + e).
+        greater_is_better: for every key of `metric().compute()` whether larger values are better. Without an entry,
+            larger values of the main metric are better; a main metric whose name reads like an error needs one.
         pipeline_tag: what model hubs call the kind, for the model card; None if they have no name for it.
         HEADS: options class of each head by name; empty if the task has one head, which reads `options` itself.
 
@@ -64,6 +71,7 @@ class Task(nn.Module, ABC):
 
     kind: ClassVar[str]
     main_metric: ClassVar[str]
+    greater_is_better: ClassVar[Mapping[str, bool]] = {}
     pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
 
@@ -87,6 +95,12 @@ class Task(nn.Module, ABC):
             raise ConfigError(f"tasks.{name}.image_size = {list(self.image_size)}: both sides must be multiples of "
                               f"{stride}, the backbone's patch size")  # fmt: skip
         self.head_name, self.options = self._head_options(head, options)
+        if self.main_metric not in self.greater_is_better and _ERRORS.search(self.main_metric.lower()):
+            raise ConfigError(
+                f"tasks.{name}: the main metric '{self.main_metric}' of {type(self).__name__} reads like an error, of "
+                "which smaller is better; declare it in the class, for example "
+                f"greater_is_better = {{'{self.main_metric}': False}}"
+            )
 
     def _head_options(self, head: str | None, options: dict[str, Any]) -> tuple[str | None, Any]:
         """Return the name of the head and its options, validated where the task has options classes."""
@@ -145,6 +159,18 @@ class Task(nn.Module, ABC):
         `compute` synchronises all ranks and returns {name: value}, among them `main_metric`.
         """
 
+    def details(self, metric: Any) -> Details:
+        """Return what an evaluation found for each class, the same on every rank; by default nothing.
+
+        Args:
+            metric: what `metric` returned, after `compute`.
+        """
+        return {}
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return how good the prediction of one image is, larger is better, to find the worst; None: not known."""
+        return None
+
     @abstractmethod
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
         """Return the prediction drawn on the image, next to the truth if `sample` is given.
@@ -157,6 +183,19 @@ class Task(nn.Module, ABC):
         Returns:
             uint8 (3, H', W').
         """
+
+    def better_is_greater(self, metric: str) -> bool | None:
+        """Return whether larger values of a metric are better; None if the class does not say."""
+        if metric in self.greater_is_better:
+            return self.greater_is_better[metric]
+        if metric != self.main_metric:
+            return None
+        declared = getattr(self.metric(), "higher_is_better", None)  # an attribute of torchmetrics' classes
+        return declared if isinstance(declared, bool) else True
+
+    def known_metrics(self) -> list[str]:
+        """Return the names of the metrics whose direction is known, the main metric first."""
+        return list(dict.fromkeys([self.main_metric, *self.greater_is_better]))
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the prediction as plain numbers and lists."""
@@ -190,6 +229,24 @@ class Task(nn.Module, ABC):
         The default, None, leaves the loss out of the count. It is right for losses whose activations depend on values.
         """
         return None
+
+    def samples_to_count(self) -> int:
+        """Return how many training samples to read for `use_frequencies`; 0, the default: the task needs none."""
+        return 0
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        """Return which part of a sample's targets each class has (K,), with the sum 1; None for no target.
+
+        Called only with a `samples_to_count` above 0.
+        """
+        raise NotImplementedError
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set what depends on the frequencies of the classes in the training data, before training begins.
+
+        Args:
+            frequencies: K fractions with the sum 1.
+        """
 
     def check_test_time(self, options: TestTime) -> None:
         """Check that the task can predict and merge the views; by default it can merge none.

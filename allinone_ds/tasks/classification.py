@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassStatScores
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
@@ -16,7 +16,11 @@ from allinone_ds.data.base import Sample
 from allinone_ds.models.arcface import ArcFace, ArcFaceOptions
 from allinone_ds.models.linear import LinearClassifier, LinearOptions
 from allinone_ds.tasks.base import Prediction, Task, full_precision
+from allinone_ds.tasks.details import MAX_COUNTED, Details, class_details, ratio
 from allinone_ds.tasks.drawing import caption, enlarge
+
+_COUNTED = 20_000
+"""Training images whose labels are counted at the start, if prior or class weights need it."""
 
 _HEADS: dict[str, Any] = {"linear": (LinearClassifier, LinearOptions), "arcface": (ArcFace, ArcFaceOptions)}
 
@@ -26,7 +30,7 @@ class ClassificationOutput(ModelOutput):
     """Raw predictions.
 
     Attributes:
-        loss: mean cross-entropy over the images of the micro-batch, float32.
+        loss: mean loss over the images of the micro-batch, float32.
         logits: (B, K), without the margins of ArcFace.
     """
 
@@ -51,6 +55,7 @@ class ClassificationTask(Task):
 
     kind = "classification"
     main_metric = "top1"
+    greater_is_better = {"top1": True}
     pipeline_tag = "image-classification"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
 
@@ -71,6 +76,15 @@ class ClassificationTask(Task):
                 out.loss = self.classifier.loss(loss_logits, labels)
         return out
 
+    def samples_to_count(self) -> int:
+        return _COUNTED if self.classifier.needs_frequencies() else 0
+
+    def class_shares(self, sample: Sample) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(int(sample["label"])), len(self.classes))
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        self.classifier.use_frequencies(frequencies)
+
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         labels = torch.tensor([int(sample["label"]) for sample in samples])
@@ -83,6 +97,13 @@ class ClassificationTask(Task):
 
     def metric(self) -> ClassificationMetric:
         return ClassificationMetric(len(self.classes))
+
+    def details(self, metric: Any) -> Details:
+        return metric.details(self.classes) if isinstance(metric, ClassificationMetric) else {}
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return the probability of the true class; None in a subclass whose predictions have none."""
+        return float(prediction["scores"][int(sample["label"])]) if "scores" in prediction else None
 
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
@@ -111,19 +132,44 @@ class ClassificationTask(Task):
         return torch.zeros(batch_size, dtype=torch.long)
 
 
-class ClassificationMetric(MulticlassAccuracy):
+class ClassificationMetric(MulticlassStatScores):
     """Top-1 accuracy: fraction of the images of all ranks whose most probable class is the true one."""
 
+    confusion: Tensor
+
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes=num_classes, average="micro", validate_args=False)
+        super().__init__(num_classes=num_classes, average=None, validate_args=False)
+        counted = num_classes if num_classes <= MAX_COUNTED else 0
+        self.add_state("confusion", torch.zeros(counted, counted, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:  # type: ignore[override]
         """Add images: their predictions and the original samples."""
         if not samples:
             return
         predicted = torch.tensor([prediction["label"] for prediction in predictions], device=self.device)
-        super().update(predicted, torch.tensor([int(sample["label"]) for sample in samples], device=self.device))
+        true = torch.tensor([int(sample["label"]) for sample in samples], device=self.device)
+        super().update(predicted, true)
+        if len(self.confusion):
+            self.confusion.index_put_((true, predicted), torch.ones_like(true), accumulate=True)
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Return {"top1"}, the same on every rank."""
-        return {"top1": float(super().compute())}
+        self.counts = super().compute().reshape(-1, 5).cpu()  # (K, 5): TP, FP, TN, FN, images of the class
+        self.confused = self.confusion.cpu()
+        right, images = self.counts[:, 0].sum(), self.counts[:, 4].sum()
+        return {"top1": float(right / images) if images else 0.0}
+
+    def details(self, classes: Sequence[str]) -> Details:
+        """Return what `compute` found for every class.
+
+        Args:
+            classes: K class names.
+        """
+        right, false, _, _, images = self.counts.unbind(1)
+        columns = {
+            "accuracy": ratio(right, images),
+            "precision": ratio(right, right + false),
+            "images": images,
+            "predicted": right + false,
+        }
+        return class_details(classes, columns, self.confused if len(self.confused) else None)

@@ -6,32 +6,29 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.data.base import Sample
-from allinone_ds.distributed import gather_objects
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.rf_detr import RFDetrDetector, RFDetrOptions
 from allinone_ds.tasks.base import Prediction, Task
+from allinone_ds.tasks.details import Details
+from allinone_ds.tasks.detection_metric import COCO_LIMIT, SIZES, DetectionMetric, image_score, truth_of
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge
 from allinone_ds.tasks.test_time import TestTime, View, view_size
+
+__all__ = ["DetectionMetric", "DetectionTask"]
 
 _SAME_OBJECT = 0.6
 """IoU above which boxes of one class in different views count as one object."""
 _MAX_NAMED_BOXES = 8
 """`draw_truth` writes class names only up to this many boxes."""
 
-# COCO's thresholds in float64. Those of torchmetrics 1.9 are rounded to float32, some of them above the recall they
-# stand for, which changed the mAP of random boxes by 4e-4 relative to pycocotools.
-_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
-_RECALLS = np.linspace(0.0, 1.0, 101).tolist()
 _HEADS: dict[str, Any] = {"fcos": (FCOSDetector, FCOSOptions), "rf_detr": (RFDetrDetector, RFDetrOptions)}
 
 
@@ -55,6 +52,7 @@ class DetectionTask(Task):
 
     kind = "detection"
     main_metric = "map50"
+    greater_is_better = {"map50": True, "map": True, **{f"map_{size}": True for size in SIZES}}
     pipeline_tag = "object-detection"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
     shown_score = 0.3
@@ -148,7 +146,16 @@ class DetectionTask(Task):
                 self.detector.image_size = before
 
     def metric(self) -> DetectionMetric:
-        return DetectionMetric()
+        counted = max(self.options.max_detections or COCO_LIMIT, COCO_LIMIT)
+        return DetectionMetric(counted, self.detector.max_detections, self.shown_score)
+
+    def details(self, metric: Any) -> Details:
+        return metric.details(self.classes) if isinstance(metric, DetectionMetric) else {}
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float:
+        """Return F1 at IoU 0.5 of the predictions that are drawn."""
+        cpu = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+        return image_score(cpu, truth_of(sample), self.shown_score)
 
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
@@ -191,51 +198,3 @@ class DetectionTask(Task):
     def _boxes(self, image: Tensor, boxes: Tensor, labels: Tensor, names: list[str]) -> Tensor:
         large, factor = enlarge(image.cpu())
         return draw_boxes(large, boxes.as_subclass(Tensor) * factor, labels, names, len(self.classes))
-
-
-class DetectionMetric:
-    """COCO's mAP ("map", mean over IoU 0.50 to 0.95) and mAP50 ("map50") over the images of all ranks.
-
-    torchmetrics gathers one tensor per image and needs equally many images on every rank. Here the numbers may differ:
-    the lists are gathered as objects, and every rank computes the same result from all of them.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-
-    def to(self, device: Any) -> DetectionMetric:
-        """Return itself: boxes are kept on the CPU whatever the device."""
-        return self
-
-    def update(self, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> None:
-        """Add images: their predictions and the original samples."""
-        for prediction, sample in zip(predictions, samples, strict=True):
-            predicted = {key: prediction[key].detach().cpu() for key in ("boxes", "scores", "labels")}
-            truth = {
-                "boxes": sample["boxes"].as_subclass(Tensor).float().reshape(-1, 4),
-                "labels": sample["labels"],
-            }
-            if "iscrowd" in sample:
-                truth["iscrowd"] = sample["iscrowd"].long()
-            self.images.append((predicted, truth))
-
-    def compute(self) -> dict[str, float]:
-        """Return {"map50", "map"}, the same on every rank; every rank must call it."""
-        images = [image for of_rank in gather_objects(self.images) for image in of_rank]
-        if not images:
-            return {"map50": 0.0, "map": 0.0}
-        metric = MeanAveragePrecision(
-            box_format="xyxy",
-            iou_type="bbox",
-            iou_thresholds=_IOU_THRESHOLDS,
-            rec_thresholds=_RECALLS,
-            sync_on_compute=False,
-        )
-        metric.warn_on_many_detections = False
-        metric.update([predicted for predicted, _ in images], [truth for _, truth in images])
-        result = metric.compute()
-        # torchmetrics returns -1 if the truth has no object of any class
-        return {"map50": max(float(result["map_50"]), 0.0), "map": max(float(result["map"]), 0.0)}

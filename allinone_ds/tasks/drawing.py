@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 FONT_SIZE = 13
 _SMALLEST = 320  # minimum length of the shorter side of a drawing in pixels, so that text on it is readable
+_BACKGROUND = ("background", "bg", "unlabeled", "unlabelled", "void")
 _LINE = FONT_SIZE + 6  # height of a line of text in pixels
 
 
@@ -70,19 +72,31 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, names: list[str], n
     )
 
 
-def draw_mask(image: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55) -> tuple[Tensor, list[int]]:
-    """Return the image blended with the colours of its label map, and the class ids that appear in the map.
+def is_background(name: str) -> bool:
+    """Return whether a class of a segmentation is what is left of the image, by its name.
+
+    Example:
+        >>> is_background("Background"), is_background("__background__"), is_background("wall")
+        (True, True, False)
+    """
+    return name.strip(" _").lower() in _BACKGROUND
+
+
+def draw_mask(image: Tensor, mask: Tensor, classes: Sequence[str], alpha: float = 0.55) -> tuple[Tensor, list[int]]:
+    """Return the image blended with the colours of its label map, and the class ids that were drawn.
+
+    A class that is named as the background keeps the colours of the image.
 
     Args:
         image: uint8 (3, H, W).
-        mask: (H, W) class ids; ids from `num_classes` on are not drawn.
-        num_classes: K.
+        mask: (H, W) class ids; ids from K on are not drawn.
+        classes: K class names.
         alpha: weight of the colours, 0..1.
     """
     mask = mask.as_subclass(Tensor).cpu()
-    present = [k for k in mask.unique().tolist() if k < num_classes]
+    present = [k for k in mask.unique().tolist() if k < len(classes) and not is_background(classes[k])]
     if present:
-        colors = [palette(num_classes)[k] for k in present]
+        colors = [palette(len(classes))[k] for k in present]
         image = draw_segmentation_masks(image, torch.stack([mask == k for k in present]), alpha, colors)
     return image, present
 

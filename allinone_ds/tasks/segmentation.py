@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,20 @@ from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmen
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
+    LogitSegmenter,
     SegmentationOutput,
     UPerNetOptions,
     UPerNetSegmenter,
 )
 from allinone_ds.tasks.base import Prediction, Task
+from allinone_ds.tasks.details import Details, class_details, ratio
 from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
 from allinone_ds.tasks.test_time import TestTime, View
 
 __all__ = ["SegmentationMetric", "SegmentationOutput", "SegmentationTask"]
+
+_COUNTED = 64
+"""Training images whose pixels are counted at the start, for prior and class weights."""
 
 _HEADS: dict[str, Any] = {
     "light": (LightSegmenter, LightOptions),
@@ -53,6 +59,7 @@ class SegmentationTask(Task):
 
     kind = "segmentation"
     main_metric = "miou"
+    greater_is_better = {"miou": True}
     pipeline_tag = "image-segmentation"
     HEADS = {name: options for name, (_, options) in _HEADS.items()}
 
@@ -62,6 +69,18 @@ class SegmentationTask(Task):
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         return self.segmenter(features, labels, IGNORE)
+
+    def samples_to_count(self) -> int:
+        segmenter = self.segmenter
+        return _COUNTED if isinstance(segmenter, LogitSegmenter) and segmenter.needs_frequencies() else 0
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        mask = sample["mask"].as_subclass(Tensor).flatten().long()
+        counts = torch.bincount(mask[mask != IGNORE], minlength=len(self.classes))[: len(self.classes)]
+        return counts / counts.sum() if counts.any() else None
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        self.segmenter.use_frequencies(frequencies)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -104,6 +123,18 @@ class SegmentationTask(Task):
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(len(self.classes))
 
+    def details(self, metric: Any) -> Details:
+        return metric.details(self.classes) if isinstance(metric, SegmentationMetric) else {}
+
+    def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
+        """Return the mean IoU over the classes of this image; None if no pixel has a class."""
+        truth = sample["mask"].as_subclass(Tensor).cpu().long()
+        known = truth != IGNORE
+        K = len(self.classes)
+        counts = torch.bincount(truth[known] * K + prediction["mask"].cpu().long()[known], minlength=K * K)
+        iou = _ious(counts.reshape(K, K))
+        return float(iou.nanmean()) if known.any() else None
+
     @torch.no_grad()
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
         drawn = self._masks(image, prediction["mask"])
@@ -113,7 +144,7 @@ class SegmentationTask(Task):
 
     def _masks(self, image: Tensor, mask: Tensor) -> Tensor:
         large, factor = enlarge(image.cpu())
-        large, present = draw_mask(large, enlarge_mask(mask.cpu(), factor), len(self.classes))
+        large, present = draw_mask(large, enlarge_mask(mask.cpu(), factor), self.classes)
         colors = palette(len(self.classes))
         return legend(large, [(self.classes[k], colors[k]) for k in present])
 
@@ -125,9 +156,12 @@ class SegmentationTask(Task):
 
     @staticmethod
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
-        """Return the image with the colours of its classes, dark where there is none, and the names of the classes."""
+        """Return the image with the colours of its classes, dark where there is none, and their names.
+
+        A class that is named as the background keeps the colours of the image.
+        """
         mask = sample["mask"].as_subclass(Tensor)
-        drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, len(classes), alpha=0.35)
+        drawn, present = draw_mask(sample["image"].as_subclass(Tensor), mask, classes, alpha=0.35)
         return torch.where(mask >= len(classes), drawn // 4, drawn), ", ".join(classes[k] for k in present)
 
     def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
@@ -164,8 +198,28 @@ class SegmentationMetric(MulticlassConfusionMatrix):
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]
         """Return {"miou"}, the same on every rank."""
-        counts = super().compute().double()  # (K, K), rows: truth
-        intersection = counts.diag()
-        union = counts.sum(0) + counts.sum(1) - intersection
-        present = union > 0
-        return {"miou": float((intersection[present] / union[present]).mean()) if present.any() else 0.0}
+        self.counts = super().compute().cpu()  # (K, K), rows: truth
+        mean = float(_ious(self.counts).nanmean())
+        return {"miou": 0.0 if math.isnan(mean) else mean}
+
+    def details(self, classes: Sequence[str]) -> Details:
+        """Return what `compute` found for every class.
+
+        Args:
+            classes: K class names.
+        """
+        right, true, predicted = self.counts.diag(), self.counts.sum(1), self.counts.sum(0)
+        columns = {
+            "iou": _ious(self.counts),
+            "accuracy": ratio(right, true),
+            "precision": ratio(right, predicted),
+            "pixels": true,
+            "predicted pixels": predicted,
+        }
+        return class_details(classes, columns, self.counts)
+
+
+def _ious(counts: Tensor) -> Tensor:
+    """Return the IoU of each class (K,) from a confusion matrix (K, K); NaN for a class without any pixel."""
+    intersection = counts.diag()
+    return ratio(intersection, counts.sum(0) + counts.sum(1) - intersection)

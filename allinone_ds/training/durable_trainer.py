@@ -115,6 +115,14 @@ class DurableTrainer(Trainer):
                 if isinstance(callback, RunCallback):
                     callback.on_warning(step, message)
 
+    def note(self, step: int, message: str) -> None:
+        """Report a fact about the run that is no problem, as `warn` does a problem."""
+        if self.is_world_process_zero():
+            print(message, flush=True)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, RunCallback):
+                    callback.on_note(step, message)
+
     def mark(self, where: str) -> None:
         """Report the progress of this rank to the stall watch. Every rank makes the same sequence of calls."""
         if self._watch is not None:

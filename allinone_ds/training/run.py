@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
@@ -28,7 +29,7 @@ from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_of
 from allinone_ds.run_folder.collective import lock_run
 from allinone_ds.run_folder.event_log import EventLog
-from allinone_ds.run_folder.names import AVERAGED, METRICS_FILE, PLOTS
+from allinone_ds.run_folder.names import AVERAGED, DETAILS, METRICS_FILE, PLOTS, WORST_PICTURES
 from allinone_ds.training.trainer import AllInOneTrainer
 from allinone_ds.training.warm_start import start_from
 
@@ -69,6 +70,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)
     facts = ModelFacts(backbone=without_checkpoint(config.model.backbone, model.backbone.config), classes=classes)
+    details: Mapping[str, Any] = {}
     weighting, balancer_options = config.balancer.weighting(), config.balancer.options()
     events = EventLog(config.run_dir)
     trainer = AllInOneTrainer(
@@ -90,19 +92,24 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     trainer.save_model()
     metrics = {**result.metrics, "steps": trainer.state.global_step, "world_size": args.world_size}
     if test_data:
-        metrics.update(_last_evaluation(trainer) or trainer.evaluate())
+        evaluated, details = _last_evaluation(trainer)
+        metrics.update(evaluated)
         if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             metrics["best_step"] = step_of(trainer.state.best_model_checkpoint)
-        drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draw=trainer.is_world_process_zero())
+        draws = trainer.is_world_process_zero()
+        drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws)
+        worst = {task: [image["index"] for image in found.get("worst", [])] for task, found in details.items()}
+        drawings_of_worst = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws, worst)
     if args.ema_decay is not None:
         metrics.update(_save_averaged(trainer, config, facts, metrics))
     if trainer.is_world_process_zero():
         folder = config.run_dir
         save_run_files(config, facts, folder)
-        _write_metrics(folder, metrics)
+        _write_metrics(folder, metrics, details)
         write_plots(trainer.state.log_history, folder / PLOTS)
         if test_data:
             save_pictures(drawings, folder)
+            save_pictures(drawings_of_worst, folder, WORST_PICTURES)
             write_predictions_page(folder)
         write_report([folder])
     barrier()
@@ -117,15 +124,17 @@ def _save_averaged(
     with trainer.averaged_weights():
         trainer.save_model(str(folder))
         averaged = trainer.evaluate(metric_key_prefix="eval_ema") if trainer.eval_dataset else {}
+        details = trainer.details.get(("eval_ema", trainer.state.global_step), {})
     if trainer.is_world_process_zero():
         save_run_files(config, facts, folder)
         renamed = {key.replace("eval_ema_", "eval_"): value for key, value in averaged.items()}
-        _write_metrics(folder, renamed | {key: metrics[key] for key in ("steps", "world_size")})
+        _write_metrics(folder, renamed | {key: metrics[key] for key in ("steps", "world_size")}, details)
     return averaged
 
 
-def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    write_atomically(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+def _write_metrics(folder: Path, metrics: Mapping[str, float], details: Mapping[str, Any]) -> None:
+    content = {**metrics, DETAILS: details} if details else metrics
+    write_atomically(folder / METRICS_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untrained: list[str]) -> None:
@@ -141,13 +150,14 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             trainer.warn(0, str(problem))
 
 
-def _last_evaluation(trainer: AllInOneTrainer) -> dict[str, float] | None:
-    """Return the metrics of the current weights if they were evaluated during training; else None."""
+def _last_evaluation(trainer: AllInOneTrainer) -> tuple[dict[str, float], Mapping[str, Any]]:
+    """Return metrics and details of the current weights, which are evaluated if training did not do it. Collective."""
     state = trainer.state
     best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
     # not `state.best_global_step`: that step may have been evaluated without saving a checkpoint
     step = step_of(str(state.best_model_checkpoint)) if best else state.global_step
+    details = trainer.details.get(("eval", step))  # not known if the evaluation was before a resume
     for entry in reversed(state.log_history):
-        if entry.get("step") == step and "eval_score" in entry:
-            return {key: value for key, value in entry.items() if key.startswith("eval_")}
-    return None
+        if entry.get("step") == step and "eval_score" in entry and details is not None:
+            return {key: value for key, value in entry.items() if key.startswith("eval_")}, details
+    return trainer.evaluate(), trainer.details["eval", state.global_step]

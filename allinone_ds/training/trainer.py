@@ -21,17 +21,21 @@ from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
-from allinone_ds.evaluation.metrics import flatten
+from allinone_ds.evaluation.metrics import Evaluation, flatten
+from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_folder.checkpoints import step_of
+from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.warm_start import StartReport
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -61,11 +65,14 @@ class AllInOneTrainer(DurableTrainer):
         callbacks: further Trainer callbacks.
 
     Raises:
-        ConfigError: the tasks of model and data differ, or `groups` of ranks are invalid.
+        ConfigError: the tasks of model and data differ, `groups` of ranks are invalid, or the metric that selects the
+            best checkpoint does not exist or has no direction.
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
+        details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
+            described in `allinone_ds.tasks.details`.
 
     Example::
 
@@ -97,6 +104,8 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        counted = use_frequencies(dict(model.tasks), {task: data.dataset for task, data in train_dataset.items()})  # type: ignore[arg-type]
+        settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
         super().__init__(
             model=model,
             args=args,
@@ -132,6 +141,9 @@ class AllInOneTrainer(DurableTrainer):
             args.device,
             args.max_broken_images,
         )
+        self.add_callback(StartReport(self, counted))
+        self.details: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._evaluation_warnings: set[str] = set()
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -288,6 +300,8 @@ class AllInOneTrainer(DurableTrainer):
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
             logs.update(self._logs.drain(self.state.global_step))
+            for message in self._logs.warnings:
+                self.warn(self.state.global_step, message)
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
@@ -320,6 +334,7 @@ class AllInOneTrainer(DurableTrainer):
             self.args.dataloader_num_workers,
             around=self.balancer.evaluation if self.balancer else None,
         )
+        self._keep_details(metric_key_prefix, evaluation)
         metrics = flatten(evaluation, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(dict(metrics))
@@ -327,6 +342,17 @@ class AllInOneTrainer(DurableTrainer):
             self._show_predictions(data)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep_details(self, prefix: str, evaluation: Evaluation) -> None:
+        """Keep what was found for each class, and warn once of what makes the metrics misleading."""
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        steps = {step, step_of(best)} if best else {step}
+        self.details = {key: found for key, found in self.details.items() if key[1] in steps}
+        self.details[prefix, step] = evaluation.details
+        for message in evaluation.warnings:
+            if message not in self._evaluation_warnings:
+                self._evaluation_warnings.add(message)
+                self.warn(step, message)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: the predictions of different tasks have no common shape."""

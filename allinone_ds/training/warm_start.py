@@ -1,17 +1,24 @@
-"""Initialize a run with the weights of an earlier run: its backbone, and the heads of unchanged tasks."""
+"""Initialize a run with the weights of an earlier run, and say which weights a run starts from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig, TrainerCallback
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
+from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.models.pretrained import LoadedWeights
 from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_folder.weights import read_weights
 from allinone_ds.zero.params import whole_on_rank_0, whole_shape
+
+_DERIVED = ("out_indices", "out_features", "stage_names", "dtype", "architectures", "transformers_version")
+"""Settings of a backbone that do not change what its weights compute."""
 
 
 @torch.no_grad()
@@ -21,7 +28,8 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
         untrained = start_from(model, "runs/first")     # names of the tasks whose heads were not copied
 
     Args:
-        model: model of the new run; under ZeRO-3 its parameters may already be partitioned.
+        model: model of the new run; under ZeRO-3 its parameters may already be partitioned. Its `backbone.loaded` then
+            says what was copied.
         folder: folder of the earlier run or of one of its checkpoints.
 
     Returns:
@@ -35,7 +43,8 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
     fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
-    wrong = [n for n in shapes if n.startswith("backbone.") and n in model.state_dict() and n not in fits]
+    kept = set(model.state_dict())
+    wrong = [n for n in shapes if n.startswith("backbone.") and n in kept and n not in fits]
     if wrong:
         found = tuple(state[wrong[0]].shape) if wrong[0] in state else "absent"
         raise ConfigError(
@@ -45,7 +54,7 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     untrained = []
     copied = ["backbone."]
     for name, task in model.tasks.items():
-        own = [key for key in model.state_dict() if key.startswith(f"tasks.{name}.")]
+        own = [key for key in kept if key.startswith(f"tasks.{name}.")]
         same = facts.classes.get(name) == task.classes and all(key in fits for key in own)
         if same:
             copied.append(f"tasks.{name}.")
@@ -55,4 +64,55 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
         if name in fits and name.startswith(tuple(copied)):
             with whole_on_rank_0(value):
                 value.copy_(state[name])
+    model.backbone.loaded = LoadedWeights(
+        str(source),
+        total=len(kept),
+        missing=tuple(sorted(name for name in kept if not name.startswith(tuple(copied)))),
+        unexpected=tuple(sorted(set(state) - kept)),
+        changed=_changed(model.config, facts.backbone),
+        option="model.start_from",
+    )
     return untrained
+
+
+def _changed(mine: PreTrainedConfig, earlier: BackboneConfig) -> tuple[str, ...]:
+    """Return settings that differ from the earlier backbone's and that no shape shows, such as attention heads."""
+    here = mine.to_dict()
+    there = AutoConfig.for_model(earlier.model_type, **earlier.config).to_dict()
+    return tuple(
+        f"config.{key} = {here.get(key)} ({there.get(key)} there)"
+        for key in sorted(set(here) | set(there))
+        if here.get(key) != there.get(key) and not key.startswith("_") and "drop" not in key and key not in _DERIVED
+    )
+
+
+class StartedTrainer(Protocol):
+    """What `StartReport` uses of an `AllInOneTrainer`."""
+
+    model: Any
+
+    def warn(self, step: int, message: str) -> None: ...
+    def note(self, step: int, message: str) -> None: ...
+
+
+class StartReport(TrainerCallback):
+    """Says at the start of a run how many tensors came from a checkpoint or an earlier run; a warning if not all did.
+
+    Args:
+        trainer: its model's `backbone.loaded` is read.
+        notes: further texts.
+    """
+
+    def __init__(self, trainer: StartedTrainer, notes: Sequence[str] = ()) -> None:
+        self.trainer = trainer
+        self.notes = notes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loaded = self.trainer.model.backbone.loaded
+        if state.global_step:  # a resumed run has the weights of its own checkpoint
+            return
+        for note in self.notes:
+            self.trainer.note(0, note)
+        if loaded is not None:
+            say = self.trainer.note if loaded.complete else self.trainer.warn
+            say(0, str(loaded))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from allinone_ds.balance.report import StepReport
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import DataError
 from allinone_ds.reporting.logs import TaskLogs
@@ -53,3 +54,24 @@ def test_a_checkpoint_of_an_earlier_release_is_read() -> None:
     logs = new_logs(2)
     logs.load_state_dict({**state, "broken": ["a.jpg: cut off"]})
     assert logs.drain(1)["broken_images"] == 1
+
+
+def test_a_task_without_influence_is_a_warning_of_the_log_and_survives_a_resume() -> None:
+    def logs() -> TaskLogs:
+        return TaskLogs(Schedule(0, {"a": 4, "b": 4}, {"a": (2, 1), "b": (2, 1)}, 1), {}, torch.device("cpu"), 0)
+
+    norms = {"a": torch.tensor(1.0), "b": torch.tensor(1e-5)}
+    ones = {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}
+    first, second = logs(), logs()
+    for _ in range(60):
+        first.add(StepReport(norms=norms, scales=ones, losses=ones, whole_norms=norms))
+    first.drain(60)
+    assert first.warnings == []
+    second.load_state_dict(first.state_dict())
+    for _ in range(60):
+        second.add(StepReport(norms=norms, scales=ones, losses=ones, whole_norms=norms))
+    second.drain(120)
+    (warning,) = second.warnings
+    assert "task 'b'" in warning and "last 120 steps" in warning and "1.0e-05 before scaling" in warning
+    second.drain(120)
+    assert second.warnings == []

@@ -55,7 +55,7 @@ def assert_rows(rows: list[list[str]]) -> None:
 
 
 def test_the_table_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    task = SimpleNamespace(main_metric="map50", classes=["circle"])
+    task = SimpleNamespace(main_metric="map50", classes=["circle"], better_is_greater=lambda metric: True)
     model = SimpleNamespace(tasks={"det": task, "det_small": task}, eval=lambda: None)
     values = {"det": DET, "det_small": SMALL}
     monkeypatch.setattr(predictor, "load_run", lambda *args: (model, None))

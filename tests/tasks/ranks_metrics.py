@@ -30,6 +30,7 @@ def compare(name: str, part: slice) -> None:
     metric = task.metric()
     metric.update(predictions[part], images[part])
     distributed = metric.compute()
+    details = task.details(metric)
     single = task.metric()
     if name == "det":
         single.images, is_initialized = [], dist.is_initialized
@@ -44,6 +45,7 @@ def compare(name: str, part: slice) -> None:
         single._to_sync = False
         single.update(predictions, images)
         expected = single.compute()
+    assert details == task.details(single) and details["per_class"]  # counts, confusions and values of every class
     assert set(distributed) == set(expected)
     for key, value in expected.items():
         assert abs(distributed[key] - value) < 1e-6, (name, key, distributed[key], value)

@@ -2,15 +2,20 @@
 test_ranks.py."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers.integrations import HfDeepSpeedConfig
 
+from allinone_ds.errors import ConfigError
+from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from tests.launcher import run_checks
 from tests.tasks.heads import HEADS
-from tests.tiny import samples, tiny_model
+from tests.tiny import samples, tiny_backbone, tiny_model
 
 
 def heads():
@@ -62,6 +67,35 @@ def check_bfloat16() -> None:
     train(heads(), bf16=True)
     train({"det": HEADS["fcos-pyramid"][1:], "seg": HEADS["light"][1:], "cls": HEADS["linear"][1:]}, bf16=True)
     train({"det": HEADS["fcos"][1:], "seg": HEADS["mask2former"][1:], "cls": HEADS["sub-center"][1:]}, bf16=True)
+
+
+def check_pretrained() -> None:
+    """Prefixed weights and interpolated positions reach a partitioned backbone as they reach a whole one."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        torch.manual_seed(7)
+        tiny_backbone(stem="patch").net.save_pretrained(folder[0])
+        file = Path(folder[0]) / "model.safetensors"
+        state = {f"teacher.backbone.{name}": value for name, value in load_file(file).items()}
+        save_file(state, file, metadata={"format": "pt"})
+    dist.barrier()
+    cfg = BackboneConfig(checkpoint=folder[0], config={"image_size": 64})  # type: ignore[call-arg]
+    plain = build_backbone(cfg)
+    settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+    alive = HfDeepSpeedConfig(settings)  # noqa: F841, transformers holds it by a weak reference
+    partitioned = build_backbone(cfg)
+    assert partitioned.loaded == plain.loaded and plain.loaded.complete and plain.loaded.resized
+    for (name, mine), (_, theirs) in zip(partitioned.named_parameters(), plain.named_parameters(), strict=True):
+        assert hasattr(mine, "ds_shape"), name
+        with deepspeed.zero.GatheredParameters([mine]):
+            assert torch.equal(mine, theirs), name
+    for wrong in ({"num_hidden_layers": 4}, {"hidden_size": 64}):  # every rank refuses, none waits for the others
+        try:
+            build_backbone(BackboneConfig(checkpoint=folder[0], config=wrong))  # type: ignore[call-arg]
+        except ConfigError:
+            continue
+        raise AssertionError(wrong)
 
 
 if __name__ == "__main__":

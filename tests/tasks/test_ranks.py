@@ -23,3 +23,7 @@ def test_metrics_of_unequal_ranks_equal_those_of_one_process(results, check):
 @pytest.mark.parametrize("check", ["check_float32", "check_bfloat16"])
 def test_all_heads_train_with_a_partitioned_backbone(results, check):
     assert results["ranks_zero3"][check] == ""
+
+
+def test_pretrained_weights_reach_a_partitioned_backbone(results):
+    assert results["ranks_zero3"]["check_pretrained"] == ""
