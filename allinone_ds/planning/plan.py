@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from allinone_ds.balance.assignment import TaskGroups, groups_for
+from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.balance.options import NORMS, combination_error
-from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes

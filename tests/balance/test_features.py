@@ -146,7 +146,7 @@ def test_state_continues():
 def test_misuse_is_an_error():
     model, x = _model()
     balance = FeatureBalance(model.tasks, TBGC())
-    with pytest.raises(BalancerError, match="outside a block"):
+    with pytest.raises(BalancerError, match="outside its block"):
         balance.backward(model(x))
     with pytest.raises(BalancerError, match="before a block has ended"):
         balance.report()

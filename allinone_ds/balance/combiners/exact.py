@@ -9,7 +9,7 @@ from torch import Tensor
 
 from allinone_ds.balance.arithmetic import add_scaled, inner_products
 from allinone_ds.balance.combiners.base import Combined, Combiner
-from allinone_ds.balance.sketch import SMALLEST, Sketcher
+from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.zero.engines.base import EngineAdapter, cut

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allinone_ds.balance.arithmetic import scale_or_zero
 from allinone_ds.balance.combiners.base import Combined, Combiner
-from allinone_ds.balance.sketch import Sketcher, default_size, norm_error
+from allinone_ds.balance.combiners.sketch import Sketcher, default_size, norm_error
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
 from allinone_ds.zero.engines.base import EngineAdapter

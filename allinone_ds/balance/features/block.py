@@ -9,21 +9,18 @@ backbone and these measures all g_t over all ranks, with one small all-reduce, a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from allinone_ds.balance.arithmetic import inner_products, square_norm
-from allinone_ds.balance.assignment import task_names
+from allinone_ds.balance.features.gate import Gate
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.balance.weightings.clipping import TaskClip
-from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.errors import BalancerError, ConfigError
+from allinone_ds.errors import BalancerError
 from allinone_ds.strict import did_you_mean
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
@@ -73,11 +70,18 @@ class FeatureBlock:
         self.norms: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         self.scales: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-        self._gates: dict[tuple[int, ...], _Gate] = {}
+        self._gates: dict[tuple[int, ...], Gate] = {}
+        self._left = micro_steps
+        self._unit = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
+        self._means = self._labelled = torch.empty(0)  # of the micro-step, (T,): losses, whether any rank has a label
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Make `task_features` mark features inside this block."""
+        """Make `task_features` mark features inside this block.
+
+        Raises:
+            BalancerError: inside another such block, or fewer micro-steps than `micro_steps`.
+        """
         global _active
         if _active is not None:
             raise BalancerError("a block that balances at the features begins inside another one; leave that one first")
@@ -86,6 +90,10 @@ class FeatureBlock:
             yield
         finally:
             _active = None
+            self._gates.clear()
+        if self._left:
+            done = self.micro_steps - self._left
+            raise BalancerError(f"the block ended after {done} of {self.micro_steps} micro-steps")
 
     def mark(self, features: Any, task: str) -> Any:
         """Return the features with the task's mark on their gradient; see `task_features`."""
@@ -112,21 +120,48 @@ class FeatureBlock:
                     f"task_features: task '{task}' marks other features than task '{first}', and {self.weighting!r} "
                     "compares the tasks' gradients; mark the same tensors for every task: all levels in one tuple"
                 )
-            self._gates[key] = _Gate(self, tensors)
+            self._gates[key] = Gate(tensors, self._combine)
         marked = self._gates[key].mark(task)
         return marked[0] if isinstance(features, Tensor) else marked
 
-    def total(self, losses: Mapping[str, Tensor | None], counts: Mapping[str, Tensor | float] | None = None) -> Tensor:
-        """Return the loss to run backward on: the sum of the tasks' means over the labels of all ranks. Collective.
+    @contextlib.contextmanager
+    def micro_step(
+        self,
+        losses: Mapping[str, Tensor | None],
+        counts: Mapping[str, Tensor | float] | None = None,
+        loss_scale: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """Run one micro-step's backward inside this block, on the loss that it yields. Collective.
 
         Args:
             losses: task -> mean loss over this rank's labels, scalar; None: this rank has no label of the task.
             counts: task -> number of labels; None: 1 for each loss.
+            loss_scale: the factor by which the caller multiplies the loss.
 
         Raises:
-            BalancerError: tasks that are unknown or missing, a loss that is not a scalar with a graph, or a task
-                without marked features.
+            BalancerError: outside of `active`, one micro-step too many, tasks that are unknown or missing, a loss that
+                is not a scalar with a graph, or that does not reach the features marked for its task.
         """
+        if _active is not self:
+            raise BalancerError("backward() outside its block; use it inside `with balance.joint():`")
+        if not self._left:
+            raise BalancerError(f"the block got more than its {self.micro_steps} micro-steps; pass micro_steps=K")
+        self._unit = loss_scale / self.micro_steps * self._world
+        try:
+            yield self._total(losses, counts)
+            reached = {task for gate in self._gates.values() for task in gate.reached}
+        finally:
+            self._gates.clear()
+        lost = [task for task, loss in losses.items() if loss is not None and task not in reached]
+        if lost:
+            raise BalancerError(
+                f"the loss of task '{lost[0]}' does not reach the features that task_features(features, '{lost[0]}') "
+                "returned, so nothing of it was balanced; compute it from what task_features returns"
+            )
+        self._left -= 1
+
+    def _total(self, losses: Mapping[str, Tensor | None], counts: Mapping[str, Tensor | float] | None = None) -> Tensor:
+        """Return the sum over tasks of the mean loss over the labels of all ranks, as this rank's part of it."""
         self._check(losses)
         device = next(iter(self._gates.values())).tensors[0].device
         rows = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=device)  # count, count * loss
@@ -151,32 +186,14 @@ class FeatureBlock:
                 total = total + sum((out.sum() * 0.0 for out in gate.outputs), torch.zeros((), device=device))
         return total
 
-    def begin_backward(self, loss_scale: float = 1.0) -> None:
-        """Prepare for the backward of what `total` returned, multiplied by `loss_scale`."""
-        self._unit = loss_scale / self.micro_steps * self._world
-
-    def end_backward(self, losses: Mapping[str, Tensor | None]) -> None:
-        """Forget the marks of the forward.
-
-        Raises:
-            BalancerError: a loss did not reach the features that are marked for its task.
-        """
-        reached = {task for gate in self._gates.values() for task in gate.reached}
-        self._gates.clear()
-        lost = [task for task, loss in losses.items() if loss is not None and task not in reached]
-        if lost:
-            raise BalancerError(
-                f"the loss of task '{lost[0]}' does not reach the features that task_features(features, '{lost[0]}') "
-                "returned, so nothing of it was balanced; compute it from what task_features returns"
-            )
-
-    def combine(self, tasks: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """Measure the tasks of one gate and return sum_t c_t g_t per tensor. Collective.
+    def _combine(self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """Measure the tasks of one gate over all ranks and return sum_t c_t g_t per tensor. Collective.
 
         Args:
-            tasks: in the order in which they were declared.
+            marked: the tasks of the gate.
             gradients: task -> gradient of each marked tensor; None where there is none.
         """
+        tasks = [task for task in self.tasks if task in marked]
         flats = [[_flat(g) for g in gradients.get(task, ()) if g is not None] for task in tasks]
         some = next((flat[0] for flat in flats if flat), None)
         device = self._means.device if some is None else some.device
@@ -200,13 +217,13 @@ class FeatureBlock:
 
     def report(self) -> StepReport:
         """Return what happened to each task: means over the micro-steps in which it had labels."""
-        seen = [task for task in self.tasks if self.norms[task]]
-        mean = {
-            name: {t: torch.stack(getattr(self, name)[t]).mean() for t in seen}
-            for name in ("losses", "norms", "scales")
-        }
-        skipped = tuple(t for t in seen if not torch.isfinite(mean["norms"][t] + mean["losses"][t]))
-        return StepReport(**mean, whole_norms={}, skipped=skipped, applied=not skipped, tasks=tuple(seen))
+        seen = tuple(task for task in self.tasks if self.norms[task])
+        losses, norms, scales = (
+            {task: torch.stack(values[task]).mean() for task in seen}
+            for values in (self.losses, self.norms, self.scales)
+        )
+        skipped = tuple(task for task in seen if not torch.isfinite(norms[task] + losses[task]))
+        return StepReport(norms, scales, losses, whole_norms={}, skipped=skipped, applied=not skipped, tasks=seen)
 
     def _gram(
         self,
@@ -279,160 +296,6 @@ class FeatureBlock:
                 f"no features are marked for task '{task}' in this forward; call features = task_features(features, "
                 f"'{task}') between backbone and head (with a frozen backbone there is nothing to balance)"
             )
-
-
-class FeatureBalance:
-    """Balances tasks at the features in any training loop: one process, DDP, FSDP2; DeepSpeed is not needed.
-
-    The gradient of a task at the features that its head reads is measured over all ranks, and what the backbone gets is
-    the sum of the tasks' gradients times their factors, in one backward. Heads keep their raw gradient. With K
-    micro-steps each one is scaled by the factors of its own norms.
-
-    Args:
-        tasks: names of the T tasks.
-        weighting: as for `TaskBalancer`; `GlobalClip` and `TaskClip` need norms that are not known at the features.
-        group: process group of the R ranks that average their gradients; None is the default group, if there is one.
-
-    Raises:
-        ConfigError: a weighting that cannot be computed at the features.
-
-    Example:
-        >>> import torch
-        >>> from allinone_ds import TBGC, FeatureBalance, task_features
-        >>> backbone, heads = torch.nn.Linear(4, 3), torch.nn.ModuleDict({t: torch.nn.Linear(3, 1) for t in ("a", "b")})
-        >>> balance = FeatureBalance(("a", "b"), TBGC(max_norm=0.1))
-        >>> with balance.joint():
-        ...     features = backbone(torch.ones(2, 4))
-        ...     balance.backward({t: head(task_features(features, t)).square().mean() for t, head in heads.items()})
-        >>> sorted(balance.report().norms)
-        ['a', 'b']
-    """
-
-    def __init__(self, tasks: Iterable[str], weighting: Weighting | Any, *, group: Any = None):
-        self.tasks = task_names(tasks)
-        self.weighting = feature_weighting(as_weighting(weighting))
-        self.weighting.check_tasks(self.tasks)
-        self._group = group
-        self._block: FeatureBlock | None = None
-        self._left = 0
-
-    @contextlib.contextmanager
-    def joint(self, micro_steps: int = 1) -> Iterator[None]:
-        """Run a step's micro-steps: exactly `micro_steps` forwards, each with one call of `backward`.
-
-        Raises:
-            BalancerError: blocks inside each other, or another number of micro-steps.
-        """
-        block = FeatureBlock(self.tasks, self.weighting, micro_steps, self._group)
-        with block.active():
-            self._block, self._left = block, micro_steps
-            yield
-        if self._left:
-            raise BalancerError(f"the block ended after {micro_steps - self._left} of {micro_steps} micro-steps")
-
-    def backward(self, losses: Mapping[str, Tensor | None], count: Mapping[str, Tensor | float] | None = None) -> None:
-        """Run the one backward of a micro-step. Collective.
-
-        Args:
-            losses: task -> mean loss over this rank's labels, scalar; None: this rank has no label of the task.
-            count: task -> number of labels (images, valid pixels, objects) that the loss is the mean of; the gradient
-                of a task is then the mean over the labels of all ranks. None: every loss counts the same.
-
-        Raises:
-            BalancerError: outside a block, one micro-step too many, or losses that do not fit the tasks.
-        """
-        block = self._block
-        if block is None or _active is not block:
-            raise BalancerError("backward() outside a block; use it inside `with balance.joint():`")
-        if not self._left:
-            raise BalancerError(f"the block got more than its {block.micro_steps} micro-steps; pass micro_steps=K")
-        total = block.total(losses, count)
-        block.begin_backward()
-        total.backward()
-        block.end_backward(losses)
-        self._left -= 1
-
-    def report(self) -> StepReport:
-        """Return what the last block did to each task; `skipped` names tasks that were not finite.
-
-        Do not step the optimizer when `skipped` is not empty: the gradients of the heads are not finite then.
-
-        Raises:
-            BalancerError: no block has ended.
-        """
-        if self._block is None or self._left:
-            raise BalancerError("report() before a block has ended; run `with balance.joint():` first")
-        return self._block.report()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the weighting carries from one step to the next."""
-        return dict(self.weighting.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.weighting.load_state_dict(state)
-
-
-def feature_weighting(weighting: Weighting) -> Weighting:
-    """Return the weighting, if it can be computed from gradients at the features.
-
-    Raises:
-        ConfigError: it needs the norm of the whole gradient or of the sum.
-    """
-    if isinstance(weighting, TaskClip) or type(weighting).sum_factor is not Weighting.sum_factor:
-        raise ConfigError(
-            f"{weighting!r} needs norms of whole gradients, heads included, which are not known at the features; use "
-            "TBGC or another weighting, or balance at the backbone"
-        )
-    return weighting
-
-
-class _Gate:
-    """Between the backbone and the marks of the tasks that read the same tensors."""
-
-    def __init__(self, block: FeatureBlock, tensors: tuple[Tensor, ...]):
-        self.block, self.tensors = block, tensors
-        self.tasks: list[str] = []
-        self.reached: dict[str, tuple[Tensor | None, ...]] = {}
-        self.outputs: tuple[Tensor, ...] = _Combine.apply(self, *tensors)
-
-    def mark(self, task: str) -> tuple[Tensor, ...]:
-        self.tasks.append(task)
-        return _Mark.apply(self, task, *self.outputs)
-
-    def combine(self) -> list[Tensor]:
-        """Return the scaled sum of each tensor; zeros reach the backbone too, whose ranks all take part."""
-        tasks = [task for task in self.block.tasks if task in self.tasks]
-        sums = self.block.combine(tasks, self.reached) or [None] * len(self.tensors)
-        return [torch.zeros_like(t) if s is None else s for s, t in zip(sums, self.tensors, strict=True)]
-
-
-class _Combine(Function):
-    """Identity; the backward of all marks comes before it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: _Gate, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gate = gate
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.gate.combine())
-
-
-class _Mark(Function):
-    """Identity; its backward hands the gradient of one task to the gate, and nothing to autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: _Gate, task: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gate, ctx.task = gate, task
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-        ctx.gate.reached[ctx.task] = gradients
-        return (None,) * (2 + len(gradients))
 
 
 def _flat(gradient: Tensor) -> Tensor:
