@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -104,7 +105,10 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
         options = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them enables it
         compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in options)
         environment = launch_environment(ranks, compiles)
-        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
+        again = shlex.join(
+            ["allinone-ds", "train", config, *(flag for flag in flags if flag != "--resume"), "--resume"]
+        )
+        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show, again)
     return time.perf_counter() - start
 
 

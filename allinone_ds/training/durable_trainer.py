@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ class DurableTrainer(Trainer):
             raise
         finally:
             self.stop_signal.close()
+            loader, self.callback_handler.train_dataloader = self.callback_handler.train_dataloader, None
+            if isinstance(loader, Generator):  # else its workers, which ignore SIGTERM for a while, delay the exit
+                loader.close()
             if self._watch is not None:
                 self._watch.close()
 

@@ -14,7 +14,7 @@ from allinone_ds.reporting.pictures import collect_drawings, save_pictures
 from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_predictions_page, write_report
-from allinone_ds.run_config.arguments import arguments_from_config
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config
 from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, without_checkpoint
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
 from allinone_ds.run_config.schema import RunConfig
@@ -23,6 +23,7 @@ from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_
 from allinone_ds.run_folder.collective import lock_run
 from allinone_ds.run_folder.event_log import EventLog
 from allinone_ds.run_folder.names import AVERAGED, METRICS_FILE, PLOTS
+from allinone_ds.run_folder.new_folder import missing_folders, remove_failed_start
 from allinone_ds.training.trainer import AllInOneTrainer
 from allinone_ds.training.warm_start import start_from
 
@@ -53,7 +54,16 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     args = arguments_from_config(config)  # before the model: ZeRO-3 partitions the model while it is built
     resume_from = parse_resume(config.trainer.get("resume_from_checkpoint"))
     check_resume(resume_from, config.run_dir)
+    made = missing_folders(config.run_dir) if args.process_index == 0 else []
     lock_run(config.run_dir)
+    try:
+        return _train(config, args, resume_from)
+    except BaseException:
+        remove_failed_start(made)
+        raise
+
+
+def _train(config: RunConfig, args: AllInOneArguments, resume_from: bool | Path) -> dict[str, float] | None:
     set_seed(args.seed)
     train_data = open_train_data(config)
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
