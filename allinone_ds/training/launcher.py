@@ -164,12 +164,12 @@ def follow_run(
                 process.kill()
             raise
         failure = first_failure(failures)
-        if failure is not None and process.returncode not in (0, REQUEUE) and not signals:
+        if failure is not None and process.returncode not in (0, REQUEUE):
             sink.write(f"\n[allinone_ds] rank {failure.rank} failed first:\n{failure.message}\n".encode())
     report_events()
     if not process.returncode:
         return
-    if signals or process.returncode == REQUEUE:
+    if process.returncode == REQUEUE or (signals and (failure is None or failure.lost)):
         interrupted = signal.SIGINT in signals
         name = (
             "interrupted" if interrupted else f"ended by {signal.Signals(signals[0]).name if signals else 'a signal'}"

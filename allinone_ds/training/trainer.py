@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.weightings.clipping import TBGC
+from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
@@ -32,6 +32,7 @@ from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -49,6 +50,9 @@ class AllInOneTrainer(DurableTrainer):
     schedules and `report_to` work as in Trainer; checkpoints, resuming and signals as described in `DurableTrainer`.
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
     task because its loss, gradient or factor was not finite.
+
+    If the whole backbone is frozen there is nothing to balance: the heads train on their own gradients (`Sum`), and the
+    logged norms are those of the heads.
 
     Args:
         model: an AllInOneModel.
@@ -97,6 +101,8 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        require_launcher()
+        raise_all(argument_problems(args, {name: model.tasks[name] for name in eval_dataset or {}}))  # type: ignore[index]
         super().__init__(
             model=model,
             args=args,
@@ -109,6 +115,9 @@ class AllInOneTrainer(DurableTrainer):
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
+        self._shared: Any = "backbone"
+        if not any(parameter.requires_grad for parameter in model.backbone.parameters()):  # type: ignore[union-attr]
+            self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -210,13 +219,25 @@ class AllInOneTrainer(DurableTrainer):
 
     # ---- one step ----
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule that `lr_scheduler_type` names."""
+        if optimizer is not None and getattr(optimizer, "defaults", None) is None:  # DeepSpeed's; `polynomial` reads it
+            optimizer.defaults = {"lr": self.args.learning_rate}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
             groups = parameter_groups(
-                module, args.learning_rate, args.weight_decay, args.backbone_lr_factor, args.layer_lr_decay
+                module,
+                args.learning_rate,
+                args.weight_decay,
+                args.backbone_lr_factor,
+                args.layer_lr_decay,
+                args.head_lr_factor,
+                args.head_weight_decay,
             )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls(groups, **kwargs)
@@ -241,7 +262,7 @@ class AllInOneTrainer(DurableTrainer):
             self.balancer = TaskBalancer(
                 model,
                 self.schedule.tasks,
-                "backbone",
+                self._shared,
                 self.weighting,
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,

@@ -31,7 +31,7 @@ class Failure:
         time: seconds since the epoch.
         message: the message of an error that was written for the user; else the traceback.
         exit_code: exit code that the error asks for; None: the error was not expected.
-        lost: whether the rank only lost its connection to a rank that had ended before.
+        lost: whether it is known only that a rank lost its connection to a rank that had ended before.
     """
 
     rank: int
@@ -93,7 +93,7 @@ def first_failure(folder: str | Path) -> Failure | None:
             f"({_last_line(noticed.message)}). Something killed the process: often the system when memory runs out "
             "(see dmesg), or a crash in a library"
         )
-        return Failure(silent[0], noticed.time, text)
+        return Failure(silent[0], noticed.time, text, lost=True)
     return failures[0]
 
 
