@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments of the command; None reads `sys.argv`.
 
     Returns:
-        Exit code: 0; 1 if a run failed or `check` found errors in the data; 2 for an invalid configuration or invalid data; 75 if
-        SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
+        Exit code: 0; 1 if a run failed or `check` found errors only in the data; 2 for an invalid configuration or
+        invalid data; 75 if SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
 
     Example:
         >>> main(["train", "nowhere.yaml"])     # prints an error that lists the files that come with the package

@@ -309,6 +309,8 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
                 adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
                 checked[key] = adapter.validate_python(value)
             except ValidationError as error:
+                if value is None:  # as without the key, for overrides that take a key away
+                    continue
                 mistakes.append(f"{where}.{key} = {value!r}: {error.errors()[0]['msg']}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -324,7 +326,7 @@ def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -
         ranks: number of ranks R.
 
     Example:
-        >>> from allinone_ds import load_config
+        >>> from allinone_ds.run_config.schema import load_config
         >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
         >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
         10
@@ -345,7 +347,9 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
     deepspeed = config.deepspeed
     if config.epochs is not None:
         if "max_steps" in trainer:
-            raise ConfigError(f"trainer.max_steps with epochs = {config.epochs}: both set the length; remove one")
+            raise ConfigError(
+                f"trainer.max_steps with epochs = {config.epochs}: both set the length of the run; set one of them to null"
+            )
         trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
     return AllInOneArguments(
         output_dir=str(config.run_dir),

@@ -213,8 +213,12 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunCon
             if not all([_remove(content, list(item["loc"])) for item in error.errors()]):
                 return None, mistakes
         else:
-            if isinstance(config.deepspeed, str):
-                config.deepspeed = read_deepspeed(config.deepspeed)
+            try:
+                if isinstance(config.deepspeed, str):
+                    config.deepspeed = read_deepspeed(config.deepspeed)
+            except ConfigError as error:
+                mistakes.append(f"{path}: deepspeed: {error}")
+                config.deepspeed = read_deepspeed(DEEPSPEED)
             return config, mistakes
     return None, mistakes
 

@@ -147,6 +147,12 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
         )
+    if trainer.weighting_unused:
+        trainer.warn(
+            0,
+            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
+            "gradient, and the logged norms are those of the heads",
+        )
     for part in data.values():
         for problem in part.dataset.structural[:_MAX_WARNINGS]:
             trainer.warn(0, str(problem))

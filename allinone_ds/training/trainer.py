@@ -69,6 +69,7 @@ class AllInOneTrainer(DurableTrainer):
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
+        weighting_unused: whether the whole backbone is frozen.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
 
     Example::
@@ -116,7 +117,8 @@ class AllInOneTrainer(DurableTrainer):
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
         self._shared: Any = "backbone"
-        if not any(parameter.requires_grad for parameter in model.backbone.parameters()):  # type: ignore[union-attr]
+        self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
+        if self.weighting_unused:
             self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
@@ -221,8 +223,10 @@ class AllInOneTrainer(DurableTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule that `lr_scheduler_type` names."""
-        if optimizer is not None and getattr(optimizer, "defaults", None) is None:  # DeepSpeed's; `polynomial` reads it
-            optimizer.defaults = {"lr": self.args.learning_rate}
+        engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
+        engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
+        if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
+            engine_optimizer.defaults = {"lr": self.args.learning_rate}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

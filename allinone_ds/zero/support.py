@@ -72,7 +72,7 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
         >>> config_problems({"zero_optimization": {"stage": 2}, "gradient_allreduce_op": "sum"})
         [': gradient_allreduce_op = "sum" cannot be balanced; remove the key: a task is a mean over ranks']
         >>> config_problems({"zero_optimization": {"stage": 5}})
-        ['.zero_optimization.stage = 5: Input should be 0, 1, 2 or 3']
+        ['.zero_optimization.stage = 5: Input should be 0, 1, 2, 3 or 3']
     """
     batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     try:

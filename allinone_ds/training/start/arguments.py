@@ -6,7 +6,6 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler

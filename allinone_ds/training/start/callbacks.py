@@ -18,7 +18,7 @@ def configured_callbacks(config: RunConfig) -> list[TrainerCallback]:
         ConfigError: a name that cannot be imported, that is no callback, or whose arguments are wrong.
 
     Example:
-        >>> from allinone_ds import load_config
+        >>> from allinone_ds.run_config.schema import load_config
         >>> run = load_config("configs/runs/demo.yaml", ["callbacks=[transformers.ProgressCallback]"])
         >>> [type(callback).__name__ for callback in configured_callbacks(run)]
         ['ProgressCallback']

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.data.augmentation.transforms import eval_transform, normalize, train_transform
@@ -18,9 +20,10 @@ from allinone_ds.data.further_samples import FurtherSamples
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
 from allinone_ds.model import AllInOneModel
-from allinone_ds.models.backbone import build_backbone
+from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
+from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
@@ -58,13 +61,13 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
     if config is None:
         return None, found
     args = _arguments(config, found)
-    _collect(found, lambda: check_balancer(config))
+    unset_hf_deepspeed_config()  # else the model would be partitioned, which needs ranks
+    _collect(found, lambda: check_balancer(config), f"{path}: ")
     _collect(found, lambda: configured_callbacks(config))
     if config.balancer.parallel == "tasks":
         _collect(found, lambda: groups_for("tasks", config.balancer.groups, tuple(config.tasks), ranks))
     with torch.device("meta"):
-        backbone_config = config.model.backbone.model_copy(update={"checkpoint": None})
-        backbone = _collect(found, lambda: build_backbone(backbone_config))
+        backbone = _collect(found, lambda: build_backbone(_without_weights(config.model.backbone)))
     if backbone is not None:
         _collect(found, lambda: freeze_backbone(backbone, config.model.freeze))
     else:
@@ -96,6 +99,19 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
     return config, list(dict.fromkeys(found))
 
 
+def _without_weights(configured: BackboneConfig) -> BackboneConfig:
+    """Return a configuration with the sizes of the backbone's checkpoint, of which only the configuration is read."""
+    if configured.checkpoint is None:
+        return configured
+    try:
+        saved = AutoConfig.from_pretrained(configured.checkpoint)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.backbone ({configured.model_type}): {error}") from error
+    sizes = without_checkpoint(configured, saved)
+    return sizes.model_copy(update={"config": {**sizes.config, **configured.config},
+                                    "out_indices": configured.out_indices})  # fmt: skip
+
+
 def _arguments(config: RunConfig, found: list[str]) -> AllInOneArguments | None:
     """Return the arguments; of a file with invalid keys those of a copy without them, to check the others too."""
     config = config.model_copy(deep=True)
@@ -122,12 +138,12 @@ def _arguments(config: RunConfig, found: list[str]) -> AllInOneArguments | None:
                 config.deepspeed = _DEEPSPEED
 
 
-def _collect(found: list[str], function: Callable[[], _T]) -> _T | None:
+def _collect(found: list[str], function: Callable[[], _T], where: str = "") -> _T | None:
     """Return the result of a function; on an error of the package, note its message."""
     try:
         return function()
     except AllInOneError as error:
-        found += str(error).splitlines()
+        found += f"{where}{error}".splitlines()
         return None
 
 
