@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments of the command; None reads `sys.argv`.
 
     Returns:
-        Exit code: 0; 1 if a run failed or `check` found errors; 2 for an invalid configuration or invalid data; 75 if
-        SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
+        Exit code: 0; 1 if a run failed or `check` found errors only in the data; 2 for an invalid configuration or
+        invalid data; 75 if SIGTERM or SIGUSR1 ended a run after it saved a checkpoint; 130 if interrupted.
 
     Example:
         >>> main(["train", "nowhere.yaml"])     # prints an error that lists the files that come with the package
@@ -108,9 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--nproc", type=_positive, help="B: number of ranks (default: one per GPU, 2 without GPUs)")
     score.set_defaults(run=commands.score)
 
-    check = subparsers.add_parser("check", help="read all data files of a run and report problems")
+    check = subparsers.add_parser("check", help="report everything that would stop a run: settings, model, data files")
     check.add_argument("config", help="YAML file of the run")
     check.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
+    check.add_argument("--nproc", type=_positive, help="number of ranks of the run (default: as of train)")
     check.set_defaults(run=commands.check)
 
     preview = subparsers.add_parser("preview", help="draw training samples under each branch of their augmentation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -108,7 +109,10 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
         options = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them enables it
         compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in options)
         environment = launch_environment(ranks, compiles)
-        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
+        again = shlex.join(
+            ["allinone-ds", "train", config, *(flag for flag in flags if flag != "--resume"), "--resume"]
+        )
+        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show, again)
     return time.perf_counter() - start
 
 
@@ -224,11 +228,14 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
 def check(args: argparse.Namespace) -> int:
     _quiet()
     from allinone_ds.data.check import check_sources
-    from allinone_ds.run_config.arguments import arguments_from_config
-    from allinone_ds.run_config.schema import load_config
+    from allinone_ds.training.launcher import default_ranks
+    from allinone_ds.training.start.run_check import check_run
 
-    config = load_config(args.config, args.overrides)
-    arguments_from_config(config)
+    config, mistakes = check_run(args.config, args.overrides, args.nproc or default_ranks())
+    for mistake in mistakes:
+        console.print(f"error: {mistake}")
+    if config is None:
+        return ConfigError.exit_code
     sources, classes_of = {}, {}
     sizes: dict[str, tuple[int, int]] = {}
     for name, task in config.tasks.items():
@@ -241,8 +248,9 @@ def check(args: argparse.Namespace) -> int:
     for problem in problems:
         console.print(f"{problem.level}: {problem}")
     errors = sum(problem.level == "error" for problem in problems)
-    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
-    return 1 if errors else 0
+    in_settings = f"; {len(mistakes)} errors in the settings" if mistakes else ""
+    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings{in_settings}")
+    return ConfigError.exit_code if mistakes else 1 if errors else 0
 
 
 def preview(args: argparse.Namespace) -> int:

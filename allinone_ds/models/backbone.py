@@ -198,7 +198,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         net, loaded = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else (_from_config(cfg), None)
     except ConfigError:
         raise
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"model.backbone ({cfg.model_type}): {error}") from error
     if cfg.stem == "conv":
         path = _PATCH_PROJECTION[cfg.model_type]

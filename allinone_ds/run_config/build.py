@@ -15,6 +15,7 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, build_task, task_class
@@ -24,13 +25,14 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks` is used.
+        config: configuration of the run; only `tasks` and `model.freeze` are used.
         facts: backbone configuration and class names.
 
     Raises:
         ConfigError: an invalid head, option or test-time view.
     """
     backbone = build_backbone(facts.backbone)
+    freeze_backbone(backbone, config.model.freeze)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()

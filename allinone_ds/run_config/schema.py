@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from allinone_ds.balance.assignment import check_groups
 from allinone_ds.balance.options import BalancerConfig, combination_error
@@ -16,9 +26,10 @@ from allinone_ds.data.augmentation.transforms import train_transform
 from allinone_ds.data.sources import Source
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.models.freezing import Freeze
 from allinone_ds.run_config.engine_settings import read_engine
-from allinone_ds.run_config.yaml_files import read_deepspeed, read_yaml
-from allinone_ds.strict import ConfigPath, Strict, explain
+from allinone_ds.run_config.yaml_files import DEEPSPEED, read_deepspeed, read_yaml
+from allinone_ds.strict import ConfigPath, Strict, did_you_mean, explain
 from allinone_ds.tasks.test_time import TestTime
 
 
@@ -30,10 +41,33 @@ def _augment_file(value: Any) -> Any:
     return read_yaml(value) if isinstance(value, str) else value
 
 
+def _named_callback(value: Any) -> Any:
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, dict) and len(value) == 1:
+        return {name: options or {} for name, options in value.items()}
+    raise ConfigError(f"{value!r}: give 'module.Class', or one pair {{module.Class: {{argument: value}}}}")
+
+
+def _no_none(value: Any) -> Any:
+    return {} if value is None else value
+
+
+class EarlyStopping(Strict):
+    """When a run ends before its length, as in transformers' `EarlyStoppingCallback`."""
+
+    patience: PositiveInt = 3
+    """Evaluations in a row that may fail to improve `trainer.metric_for_best_model`."""
+    threshold: NonNegativeFloat = 0.0
+    """Improvement that counts."""
+
+
 class ModelConfig(Strict):
     """The part of the model that all tasks share."""
 
     backbone: BackboneConfig
+    freeze: Freeze | None = None
+    """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
     start_from: ConfigPath | None = None
     """Folder of an earlier run or checkpoint with the same backbone, whose weights the run starts from. The head of a
     task whose name or classes differ starts from random weights."""
@@ -56,6 +90,10 @@ class TaskConfig(Strict):
     """Images per evaluation batch and rank; None is `batch_size`."""
     micro_steps: PositiveInt = 1
     """Micro-batches per optimizer step and rank."""
+    lr_factor: NonNegativeFloat = 1.0
+    """Learning rate of the head divided by `trainer.learning_rate`."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of the head; None is `trainer.weight_decay`."""
     test_time: TestTime | None = None
     """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
     train: Source
@@ -94,9 +132,16 @@ class RunConfig(Strict):
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     balancer: BalancerConfig = Field(default_factory=BalancerConfig)
     """`name` of the weighting and its options, and the options of TaskBalancer."""
-    trainer: dict[str, Any] = Field(default_factory=dict)
+    epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)
+    """{task: number of epochs}: length of the run as passes over the training data of one task, instead of
+    `trainer.max_steps`."""
+    early_stopping: EarlyStopping | None = None
+    """End the run when its evaluations no longer improve."""
+    callbacks: list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_callback)]] = Field(default=[])
+    """Trainer callbacks: "module.Class", or {module.Class: {argument: value}}."""
+    trainer: Annotated[dict[str, Any], BeforeValidator(_no_none)] = Field(default_factory=dict)
     """Fields of `AllInOneArguments`, which extends `transformers.TrainingArguments`."""
-    deepspeed: str | dict[str, Any] = "configs/deepspeed/zero2.json"
+    deepspeed: str | dict[str, Any] = DEEPSPEED
     """DeepSpeed config: a JSON file or its content."""
     max_broken_images: int = Field(default=100, ge=0)
     """Unreadable images, over all ranks, that are skipped and counted before the run stops."""
@@ -109,6 +154,15 @@ class RunConfig(Strict):
             if not re.fullmatch(r"\w[\w-]*", name):
                 raise ConfigError(f"'{name}' cannot name a task; use letters, digits, _ and -, for example 'lanes'")
         return value
+
+    @model_validator(mode="after")
+    def _check_length(self) -> RunConfig:
+        if self.early_stopping is not None and self.trainer.get("eval_strategy", "no") in ("no", False):
+            raise ConfigError("early_stopping: it needs evaluations; set trainer.eval_strategy to steps")
+        for name in self.epochs or {}:
+            if name not in self.tasks:
+                raise ConfigError(f"epochs.{name}: the run has no such task; {did_you_mean(name, self.tasks)}")
+        return self
 
     @property
     def run_dir(self) -> Path:
@@ -136,19 +190,62 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         >>> sorted(config.tasks), config.trainer["max_steps"], str(config.run_dir)
         (['classification', 'detection', 'segmentation'], 50, 'runs/demo')
     """
-    content = read_yaml(path, overrides)
-    where = str(path)
-    try:
-        config = RunConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(explain(error, RunConfig, where)) from error
-    if isinstance(config.deepspeed, str):
-        config.deepspeed = read_deepspeed(config.deepspeed)
+    config, mistakes = read_config(path, overrides)
+    if mistakes or config is None:
+        raise ConfigError("\n".join(mistakes))
     try:
         check_balancer(config)
     except ConfigError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     return config
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, list[str]]:
+    """Read the YAML file of a run as far as it is valid.
+
+    Args:
+        path: the YAML file, or the name of one that comes with the package.
+        overrides: dotted overrides.
+
+    Returns:
+        The configuration without its invalid keys (None: what remains is no run), and one line per mistake.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    content = read_yaml(path, overrides)
+    mistakes: list[str] = []
+    for _ in range(_REPAIRS):
+        try:
+            config = RunConfig.model_validate(content)
+        except ValidationError as error:
+            mistakes += [line for line in explain(error, RunConfig, str(path)).splitlines() if line not in mistakes]
+            if not all([_remove(content, list(item["loc"])) for item in error.errors()]):
+                return None, mistakes
+        else:
+            try:
+                if isinstance(config.deepspeed, str):
+                    config.deepspeed = read_deepspeed(config.deepspeed)
+            except ConfigError as error:
+                mistakes.append(f"{path}: deepspeed: {error}")
+                config.deepspeed = read_deepspeed(DEEPSPEED)
+            return config, mistakes
+    return None, mistakes
+
+
+_REPAIRS = 4
+"""Times that invalid keys are removed: the rest may be invalid without them."""
+
+
+def _remove(content: dict[str, Any], path: Sequence[Any]) -> bool:
+    """Remove the innermost key of a path that exists (a path also holds tags, and keys that are missing)."""
+    owner, key, inside = content, None, content
+    for part in path:
+        if isinstance(inside, dict) and part in inside:
+            owner, key, inside = inside, part, inside[part]
+    if key is not None:
+        del owner[key]
+    return key is not None
 
 
 def check_balancer(config: RunConfig) -> None:

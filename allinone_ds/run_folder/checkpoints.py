@@ -158,6 +158,8 @@ def clear_run(folder: str | Path) -> None:
         ConfigError: a run is writing to the folder.
     """
     folder = Path(folder)
+    if not folder.exists():
+        return
     check_free(folder)
     clear_unfinished(folder)
     for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *folder.glob(f"{BROKEN}checkpoint-*")]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from allinone_ds.data.loader import TaskData
 from allinone_ds.distributed import barrier
@@ -15,7 +15,7 @@ from allinone_ds.reporting.pictures import collect_drawings, save_pictures
 from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_predictions_page, write_report
-from allinone_ds.run_config.arguments import arguments_from_config
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
 from allinone_ds.run_config.build import (
     build_model,
     inspect_data,
@@ -30,6 +30,9 @@ from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_
 from allinone_ds.run_folder.collective import lock_run
 from allinone_ds.run_folder.event_log import EventLog
 from allinone_ds.run_folder.names import AVERAGED, DETAILS, METRICS_FILE, PLOTS, WORST_PICTURES
+from allinone_ds.run_folder.new_folder import missing_folders, remove_failed_start
+from allinone_ds.training.start.arguments import require_launcher
+from allinone_ds.training.start.callbacks import configured_callbacks
 from allinone_ds.training.trainer import AllInOneTrainer
 from allinone_ds.training.warm_start import start_from
 
@@ -57,12 +60,27 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         DataError: the data is invalid.
         RunError: the run cannot continue.
     """
+    require_launcher()
     args = arguments_from_config(config)  # before the model: ZeRO-3 partitions the model while it is built
     resume_from = parse_resume(config.trainer.get("resume_from_checkpoint"))
+    callbacks = configured_callbacks(config)
     check_resume(resume_from, config.run_dir)
+    made = missing_folders(config.run_dir) if args.process_index == 0 else []
     lock_run(config.run_dir)
+    try:
+        return _train(config, args, resume_from, callbacks)
+    except BaseException:
+        remove_failed_start(made)
+        raise
+
+
+def _train(
+    config: RunConfig, args: AllInOneArguments, resume_from: bool | Path, callbacks: list[TrainerCallback]
+) -> dict[str, float] | None:
     set_seed(args.seed)
     train_data = open_train_data(config)
+    sizes = {name: len(data.dataset) for name, data in train_data.items()}
+    args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
     inspect_data(config, train_data, test_data)
@@ -80,7 +98,7 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         eval_dataset=test_data,
         weighting=weighting,
         balancer_options=balancer_options,
-        callbacks=[RunFiles(config, facts), events, PrintProgress()],
+        callbacks=[RunFiles(config, facts), events, PrintProgress(), *callbacks],
     )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
@@ -144,6 +162,12 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             0,
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
+        )
+    if trainer.weighting_unused:
+        trainer.warn(
+            0,
+            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
+            "gradient, and the logged norms are those of the heads",
         )
     for part in data.values():
         for problem in part.dataset.structural[:_MAX_WARNINGS]:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.weightings.clipping import TBGC
+from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
@@ -35,6 +35,7 @@ from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.zero.params import cast_unpartitioned
 
@@ -54,6 +55,9 @@ class AllInOneTrainer(DurableTrainer):
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
     task because its loss, gradient or factor was not finite.
 
+    If the whole backbone is frozen there is nothing to balance: the heads train on their own gradients (`Sum`), and the
+    logged norms are those of the heads.
+
     Args:
         model: an AllInOneModel.
         args: arguments; `args.deepspeed` determines the ZeRO stage.
@@ -70,6 +74,7 @@ class AllInOneTrainer(DurableTrainer):
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
+        weighting_unused: whether the whole backbone is frozen.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
         details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
             described in `allinone_ds.tasks.details`.
@@ -104,6 +109,8 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        require_launcher()
+        raise_all(argument_problems(args, {name: model.tasks[name] for name in eval_dataset or {}}))  # type: ignore[index]
         counted = use_frequencies(dict(model.tasks), {task: data.dataset for task, data in train_dataset.items()})  # type: ignore[arg-type]
         settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
         super().__init__(
@@ -118,6 +125,10 @@ class AllInOneTrainer(DurableTrainer):
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
+        self._shared: Any = "backbone"
+        self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
+        if self.weighting_unused:
+            self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -222,13 +233,27 @@ class AllInOneTrainer(DurableTrainer):
 
     # ---- one step ----
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule that `lr_scheduler_type` names."""
+        engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
+        engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
+        if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
+            engine_optimizer.defaults = {"lr": self.args.learning_rate}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
             groups = parameter_groups(
-                module, args.learning_rate, args.weight_decay, args.backbone_lr_factor, args.layer_lr_decay
+                module,
+                args.learning_rate,
+                args.weight_decay,
+                args.backbone_lr_factor,
+                args.layer_lr_decay,
+                args.head_lr_factor,
+                args.head_weight_decay,
             )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls(groups, **kwargs)
@@ -253,7 +278,7 @@ class AllInOneTrainer(DurableTrainer):
             self.balancer = TaskBalancer(
                 model,
                 self.schedule.tasks,
-                "backbone",
+                self._shared,
                 self.weighting,
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from allinone_ds.models.freezing import backbone_layer
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.training.optimizer import backbone_layer, parameter_groups
+from allinone_ds.training.optimizer import parameter_groups
 from tests.tiny import tiny_model
 
 
