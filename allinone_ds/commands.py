@@ -221,9 +221,10 @@ def check(args: argparse.Namespace) -> int:
     arguments_from_config(config)
     sources, classes_of = {}, {}
     for name, task in config.tasks.items():
-        sources[f"{name} train"] = task.train
-        if task.test is not None:
-            sources[f"{name} test"] = task.test
+        sources[f"{name} train"] = task.train_source
+        test = task.test_source
+        if test is not None:
+            sources[f"{name} test"] = test
             classes_of[f"{name} test"] = f"{name} train"
     problems = check_sources(sources, config.data_root, classes_of=classes_of)
     for problem in problems:

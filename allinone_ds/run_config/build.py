@@ -43,7 +43,7 @@ def open_train_data(config: RunConfig) -> dict[str, TaskData]:
     """
     data = {}
     for name, task in config.tasks.items():
-        dataset = open_source(task.train, config.data_root)
+        dataset = open_source(task.train_source, config.data_root)
         data[name] = TaskData(
             dataset=dataset,
             transform=train_transform(task.augment, task.image_size, dataset.kind),
@@ -67,9 +67,10 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
     """
     data = {}
     for name, task in config.tasks.items():
-        if task.test is not None:
+        source = task.test_source
+        if source is not None:
             data[name] = TaskData(
-                dataset=open_source(task.test, config.data_root, classes=classes[name]),
+                dataset=open_source(source, config.data_root, classes=classes[name]),
                 transform=eval_transform(task.image_size),
                 collate=task_class(task.type).collate,
                 batch_size=task.eval_batch_size or task.batch_size,

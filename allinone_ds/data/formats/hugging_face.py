@@ -151,7 +151,7 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
-        stored = self._stored_names(read_classes(source.classes, root))
+        stored = self._stored_names(read_classes(source.classes, root), classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
@@ -162,7 +162,9 @@ class HubDataset(SampleDataset):
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
-            unknown = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._label_of]
+            cells = self.table[columns.label]
+            self.labels = [self._label_of.get(v, -1) for v in cells]
+            unknown = [(i, v) for i, v in enumerate(cells) if v not in self._label_of]
             self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
     def __len__(self) -> int:
@@ -232,8 +234,8 @@ class HubDataset(SampleDataset):
         labels = np.array([self._label_of[c] for c in categories], dtype=np.int64).reshape(-1)
         return detection_fields(boxes, labels, np.array(crowd, dtype=bool), size)
 
-    def _stored_names(self, given: list[str] | None) -> list[str]:
-        """Return the class names by stored id: those given, those of the ClassLabel, or those in a text column."""
+    def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
+        """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
         if self.kind == "classification":
@@ -246,8 +248,11 @@ class HubDataset(SampleDataset):
         names = given if given is not None else getattr(feature, "names", None)
         if names is None and self.kind == "classification" and getattr(feature, "dtype", "") == "string":
             names = sorted(set(self.table[columns.label]))
+        names = train if names is None else names
         if not names:
-            raise DataError(f"{self.name}: the columns contain no class names; set 'classes' in the config")
+            raise DataError(
+                f"{self.name}: the columns contain no class names; set 'classes' of the source or of the task"
+            )
         return list(names)
 
     def _require_column(self, column: str, features: Any, field: str) -> None:

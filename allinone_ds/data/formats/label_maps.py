@@ -18,6 +18,7 @@ from allinone_ds.data.formats.class_names import ClassNames, match_classes, read
 from allinone_ds.data.formats.listing import require_folder, unused_images, walk_images
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import read_image, read_label_map
+from allinone_ds.errors import DataError
 
 
 class LabelMapsSource(SourceConfig):
@@ -38,8 +39,9 @@ class LabelMapsSource(SourceConfig):
     """What ends the name of a label map: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
     image_suffix: str = ""
     """What ends the name of an image: Cityscapes has "_leftImg8bit", and "_gtFine_labelTrainIds" for its label maps."""
-    classes: ClassNames
-    """Class names in the order of the ids, or a text file with one name per line; at most 255."""
+    classes: ClassNames | None = None
+    """Class names in the order of the ids, or a text file with one name per line; at most 255. null: those of the task,
+    or of the train set."""
     ignore_index: int = Field(255, ge=0)
     """Value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
@@ -84,10 +86,13 @@ class LabelMapsDataset(SampleDataset):
         self.source = source
         require_folder(self.images, "images")
         require_folder(self.maps, "label_maps")
-        names = read_classes(source.classes, root) or []
+        names = read_classes(source.classes, root)
+        names = classes if names is None else names
+        if names is None:
+            raise DataError(f"{self.name}: label maps hold no class names; set 'classes' of the source or of the task")
         validate_class_ids(self.name, len(names), source.first_id, source.ignore_index)
         label_of = match_classes(self.name, names, classes)
-        self.classes = names if classes is None else list(classes)
+        self.classes = list(names) if classes is None else list(classes)
         self._labels = np.array([label_of[i] for i in range(len(names))], dtype=np.uint8)
         self.structural: list[Problem] = []
         self._pair_files()
