@@ -27,6 +27,7 @@ __getattr__, __all__ = lazy_names(
         "formats.coco": ["CocoDataset", "CocoSource"],
         "formats.hugging_face": ["Columns", "DatasetsSource", "HubDataset"],
         "formats.image_list": ["ImageListSource"],
+        "formats.image_table": ["ImageTableSource"],
         "formats.label_maps": ["LabelMapsDataset", "LabelMapsSource"],
         "further_samples": ["FurtherSamples"],
         "images": ["read_image", "read_label_map"],

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
@@ -18,7 +18,7 @@ from allinone_ds.data.formats.class_names import ClassNames, match_classes, read
 from allinone_ds.data.formats.listing import require_folder, unused_images, walk_images
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import read_image, read_label_map
-from allinone_ds.errors import DataError
+from allinone_ds.errors import ConfigError, DataError
 
 
 class LabelMapsSource(SourceConfig):
@@ -46,6 +46,15 @@ class LabelMapsSource(SourceConfig):
     """Value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
     """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
+    class_ids: list[NonNegativeInt] | None = None
+    """Id of each class where they do not count up, e.g. [0, 255]; null: they count from `first_id`. An id in this list
+    is a class even if it equals `ignore_index`."""
+
+    @model_validator(mode="after")
+    def _one_numbering(self) -> LabelMapsSource:
+        if self.class_ids is not None and self.first_id:
+            raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> LabelMapsDataset:
         return LabelMapsDataset(self, root, classes)
@@ -90,7 +99,7 @@ class LabelMapsDataset(SampleDataset):
         names = classes if names is None else names
         if names is None:
             raise DataError(f"{self.name}: label maps hold no class names; set 'classes' of the source or of the task")
-        validate_class_ids(self.name, len(names), source.first_id, source.ignore_index)
+        validate_class_ids(self.name, len(names), source.first_id, source.ignore_index, source.class_ids)
         label_of = match_classes(self.name, names, classes)
         self.classes = list(names) if classes is None else list(classes)
         self._labels = np.array([label_of[i] for i in range(len(names))], dtype=np.uint8)
@@ -155,7 +164,9 @@ class LabelMapsDataset(SampleDataset):
             BrokenSample: the label map cannot be read, or contains a value that is not a class.
         """
         path = self._map_path(index)
-        return ids_to_labels(read_label_map(path), path, self._labels, self.source.ignore_index, self.source.first_id)
+        source = self.source
+        stored = read_label_map(path)
+        return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
     def _map_path(self, index: int) -> str:
         return os.path.join(self.maps, self.pairs[index][1])
