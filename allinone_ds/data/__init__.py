@@ -29,6 +29,8 @@ __getattr__, __all__ = lazy_names(
         "formats.image_list": ["ImageListSource"],
         "formats.image_table": ["ImageTableSource"],
         "formats.label_maps": ["LabelMapsDataset", "LabelMapsSource"],
+        "formats.voc": ["VocSource"],
+        "formats.yolo": ["YoloDataset", "YoloSource"],
         "further_samples": ["FurtherSamples"],
         "images": ["read_image", "read_label_map"],
         "loader": [

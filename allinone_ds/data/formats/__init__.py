@@ -15,5 +15,7 @@ __getattr__, __all__ = lazy_names(
         "image_list": ["ImageListSource"],
         "image_table": ["ImageTableSource"],
         "label_maps": ["LabelMapsSource"],
+        "voc": ["VocSource"],
+        "yolo": ["YoloSource"],
     },
 )

@@ -69,6 +69,7 @@ class LabelMapsDataset(SampleDataset):
         source: folders, class names and pixel values.
         root: folder that relative paths start at.
         classes: class names of the train set, whose order the labels follow; None for the order of the class ids.
+        names: relative paths without suffixes of the images to use; None uses all.
 
     Raises:
         DataError: a folder is missing, or there are more than 255 classes. Images without a label map, label maps
@@ -88,29 +89,40 @@ class LabelMapsDataset(SampleDataset):
 
     kind = "segmentation"
 
-    def __init__(self, source: LabelMapsSource, root: Path, classes: Sequence[str] | None = None):
+    def __init__(
+        self,
+        source: LabelMapsSource,
+        root: Path,
+        classes: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)
         self.source = source
         require_folder(self.images, "images")
         require_folder(self.maps, "label_maps")
-        names = read_classes(source.classes, root)
-        names = classes if names is None else names
-        if names is None:
+        stored = read_classes(source.classes, root)
+        stored = list(classes) if stored is None and classes is not None else stored
+        if stored is None:
             raise DataError(f"{self.name}: label maps hold no class names; set 'classes' of the source or of the task")
-        validate_class_ids(self.name, len(names), source.first_id, source.ignore_index, source.class_ids)
-        label_of = match_classes(self.name, names, classes)
-        self.classes = list(names) if classes is None else list(classes)
-        self._labels = np.array([label_of[i] for i in range(len(names))], dtype=np.uint8)
+        validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
+        label_of = match_classes(self.name, stored, classes)
+        self.classes = stored if classes is None else list(classes)
+        self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.uint8)
         self.structural: list[Problem] = []
-        self._pair_files()
+        self._pair_files(names)
         self.structural += single_class_warning(self, source.ignore_index)
 
-    def _pair_files(self) -> None:
+    def _pair_files(self, names: Sequence[str] | None) -> None:
         """Set `pairs`: for every image with a label map, both files relative to their folders."""
         images = self._by_stem(self.images, self.source.image_suffix)
         maps = self._by_stem(self.maps, self.source.label_map_suffix)
+        if names is not None:
+            missing = [name for name in names if name not in images and name not in maps]
+            reason = "is listed, but has neither an image nor a label map; add them or remove the name from the list"
+            self.structural += [Problem(str(self.images / name), reason) for name in missing]
+            images, maps = ({name: of[name] for name in names if name in of} for of in (images, maps))
         self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
         for stem in images.keys() - maps.keys():
             wanted = f"{self.maps / stem}{self.source.label_map_suffix}.png"
