@@ -8,11 +8,14 @@ from pathlib import Path
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask
-from allinone_ds.init.layouts import classification, coco, hugging_face, label_maps
+from allinone_ds.init.layouts import classification, coco, hugging_face, label_maps, voc, yolo
 
 FINDERS = {
     "`datasets`: a folder of save_to_disk, parquet files, or images with metadata.csv or metadata.jsonl that names "
     "each file in `file_name`": hugging_face.find,
+    "YOLO: a data.yaml with names, train and val, or folders images and labels with `class x y width height` per line":
+        yolo.find,
+    "Pascal VOC: XML files in Annotations and images in JPEGImages, lists in ImageSets": voc.find,
     "COCO: a json with the lists images, annotations (with bbox) and categories, and the images": coco.find,
     "label maps: a folder of images and a folder of png files of the same names, whose pixels are class ids":
         label_maps.find,
@@ -43,7 +46,7 @@ def recognise(root: Path, name: str = "") -> dict[str, FoundTask]:
     tree = FileTree(root, name)
     found = _find(tree)
     inner = [f for f in tree.folders_in("") if part_of(f) is None and f.lower() not in _COMPONENTS]
-    if not found or _inside_one_folder(found, tree):
+    if not found or any(_inside_one_folder(task, tree) for task in found):
         below = [(child, FileTree(root / child, tree.reference(child))) for child in inner]
         of_child = {child: tasks for child, subtree in below if (tasks := _find(subtree))}
         if len(of_child) > 1 or (of_child and not found):
@@ -60,24 +63,24 @@ def recognise(root: Path, name: str = "") -> dict[str, FoundTask]:
 
 
 def _find(tree: FileTree) -> list[FoundTask]:
-    """Return the tasks of the first layout that fits."""
+    """Return the tasks of the first layout that fits; boxes and label maps in one folder are two tasks."""
+    tasks: list[FoundTask] = []
     for finder in FINDERS.values():
-        tasks = finder(tree)
-        if tasks:
-            return tasks
-    return []
+        if not tasks:
+            tasks = finder(tree)
+        elif finder is label_maps.find and len(tasks) == 1 and tasks[0].kind == "detection":
+            tasks = [*tasks, *finder(tree)]
+    return tasks
 
 
-def _inside_one_folder(found: list[FoundTask], tree: FileTree) -> bool:
-    """Return whether all files of the tasks lie in one folder of the tree, beside which there may be other data."""
+def _inside_one_folder(task: FoundTask, tree: FileTree) -> bool:
+    """Return whether all files of a task lie in one folder of the tree, beside which there may be other data."""
     used: set[str] = set()
-    for task in found:
-        for source in (task.train, task.test or {}):
-            for key in ("images", "annotations", "label_maps", "list", "table", "path", "data"):
-                value = source.get(key)
-                if isinstance(value, str):
-                    relative = Path(value).relative_to(tree.name) if tree.name else Path(value)
-                    used.add(relative.parts[0] if relative.parts else ".")
+    for source in (task.train, task.test or {}):
+        keys = ("path",) if "path" in source else ("images", "annotations", "label_maps", "list", "table", "data")
+        for value in (source[key] for key in keys if key in source):
+            relative = Path(value).relative_to(tree.name) if tree.name else Path(value)
+            used.add(relative.parts[0] if relative.parts else ".")
     return len(used) == 1 and used <= set(tree.folders_in(""))
 
 

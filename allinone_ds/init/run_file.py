@@ -64,7 +64,8 @@ def run_file(
     """
     longest = max(max(task.image_size) for task in tasks.values())
     lines = [
-        f"# Written by `{command}`. Everything may be changed; docs/data-formats.md and docs/training.md say what to.",
+        f"# Written by `{command}`",
+        "# Everything may be changed; docs/data-formats.md, docs/training.md and docs/recipes.md say how.",
         "#",
         f"#   allinone-ds check {file}      # read all data once, list every fault",
         f"#   allinone-ds preview {file}    # draw training samples as the model sees them",
@@ -128,7 +129,7 @@ def _task(name: str, task: PlannedTask, gpu: bool) -> list[str]:
     split = found.test is None
     train, test = task.samples
     counts = f"{train} train and {test} test images{' after the split' if split else ''}"
-    lines = [f"  {name}:", f"    # {found.layout}: {counts}, {len(task.classes)} classes"]
+    lines = [f"  {_flow(name)}:", f"    # {found.layout}: {counts}, {len(task.classes)} classes"]
     if found.classes is None:
         lines += _comment("classes: " + _shown(task.classes))
     for note in found.notes:
@@ -176,18 +177,19 @@ def _with_comment(line: str, comment: str | None) -> str:
 
 def _flow(value: Any) -> str:
     """Return a value in one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True).strip()
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _block(content: Mapping[str, Any]) -> list[str]:
-    """Return a mapping in lines of YAML; short sources and lists take one line."""
+    """Return a mapping in lines of YAML: a mapping or list in one line if it is short."""
     lines = []
     for key, value in content.items():
-        if isinstance(value, dict | list):
-            line = f"{key}: {_flow(value)}"
-            if len(line) <= _WIDTH:
-                lines.append(line)
-                continue
-        text = yaml.safe_dump({key: value}, default_flow_style=False, sort_keys=False, width=10**6, allow_unicode=True)
-        lines += text.rstrip().split("\n")
+        line = f"{_flow(key)}: {_flow(value)}" if isinstance(value, dict | list) else _flow({key: value})[1:-1]
+        if len(line) <= _WIDTH or not isinstance(value, dict | list):
+            lines.append(line)
+        elif isinstance(value, dict):
+            lines += [f"{key}:", *(f"  {inner}" for inner in _block(value))]
+        else:
+            lines += [f"{key}:", *(f"  - {_flow(item)}" for item in value)]
     return lines

@@ -143,6 +143,89 @@ def table(root: Path) -> None:
         writer.writerows((Path(n).stem, ("pug", "boxer", "great dane")[i % 3]) for i, n in enumerate(names))
 
 
+# ---- YOLO and Pascal VOC
+
+
+def yolo_line(i: int, classes: int = 2) -> str:
+    (H, W), (x, y, w, h) = SIZE, box(i)
+    return f"{i % classes} {(x + w / 2) / W:.6f} {(y + h / 2) / H:.6f} {w / W:.6f} {h / H:.6f}\n"
+
+
+def write_yolo(images: Path, labels: Path, count: int, seed: int = 0) -> None:
+    labels.mkdir(parents=True)
+    for i, name in enumerate(write_pictures(images, count, seed)):
+        (labels / f"{Path(name).stem}.txt").write_text(yolo_line(i))
+
+
+def yolo_roboflow(root: Path) -> None:
+    """data.yaml written for a folder deeper, {train,valid,test}/{images,labels}."""
+    for k, part in enumerate(("train", "valid", "test")):
+        write_yolo(root / part / "images", root / part / "labels", 5, 50 * k)
+    text = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['cat', 'dog']\n"
+    (root / "data.yaml").write_text(text)
+
+
+def yolo_coco8(root: Path) -> None:
+    """signs.yaml with a `path` of another machine, images/{train,val}, labels/{train,val} with outlines."""
+    for k, part in enumerate(("train", "val")):
+        write_yolo(root / "images" / part, root / "labels" / part, 4, 50 * k)
+        (root / "labels" / part / f"p{50 * k}.txt").write_text("1 0.1 0.1 0.5 0.1 0.5 0.6 0.2 0.7\n")
+    (root / "signs.yaml").write_text(
+        "path: ../datasets/signs\ntrain: images/train\nval: images/val\nnames:\n  0: cat\n  1: dog\n"
+    )
+
+
+def yolo_without_yaml(root: Path) -> None:
+    """images/, labels/ with classes.txt, as labelImg writes them."""
+    write_yolo(root / "images", root / "labels", 10)
+    (root / "labels" / "classes.txt").write_text("cat\ndog\nmouse\n")
+
+
+def yolo_beside_images(root: Path) -> None:
+    """{train,test}/*.png with *.txt beside them and no names."""
+    for k, part in enumerate(("train", "test")):
+        for i, name in enumerate(write_pictures(root / part, 5, 50 * k)):
+            (root / part / f"{Path(name).stem}.txt").write_text(yolo_line(i))
+
+
+def write_xml(file: Path, i: int, suffix: str = ".jpg") -> None:
+    H, W = SIZE
+    x, y, w, h = box(i)
+    corners = f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        f"<annotation><filename>{file.stem}{suffix}</filename>"
+        f"<size><width>{W}</width><height>{H}</height><depth>3</depth></size>"
+        f"<object><name>{('cat', 'dog')[i % 2]}</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>"
+        "</annotation>"
+    )
+
+
+def voc_official(root: Path) -> None:
+    """VOCdevkit/VOC2012 with lists for boxes."""
+    base = root / "VOCdevkit" / "VOC2012"
+    names = write_pictures(base / "JPEGImages", 12, suffix=".jpg")
+    for i, name in enumerate(names):
+        write_xml(base / "Annotations" / f"{Path(name).stem}.xml", i)
+    (base / "ImageSets" / "Main").mkdir(parents=True)
+    lists = {"train": names[:8], "val": names[8:], "trainval": names, "cat_train": names[:8]}
+    for part, chosen in lists.items():
+        (base / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{Path(n).stem}\n" for n in chosen))
+
+
+def voc_kaggle(root: Path) -> None:
+    """images/*.png and annotations/*.xml, no lists."""
+    for i, name in enumerate(write_pictures(root / "images", 10)):
+        write_xml(root / "annotations" / f"{Path(name).stem}.xml", i, ".png")
+
+
+def voc_roboflow(root: Path) -> None:
+    """{train,valid}/*.jpg with *.xml beside them."""
+    for k, part in enumerate(("train", "valid")):
+        for i, name in enumerate(write_pictures(root / part, 5, 50 * k, suffix=".jpg")):
+            write_xml(root / part / f"{Path(name).stem}.xml", i)
+
+
 # ---- datasets
 
 
@@ -187,11 +270,18 @@ LAYOUTS = {
     "maps_two_folders": (maps_two_folders, "segmentation", 8, 2, ["road", "car", "sky"]),
     "maps_split_inside": (maps_split_inside, "segmentation", 6, 6, ["class_1", "class_2", "class_3"]),
     "maps_cityscapes": (maps_cityscapes, "segmentation", 8, 4, ["class_0", "class_1"]),
-    "maps_binary": (maps_binary, "segmentation", 5, 5, ["class_0", "class_255"]),
+    "maps_binary": (maps_binary, "segmentation", 5, 5, ["background", "foreground"]),
     "folders_split": (folders_split, "classification", 10, 10, ["ant", "bee"]),
     "folders_plain": (folders_plain, "classification", 10, 2, ["Cat", "Dog"]),
     "lists": (lists, "classification", 8, 4, ["small", "large"]),
     "table": (table, "classification", 9, 3, ["boxer", "great dane", "pug"]),
+    "yolo_roboflow": (yolo_roboflow, "detection", 5, 5, ["cat", "dog"]),
+    "yolo_coco8": (yolo_coco8, "detection", 4, 4, ["cat", "dog"]),
+    "yolo_without_yaml": (yolo_without_yaml, "detection", 8, 2, ["cat", "dog", "mouse"]),
+    "yolo_beside_images": (yolo_beside_images, "detection", 5, 5, ["class_0", "class_1"]),
+    "voc_official": (voc_official, "detection", 8, 4, ["cat", "dog"]),
+    "voc_kaggle": (voc_kaggle, "detection", 8, 2, ["cat", "dog"]),
+    "voc_roboflow": (voc_roboflow, "detection", 5, 5, ["cat", "dog"]),
     "metadata_boxes": (metadata_boxes, "detection", 6, 6, ["class_0", "class_1"]),
     "metadata_classes": (metadata_classes, "classification", 8, 2, ["a", "b"]),
     "saved_to_disk": (saved_to_disk, "classification", 12, 4, ["lo", "hi"]),

@@ -124,7 +124,7 @@ class YoloDataset(SampleDataset):
         self._label_of = [label_of[len(names) - ids + i] for i in range(ids)]
         self.files = sorted(dict.fromkeys(file for place in places for file in _images(place, base)))
         self.structural += [p for p in check_listed_files(Path(), self.files) if p.level == "error"]
-        self._read_labels()
+        self._read_labels(whole_folders=all(place.is_dir() for place in places))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -155,7 +155,7 @@ class YoloDataset(SampleDataset):
             draw.polygon([(x - 0.5, y - 0.5) for x, y in points.tolist()], fill=label)
         return np.array(canvas)
 
-    def _read_labels(self) -> None:
+    def _read_labels(self, whole_folders: bool) -> None:
         """Set `_objects`: for each image, labels and outlines (n, 2) in fractions; a box has two corners."""
         self._objects: list[list[tuple[int, np.ndarray]]] = []
         listed: dict[str, set[str]] = {}
@@ -190,7 +190,10 @@ class YoloDataset(SampleDataset):
             os.path.join(folder, name)
             for folder, names in listed.items()
             for name in names
-            if name.endswith(".txt") and name not in _NOT_LABELS and os.path.join(folder, name) not in used
+            if whole_folders
+            and name.endswith(".txt")
+            and name not in _NOT_LABELS
+            and os.path.join(folder, name) not in used
         ]
         if stray:
             reason = f"{len(stray)} label files belong to no image of the split (first: {min(stray)})"

@@ -16,6 +16,7 @@ from allinone_ds.init.layouts.names import find_names
 
 _TRIED = 50  # files of a list that are looked up
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed", "name", "y")
+_BOX_COLUMNS = frozenset({"xmin", "x_min", "x1", "bbox", "xmax", "x_max", "x2"})
 _NOT_CLASSES = frozenset({"images", "image", "img", "imgs", "labels", "label", "masks", "mask", "annotations", "gt"})
 
 
@@ -25,7 +26,12 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
     notes = []
     for file in tree.with_suffix(".txt", ".lst"):
         rows = [line.rsplit(None, 1) for line in _lines(tree, file) if not line.startswith("#")]
-        if not rows or not all(len(r) == 2 and is_image(r[0]) and re.fullmatch(r"\d+", r[1]) for r in rows):
+        if not rows or not all(len(r) == 2 and is_image(r[0]) for r in rows):
+            continue
+        if not all(re.fullmatch(r"\d+", row[1]) for row in rows):
+            notes.append(
+                f"{file} lists images with class names; a list has ids, a csv file with a header may have names"
+            )
             continue
         folder = _folder_of(tree, [row[0] for row in rows], os.path.dirname(file))
         if folder is None:
@@ -73,9 +79,15 @@ def find_tables(tree: FileTree) -> list[FoundTask]:
         if image is None:
             continue
         column, folder, suffix = image
+        if _BOX_COLUMNS & {c.lower() for c in columns}:
+            notes.append(f"{file} is a table of boxes, which is not read; convert it to COCO, YOLO or Pascal VOC")
+            continue
         label, others = _label_column(rows, [c for c in columns if c != column])
         if label is None:
-            notes.append(f"{file} lists images, but no column of it looks like classes")
+            several = (
+                f"; {len(others)} columns of 0 and 1 are several labels per image, which is not read" if others else ""
+            )
+            notes.append(f"{file} lists images, but no column of it looks like classes{several}")
             continue
         if part_of(file) in parts:
             notes.append(f"{file} is one more table of images; it is not used")
@@ -96,9 +108,25 @@ def find_tables(tree: FileTree) -> list[FoundTask]:
 
 def find_class_folders(tree: FileTree) -> list[FoundTask]:
     """Return the task of folders with one folder per class, or nothing."""
-    base = ""
-    while len(tree.folders_in(base)) == 1 and not tree.images_in(base):
-        base = os.path.join(base, tree.folders_in(base)[0])
+    bases = [base for base in _bases(tree) if _parts(tree, base)[0]]
+    if len(bases) != 1:
+        return []
+    parts, notes = _parts(tree, bases[0])
+    sources = {part: {"format": "class_folders", "images": tree.reference(folder)} for part, folder in parts.items()}
+    train, test, chosen = choose_parts(sources)
+    return [FoundTask("classification", "class folders", train, test, notes=notes + chosen)]
+
+
+def _bases(tree: FileTree) -> list[str]:
+    """Return the folders that may contain class folders or the folders of parts, of the first depth with any."""
+    level = [""]
+    while level and not any(_parts(tree, folder)[0] for folder in level):
+        level = [os.path.join(folder, name) for folder in level for name in tree.folders_in(folder)]
+    return level
+
+
+def _parts(tree: FileTree, base: str) -> tuple[dict[str | None, str], list[str]]:
+    """Return the folders that contain class folders by part, and notes."""
     inner = tree.folders_in(base)
     parts: dict[str | None, str] = {}
     notes = []
@@ -113,12 +141,7 @@ def find_class_folders(tree: FileTree) -> list[FoundTask]:
         called = [name for name in inner if part_of(name)]
         if called:
             notes.append(f"the folders {', '.join(called)} count as classes, since other folders lie beside them")
-    if not parts:
-        tree.remarks += notes
-        return []
-    sources = {part: {"format": "class_folders", "images": tree.reference(folder)} for part, folder in parts.items()}
-    train, test, chosen = choose_parts(sources)
-    return [FoundTask("classification", "class folders", train, test, notes=notes + chosen)]
+    return parts, notes
 
 
 def _are_classes(tree: FileTree, folder: str) -> bool:
@@ -162,14 +185,21 @@ def _image_column(
 
 def _label_column(rows: list[dict[str, str]], columns: list[str]) -> tuple[str | None, list[str]]:
     """Return the column of the classes, and the other columns that could hold them."""
-    possible = []
+    possible, flags = [], []
     for column in columns:
         values = [row[column] or "" for row in rows]
         different = set(values)
+        values = [value.removesuffix(".0") for value in values] if different <= {"0.0", "1.0"} else values
+        different = set(values)
         numbers = all(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
         if 1 < len(different) <= max(len(rows) // 2, 2) and not numbers:
+            if different <= {"0", "1"} and column.lower() not in _LABEL_COLUMNS:
+                flags.append(column)
+                continue
             possible.append((column.lower() not in _LABEL_COLUMNS, sort_key(values) is int, column))
+    if len(flags) == 1:
+        possible.append((True, True, flags[0]))
     if not possible:
-        return None, []
+        return None, flags
     best = min(possible, key=lambda item: item[:2])
     return best[2], [column for _, _, column in possible if column != best[2]]

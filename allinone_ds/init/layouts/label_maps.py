@@ -18,6 +18,7 @@ _EXAMINED = 5  # files of a folder by which it counts as one of label maps
 _MOST_IDS = 64  # different values in a small file, above which it is a picture
 _SCANNED = 1000  # label maps whose values are read
 _WORDS = ("mask", "label", "annot", "gt", "seg", "truth", "target")
+_PICTURES = ("images", "image", "img", "imgs", "jpegimages", "photos", "leftimg8bit")
 
 
 def find(tree: FileTree) -> list[FoundTask]:
@@ -50,7 +51,7 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
     """Return (folder of images, folder of their label maps) of all folders that belong together."""
     folders = [folder for folder in tree.folders() if tree.images_in(folder)]
     maps = [folder for folder in folders if _holds_label_maps(tree, folder)]
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for folder in maps:
         rated = []
         for other in folders:
@@ -73,12 +74,19 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
     ]
     if not names:
         return False
+    if any(name in _PICTURES for name in folder.lower().split(os.sep)):
+        return False
     told = any(word in folder.lower() for word in _WORDS)
     for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
         path = str(tree.root / folder / name)
         try:
             with Image.open(path) as picture:
                 if picture.mode not in ("1", "L", "P", "I", "I;16"):
+                    if told:
+                        tree.remarks.append(
+                            f"{folder} may hold label maps, but {name} has colours (mode {picture.mode}); a label map "
+                            "has one channel, in which the value of a pixel is its class id"
+                        )
                     return False
             values = len(np.unique(read_label_map(path)))
         except (OSError, BrokenSample):
@@ -133,10 +141,14 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, object], list[
     if len(read) < len(files):
         notes.append(f"the values of {len(read)} of {len(files)} label maps were read; others may hold further classes")
     ids = sorted(values - {255})
+    if 255 in values and ids != [0]:
+        notes.append("pixels of 255 are read as pixels without a class")
     if values == {0, 255}:
         ids = [0, 255]
         options: dict[str, object] = {"class_ids": ids}
-        notes.append("the label maps hold 0 and 255, which are read as two classes, not as ignored pixels")
+        notes.append(
+            "the label maps hold 0 and 255: these are two classes, background and foreground; 255 is not ignored"
+        )
     elif not ids:
         options, ids = {}, [0]
         notes.append("the label maps hold no class, only 255, which is ignored")
@@ -149,6 +161,8 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, object], list[
         if len(ids) <= ids[-1]:
             notes.append(f"no label map holds {sorted(set(range(ids[-1] + 1)) - set(ids))}; they count as classes")
         options, ids = {}, list(range(ids[-1] + 1))
+    if values == {0, 255}:
+        return options, ["background", "foreground"], notes
     found = find_names(tree, len(ids))
     if found is not None:
         return options, found[1], [*notes, f"the class names are those in {found[0]}; check their order"]

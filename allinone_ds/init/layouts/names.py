@@ -13,12 +13,13 @@ from allinone_ds.init.file_tree import FileTree
 _NAME_FILES = ("classes", "class_names", "names", "labels", "label_names", "categories", "obj", "predefined_classes")
 
 
-def find_names(tree: FileTree, count: int) -> tuple[str, list[str]] | None:
+def find_names(tree: FileTree, count: int, at_least: bool = False) -> tuple[str, list[str]] | None:
     """Return the file, and its lines, of a text file of class names with this number of lines; None if there is none.
 
     Args:
         tree: the files.
         count: number of classes.
+        at_least: whether there may be more names, of classes that do not occur.
     """
     for file in sorted(tree.with_suffix(".txt", ".names"), key=lambda f: (f.count(os.sep), f)):
         stem, suffix = os.path.splitext(os.path.basename(file).lower())
@@ -29,7 +30,7 @@ def find_names(tree: FileTree, count: int) -> tuple[str, list[str]] | None:
                 continue
             if all(re.match(r"\d+[\s:,]", line) for line in lines):  # "0 road", "1: sky"
                 lines = [re.sub(r"^\d+[\s:,]+", "", line) for line in lines]
-            if len(lines) == count == len(set(lines)):
+            if len(lines) == len(set(lines)) and (len(lines) == count or (at_least and len(lines) > count)):
                 return file, lines
     return None
 
