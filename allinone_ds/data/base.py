@@ -79,7 +79,7 @@ class SourceConfig(Strict):
     """Name of the data format."""
     expect: Expect | None = None
     """Number of samples and classes of the complete dataset; any other number is an error."""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """In a list of sources: how many times per epoch each sample of this one is drawn."""
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:

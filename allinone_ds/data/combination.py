@@ -143,7 +143,7 @@ class CombinedDataset(SampleDataset):
         self._index = np.concatenate(used).astype(np.int64)  # (N,), index in that dataset
         selection = 0 if indices is None else zlib.crc32(self._owner.tobytes() + self._index.tobytes())
         if all(weight == 1 for weight in weights):
-            self._parts = (Part(len(self), len(self), selection),)
+            self._parts: tuple[Part, ...] = (Part(len(self), len(self), selection),)
         else:
             per_epoch = [max(round(w * len(u)), 1) if len(u) else 0 for w, u in zip(weights, used, strict=True)]
             self._parts = tuple(Part(len(u), n, selection) for u, n in zip(used, per_epoch, strict=True))

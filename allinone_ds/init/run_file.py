@@ -11,7 +11,7 @@ import yaml
 from allinone_ds.init.found_task import FoundTask
 from allinone_ds.init.settings import Machine
 
-SPLIT = {"test": 0.2, "seed": 0}
+SPLIT: dict[str, Any] = {"test": 0.2, "seed": 0}
 """How training data is split if there is no test data."""
 
 _WIDTH = 100

@@ -42,9 +42,9 @@ class LabelMapsSource(SourceConfig):
     classes: ClassNames | None = None
     """Class names in the order of the ids, or a text file with one name per line; at most 255. null: those of the task,
     or of the train set."""
-    ignore_index: int = Field(255, ge=0)
+    ignore_index: int = Field(default=255, ge=0)
     """Value of the pixels without a class."""
-    first_id: int = Field(0, ge=0)
+    first_id: int = Field(default=0, ge=0)
     """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
     class_ids: list[NonNegativeInt] | None = None
     """Id of each class where they do not count up, e.g. [0, 255]; null: they count from `first_id`. An id in this list

@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections import Counter
+from typing import Any
 
 from allinone_ds.data.formats.image_table import sort_key
 from allinone_ds.data.formats.listing import is_image, read_text
@@ -22,7 +23,7 @@ _NOT_CLASSES = frozenset({"images", "image", "img", "imgs", "labels", "label", "
 
 def find_lists(tree: FileTree) -> list[FoundTask]:
     """Return the task of text files with `file class-id` per line, or nothing."""
-    parts: dict[str | None, tuple[dict[str, object], list[int]]] = {}
+    parts: dict[str | None, tuple[dict[str, Any], list[int]]] = {}
     notes = []
     for file in tree.with_suffix(".txt", ".lst"):
         rows = [line.rsplit(None, 1) for line in _lines(tree, file) if not line.startswith("#")]
@@ -40,7 +41,11 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
         if part_of(file) in parts:
             notes.append(f"{file} is one more list of images and class ids; it is not used")
             continue
-        source = {"format": "image_list", "images": tree.reference(folder), "list": tree.reference(file)}
+        source: dict[str, Any] = {
+            "format": "image_list",
+            "images": tree.reference(folder),
+            "list": tree.reference(file),
+        }
         parts[part_of(file)] = source, [int(row[1]) for row in rows]
     if not parts:
         tree.remarks += notes
@@ -67,7 +72,7 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
 
 def find_tables(tree: FileTree) -> list[FoundTask]:
     """Return the task of csv files with a column of images and a column of labels, or nothing."""
-    parts: dict[str | None, dict[str, object]] = {}
+    parts: dict[str | None, dict[str, Any]] = {}
     notes: list[str] = []
     for file in tree.with_suffix(".csv", ".tsv"):
         text = "\n".join(_lines(tree, file))
@@ -92,7 +97,7 @@ def find_tables(tree: FileTree) -> list[FoundTask]:
         if part_of(file) in parts:
             notes.append(f"{file} is one more table of images; it is not used")
             continue
-        source = {"format": "image_table", "images": tree.reference(folder), "table": tree.reference(file),
+        source: dict[str, Any] = {"format": "image_table", "images": tree.reference(folder), "table": tree.reference(file),
                   "image_column": column, "label_column": label}  # fmt: skip
         source |= {"image_suffix": suffix} if suffix else {}
         source |= {"delimiter": delimiter} if delimiter != "," else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,11 +30,11 @@ def find(tree: FileTree) -> list[FoundTask]:
         groups[part_of(images) or part_of(maps)].append((images, maps))
     if not groups:
         return []
-    sources = {}
+    sources: dict[str | None, dict[str, Any]] = {}
     stored: list[str] = []
     for part, found in groups.items():
         images, maps = (common_folder(folders) for folders in zip(*found, strict=True))
-        ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1]))
+        ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
         sources[part] = {"format": "label_maps", "images": tree.reference(images), "label_maps": tree.reference(maps)}
         sources[part] |= {k: v for k, v in zip(("image_suffix", "label_map_suffix"), ends, strict=True) if v}
         stored += [
@@ -128,7 +129,7 @@ def _frequent_ends(stems: set[str]) -> set[str]:
     return {end for end, count in ends.items() if count >= 0.1 * len(stems)}
 
 
-def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, object], list[str], list[str]]:
+def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return options of the sources, class names, and notes, from the values in the label maps."""
     notes = []
     read = files[:: max(len(files) // _SCANNED, 1)]
@@ -145,7 +146,7 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, object], list[
         notes.append("pixels of 255 are read as pixels without a class")
     if values == {0, 255}:
         ids = [0, 255]
-        options: dict[str, object] = {"class_ids": ids}
+        options: dict[str, Any] = {"class_ids": ids}
         notes.append(
             "the label maps hold 0 and 255: these are two classes, background and foreground; 255 is not ignored"
         )
