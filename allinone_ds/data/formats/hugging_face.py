@@ -198,7 +198,7 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
-        stored = self._stored_names(read_classes(source.classes, root))
+        stored = self._stored_names(read_classes(source.classes, root), classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
@@ -212,6 +212,7 @@ class HubDataset(SampleDataset):
         if source.kind == "classification":
             self.in_memory = True
             self._stored = list(self.table[columns.label])
+            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in self._stored]
             unknown = [(i, v) for i, v in enumerate(self._stored) if not self._is_class(v)]
             self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
@@ -300,8 +301,8 @@ class HubDataset(SampleDataset):
         flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
         return detection_fields(boxes, labels, flags, size)
 
-    def _stored_names(self, given: list[str] | None) -> list[str]:
-        """Return the class names by stored id: those given, those of the ClassLabel, or those in a text column."""
+    def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
+        """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
         if self.kind == "classification":
@@ -322,8 +323,11 @@ class HubDataset(SampleDataset):
         names = given if given is not None else own
         if names is None and self.kind == "classification" and text:
             names = sorted({name for name in self.table[columns.label] if name is not None})
+        names = train if names is None else names
         if not names:
-            raise DataError(f"{self.name}: the columns contain no class names; set 'classes' in the config")
+            raise DataError(
+                f"{self.name}: the columns contain no class names; set 'classes' of the source or of the task"
+            )
         return list(names)
 
     def _require_column(self, column: str, features: Any, field: str) -> None:
