@@ -66,6 +66,8 @@ class Task(nn.Module, ABC):
     main_metric: ClassVar[str]
     pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
+    shown_score: float | None = None
+    """Predictions with a lower score are neither drawn nor written to JSON; None: predictions have no such score."""
 
     def __init__(
         self,
@@ -157,6 +159,30 @@ class Task(nn.Module, ABC):
         Returns:
             uint8 (3, H', W').
         """
+
+    def check_threshold(self, threshold: float) -> None:
+        """Check a lowest score of predictions.
+
+        Raises:
+            ConfigError: the task's predictions have no score to compare, or the number cannot be reached.
+        """
+        if self.shown_score is None:
+            raise ConfigError(
+                f"threshold {threshold}: predictions of '{self.name}' ({self.kind}) have no score to compare; "
+                "leave it out"
+            )
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold {threshold}: a score lies in 0..1; give a number in that range")
+
+    def at_least(self, prediction: Prediction, threshold: float) -> Prediction:
+        """Return the part of a prediction whose scores are at least `threshold`.
+
+        Raises:
+            ConfigError: see `check_threshold`.
+        """
+        self.check_threshold(threshold)
+        keep = prediction["scores"] >= threshold
+        return {key: value[keep] for key, value in prediction.items()}
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the prediction as plain numbers and lists."""

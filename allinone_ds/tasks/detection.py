@@ -147,6 +147,15 @@ class DetectionTask(Task):
             finally:
                 self.detector.image_size = before
 
+    def check_threshold(self, threshold: float) -> None:
+        super().check_threshold(threshold)
+        lowest = self.options.score_threshold
+        if threshold < lowest:
+            raise ConfigError(
+                f"threshold {threshold}: the head of '{self.name}' drops boxes below tasks.{self.name}.options."
+                f"score_threshold = {lowest}; give at least {lowest}, or lower the option"
+            )
+
     def metric(self) -> DetectionMetric:
         return DetectionMetric()
 
