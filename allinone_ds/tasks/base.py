@@ -47,6 +47,7 @@ class Task(nn.Module, ABC):
             better: the best checkpoint has the largest mean over tasks, and a value below 0 counts as 0.
         pipeline_tag: what model hubs call the kind, for the model card; None if they have no name for it.
         HEADS: options class of each head by name; empty if the task has one head, which reads `options` itself.
+        size_multiple: number of pixels of which both sides of an input are multiples; `build_task` sets the backbone's.
 
     Example:
         >>> import torch
@@ -85,6 +86,7 @@ class Task(nn.Module, ABC):
         self.classes = list(classes)
         self.channels, self.stride, self.num_levels = channels, stride, num_levels
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.size_multiple = stride
         if any(side % stride for side in self.image_size):
             raise ConfigError(f"tasks.{name}.image_size = {list(self.image_size)}: both sides must be multiples of "
                               f"{stride}, the backbone's patch size")  # fmt: skip

@@ -112,7 +112,7 @@ class DetectionTask(Task):
             raise ConfigError(f"{where}.windows: an object may be cut by a window; for segmentation only")
         queries = self.detector.num_queries if isinstance(self.detector, RFDetrDetector) else 0
         for scale in options.scales:
-            H, W = view_size(self.image_size, scale, self.stride)
+            H, W = view_size(self.image_size, scale, self.size_multiple)
             if H * W < queries * self.stride**2:
                 raise ConfigError(f"{where}.scales: {scale} gives {H * W // self.stride**2} cells for {queries} "
                                   "queries; use a larger scale")  # fmt: skip

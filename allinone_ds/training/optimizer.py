@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -36,23 +35,6 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
-def backbone_layer(name: str, depth: int) -> int:
-    """Return the layer of a backbone parameter: 0 embeddings, 1 to `depth` transformer layers, `depth` + 1 the rest.
-
-    Args:
-        name: name of the parameter.
-        depth: number of transformer layers.
-
-    Example:
-        >>> backbone_layer("backbone.net.layer.3.norm1.weight", depth=12)
-        4
-    """
-    if ".embeddings." in name:  # checked first: a convolutional stem has numbered layers too
-        return 0
-    found = re.search(r"\.layer\.(\d+)\.", name)
-    return int(found[1]) + 1 if found else depth + 1
-
-
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
@@ -84,7 +66,8 @@ def parameter_groups(
     """
     exempt = without_decay(model)
     backbone: Any = model.backbone
-    depth = backbone.config.num_hidden_layers if layer_lr_decay != 1.0 else 0
+    depth = backbone.depth if layer_lr_decay != 1.0 else 0
+    layers = backbone.layer_numbers() if layer_lr_decay != 1.0 else {}
     groups: dict[str, dict[str, Any]] = {}
     owner: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -94,7 +77,7 @@ def parameter_groups(
         if parts[0] == "backbone":
             component, lr = "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
-                layer = backbone_layer(name, depth)
+                layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
         elif parts[0] == "tasks" and len(parts) > 2:
             component, lr = f"head/{parts[1]}", learning_rate
