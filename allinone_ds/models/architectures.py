@@ -9,9 +9,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     ConvNextBackbone,
@@ -27,6 +29,7 @@ from transformers import (
     VitDetBackbone,
     ViTModel,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
@@ -261,18 +264,30 @@ def from_config(config: Any) -> Any:
     return ARCHITECTURES[config.model_type].net._from_config(config)
 
 
-def from_folder(config: Any, folder: str, **options: Any) -> Any:
-    """Load a net from a folder of `transformers`.
+def timm_from_folder(config: Any, folder: str) -> Any:
+    """Load a timm model from a folder that `TimmBackbone.save_pretrained` wrote.
+
+    `TimmBackbone.from_pretrained` takes names of timm only, and downloads their weights.
 
     Args:
         config: its configuration.
-        folder: folder that `save_pretrained` wrote.
-        options: further arguments of `from_pretrained`.
+        folder: the folder.
+
+    Raises:
+        ConfigError: the folder has no weights, or they do not fit.
     """
-    cls = ARCHITECTURES[config.model_type].net
-    # `TimmBackbone.from_pretrained` takes names of timm only, and downloads their weights
-    load = super(TimmBackbone, TimmBackbone).from_pretrained if cls is TimmBackbone else cls.from_pretrained
-    return load(folder, config=config, **options)
+    net = from_config(config)
+    file = Path(folder) / SAFE_WEIGHTS_NAME
+    try:
+        missing = net.load_state_dict(load_file(file), strict=False).missing_keys  # further stages are not needed
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{file}: {error}; give a folder that TimmBackbone.save_pretrained wrote") from error
+    if missing:
+        raise ConfigError(
+            f"{file}: it lacks {len(missing)} of {len(net.state_dict())} tensors ({missing[0]}, ...); give a folder that "
+            "TimmBackbone.save_pretrained wrote with at least these out_indices"
+        )
+    return net
 
 
 @functools.cache

@@ -304,7 +304,9 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> Any:
     config = AutoConfig.from_pretrained(checkpoint, **cfg.config)
     _check_values(config)
     architectures.set_outputs(config, cfg.out_indices)
-    return architectures.from_folder(config, checkpoint, dtype=torch.float32)
+    if cfg.model_type == "timm_backbone":
+        return architectures.timm_from_folder(config, checkpoint)
+    return ARCHITECTURES[cfg.model_type].net.from_pretrained(checkpoint, config=config, dtype=torch.float32)
 
 
 def own_fields(config: Any) -> set[str]:

@@ -265,6 +265,18 @@ def test_bad_settings_of_timm_are_named(given: dict, message: str) -> None:
 
 
 @needs_timm
+def test_a_timm_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    net("convnext_atto").net.save_pretrained(tmp_path)
+    assert build_backbone(BackboneConfig(name=str(tmp_path), out_indices=[2, 3])).channels == 80 + 160
+    net("convnext_atto", out_indices=[1, 2]).net.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="it lacks .* tensors .*_backbone.stages_2"):
+        build_backbone(BackboneConfig(name=str(tmp_path), out_indices=[2, 3]))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="TimmBackbone.save_pretrained"):
+        build_backbone(BackboneConfig(name=str(tmp_path)))
+
+
+@needs_timm
 def test_a_timm_net_of_one_size_refuses_others() -> None:
     with torch.device("meta"):
         backbone = build_backbone(BackboneConfig(name="timm/vit_tiny_patch16_224"))  # type: ignore[call-arg]
