@@ -77,14 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tasks.NAME.test_time.flip=true")
     evaluate.set_defaults(run=commands.evaluate)
 
-    predict = subparsers.add_parser("predict", help="predict on images with a trained model: pictures and JSON")
-    predict.add_argument("folder", type=_path, metavar="RUN", help="folder of a run or of one of its checkpoints")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict = subparsers.add_parser("predict", help="predict on images and videos: pictures and JSON")
+    predict.add_argument("folder", type=_path, metavar="MODEL", help="folder of a run, a checkpoint or an export")
+    predict.add_argument("images", nargs="+", metavar="INPUT", help='image, video, folder or pattern ("photos/*.jpg")')
     predict.add_argument(
         "--output", type=_path, default=Path("predictions"), help="folder to write (default predictions)"
     )
+    predict.add_argument("--task", action="append", default=[], metavar="NAME",
+                         help="a task to predict; may be given several times (default: all)")  # fmt: skip
+    predict.add_argument("--threshold", type=float, metavar="SCORE",
+                         help="lowest score of the boxes that are drawn and written (default 0.3)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
-                         help="overrides, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
+                         help="overrides of a run, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)
 
     export = subparsers.add_parser("export", help="export the model of a run to self-contained folders")

@@ -21,6 +21,8 @@ from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
+_MAX_LISTED = 40
+"""Files that `predict` lists before it only counts the rest."""
 _console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
 console = _console()
 _SHOWN = 5  # faults that `init` prints
@@ -181,13 +183,22 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    with console.status("predicting"):
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        job = bar.add_task("predicting", total=None, state="loading the model")
         _quiet()
-        from allinone_ds.evaluation.predictor import predict_images
+        from allinone_ds.evaluation.predictor import default_device, predict_images
+        from allinone_ds.export.loading import load
 
-        written = predict_images(args.folder, args.images, args.output, args.settings)
-    for file in written:
+        def show(done: int, total: int, state: str) -> None:
+            bar.update(job, completed=done, total=total, state=f"{done}/{total}  {state}")
+
+        model = load(args.folder, default_device(), args.settings)
+        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show)
+    for file in written[:_MAX_LISTED]:
         console.print(str(file))
+    if len(written) > _MAX_LISTED:
+        console.print(f"... and {len(written) - _MAX_LISTED} more files in {args.output}")
     return 0
 
 

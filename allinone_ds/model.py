@@ -121,5 +121,9 @@ class AllInOneModel(nn.Module):
 
     def _switch(self, verb: str, *args: Any, **kwargs: Any) -> None:
         net: Any = self.backbone.net
+        if not net.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"trainer.gradient_checkpointing: {self.config.model_type} does not support it; remove it"
+            )
         earlier = getattr(net, f"gradient_checkpointing_{verb}")
         getattr(net, f"activation_checkpointing_{verb}", earlier)(*args, **kwargs)

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import NonNegativeInt
-from torch import nn
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.backbone import Backbone
 
 Freeze = NonNegativeInt | Literal["embeddings", "backbone"]
 """What is frozen: "embeddings", N (the embeddings and the first N layers), or "backbone" (all of it)."""
 
 
-def backbone_layer(name: str, depth: int) -> int:
-    """Return the layer of a backbone parameter: 0 embeddings, 1 to `depth` transformer layers, `depth` + 1 the rest.
-
-    Args:
-        name: name of the parameter.
-        depth: number of transformer layers.
-
-    Example:
-        >>> backbone_layer("backbone.net.layer.3.norm1.weight", depth=12)
-        4
-    """
-    if ".embeddings." in name:  # checked first: a convolutional stem has numbered layers too
-        return 0
-    found = re.search(r"\.layer\.(\d+)\.", name)
-    return int(found[1]) + 1 if found else depth + 1
-
-
-def freeze_backbone(backbone: nn.Module, freeze: Freeze | None) -> None:
+def freeze_backbone(backbone: Backbone, freeze: Freeze | None) -> None:
     """Exclude a part of the backbone from training.
 
     Args:
@@ -43,14 +25,16 @@ def freeze_backbone(backbone: nn.Module, freeze: Freeze | None) -> None:
     """
     if freeze is None:
         return
-    config: Any = backbone.config
-    depth = config.num_hidden_layers
-    last = {"embeddings": 0, "backbone": depth + 1}[freeze] if isinstance(freeze, str) else freeze
-    if isinstance(freeze, int) and freeze > depth:
+    if freeze == "backbone":
+        backbone.requires_grad_(False)
+        return
+    if isinstance(freeze, int) and freeze > backbone.depth:
         raise ConfigError(
-            f"model.freeze = {freeze}: the backbone has {depth} layers; give at most {depth}, or 'backbone' to freeze "
-            "all of it"
+            f"model.freeze = {freeze}: the backbone has {backbone.depth} layers; give at most {backbone.depth}, or "
+            "'backbone' to freeze all of it"
         )
+    last = 0 if freeze == "embeddings" else freeze
+    numbers = backbone.layer_numbers()
     for name, parameter in backbone.named_parameters():
-        if backbone_layer(f".{name}", depth) <= last:
+        if numbers[name] <= last:
             parameter.requires_grad_(False)

@@ -14,11 +14,13 @@ from allinone_ds.data.loader import TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
-from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.models.architectures import chosen_indices
+from allinone_ds.models.backbone import BackboneConfig, build_backbone, own_fields
 from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, build_task, task_class
+from allinone_ds.tasks.test_time import view_sizes
 
 
 def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
@@ -40,6 +42,12 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     for name, task in config.tasks.items():  # checked before training, not in the evaluation after it
         if task.test_time is not None:
             tasks[name].check_test_time(task.test_time)
+            for _, window in view_sizes(task.test_time, task.image_size, backbone.size_multiple):
+                if refusal := backbone.refuses(window):
+                    raise ConfigError(
+                        f"tasks.{name}.test_time: views of {window[0]} x {window[1]} pixels: {refusal}; use scales "
+                        "[1.0]"
+                    )
     return AllInOneModel(backbone, tasks)
 
 
@@ -134,19 +142,6 @@ def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> B
     """
     if configured.checkpoint is None:
         return configured
-    default = type(built)().to_dict()
-    derived = (
-        "out_indices",
-        "out_features",
-        "stage_names",
-        "dtype",
-        "architectures",
-        "transformers_version",
-        "model_type",
-    )
-    sizes = {
-        key: value
-        for key, value in built.to_dict().items()
-        if not key.startswith("_") and key not in derived and key in default and value != default[key]
-    }
-    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})
+    default, values = type(built)().to_dict(), built.to_dict()
+    sizes = {key: values[key] for key in sorted(own_fields(built)) if key in values and values[key] != default[key]}
+    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": chosen_indices(built)})

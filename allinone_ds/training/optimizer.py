@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.models.freezing import backbone_layer
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.params import whole_shape
 
@@ -79,7 +78,8 @@ def parameter_groups(
             raise ConfigError(f"head_lr_factor or head_weight_decay of '{name}': {did_you_mean(name, heads)}")
     exempt = without_decay(model)
     backbone: Any = model.backbone
-    depth = backbone.config.num_hidden_layers if layer_lr_decay != 1.0 else 0
+    depth = backbone.depth if layer_lr_decay != 1.0 else 0
+    layers = backbone.layer_numbers() if layer_lr_decay != 1.0 else {}
     groups: dict[str, dict[str, Any]] = {}
     owner: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -89,7 +89,7 @@ def parameter_groups(
         if parts[0] == "backbone":
             component, lr = "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
-                layer = backbone_layer(name, depth)
+                layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
         elif parts[0] == "tasks" and len(parts) > 2:
             component, lr = f"head/{parts[1]}", learning_rate * factors.get(parts[1], 1.0)
