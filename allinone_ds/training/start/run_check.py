@@ -151,14 +151,15 @@ def _check_task(found: list[str], config: RunConfig, name: str, task: TaskConfig
     """Build one task and compute its loss for samples of its data; return it on the meta device."""
     datasets: dict[str, SampleDataset] = {}
     classes: list[str] | None = None
-    for part, source in (("train", task.train), ("test", task.test)):
+    for part, source in (("train", task.train_source), ("test", task.test_source)):
         if source is not None:
             try:
                 datasets[part] = open_source(source, config.data_root, classes, strict=False)
                 classes = classes or datasets[part].classes
             except DataError:  # the check of the data files reports it
                 pass
-    names = classes or [str(k) for k in range((task.train.expect and task.train.expect.classes) or _CLASSES)]
+    expect = task.train_source.expect
+    names = classes or [str(k) for k in range((expect and expect.classes) or _CLASSES)]
 
     def build() -> Task:
         made = build_task(task.type, name, names, backbone, task.image_size, task.head, task.options)
