@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .balance.assignment import plan_groups
     from .balance.balancer import TaskBalancer
-    from .balance.features.block import task_features
-    from .balance.features.feature_balance import FeatureBalance
+    from .balance.joint.block import task_features
+    from .balance.joint.feature_balance import FeatureBalance
     from .balance.options import weighting_from_config
     from .balance.report import StepReport
     from .balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
@@ -58,8 +58,8 @@ __getattr__, _ = lazy_names(
     {
         "balance.assignment": ["plan_groups"],
         "balance.balancer": ["TaskBalancer"],
-        "balance.features.block": ["task_features"],
-        "balance.features.feature_balance": ["FeatureBalance"],
+        "balance.joint.block": ["task_features"],
+        "balance.joint.feature_balance": ["FeatureBalance"],
         "balance.options": ["weighting_from_config"],
         "balance.report": ["StepReport"],
         "balance.weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],

@@ -183,7 +183,9 @@ class Combiner(ABC):
         marked = list(zip(pieces, self.is_shared, strict=True))
         return [p for p, is_shared in marked if is_shared], [p for p, is_shared in marked if not is_shared]
 
-    def _measure(self, task: str, pieces: Sequence[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
+    def _measure(
+        self, task: str, pieces: Sequence[Tensor], loss: Tensor, unit: float = 1.0
+    ) -> tuple[StepRecord, Tensor]:
         """Return the norms of one task, from one all-reduce of three scalars, and whether its gradient is usable.
 
         The norm of a task's gradient on the backbone is computed here: the sum of squares of this rank's pieces, summed
@@ -196,7 +198,7 @@ class Combiner(ABC):
         if self.adapter.replicated:
             sums[:2] /= self.world
         all_reduce(sums)
-        return self._record_of(task, sums[0], sums[1], sums[2] / self.world)
+        return self._record_of(task, sums[0] * unit**2, sums[1] * unit**2, sums[2] * unit / self.world)
 
     def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
         """Return a task's record, and whether its gradient is usable.

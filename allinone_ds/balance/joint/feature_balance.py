@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from allinone_ds.balance.assignment import task_names
-from allinone_ds.balance.features.block import FeatureBlock
+from allinone_ds.balance.joint.block import FeatureBlock
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import TaskClip

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import inner_products, square_norm
-from allinone_ds.balance.features.gate import Gate
+from allinone_ds.balance.joint.gate import Gate
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.errors import BalancerError
