@@ -84,6 +84,14 @@ def check_torch_autocast_in_fp16_follows_the_reference() -> None:
                 assert found["norms"] < limit and found["overflows"] == 0, (case, weighting, norm, found)
 
 
+def check_torch_autocast_in_bf16_follows_the_reference() -> None:
+    bf16 = {"torch_autocast": {"enabled": True, "dtype": "bf16"}}
+    with autocast():
+        for case in STAGES:
+            found = difference(case, bf16)
+            assert found["weights_relative"] < 2e-2 and found["norms"] < 2e-2, (case, found)
+
+
 def check_torch_autocast_trains_as_plain_deepspeed_does() -> None:
     """The plain sum of the tasks, at the scale of 65,536 that torch starts with."""
     with autocast():
@@ -188,7 +196,7 @@ def check_settings_that_multiply_gradients_are_exact() -> None:
         for stage in stages:
             found = difference(f"zero{stage} fp32", config)
             assert found["weights"] < 1e-6 and found["norms"] < 1e-5, (name, stage, found)
-    for stage in (1, 2):  # DeepSpeed allows both with reduce_scatter off only
+    for stage in (1, 2, 3):  # DeepSpeed allows both with reduce_scatter off only
         zero = {**CASES[f"zero{stage} fp32"].config()["zero_optimization"], "reduce_scatter": False}
         for config in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
             found = difference(f"zero{stage} fp32", {"zero_optimization": zero, **config})
