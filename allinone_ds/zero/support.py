@@ -94,6 +94,8 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "an embedding with sparse gradients", "construct it with sparse=False"),
         (not engine.gradient_average, 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
+        (engine.zero_optimization_stage() == 3 and engine.gradient_predivide_factor() != 1.0,
+         "gradient_predivide_factor on ZeRO-3", "DeepSpeed divides by it and may not multiply again; remove the key"),
         (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
     ]  # fmt: skip
