@@ -110,7 +110,7 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     name = str(options.pop("name", "tbgc"))
     make: Any = WEIGHTINGS.get(name) or _torchjd_class(name)
     parameters = inspect.signature(make.__init__).parameters
-    allowed = [p for p in parameters if p not in ("self", "args", "kwargs")]
+    allowed = [p for p in parameters if p not in ("self", "args", "kwargs", "projector")]  # an object of torchjd
     for key in options:
         if key not in allowed:
             known = [*allowed, *(field for field in BalancerConfig.model_fields if field != "name")]

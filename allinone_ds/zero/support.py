@@ -124,6 +124,8 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (scaled and not getattr(zero, "compute_grad_norm", True),
          "torch_autocast in fp16 with compute_grad_norm = false",
          "DeepSpeed would not see an overflow; remove the key compute_grad_norm"),
+        (zero.stage == 3 and config.gradient_predivide_factor != 1.0, "gradient_predivide_factor on ZeRO-3",
+         "DeepSpeed divides by it and may not multiply again; remove the key"),
         (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +144,30 @@ def test_other_methods_of_torchjd_with_a_state_keep_it_too() -> None:
     after = weighting.function._sq_norm_ema
     assert after.shape == before.shape and float(after[3]) == float(before[3])
     assert not torch.equal(after[:3], before[:3])
+
+
+@pytest.mark.parametrize("name", ["gradvac", "nash_mtl", "pcd", "upgrad"])
+def test_training_goes_on_from_a_saved_state(name: str, tmp_path: Path) -> None:
+    def fresh() -> Weighting:
+        if name == "pcd":
+            weighting = as_weighting(torchjd.PCDWeighting())
+            weighting.check_tasks(TASKS)
+            return weighting
+        return made(name, **({"update_weights_every": 2} if name == "nash_mtl" else {}))
+
+    sets = [(0, 1, 2, 3), (0, 2, 3), (0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (0, 1, 2, 3)]
+    for saved_after in (0, 1, 3):
+        first, second = fresh(), fresh()
+        for step in range(saved_after):
+            first.factors(record(jacobian(step), sets[step]))
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for step in range(saved_after, len(sets)):
+            results = []
+            for weighting in (first, second):
+                torch.manual_seed(step)
+                results.append(weighting.factors(record(jacobian(step), sets[step])))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_a_function_that_cannot_serve_some_tasks_says_which_step_it_was() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.balance.weightings.per_task import check_numbers, weights_of
+from allinone_ds.balance.weightings.per_task import check_numbers, restore_state, state_of, weights_of
 
 
 class GramWeighting(Weighting):
@@ -63,6 +63,12 @@ class GramWeighting(Weighting):
                 f"a weighting returns a tensor of shape ({len(record.tasks)},)"
             )
         return weights.detach().to(record.gram)
+
+    def state_dict(self) -> dict[str, Any]:
+        return state_of(self.function)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        restore_state(self.function, state)
 
     def __repr__(self) -> str:
         return f"GramWeighting({self.function!r})"

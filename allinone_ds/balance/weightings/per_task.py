@@ -12,7 +12,7 @@ Checked on torchjd 0.18.0, whose private `_state_key` and `prvs_alpha` are used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,37 @@ def weights_of(function: Callable[[Tensor], Tensor], gram: Tensor, rows: Sequenc
         return function(gram)
     with _numbers_of(function, gram, list(rows)), _states_of(function, list(rows), count):
         return function(gram)
+
+
+def state_of(function: Any) -> dict[str, Any]:
+    """Return what a torchjd Weighting remembers from step to step; empty for any other function."""
+    if isinstance(function, OfJacobians):
+        nash = function.weighting
+        return {"prvs_alpha": torch.tensor(nash.prvs_alpha), "step": nash.step} if hasattr(nash, "prvs_alpha") else {}
+    states = {}
+    for index, module in enumerate(_modules(function)):
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+        if buffers:
+            states[str(index)] = {"buffers": buffers, "key": getattr(module, "_state_key", None)}
+    return states
+
+
+def restore_state(function: Any, state: Mapping[str, Any]) -> None:
+    """Restore what `state_of` returned."""
+    if isinstance(function, OfJacobians):
+        nash = function.weighting
+        if state:
+            nash.prvs_alpha, nash.step = state["prvs_alpha"].numpy().copy(), state["step"]
+            if nash.step:
+                nash._init_optim_problem()  # torchjd does so in its first step only
+        return
+    modules = _modules(function)
+    for index, kept in state.items():
+        module = modules[int(index)]
+        for name, buffer in kept["buffers"].items():
+            setattr(module, name, buffer.clone())
+        if kept["key"] is not None:
+            module._state_key = kept["key"]
 
 
 def _name(method: Any) -> str:
