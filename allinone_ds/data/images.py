@@ -114,7 +114,7 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
-def image_size(path: str) -> tuple[int, int] | None:
+def image_size(path: str | io.BytesIO) -> tuple[int, int] | None:
     """Return (H, W) of the upright image from the header of its file, or None if it cannot be read."""
     try:
         with Image.open(path) as file:

@@ -121,6 +121,11 @@ def walk_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def walk_images(folder: Path) -> list[str]:
+    """Return the images among the files of `walk_files`."""
+    return [file for file in walk_files(folder) if is_image(file)]
+
+
 def unread_files(root: Path, files: Sequence[str]) -> list[Problem]:
     """Return one warning that files among the images below `root` are not read, or an empty list if there are none.
 
