@@ -209,10 +209,11 @@ def _decode(data: bytes) -> np.ndarray:
         wide = torchvision.io.decode_png(raw, unchanged, apply_exif_orientation=True).permute(1, 2, 0).numpy()
         return np.ascontiguousarray(wide[..., :3] if wide.shape[2] > 2 else wide[..., [0, 0, 0]])
     with Image.open(io.BytesIO(data)) as picture:
-        for number, tile in enumerate(picture.tile):  # (codec, box, offset, (name of the stored pixels, ...))
-            *place, (name, *more) = tile  # type: ignore[misc]
-            make: Any = getattr(tile, "_make", tuple)  # before release 11, Pillow had plain tuples
-            picture.tile[number] = make((*place, (_other_order(name), *more)))
+        tiles: list[Any] = list(picture.tile)  # (codec, box, offset, (name of the stored pixels, ...)) of each part
+        for number, (*place, (name, *more)) in enumerate(tiles):
+            make = getattr(tiles[number], "_make", tuple)  # before release 11, Pillow had plain tuples
+            tiles[number] = make((*place, (_other_order(name), *more)))
+        picture.tile = tiles
         lower = _channels(ImageOps.exif_transpose(picture))
     return upright.astype(np.uint16) << 8 | lower
 
