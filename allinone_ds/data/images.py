@@ -195,6 +195,19 @@ def bits_of(largest: int) -> int:
     return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
 
 
+def is_turned(data: bytes) -> bool:
+    """Return whether the EXIF orientation of an image changes its pixels, but not its height and width.
+
+    Args:
+        data: content of a file.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.getexif().get(_EXIF_ORIENTATION, 1) in (2, 3, 4)
+    except Exception:  # whoever reads the pixels reports what is wrong
+        return False
+
+
 def _decode(data: bytes) -> np.ndarray:
     """Return the upright pixels (H, W, 3) of a file in the depth that it stores."""
     with Image.open(io.BytesIO(data)) as picture:

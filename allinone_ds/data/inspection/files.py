@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from allinone_ds.data.base import Problem, SampleDataset
 from allinone_ds.data.images import stored_bits
@@ -61,6 +61,22 @@ def digest_of(dataset: SampleDataset, index: int) -> bytes | None:
     """Return a digest of the content of a sample's image file, or None if it has none."""
     data = dataset.encoded(index)
     return None if data is None else hashlib.blake2b(data).digest()
+
+
+def turned_problems(dataset: SampleDataset, turned: Sequence[str]) -> list[Problem]:
+    """Return a warning that boxes or label maps may belong to the images as stored, not as they are shown.
+
+    Args:
+        dataset: the dataset.
+        turned: its images that `is_turned` found.
+    """
+    if not turned or dataset.kind not in ("detection", "segmentation"):
+        return []
+    reason = (
+        f"{len(turned)} of {len(dataset)} images are turned by 180 degrees or mirrored by their EXIF orientation "
+        f"(first: {turned[0]}); make sure that boxes and label maps belong to the upright images"
+    )
+    return [Problem(dataset.name, reason, "warning")]
 
 
 def depths_at_start(dataset: SampleDataset) -> list[Problem]:

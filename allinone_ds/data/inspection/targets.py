@@ -53,9 +53,7 @@ def target_problems(
     if found is not None and not found.usable and not complete:
         complete = len(dataset) <= READ_IN_CHECK
         found = count(_read(dataset, spread(len(dataset), READ_IN_CHECK)), image_size)
-    if (
-        found is None or not found.read
-    ):  # targets of its own form, or no sample can be read, which is reported elsewhere
+    if found is None or not found.read:  # targets of another form, or no sample can be read, which others report
         return []
     seen = "" if complete else f" (in {found.read} of {len(dataset)} samples, evenly spaced)"
     if not found.usable:
