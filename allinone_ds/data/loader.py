@@ -325,7 +325,11 @@ class _Loader(DataLoader[Any]):
     """Unpacks what the workers packed."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return map(unpack, super().__iter__()) if self.num_workers else super().__iter__()
+        if not self.num_workers:
+            return super().__iter__()
+        # metrics keep boxes and labels of an evaluation until its end, training keeps nothing
+        copy = isinstance(self.dataset, _EvalDataset)
+        return (unpack(packed, copy) for packed in super().__iter__())
 
 
 def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None) -> DataLoader[Any]:
