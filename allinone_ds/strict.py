@@ -58,6 +58,16 @@ ConfigPath = Annotated[Path, BeforeValidator(_expand)]
 """Type of a path in a configuration, as a Path; see `expand_path`."""
 
 
+def check_task_name(name: str) -> None:
+    """Refuse a name that cannot be part of the names of files, modules, logs and overrides.
+
+    Raises:
+        ConfigError: the name has other characters than letters, digits, _ and -.
+    """
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ConfigError(f"tasks: '{name}' cannot name a task; use letters, digits, _ and -, for example 'lanes'")
+
+
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """Return the end of an error message: the nearest valid name, if there is a near one, and all valid names.
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from allinone_ds.data.base import Problem, SampleDataset, size_problems
-from allinone_ds.data.images import stored_bits
-from allinone_ds.data.inspection.files import depth_problems, overlap_problems
+from allinone_ds.data.images import is_turned, stored_bits
+from allinone_ds.data.inspection.files import depth_problems, overlap_problems, turned_problems
 from allinone_ds.data.inspection.targets import READ_IN_CHECK, target_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
@@ -80,25 +81,31 @@ def check_sources(
             train_label = (classes_of or {}).get(label)
             size = (image_sizes or {}).get(label, _LARGE)
             found.update(dict.fromkeys(_targets(dataset, size, train_label is None)))
+            of_train = paths_by_label.get(train_label or "", {})
             first_of = paths_by_label[label] = {}
             bits_found = Counter[int]()
+            turned: list[str] = []
             common: dict[int, str] = {}  # path in the train set by index
             row = bar.add_task(label, total=len(dataset))
             indices = iter(range(len(dataset)))
             # Threads suffice: decoding and hashing release the interpreter's lock. Processes would pickle the dataset.
             while chunk := list(islice(indices, _CHUNK)):
                 scanned = pool.map(lambda i, dataset=dataset: _scan(dataset, i), chunk)
-                for index, (problems, digest, bits) in zip(chunk, scanned, strict=True):
+                for index, scan in zip(chunk, scanned, strict=True):
                     path = dataset.path(index)
-                    if bits is not None:
-                        bits_found[bits] += 1
-                    if digest is not None and digest in paths_by_label.get(train_label or "", {}):
-                        common[index] = paths_by_label[train_label or ""][digest]
-                    if digest is not None and first_of.setdefault(digest, path) != path:
-                        problems.append(Problem(path, f"has the same content as {first_of[digest]}", "warning"))
-                    found.update(dict.fromkeys(problems))
+                    found.update(dict.fromkeys(scan.problems))
+                    if scan.turned:
+                        turned.append(path)
+                    if scan.bits is not None:
+                        bits_found[scan.bits] += 1
+                    if scan.digest is not None and first_of.setdefault(scan.digest, path) != path:
+                        reason = f"has the same content as {first_of[scan.digest]}"
+                        found[Problem(path, reason, "warning")] = None
+                    if scan.digest is not None and scan.digest in of_train:
+                        common[index] = of_train[scan.digest]
                     bar.advance(row)
-            found.update(dict.fromkeys([*depth_problems(dataset.name, bits_found), *overlap_problems(dataset, common)]))
+            found.update(dict.fromkeys(depth_problems(dataset.name, bits_found)))
+            found.update(dict.fromkeys([*turned_problems(dataset, turned), *overlap_problems(dataset, common)]))
     return list(found)
 
 
@@ -109,12 +116,23 @@ def _targets(dataset: SampleDataset, image_size: tuple[int, int], train: bool) -
         return []
 
 
-def _scan(dataset: SampleDataset, index: int) -> tuple[list[Problem], bytes | None, int | None]:
-    """Return the faults of one sample, and a digest of its image file and its bits, or None where it has none."""
-    data = dataset.encoded(index)
-    digest = None if data is None else hashlib.blake2b(data).digest()
-    bits = None if data is None else stored_bits(data)
+class _Scan(NamedTuple):
+    problems: list[Problem]
+    digest: bytes | None = None
+    """Digest of the image file; None without one."""
+    bits: int | None = None
+    """Bits of a 16-bit image."""
+    turned: bool = False
+    """Whether the image is turned without a change of its size."""
+
+
+def _scan(dataset: SampleDataset, index: int) -> _Scan:
+    """Return the faults of one sample, and what is compared with other samples."""
     try:
-        return list(dataset.check(index)), digest, bits
+        problems = list(dataset.check(index))
     except Exception as error:  # a custom dataset may raise anything; the check continues with the next sample
-        return [Problem(dataset.path(index), f"raised {type(error).__name__}: {error}")], digest, bits
+        problems = [Problem(dataset.path(index), f"raised {type(error).__name__}: {error}")]
+    data = dataset.encoded(index)
+    if data is None:
+        return _Scan(problems)
+    return _Scan(problems, hashlib.blake2b(data).digest(), stored_bits(data), is_turned(data))

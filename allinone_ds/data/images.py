@@ -114,7 +114,7 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
-def image_size(path: str) -> tuple[int, int] | None:
+def image_size(path: str | io.BytesIO) -> tuple[int, int] | None:
     """Return (H, W) of the upright image from the header of its file, or None if it cannot be read."""
     try:
         with Image.open(path) as file:
@@ -195,6 +195,19 @@ def bits_of(largest: int) -> int:
     return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
 
 
+def is_turned(data: bytes) -> bool:
+    """Return whether the EXIF orientation of an image changes its pixels, but not its height and width.
+
+    Args:
+        data: content of a file.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.getexif().get(_EXIF_ORIENTATION, 1) in (2, 3, 4)
+    except Exception:  # whoever reads the pixels reports what is wrong
+        return False
+
+
 def _decode(data: bytes) -> np.ndarray:
     """Return the upright pixels (H, W, 3) of a file in the depth that it stores."""
     with Image.open(io.BytesIO(data)) as picture:
@@ -209,10 +222,11 @@ def _decode(data: bytes) -> np.ndarray:
         wide = torchvision.io.decode_png(raw, unchanged, apply_exif_orientation=True).permute(1, 2, 0).numpy()
         return np.ascontiguousarray(wide[..., :3] if wide.shape[2] > 2 else wide[..., [0, 0, 0]])
     with Image.open(io.BytesIO(data)) as picture:
-        for number, tile in enumerate(picture.tile):  # (codec, box, offset, (name of the stored pixels, ...))
-            *place, (name, *more) = tile  # type: ignore[misc]
-            make: Any = getattr(tile, "_make", tuple)  # before release 11, Pillow had plain tuples
-            picture.tile[number] = make((*place, (_other_order(name), *more)))
+        tiles: list[Any] = list(picture.tile)  # (codec, box, offset, (name of the stored pixels, ...)) of each part
+        for number, (*place, (name, *more)) in enumerate(tiles):
+            make = getattr(tiles[number], "_make", tuple)  # before release 11, Pillow had plain tuples
+            tiles[number] = make((*place, (_other_order(name), *more)))
+        picture.tile = tiles
         lower = _channels(ImageOps.exif_transpose(picture))
     return upright.astype(np.uint16) << 8 | lower
 

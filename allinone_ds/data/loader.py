@@ -14,9 +14,9 @@ from allinone_ds.data.augmentation.transforms import SampleTransform
 from allinone_ds.data.base import Sample, SampleDataset
 from allinone_ds.data.cache import CachedDataset
 from allinone_ds.data.further_samples import FurtherSamples, too_many_broken
-from allinone_ds.data.packing import pack, unpack
 from allinone_ds.data.random_state import own_random_state, seed_all
 from allinone_ds.data.schedule import Draw, Schedule
+from allinone_ds.data.workers.packing import pack, unpack
 from allinone_ds.errors import BrokenSample, DataError
 
 Batch = dict[str, Any]
@@ -325,7 +325,11 @@ class _Loader(DataLoader[Any]):
     """Unpacks what the workers packed."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return map(unpack, super().__iter__()) if self.num_workers else super().__iter__()
+        if not self.num_workers:
+            return super().__iter__()
+        # metrics keep boxes and labels of an evaluation until its end, training keeps nothing
+        copy = isinstance(self.dataset, _EvalDataset)
+        return (unpack(packed, copy) for packed in super().__iter__())
 
 
 def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None) -> DataLoader[Any]:

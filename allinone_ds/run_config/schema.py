@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.models.freezing import Freeze
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.yaml_files import DEEPSPEED, read_deepspeed, read_yaml
-from allinone_ds.strict import ConfigPath, Strict, did_you_mean, explain
+from allinone_ds.strict import ConfigPath, Strict, check_task_name, did_you_mean, explain
 from allinone_ds.tasks.test_time import TestTime
 
 
@@ -184,8 +183,7 @@ class RunConfig(Strict):
     def _usable_names(cls, value: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
         """Refuse names that cannot be part of the names of files, modules, logs and overrides."""
         for name in value:
-            if not re.fullmatch(r"\w[\w-]*", name):
-                raise ConfigError(f"'{name}' cannot name a task; use letters, digits, _ and -, for example 'lanes'")
+            check_task_name(name)
         return value
 
     @model_validator(mode="after")

@@ -340,3 +340,10 @@ def test_an_image_that_a_transform_refuses_is_replaced_and_named(tmp_path):
     assert re.search(r"images/1\.png: Pad\(.*cannot be applied to its 6 x 5 pixels .*change the options", reported[0])
     with pytest.raises(DataError, match=r"1\.png: Pad"):
         list(train_loader(data, schedule, 0, 0, 4, max_broken=0))
+
+
+def test_what_a_metric_keeps_of_an_evaluation_keeps_no_more():
+    [batch] = eval_loader(Boxes(4), eval_transform(SIZE), DetectionTask.collate, 4, num_workers=1)
+    for sample in batch.samples:
+        assert type(sample["boxes"]) is tv_tensors.BoundingBoxes
+        assert sample["boxes"].untyped_storage().nbytes() == sample["boxes"].nbytes

@@ -10,7 +10,14 @@ from typing import Literal
 from allinone_ds.data.base import Problem, SourceConfig
 from allinone_ds.data.formats.class_names import match_classes
 from allinone_ds.data.formats.classified_files import ClassifiedDataset
-from allinone_ds.data.formats.listing import is_image, require_folder, unread_files, unused_images, walk_files
+from allinone_ds.data.formats.listing import (
+    is_folder,
+    is_image,
+    require_folder,
+    unread_files,
+    unused_images,
+    walk_files,
+)
 from allinone_ds.errors import DataError
 from allinone_ds.strict import PathText
 
@@ -39,7 +46,7 @@ class ClassFoldersSource(SourceConfig):
     def open(self, root: Path, classes: Sequence[str] | None = None) -> ClassifiedDataset:
         folder = root / self.images
         require_folder(folder, "images")
-        found = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        found = sorted(e.name for e in os.scandir(folder) if is_folder(e) and not e.name.startswith("."))
         if not found:
             raise DataError(
                 f"{folder}: contains no class folder; move the images of each class into a folder of its name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from allinone_ds.data.formats.boxes import (
 )
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
-from allinone_ds.data.images import read_image, read_label_map
+from allinone_ds.data.images import image_size, read_image, read_label_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
@@ -230,7 +231,8 @@ class HubDataset(SampleDataset):
                 raise BrokenSample(path, self._unknown_class(row[columns.label]))
             sample["label"] = self._label_of[row[columns.label]]
         elif self.kind == "detection":
-            sample.update(self._objects(row[columns.objects], (image.shape[1], image.shape[2]), path))
+            size = (image.shape[1], image.shape[2])
+            sample.update(detection_fields(*self._objects(row[columns.objects], size, path), size))
         else:
             mask = self._decode_mask(row[columns.label_map], path)
             check_mask_size(mask, image, path)
@@ -247,7 +249,16 @@ class HubDataset(SampleDataset):
     def annotation(self, index: int) -> Sample:
         if self.kind == "classification" and self._is_class(self._stored[index]):
             return {"label": self._label_of[self._stored[index]]}
-        return {"mask": self.mask(index)} if self.kind == "segmentation" else super().annotation(index)
+        if self.kind == "segmentation":
+            return {"mask": self.mask(index)}
+        columns = self.source.columns
+        row = self.table[index]
+        path = self.path(index)
+        size = image_size(io.BytesIO(_file_bytes(row[columns.image], path)))
+        if self.kind != "detection" or size is None:
+            return super().annotation(index)
+        boxes, labels, crowd = self._objects(row[columns.objects], size, path)
+        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size}
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of one sample, uint8 (H, W), without reading its image.
@@ -262,8 +273,8 @@ class HubDataset(SampleDataset):
         stored = read_label_map(path, _file_bytes(cell, path))
         return ids_to_labels(stored, path, self._labels, self.source.ignore_index, self.source.first_id)
 
-    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> Sample:
-        """Return boxes, labels and crowd flags of one row; `cell` is a dict of lists or a list of dicts."""
+    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""
         columns = self.source.columns
         if isinstance(cell, Mapping):
             rows, categories = cell[columns.bbox] or [], cell[columns.category] or []
@@ -299,7 +310,7 @@ class HubDataset(SampleDataset):
             raise BrokenSample(path, f"{reason}, or change bbox_format ({self.source.bbox_format})")
         labels = np.array([self._label_of[c] for c in categories], dtype=np.int64).reshape(-1)
         flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
-        return detection_fields(boxes, labels, flags, size)
+        return boxes, labels, flags
 
     def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
         """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""

@@ -114,7 +114,7 @@ def walk_files(folder: Path) -> list[str]:
             raise DataError(f"{folder / current}: cannot be listed: {error.strerror}; make it readable") from None
         for entry in entries:
             path = os.path.join(current, entry.name)
-            if not _is_folder(entry):
+            if not is_folder(entry):
                 found.append(path)
             elif not entry.name.startswith("."):
                 (links if entry.is_symlink() else folders).append(path)
@@ -122,7 +122,7 @@ def walk_files(folder: Path) -> list[str]:
 
 
 def walk_images(folder: Path) -> list[str]:
-    """Return the images among `walk_files`."""
+    """Return the images among the files of `walk_files`."""
     return [file for file in walk_files(folder) if is_image(file)]
 
 
@@ -148,7 +148,8 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from allinone_ds.data.base import Problem, SampleDataset
-from allinone_ds.data.formats.hugging_face import HubDataset
 from allinone_ds.data.images import stored_bits
 from allinone_ds.data.inspection.targets import READ_AT_START, spread
 
@@ -24,12 +23,13 @@ def overlap_at_start(train: SampleDataset, test: SampleDataset) -> list[Problem]
         if own:
             return overlap_problems(test, {index: digests[d] for index, d in own.items() if d in digests})
     real: dict[str, str] = {}  # folders without links
-    paths = {_real(train.path(index), real) for index in range(len(train))}
-    common = {index: path for index in range(len(test)) if (path := _real(test.path(index), real)) in paths}
-    rows = isinstance(train, HubDataset) and isinstance(test, HubDataset)  # their paths are the names of rows
-    if common and (rows or os.path.isfile(next(iter(common.values())))):
-        return overlap_problems(test, common)
-    return []
+    places = {_real(train.path(index), real): index for index in range(len(train))}
+    common = {index: path for index in range(len(test)) if (path := _real(test.path(index), real)) in places}
+    if not common:
+        return []
+    first, path = next(iter(common.items()))
+    digest = digest_of(test, first)  # samples of custom datasets may have names that are no files
+    return overlap_problems(test, common) if digest and digest == digest_of(train, places[path]) else []
 
 
 def _real(path: str, folders: dict[str, str]) -> str:
@@ -61,6 +61,22 @@ def digest_of(dataset: SampleDataset, index: int) -> bytes | None:
     """Return a digest of the content of a sample's image file, or None if it has none."""
     data = dataset.encoded(index)
     return None if data is None else hashlib.blake2b(data).digest()
+
+
+def turned_problems(dataset: SampleDataset, turned: Sequence[str]) -> list[Problem]:
+    """Return a warning that boxes or label maps may belong to the images as stored, not as they are shown.
+
+    Args:
+        dataset: the dataset.
+        turned: its images that `is_turned` found.
+    """
+    if not turned or dataset.kind not in ("detection", "segmentation"):
+        return []
+    reason = (
+        f"{len(turned)} of {len(dataset)} images are turned by 180 degrees or mirrored by their EXIF orientation "
+        f"(first: {turned[0]}); make sure that boxes and label maps belong to the upright images"
+    )
+    return [Problem(dataset.name, reason, "warning")]
 
 
 def depths_at_start(dataset: SampleDataset) -> list[Problem]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ READ_IN_CHECK = 1000
 
 
 class _Found(NamedTuple):
+    read: int
+    """Samples that were read."""
     usable: int
     """Targets that training can use."""
     none: str
@@ -44,19 +45,17 @@ def target_problems(
         train: whether it is training data.
         most: number of samples to read.
     """
-    count = {"detection": _boxes, "segmentation": _masks, "classification": _labels}.get(dataset.kind)
+    count = _COUNTS.get(dataset.kind)
     if count is None or len(dataset) == 0:
         return []
     complete = dataset.in_memory or len(dataset) <= most
-    read = _read(dataset, range(len(dataset)) if complete else spread(len(dataset), most))
-    found = count(dataset, read, image_size) if read else None
+    found = count(_read(dataset, range(len(dataset)) if complete else spread(len(dataset), most)), image_size)
     if found is not None and not found.usable and not complete:
         complete = len(dataset) <= READ_IN_CHECK
-        read = _read(dataset, spread(len(dataset), READ_IN_CHECK))
-        found = count(dataset, read, image_size)
-    if found is None:  # no sample can be read, which is reported elsewhere, or it has targets of its own form
+        found = count(_read(dataset, spread(len(dataset), READ_IN_CHECK)), image_size)
+    if found is None or not found.read:  # targets of another form, or no sample can be read, which others report
         return []
-    seen = "" if complete else f" (in {len(read)} of {len(dataset)} samples, evenly spaced)"
+    seen = "" if complete else f" (in {found.read} of {len(dataset)} samples, evenly spaced)"
     if not found.usable:
         reason = f"nothing can be learned: {found.none}{seen}; correct the annotations"
         return [Problem(dataset.name, reason, "error" if train else "warning")]
@@ -77,22 +76,24 @@ def spread(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
-def _read(dataset: SampleDataset, indices: Iterable[int]) -> list[Sample]:
-    read = []
+def _read(dataset: SampleDataset, indices: Iterable[int]) -> Iterator[Sample]:
     for index in indices:
         try:
-            read.append(dataset.annotation(index))
+            yield dataset.annotation(index)
         except BrokenSample:  # training replaces and counts it
             continue
-    return read
 
 
-def _boxes(dataset: SampleDataset, read: Sequence[Sample], image_size: tuple[int, int]) -> _Found | None:
-    counts = [len(sample["boxes"]) for sample in read]
-    boxes = np.concatenate([np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4) for sample in read])  # (n, 4)
-    labels = np.concatenate([np.asarray(sample["labels"], dtype=np.int64) for sample in read])
-    crowd = np.concatenate([np.asarray(s.get("iscrowd", np.zeros(len(s["boxes"]))), dtype=bool) for s in read])
-    sizes = np.repeat([sample["size"] or (np.inf, np.inf) for sample in read], counts, axis=0)[:, ::-1]  # (n, 2): W, H
+def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
+    rows, labels_of, crowd_of, size_of = [np.empty((0, 4))], [np.empty(0)], [np.empty(0)], [np.empty((0, 2))]
+    for sample in samples:
+        rows.append(np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4))
+        labels_of.append(np.asarray(sample["labels"]))
+        crowd_of.append(np.asarray(sample.get("iscrowd", np.zeros(len(rows[-1])))))
+        size_of.append(np.tile(sample["size"] or (np.inf, np.inf), (len(rows[-1]), 1)))
+    boxes = np.concatenate(rows)  # (n, 4)
+    labels, crowd = np.concatenate(labels_of).astype(int), np.concatenate(crowd_of).astype(bool)  # (n,)
+    sizes = np.concatenate(size_of)[:, ::-1]  # (n, 2): W, H
     with np.errstate(invalid="ignore"):
         inside = np.stack([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)])
         sides = inside[1] - inside[0]
@@ -112,6 +113,7 @@ def _boxes(dataset: SampleDataset, read: Sequence[Sample], image_size: tuple[int
     usable = int(free.sum())
     text = f"{len(boxes) - usable} of {len(boxes)} boxes are not used in training{{seen}}: {', '.join(parts)}"
     return _Found(
+        len(rows) - 1,
         usable,
         f"of {len(boxes)} boxes, {', '.join(parts)}" if len(boxes) else "there is no box",
         [text] if wrong or len(boxes) - usable > usable else [],  # a few crowds are usual
@@ -120,25 +122,34 @@ def _boxes(dataset: SampleDataset, read: Sequence[Sample], image_size: tuple[int
     )
 
 
-def _masks(dataset: SampleDataset, read: Sequence[Sample], image_size: tuple[int, int]) -> _Found | None:
+def _masks(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     used: set[int] = set()
-    empty = 0
-    for sample in read:
+    empty = read = 0
+    for sample in samples:
         found = set(np.unique(np.asarray(sample["mask"])).tolist()) - {IGNORE}
         used |= found
         empty += not found
-    text = f"{empty} of {len(read)} label maps that were read have no pixel of a class, all are ignored"
+        read += 1
+    text = f"{empty} of {read} label maps that were read have no pixel of a class, all are ignored"
     return _Found(
-        len(read) - empty,
-        f"none of {len(read)} label maps has a pixel of a class, all pixels are ignored",
+        read,
+        read - empty,
+        f"none of {read} label maps has a pixel of a class, all pixels are ignored",
         [text] if empty else [],
         used,
         "no label map has a pixel of class",
     )
 
 
-def _labels(dataset: SampleDataset, read: Sequence[Sample], image_size: tuple[int, int]) -> _Found | None:
-    if not all(isinstance(sample["label"], int) for sample in read):
+def _labels(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | None:
+    labels = [sample["label"] for sample in samples]
+    if not all(isinstance(label, int) for label in labels):
         return None
-    used = Counter(sample["label"] for sample in read)
-    return _Found(len(read), "", [], set(used), "no image has class")
+    return _Found(len(labels), len(labels), "", [], set(labels), "no image has class")
+
+
+_COUNTS: dict[str, Callable[[Iterable[Sample], tuple[int, int]], _Found | None]] = {
+    "detection": _boxes,
+    "segmentation": _masks,
+    "classification": _labels,
+}

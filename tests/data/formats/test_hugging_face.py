@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from allinone_ds.data.check import check_sources
 from allinone_ds.data.formats.hugging_face import DatasetsSource, HubDataset
+from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import BrokenSample, DataError
 from tests.data.tiny_sets import CLASSES, HEIGHT, WIDTH, pixels
@@ -360,3 +361,14 @@ def test_images_of_12_bit_are_read_like_files(tmp_path):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
     save(tmp_path, features, {"image": [values], "label": [0]})
     assert np.array_equal(opened(tmp_path, "classification")[0]["image"][2].numpy(), values >> 4)
+
+
+def test_boxes_are_counted_as_stored_without_decoding_their_images(tmp_path, monkeypatch):
+    save_boxes(tmp_path, [[[1, 1, 0, 9]], [], [[0, 0, 4, 4], [5, 5, 0.5, 7]], [[3, 3, 3, 3]]])
+    dataset = opened(tmp_path, "detection")
+    monkeypatch.setattr("allinone_ds.data.formats.hugging_face.read_image", None)
+    [problem, unused] = target_problems(dataset, (HEIGHT, WIDTH))
+    assert problem.reason.startswith(
+        "2 of 4 boxes are not used in training: 1 have no area or a negative size, 1 are smaller than 1 pixel"
+    )
+    assert "no box has category ant" in unused.reason

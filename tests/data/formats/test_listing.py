@@ -92,6 +92,7 @@ def test_links_in_circles_add_no_images(folders_root):
     for name in CLASSES:
         (images / name / "again").symlink_to("..", target_is_directory=True)
     (images / "all").symlink_to(".", target_is_directory=True)
+    (images / "circle").symlink_to("circle")
     dataset = opened(FOLDERS, folders_root)
     assert len(dataset) == 6 and dataset.classes == CLASSES
     assert "all: is a link" in str(dataset.structural[0])

@@ -105,3 +105,14 @@ def test_images_of_different_depths_are_a_warning(list_root):
     assert at_start in checked
     Image.fromarray(np.full((24, 32), 4095, dtype=np.uint16)).save(list_root / "images" / "2.png")
     assert depths_at_start(opened(LIST, list_root)) == []
+
+
+def test_turned_images_of_equal_size_are_a_warning(coco_root, list_root):
+    exif = Image.Exif()
+    for i, orientation in enumerate((1, 2, 3, 4)):
+        exif[0x0112] = orientation
+        Image.open(coco_root / "images" / f"{i}.png").save(coco_root / "images" / f"{i}.png", exif=exif)
+    [problem] = check_sources({"it": source(COCO)}, coco_root, progress=False)
+    assert problem.level == "warning" and "3 of 7 images are turned by 180 degrees or mirrored" in problem.reason
+    assert "images/1.png" in problem.reason
+    assert check_sources({"it": source(LIST)}, list_root, progress=False) == []  # a class belongs to both

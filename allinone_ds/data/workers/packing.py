@@ -55,7 +55,8 @@ def pack(value: Any) -> Packed:
         return placed
 
     def is_movable(tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout is torch.strided
+        known = type(tensor) is Tensor or isinstance(tensor, tv_tensors.TVTensor)
+        return known and tensor.device.type == "cpu" and tensor.layout is torch.strided
 
     packed = _replace(value, is_movable, place)
     content = torch.empty(size, dtype=torch.uint8)
@@ -65,12 +66,19 @@ def pack(value: Any) -> Packed:
     return Packed(packed, content)
 
 
-def unpack(packed: Packed) -> Any:
-    """Return the value that was packed; its tensors are views of the one tensor."""
+def unpack(packed: Packed, copy: bool = False) -> Any:
+    """Return the value that was packed.
+
+    Args:
+        packed: what `pack` returned.
+        copy: copy the tensors, for a value of which parts are kept: a view would keep the memory of all of it, and its
+            file descriptor.
+    """
 
     def tensor_at(place: _Place) -> Tensor:
         count = place.shape.numel() * place.dtype.itemsize
         tensor = packed.bytes[place.start : place.start + count].view(place.dtype).view(place.shape)
+        tensor = tensor.clone() if copy else tensor
         return tensor if place.empty is None else tv_tensors.wrap(tensor, like=place.empty)
 
     return _replace(packed.value, lambda part: isinstance(part, _Place), tensor_at)

@@ -7,7 +7,7 @@ import torch
 from torchvision import tv_tensors
 
 from allinone_ds.data.loader import EvalBatch, StepBatch
-from allinone_ds.data.packing import Packed, pack, unpack
+from allinone_ds.data.workers.packing import Packed, pack, unpack
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(3, 4), format="XYXY", canvas_size=(24, 32))
 
@@ -68,5 +68,5 @@ def test_what_is_unpacked_equals_what_was_packed(value):
 
 
 def test_tensors_that_cannot_be_moved_stay_where_they_are():
-    sparse = torch.sparse_coo_tensor([[0]], [1.0], (2,))
+    sparse = torch.sparse_coo_tensor([[0]], [1.0], (2,), check_invariants=True)
     assert unpack(pack([sparse]))[0] is sparse
