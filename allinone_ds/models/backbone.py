@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +32,7 @@ _CLASSES: dict[str, Any] = {
     "dinov3_vit": DINOv3ViTBackbone,
     "vitdet": VitDetBackbone,
 }
+_RUN_FILE = "model.json"  # in the folder of a run, and in no folder of `transformers`
 # The submodule of each model that turns pixels into tokens.
 _PATCH_PROJECTION = {
     "dinov2": "embeddings.patch_embeddings.projection",
@@ -224,6 +226,9 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
+    if (Path(checkpoint) / _RUN_FILE).is_file():
+        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is the folder of a run; set model.start_from to it "
+                          "instead, which copies its backbone and its heads")  # fmt: skip
     theirs = AutoConfig.from_pretrained(checkpoint)
     if theirs.model_type != cfg.model_type:
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "
