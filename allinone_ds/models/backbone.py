@@ -22,6 +22,7 @@ from allinone_ds.models.pretrained import LoadedWeights, load_pretrained
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
+_RUN_FILE = "model.json"  # in the folder of a run, and in no folder of `transformers`
 # Architecture and sizes of backbones with a name, those of their published configurations.
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     # DINOv3's ViT-L/16: 0.30 G parameters, rotary positions (any image size)
@@ -300,6 +301,9 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
+    if (Path(checkpoint) / _RUN_FILE).is_file():
+        raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is the folder of a run; set model.start_from to it "
+                          "instead, which copies its backbone and its heads")  # fmt: skip
     theirs = AutoConfig.from_pretrained(checkpoint)
     if theirs.model_type != cfg.model_type:
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "

@@ -106,17 +106,23 @@ def smoothed(frequencies: Sequence[float]) -> list[float]:
 
 
 @torch.no_grad()
-def set_prior(bias: Tensor | None, frequencies: Sequence[float]) -> bool:
+def set_prior(bias: Tensor | None, frequencies: Sequence[float], weights: Sequence[float] | None = None) -> bool:
     """Set a classifier's bias to the log frequencies of its classes, unless it was trained; return whether it was set.
 
-    All classes then start with the probability that they have in the data. Otherwise the first steps only teach the
-    bias, with a large gradient, and a small head can collapse to the most frequent class meanwhile.
+    All classes then start with the probability that they have in the data, which no constant prediction can improve.
+    Otherwise the first steps only teach the bias, with a large gradient, and a small head can collapse to the most
+    frequent class meanwhile.
 
     Args:
         bias: (K,) of the last layer; a bias that is not 0 is a trained one.
         frequencies: fraction of the training targets of each class.
+        weights: weight of each class in the loss; a target of weight w counts as w targets.
     """
     if bias is None or bool(bias.any()):
         return False
-    bias.copy_(torch.tensor(smoothed(frequencies), dtype=torch.float64).log())
+    weighted = smoothed(frequencies)
+    if weights is not None:
+        parts = [frequency * weight for frequency, weight in zip(weighted, weights, strict=True)]
+        weighted = smoothed([part / sum(parts) for part in parts])
+    bias.copy_(torch.tensor(weighted, dtype=torch.float64).log())
     return True

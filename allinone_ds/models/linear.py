@@ -61,6 +61,6 @@ class LinearClassifier(nn.Linear):
 
     def use_frequencies(self, frequencies: Sequence[float]) -> None:
         """Set prior and balanced class weights from the frequencies of the classes in the training data."""
-        if self.prior == "data":
-            set_prior(self.bias, frequencies)
         self.criterion.use_frequencies(frequencies)
+        if self.prior == "data":
+            set_prior(self.bias, frequencies, self.criterion.weights)

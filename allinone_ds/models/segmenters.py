@@ -74,9 +74,9 @@ class LogitSegmenter(nn.Module, ABC):
 
     def use_frequencies(self, frequencies: Sequence[float]) -> None:
         """Set prior and balanced class weights from the frequencies of the classes in the training data."""
-        if self.prior == "data":
-            set_prior(self.output.bias, frequencies)
         self.loss.use_frequencies(frequencies)
+        if self.prior == "data":
+            set_prior(self.output.bias, frequencies, self.loss.weights)
 
     @abstractmethod
     def logits(self, features: tuple[Tensor, ...]) -> Tensor:

@@ -36,25 +36,29 @@ def class_sections(runs: Sequence[Run]) -> str:
 
 
 def class_tables(details: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """Yield for every task a table of its classes, and one of the classes that are confused most often.
+    """Yield for every task tables of its classes, of those confused most often, and of its images with low scores.
 
     Args:
         details: task -> details.
     """
     for task, found in details.items():
-        if "per_class" not in found:
-            continue
-        shown, note = _order(found)
-        columns = list(found["per_class"])
-        result = _table(f"{task}: classes{note}", ["class"], columns)
-        for place in shown:
-            result.add_row(found["classes"][place], *(_text(found["per_class"][name][place]) for name in columns))
-        yield result
+        if "per_class" in found:
+            shown, note = _order(found)
+            columns = list(found["per_class"])
+            result = _table(f"{task}: classes{note}", ["class"], columns)
+            for place in shown:
+                result.add_row(found["classes"][place], *(_text(found["per_class"][name][place]) for name in columns))
+            yield result
         if found.get("confused"):
             pairs = _table(f"{task}: confused most often", ["true", "predicted"], ["times"])
             for true, predicted, count in found["confused"][:5]:
                 pairs.add_row(true, predicted, str(count))
             yield pairs
+        if found.get("worst"):
+            images = _table(f"{task}: lowest scores", ["image"], ["score"])
+            for image in found["worst"][:5]:
+                images.add_row(image["path"], _text(image["score"]))
+            yield images
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

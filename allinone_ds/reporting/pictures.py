@@ -58,6 +58,15 @@ def collect_drawings(
     return pictures
 
 
+def worst_images(details: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return task -> positions of the images with the lowest scores, lowest first.
+
+    Args:
+        details: task -> details of an evaluation.
+    """
+    return {task: [image["index"] for image in found.get("worst", [])] for task, found in details.items()}
+
+
 def _readable(part: TaskData, indices: Sequence[int], count: int) -> list[dict[str, Any]]:
     """Return the first `count` samples at these positions that can be read."""
     samples: list[dict[str, Any]] = []

@@ -4,7 +4,9 @@ Keys in W&B and TensorBoard:
     train/NAME                  values of a training log; `TaskLogs` in reporting/logs.py lists the names
     eval/TASK_METRIC            metrics of every evaluation
     eval/score                  mean of the tasks' main metrics
+    eval/TASK_class/CLASS/NAME  values of each class, for tasks with few classes
     predictions/TASK            test images with predictions
+    predictions/TASK/lowest_scores    the test images with the lowest scores
     train/global_step           optimizer step, the x axis of everything in W&B
 """
 
@@ -31,6 +33,7 @@ STEP = "train/global_step"
 METRIC = "eval/{task}_{metric}"
 SCORE = "eval/score"
 PICTURES = "predictions/{task}"
+LOWEST = "lowest_scores"
 
 
 class Tracker(Protocol):

@@ -11,7 +11,7 @@ WEIGHTS_FILE = "model.safetensors"
 PAGE_FILE = "predictions.html"
 REPORT_FILE = "report.html"
 PICTURES = "predictions"
-WORST_PICTURES = "predictions/worst"
+WORST_PICTURES = "worst"
 DETAILS = "details"
 """Key of metrics.json: task -> what the evaluation found for each class (`allinone_ds/tasks/details.py`)."""
 PLOTS = "plots"
@@ -27,6 +27,6 @@ UNFINISHED = ".unfinished-"
 BROKEN = "broken-"
 """Prefix that a checkpoint folder gets if its files have changed since they were written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
-             REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
+             WORST_PICTURES, REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
              SUBMISSION.format("B"))  # fmt: skip
 """All files and folders of a run except its checkpoints."""

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 
 from allinone_ds.data.loader import TaskData
 from allinone_ds.distributed import barrier
-from allinone_ds.reporting.pictures import collect_drawings, save_pictures
+from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_predictions_page, write_report
@@ -116,8 +116,7 @@ def _train(
             metrics["best_step"] = step_of(trainer.state.best_model_checkpoint)
         draws = trainer.is_world_process_zero()
         drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws)
-        worst = {task: [image["index"] for image in found.get("worst", [])] for task, found in details.items()}
-        drawings_of_worst = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws, worst)
+        worst = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws, worst_images(details))
     if args.ema_decay is not None:
         metrics.update(_save_averaged(trainer, config, facts, metrics))
     if trainer.is_world_process_zero():
@@ -127,7 +126,7 @@ def _train(
         write_plots(trainer.state.log_history, folder / PLOTS)
         if test_data:
             save_pictures(drawings, folder)
-            save_pictures(drawings_of_worst, folder, WORST_PICTURES)
+            save_pictures(worst, folder, WORST_PICTURES)
             write_predictions_page(folder)
         write_report([folder])
     barrier()

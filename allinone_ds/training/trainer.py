@@ -24,8 +24,8 @@ from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
 from allinone_ds.evaluation.metrics import Evaluation, flatten
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.pictures import collect_drawings
-from allinone_ds.reporting.trackers import use_own_trackers
+from allinone_ds.reporting.pictures import collect_drawings, worst_images
+from allinone_ds.reporting.trackers import LOWEST, use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.checkpoints import step_of
 from allinone_ds.tasks.frequencies import use_frequencies
@@ -388,10 +388,13 @@ class AllInOneTrainer(DurableTrainer):
         )
 
     def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
-        """Send a few drawn predictions of every task to the trackers. Every rank has the same trackers."""
+        """Send a few drawn predictions of every task, and its worst, to the trackers, which every rank has alike."""
         if self.trackers:
-            draws = self.is_world_process_zero()
-            pictures = collect_drawings(self._evaluable_model(), data, self.args.device, 4, draws)
+            draws, model = self.is_world_process_zero(), self._evaluable_model()
+            pictures = collect_drawings(model, data, self.args.device, 4, draws)
+            worst = worst_images(self.details["eval", self.state.global_step])
+            lowest = collect_drawings(model, data, self.args.device, 4, draws, worst)
+            pictures |= {f"{task}/{LOWEST}": drawn for task, drawn in lowest.items()}
             for tracker in self.trackers if draws else []:
                 tracker.show(pictures, self.state.global_step)
 

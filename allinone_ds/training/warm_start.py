@@ -108,7 +108,7 @@ class StartReport(TrainerCallback):
         self.notes = notes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loaded = self.trainer.model.backbone.loaded
+        loaded = getattr(self.trainer.model.backbone, "loaded", None)  # a backbone of the user's may not say
         if state.global_step:  # a resumed run has the weights of its own checkpoint
             return
         for note in self.notes:

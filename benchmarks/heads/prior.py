@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prior: uniform": {"prior": "uniform"},
     "prior: data (default)": {"prior": "data"},
     "prior: data, focal_gamma: 2": {"prior": "data", "focal_gamma": 2.0},
-    "prior: uniform, class_weights: balanced": {"prior": "uniform", "class_weights": "balanced"},
+    "prior: data, class_weights: balanced": {"prior": "data", "class_weights": "balanced"},
 }
 EARLY = 130  # steps after which the collapse was reported
 

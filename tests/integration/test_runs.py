@@ -106,6 +106,29 @@ def test_the_best_checkpoint_is_what_remains(run: Path) -> None:
     assert all(torch.equal(final[name], best[name]) for name in best)
 
 
+def test_every_class_is_in_the_records_of_the_run(run: Path) -> None:
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    notes = [event["message"] for event in events if event["event"] == "note"]
+    assert len(notes) == 1 and notes[0].startswith("seg: class frequencies of 24 training images: background")
+    metrics = json.loads((run / "metrics.json").read_text())
+    alone = evaluate_run(run)
+    assert set(metrics["details"]) == set(TEST_SAMPLES)
+    for task, details in metrics["details"].items():
+        again = alone.details[task]
+        assert details["classes"] == again["classes"]
+        for name, values in details["per_class"].items():  # two ranks and one process
+            for value, expected in zip(values, again["per_class"][name], strict=True):
+                assert value == (None if expected is None else pytest.approx(expected, abs=1e-4)), (task, name)
+        assert [image["path"] for image in details["worst"]] and len(details["worst"]) <= 8
+        drawn = sorted((run / "worst").glob(f"{task}-*.png"))
+        assert len(drawn) == len(details["worst"])
+    averaged = json.loads((run / "ema" / "metrics.json").read_text())
+    assert set(averaged["details"]) == set(TEST_SAMPLES)
+    assert "<h2>Classes</h2>" in (run / "report.html").read_text()
+    logged = [entry for entry in history(run / "checkpoint-4") if "eval_score" in entry]
+    assert any(key.startswith("eval_seg_class/background/iou") for key in logged[-1])
+
+
 def test_the_average_of_the_weights_is_a_run_of_its_own(run: Path) -> None:
     for step in (2, 4):  # every optimizer step counts once
         state = torch.load(run / f"checkpoint-{step}" / "ema_rank_00001_of_00002.pt", weights_only=True)

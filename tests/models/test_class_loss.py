@@ -91,6 +91,13 @@ def test_a_prior_gives_the_frequencies_and_leaves_a_trained_bias_alone() -> None
     bias = torch.zeros(3)
     assert set_prior(bias, [0.7, 0.3, 0.0])
     assert bias.softmax(0).tolist() == pytest.approx([0.7, 0.3, 0.001 / 3], abs=1e-3) and bias.isfinite().all()
+    weighted = torch.zeros(3)
+    assert set_prior(weighted, [0.7, 0.3, 0.0], [1.0, 4.0, 1.0])  # as if each target of the second class were four
+    assert weighted.softmax(0).tolist() == pytest.approx([0.7 / 1.9, 1.2 / 1.9, 0.0], abs=2e-3)
+    balanced, loss = torch.zeros(3), loss_of(class_weights="balanced")
+    loss.use_frequencies([0.7, 0.3, 0.0])
+    assert set_prior(balanced, [0.7, 0.3, 0.0], loss.weights)
+    assert balanced.softmax(0).tolist() == pytest.approx([1 / 3] * 3)
     trained = bias.clone()
     assert not set_prior(bias, [0.1, 0.1, 0.8]) and torch.equal(bias, trained)
 
@@ -132,7 +139,9 @@ def test_classification_counts_images() -> None:
         "cls: class frequencies of 8 training images: circle 75.00%, square 25.00%, cross 0.00%; 1 of 3 classes in "
         "none of them"
     )
-    assert task.classifier.bias.softmax(0)[:2].tolist() == pytest.approx([0.75, 0.25], abs=1e-3)
+    plain = build_task("classification", "cls", CLASSES, backbone, SIZE, "linear", {"prior": "data"})
+    use_frequencies({"cls": plain}, {"cls": data})  # type: ignore[dict-item]
+    assert plain.classifier.bias.softmax(0)[:2].tolist() == pytest.approx([0.75, 0.25], abs=1e-3)
     assert task.classifier.criterion.weights[1] == pytest.approx(1 / (3 * 0.25), rel=2e-3)
     assert math.isfinite(task.classifier.criterion.weights[2])
 

@@ -148,3 +148,10 @@ def test_lower_precision_is_loaded_in_float32(tmp_path: Path) -> None:
     save_file(halves, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = load(tmp_path).net.state_dict()
     assert all(torch.equal(loaded[name], value.bfloat16().float()) for name, value in state.items())
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is the folder of a run; set model.start_from"):
+        load(tmp_path)

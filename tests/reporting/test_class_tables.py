@@ -80,10 +80,12 @@ def test_many_classes_are_a_short_table_and_the_most_frequent_confusions(tmp_pat
 
 def test_the_terminal_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(width=100)
-    for table in class_tables({"cls": details_of(["cat", "dog"]), "own": {"worst": []}}):
+    worst = {"worst": [{"index": 3, "path": "a/b.jpg", "score": 0.25}]}
+    for table in class_tables({"cls": details_of(["cat", "dog"]) | worst, "own": {"worst": []}}):
         console.print(table)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cat", "0.625", "1.000", "8", "5"] in lines and ["cat", "dog", "3"] in lines
+    assert ["a/b.jpg", "0.250"] in lines
     assert len([line for line in lines if "own:" in line]) == 0
 
 

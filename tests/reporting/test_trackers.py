@@ -148,6 +148,7 @@ def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
     assert {f"eval/{task}_{key}" for task, key in MAIN.items()} | {"eval/score"} <= known
     assert [event.step for event in events.Scalars("train/loss/det")] == [1, 2, 3, 4]  # once each, over the resume
     assert {f"predictions/{task}/0" for task in TEST_SAMPLES} <= set(tags["images"])
+    assert {f"predictions/{task}/lowest_scores/0" for task in TEST_SAMPLES} <= set(tags["images"])
     assert "config/text_summary" in tags["tensors"]
 
 
