@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allinone_ds import commands
-from allinone_ds.errors import AllInOneError
+from allinone_ds.errors import INTERRUPTED, AllInOneError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         commands.say_error("interrupted")
-        return 130
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

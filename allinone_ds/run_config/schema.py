@@ -65,6 +65,7 @@ class ModelConfig(Strict):
     """The part of the model that all tasks share."""
 
     backbone: BackboneConfig
+    """The shared backbone."""
     freeze: Freeze | None = None
     """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
     start_from: Path | None = None
@@ -96,8 +97,9 @@ class TaskConfig(Strict):
     test_time: TestTime | None = None
     """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
     train: Source
+    """Training data."""
     test: Source | None = None
-    """None: the task is trained, but not evaluated."""
+    """Test data, with the classes of the training data; None: the task is trained, but not evaluated."""
     cache: bool = False
     """Keep decoded images in memory; for small images, where decoding dominates the loading time."""
     augment: Annotated[Augment, BeforeValidator(_augment_file)] = Field(default=[], validate_default=True)
@@ -123,12 +125,15 @@ class RunConfig(Strict):
     """
 
     name: str
+    """Name of the run."""
     output_dir: Path | None = None
     """Folder that the run is written to; None is runs/NAME."""
     data_root: Path = Path(".")
     """Folder that relative paths of the data sources start from."""
     model: ModelConfig
+    """What all tasks share."""
     tasks: dict[str, TaskConfig] = Field(min_length=1)
+    """The tasks by name; null instead of a task drops that of a base."""
     balancer: BalancerConfig = Field(default_factory=BalancerConfig)
     """`name` of the weighting and its options, and the options of TaskBalancer."""
     epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)

@@ -15,7 +15,9 @@ from tests.training.wrong_runs import WRONG
 @pytest.fixture(scope="module")
 def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("starts")
-    said = run_ranks(Path(__file__).with_name("ranks_start.py"), 1, folder, str(home / "tiny.yaml"), str(folder / "run"))
+    said = run_ranks(
+        Path(__file__).with_name("ranks_start.py"), 1, folder, str(home / "tiny.yaml"), str(folder / "run")
+    )
     assert not (folder / "run").exists()  # no failed start leaves a folder
     return said
 

@@ -23,7 +23,10 @@ WRONG: dict[str, list[str]] = {
     ],
     "num_decay_steps": ["trainer.lr_scheduler_type=warmup_stable_decay"],
     "it has no argument 'foo'": ["trainer.lr_scheduler_type=constant", "trainer.lr_scheduler_kwargs={foo: 1}"],
-    "lr_end (1.0) must be smaller": ["trainer.lr_scheduler_type=polynomial", "trainer.lr_scheduler_kwargs={lr_end: 1.0}"],
+    "lr_end (1.0) must be smaller": [
+        "trainer.lr_scheduler_type=polynomial",
+        "trainer.lr_scheduler_kwargs={lr_end: 1.0}",
+    ],
     "trainer.optim = 'lomo'": ["trainer.optim=lomo"],
     "trainer.optim_args = 'foo'": ["trainer.optim_args=foo"],
     "Invalid beta": ["trainer.adam_beta1=2"],
