@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allinone_ds import commands
-from allinone_ds.errors import AllInOneError, ConfigError, print_every_name
+from allinone_ds.errors import INTERRUPTED, AllInOneError, ConfigError, print_every_name
 from allinone_ds.strict import expand_path
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         commands.say_error("interrupted")
-        return 130
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

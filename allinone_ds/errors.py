@@ -27,6 +27,16 @@ def print_every_name() -> None:
 
 REQUEUE = 75
 """Exit code of a run that saved a checkpoint and ended because of a signal: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Exit code of a command that an interrupt (Ctrl-C) ended."""
+EXIT_CODES = {
+    0: "success",
+    1: "a run failed or cannot continue; `check` found errors only in the data; `doctor` found an error",
+    2: "invalid configuration, data or command line; `check` found errors in the settings",
+    REQUEUE: "SIGTERM or SIGUSR1 ended a run after it saved a checkpoint: start it again with `--resume`",
+    INTERRUPTED: "interrupted (Ctrl-C); a run saves a checkpoint first",
+}
+"""Exit code of a command -> what it means. A rank that the system kills gives its run the code 256 - signal."""
 
 
 class AllInOneError(Exception):

@@ -68,6 +68,7 @@ class ModelConfig(Strict):
     """The part of the model that all tasks share."""
 
     backbone: BackboneConfig
+    """The shared backbone."""
     freeze: Freeze | None = None
     """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
     start_from: ConfigPath | None = None
@@ -156,12 +157,15 @@ class RunConfig(Strict):
     """
 
     name: str
+    """Name of the run."""
     output_dir: ConfigPath | None = None
     """Folder that the run is written to; None is runs/NAME."""
     data_root: ConfigPath = Path(".")
     """Folder that relative paths of the data sources start from."""
     model: ModelConfig
+    """What all tasks share."""
     tasks: dict[str, TaskConfig] = Field(min_length=1)
+    """The tasks by name; null instead of a task drops that of a base."""
     balancer: BalancerConfig = Field(default_factory=BalancerConfig)
     """`name` of the weighting and its options, and the options of TaskBalancer."""
     epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from allinone_ds.errors import REQUEUE, RunFailed
+from allinone_ds.errors import INTERRUPTED, REQUEUE, RunFailed
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.names import EVENTS_FILE, LOG_FILE
@@ -176,7 +176,7 @@ def follow_run(
         )
         saved = _saved(folder, stopped, resume)
         remove_failed_start(made)
-        raise RunFailed(f"{name}: {saved}", 130 if interrupted else process.returncode)
+        raise RunFailed(f"{name}: {saved}", INTERRUPTED if interrupted else process.returncode)
     if failure is None:
         raise RunFailed(_error_message(log, start, process.returncode), process.returncode)
     gone = remove_failed_start(made)
