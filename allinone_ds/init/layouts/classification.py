@@ -97,8 +97,8 @@ def find_tables(tree: FileTree) -> list[FoundTask]:
         if part_of(file) in parts:
             notes.append(f"{file} is one more table of images; it is not used")
             continue
-        source: dict[str, Any] = {"format": "image_table", "images": tree.reference(folder), "table": tree.reference(file),
-                  "image_column": column, "label_column": label}  # fmt: skip
+        source: dict[str, Any] = {"format": "image_table", "images": tree.reference(folder)}
+        source |= {"table": tree.reference(file), "image_column": column, "label_column": label}
         source |= {"image_suffix": suffix} if suffix else {}
         source |= {"delimiter": delimiter} if delimiter != "," else {}
         parts[part_of(file)] = source
