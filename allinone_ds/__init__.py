@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .export.loading import load
     from .model import AllInOneModel
     from .run_config.arguments import AllInOneArguments
+    from .training.run import finish_run
     from .training.trainer import AllInOneTrainer
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "TaskClip",
     "Uncertainty",
     "Weighting",
+    "finish_run",
     "load",
     "plan_groups",
     "weighting_from_config",
@@ -64,6 +66,7 @@ __getattr__, _ = lazy_names(
         "export.loading": ["load"],
         "model": ["AllInOneModel"],
         "run_config.arguments": ["AllInOneArguments"],
+        "training.run": ["finish_run"],
         "training.trainer": ["AllInOneTrainer"],
     },
 )

@@ -107,6 +107,8 @@ class SampleDataset(Dataset[Sample]):
     """The file or folder that error messages name."""
     structural: Sequence[Problem] = ()
     """Faults found without decoding an image. `open_source` raises the errors among them."""
+    opened_from: tuple[SourceConfig, Path] | None = None
+    """The source and the root folder that `open_source` opened the dataset from; None: it was made otherwise."""
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -284,8 +284,8 @@ def timm_from_folder(config: Any, folder: str) -> Any:
         raise ConfigError(f"{file}: {error}; give a folder that TimmBackbone.save_pretrained wrote") from error
     if missing:
         raise ConfigError(
-            f"{file}: it lacks {len(missing)} of {len(net.state_dict())} tensors ({missing[0]}, ...); give a folder that "
-            "TimmBackbone.save_pretrained wrote with at least these out_indices"
+            f"{file}: it lacks {len(missing)} of {len(net.state_dict())} tensors ({missing[0]}, ...); give a folder "
+            "that TimmBackbone.save_pretrained wrote with at least these out_indices"
         )
     return net
 

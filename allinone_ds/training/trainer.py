@@ -24,8 +24,12 @@ from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
 from allinone_ds.evaluation.metrics import flatten
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings
+from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_config.run_files import RunFiles
+from allinone_ds.run_config.script_run import script_run_files
+from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.load_checkpoint import read_loop_state
@@ -50,6 +54,10 @@ class AllInOneTrainer(DurableTrainer):
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
     task because its loss, gradient or factor was not finite.
 
+    `output_dir` is a run's folder: log.jsonl, config.yaml and model.json are written to it, the last two from the
+    objects given here, so that the commands `report`, `eval`, `export` and `predict` and `allinone_ds.load` work on it
+    as on the run of a YAML file. `finish_run` adds the weights and results at the end.
+
     Args:
         model: an AllInOneModel.
         args: arguments; `args.deepspeed` determines the ZeRO stage.
@@ -65,6 +73,9 @@ class AllInOneTrainer(DurableTrainer):
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
+        events: the event log of the run, RUN/log.jsonl.
+        run_files: what writes config.yaml and model.json to the run's folder and to every checkpoint; None if the model
+            cannot be built again from such files.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
 
     Example::
@@ -97,18 +108,29 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        weighting = TBGC() if weighting is None else weighting
+        self._gaps: list[str] = []
+        self.run_files = find_callback(callbacks, RunFiles)
+        if self.run_files is None:
+            self.run_files, self._gaps = script_run_files(
+                model, args, train_dataset, eval_dataset or {}, weighting, balancer_options or {}
+            )
+        self.events = find_callback(callbacks, EventLog) or EventLog(str(args.output_dir))
+        printed = find_callback(callbacks, PrintProgress) or PrintProgress()
+        own = [callback for callback in (self.run_files, self.events, printed) if callback is not None]
+        given = [*own, *(callback for callback in callbacks or [] if callback not in own)]
         super().__init__(
             model=model,
             args=args,
             train_dataset=dict(train_dataset),  # type: ignore[arg-type]
             eval_dataset=dict(eval_dataset) if eval_dataset else None,  # type: ignore[arg-type]
-            callbacks=[EpochFromStep(), *(callbacks or [])],
+            callbacks=[EpochFromStep(), *given],
         )
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
-        self.weighting = TBGC() if weighting is None else weighting
+        self.weighting = weighting
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -207,6 +229,17 @@ class AllInOneTrainer(DurableTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate is for language models
+
+    @property
+    def test_data(self) -> dict[str, TaskData]:
+        """{task: evaluation data}, empty if there is none."""
+        data: Any = self.eval_dataset
+        return data or {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for gap in self._gaps:
+            self.warn(self.state.global_step, gap)
+        return super().train(*args, **kwargs)
 
     # ---- one step ----
 

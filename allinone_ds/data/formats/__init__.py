@@ -14,5 +14,6 @@ __getattr__, __all__ = lazy_names(
         "hugging_face": ["DatasetsSource"],
         "image_list": ["ImageListSource"],
         "label_maps": ["LabelMapsSource"],
+        "script": ["ScriptSource"],
     },
 )
