@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .export.loading import load
     from .model import AllInOneModel
     from .run_config.arguments import AllInOneArguments
+    from .training.run import finish_run
     from .training.trainer import AllInOneTrainer
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "TaskClip",
     "Uncertainty",
     "Weighting",
+    "finish_run",
     "load",
     "plan_groups",
     "task_features",
@@ -70,6 +72,7 @@ __getattr__, _ = lazy_names(
         "export.loading": ["load"],
         "model": ["AllInOneModel"],
         "run_config.arguments": ["AllInOneArguments"],
+        "training.run": ["finish_run"],
         "training.trainer": ["AllInOneTrainer"],
     },
 )

@@ -131,6 +131,25 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     return GramWeighting(OfJacobians(made.weighting) if name == "nash_mtl" else made)
 
 
+def config_from_weighting(weighting: Any) -> dict[str, Any] | None:
+    """Return the mapping from which `weighting_from_config` makes a weighting; None if it makes none like it.
+
+    Example:
+        >>> config_from_weighting(TBGC(max_norm=0.2))
+        {'name': 'tbgc', 'max_norm': 0.2, 'target': 'constant', 'rescale': 'clip', 'heads': 'same'}
+    """
+    names = [name for name, cls in WEIGHTINGS.items() if type(weighting) is cls]
+    if not names:
+        return None
+    options = [key for key in inspect.signature(type(weighting).__init__).parameters if key != "self"]
+    config = {"name": names[0], **{key: getattr(weighting, key, None) for key in options}}
+    try:
+        made = weighting_from_config(config)
+    except ConfigError:
+        return None
+    return config if repr(made) == repr(weighting) else None
+
+
 def check_options(
     norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0, nonfinite: str = "skip_task"
 ) -> None:

@@ -130,6 +130,8 @@ class SampleDataset(Dataset[Sample]):
     """Faults found without decoding an image. `open_source` raises the errors among them."""
     labels: Sequence[int] | None = None
     """Classification: the label of each sample, if known without reading it; a split then holds per class."""
+    opened_from: tuple[SourceConfig, Path] | None = None
+    """The source and the root folder that `open_source` opened the dataset from; None: it was made otherwise."""
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -84,6 +84,7 @@ def open_source(
         allowed = ", ".join(sorted(source_class.__name__ for source_class in SOURCE_CLASSES))
         raise TypeError(f"source is a {type(source).__name__}; give an instance of a source class ({allowed})")
     dataset = source.open(Path(root), classes)
+    dataset.opened_from = source, Path(root)
     dataset.structural = [*dataset.structural, *size_problems(dataset, source.expect)]
     if strict:
         raise_problems(dataset.name, dataset.structural)

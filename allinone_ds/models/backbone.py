@@ -177,6 +177,7 @@ class Backbone(nn.Module):
         size_multiple: number of pixels of which both sides of an image are multiples.
         fixed_size: the only (H, W) of images that the net takes; None: all multiples.
         config: configuration of the net.
+        settings: what `build_backbone` built it from; None if it was built otherwise.
 
     Raises:
         ConfigError: `stride` is not the stride of a stage.
@@ -201,6 +202,7 @@ class Backbone(nn.Module):
         self.num_levels: int = 1 if self.hierarchical else len(channels)
         self.size_multiple: int = max(strides)
         self.fixed_size = architectures.fixed_size(self.config)
+        self.settings: BackboneConfig | None = None
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """Return the feature maps of normalised images.
@@ -286,7 +288,9 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         stem = ConvStem(net.config.num_channels, net.config.hidden_size, architectures.square(net.config.patch_size))
         net.set_submodule(path, stem.to(next(net.parameters()).dtype))  # under ZeRO-3 the ViT may be bfloat16
     architectures.prepare(net, f"model.backbone ({cfg.config.get('backbone', cfg.model_type)})")
-    return Backbone(net, cfg.stride, loaded)
+    backbone = Backbone(net, cfg.stride, loaded)
+    backbone.settings = cfg
+    return backbone
 
 
 def _from_config(cfg: BackboneConfig) -> Any:

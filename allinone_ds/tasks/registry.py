@@ -49,6 +49,11 @@ def task_class(type_name: str) -> type[Task]:
     try:
         cls = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
+        if module == "__main__":
+            raise ConfigError(
+                f"task type '{type_name}': the class was defined in the script that trained the run; move it to a "
+                "module of its own on PYTHONPATH, and name it in the run's config.yaml as module:Class"
+            ) from error
         raise ConfigError(f"task type '{type_name}': {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise ConfigError(f"task type '{type_name}' is no subclass of allinone_ds.tasks.Task")

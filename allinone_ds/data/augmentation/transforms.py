@@ -43,6 +43,9 @@ class SampleTransform:
         [[255, 0], [255, 0]]
     """
 
+    augment: AugmentConfig | None = None
+    """The configuration that `train_transform` made it from; None: it was made otherwise."""
+
     def __init__(self, branches: Mapping[str, tuple[float, Sequence[v2.Transform]]], image_size: tuple[int, int]):
         self.branches = {name: list(steps) for name, (_, steps) in branches.items()}
         self.probabilities = {name: probability for name, (probability, _) in branches.items()}
@@ -161,7 +164,9 @@ def train_transform(
         location = config.location(name)
         steps = [build_transform(e, size, f"{location}[{n}]", kind) for n, e in enumerate(branch.transforms)]
         branches[name] = (branch.probability, steps)
-    return SampleTransform(branches, size)
+    transform = SampleTransform(branches, size)
+    transform.augment = config
+    return transform
 
 
 def eval_transform(image_size: tuple[int, int]) -> SampleTransform:
