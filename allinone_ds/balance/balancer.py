@@ -16,8 +16,10 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, task_names
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
+from allinone_ds.balance.combiners.exact import require_exact
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
+from allinone_ds.balance.joint.running import joint_tasks
 from allinone_ds.balance.measure import measure_tasks
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.report import StepReport
@@ -207,27 +209,46 @@ class TaskBalancer:
                 The gradient of the task is dropped, those of tasks already done stay, and the task can run again.
                 (norm="delayed": all tasks of the step are dropped and must run again.)
         """
-        running = self._enter(name, micro_steps)
-        restore = partial(self.weighting.load_state_dict, self.weighting.state_dict())
-        with undone_after_error(running.fail, self._leave_task, self._combiner.drop, restore), self._watched():
-            with self._trace(name, keep=True):
-                yield
-            running.end()
-            with torch.no_grad():
-                self._combiner.add(name, running.loss)
-        self._heads.end(keep=True)
-        self._running = None
-        self._ran[name] = micro_steps
+        refuse_task(name, self.groups, self._combiner.tasks, self._running)
+        asked = self._agreement if self.parallel == "data" else None
+        with self._block(RunningTask(name, micro_steps, self._combiner, asked)):
+            yield
+
+    @contextlib.contextmanager
+    def joint(self, names: Iterable[str], micro_steps: int = 1, at: str = "backbone") -> Iterator[None]:
+        """Run several tasks whose losses come from one forward, `backward({task: loss})`, `micro_steps` times.
+
+        Args:
+            names: of the tasks, not yet run in this step.
+            micro_steps: number of forwards.
+            at: "backbone": one backward per task, exact norms on the backbone. "features": one backward for all, norms
+                at the features that `task_features` marks in the model's forward, heads with their raw gradient.
+
+        Raises:
+            BalancerError: as in `task`; after an error in the block all tasks of the step must run again.
+            ConfigError: norms are not exact, or tasks run on different ranks; or a weighting that the features cannot
+                serve.
+        """
+        combiner, tasks = require_exact(self._combiner, "balancer.joint()"), task_names(names)
+        for name in tasks:
+            refuse_task(name, self.groups, self._combiner.tasks, self._running)
+        running = joint_tasks(tasks, micro_steps, at, combiner, self._heads, self._agreement, self.weighting)
+        with self._block(running), running.forwards():
+            yield
 
     def evaluation(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Evaluate a task inside this block: under ZeRO-3 its forwards have a parameter trace of their own."""
         return self._trace(("evaluation", name))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Any, count: Any = None) -> None:
         """Run the backward of one micro-step of the current task, never scaled by the engine's accumulation steps.
 
         Args:
-            loss: scalar, mean over the micro-batch of this rank.
+            loss: scalar, mean over the labels in the micro-batch of this rank; in a joint block a dict: task -> loss,
+                None where this rank has no label of the task.
+            count: how many labelled things (images, valid pixels, objects) the loss is the mean of, in a joint block a
+                dict of them: the task's gradient is then the mean over all of them in the step, over micro-steps and
+                ranks. None: micro-steps and ranks count the same.
 
         Raises:
             BalancerError: outside a task, one micro-step too many, a loss that is not a scalar with a graph, an earlier
@@ -235,11 +256,8 @@ class TaskBalancer:
         """
         if self._running is None:
             raise BalancerError("balancer.backward() outside a task; use it inside `with balancer.task(name):`")
-        scaled, last = self._running.scaled(loss), self._running.next_is_last
         self._combiner.before_backward()
-        with self._running.micro_step(scaled, self._combiner.communicates(last)), self._guard.allowed():
-            self._adapter.set_reduces(self._combiner.reduces(last))
-            self._adapter.backward(scaled)
+        self._running.backward(loss, count, self._run_backward)
 
     def step(self, require_all: bool = True) -> StepReport:
         """Add the tasks' scaled gradients and take the engine's optimizer step. Collective.
@@ -261,7 +279,7 @@ class TaskBalancer:
         self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
         ran = self._combiner.agree(self._ran)
         missing = [task for task in self.groups.tasks if task not in ran]
-        refuse_missing(missing, ran, require_all)
+        refuse_missing([task for task in missing if task not in self._ran], ran, require_all)
         try:
             with self._stepping(inside=False):
                 self._heads.check_trainable()
@@ -354,16 +372,32 @@ class TaskBalancer:
         self._agree(f"balancer.{method}()")
         return self._combiner
 
-    def _enter(self, name: str, micro_steps: int) -> RunningTask:
-        refuse_task(name, self.groups, self._combiner.tasks, self._running)
-        asked = self._agreement if self.parallel == "data" else None
-        running = RunningTask(name, micro_steps, self.engine.device, asked, self._adapter.stage == 3)
+    @contextlib.contextmanager
+    def _block(self, running: RunningTask) -> Iterator[None]:
         running.begin(first=not self._ran)
-        self._combiner.begin(name)
-        self._heads.begin(name)
+        self._combiner.begin(running.name)
+        self._heads.begin(running.name)
         self._running = running
         self._adapter.set_reduces(self._combiner.reduces(running.next_is_last))
-        return running
+        restore = partial(self.weighting.load_state_dict, self.weighting.state_dict())
+        single = len(running.tasks) == 1
+        cleanups = (
+            (self._combiner.drop, restore) if single else (self._combiner.reset, self._restore_weighting, self._clear)
+        )
+        with undone_after_error(running.fail, self._leave_task, *cleanups), self._watched():
+            with self._trace(running.name, keep=True):
+                yield
+            running.end()
+            with torch.no_grad():
+                running.hand_over()
+        self._heads.end(keep=True)
+        self._running = None
+        self._ran.update(dict.fromkeys(running.tasks, running.micro_steps))
+
+    def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False) -> None:
+        with self._guard.allowed():
+            self._adapter.set_reduces(reduces)
+            self._adapter.backward(loss, retain_graph)
 
     def _take_step(self, result: Combined, missing: Sequence[str]) -> StepReport:
         for task in result.skipped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -121,8 +121,9 @@ class HeadUse:
                 )
 
     def begin(self, task: str) -> None:
-        """Record gradients from now on for `task`."""
-        self.task, self._used[task] = task, set()
+        """Record gradients from now on for `task`, beside those of its earlier micro-steps."""
+        self.task = task
+        self._used.setdefault(task, set())
         self._guard.in_step = True
 
     def end(self, keep: bool) -> None:
@@ -131,6 +132,11 @@ class HeadUse:
             del self._used[self.task]
             self._guard.forget_stray()
         self.task = None
+
+    def divide(self, joint: str, tasks: Sequence[str]) -> None:
+        """Give each of several tasks what was recorded for all of them under one name."""
+        used = self._used.pop(joint)
+        self._used.update((task, used) for task in tasks)
 
     def clear(self) -> None:
         """Forget all tasks."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.exact import require_exact
+from allinone_ds.balance.joint.counts import LabelCounts
 from allinone_ds.distributed import rank
 from allinone_ds.errors import BalancerError
 from allinone_ds.strict import did_you_mean
@@ -61,17 +64,21 @@ def refuse_missing(missing: Sequence[str], ran: Sequence[str], require_all: bool
         )
 
 
+Backward = Callable[..., None]
+"""The engine's backward: (loss, whether it averages the gradient over ranks, retain_graph=False)."""
+
+
 class RunningTask:
     """One task of a step, from the beginning of its block to the end.
 
     Args:
         name: of the task.
         micro_steps: number of micro-batches that its gradient is the mean of.
-        device: of the losses.
+        combiner: takes the task's gradient.
         agreement: with the other ranks; None: they are not asked.
-        forwards_communicate: whether a forward is a collective operation (ZeRO-3).
 
     Attributes:
+        tasks: names of the tasks that the block runs: this one.
         loss: mean of the losses so far over all micro-steps, 0-dim.
 
     Raises:
@@ -82,17 +89,18 @@ class RunningTask:
         self,
         name: str,
         micro_steps: int,
-        device: torch.device,
+        combiner: Combiner,
         agreement: Agreement | None = None,
-        forwards_communicate: bool = False,
     ):
         if not isinstance(micro_steps, int) or isinstance(micro_steps, bool) or micro_steps < 1:
             raise BalancerError(f"micro_steps = {micro_steps!r} for task '{name}'; allowed: an integer of 1 or more")
         self.name = name
+        self.tasks: tuple[str, ...] = (name,)
         self.micro_steps = micro_steps
-        self.loss = torch.zeros((), device=device)
-        self._agreement = agreement
-        self._forwards_communicate = forwards_communicate
+        self.loss = torch.zeros((), device=combiner.adapter.compute_device)
+        self._combiner, self._agreement = combiner, agreement
+        self._forwards_communicate = combiner.adapter.stage == 3
+        self._labels: LabelCounts | None = None
         self._done = 0
         self._failure: BaseException | None = None
 
@@ -113,12 +121,55 @@ class RunningTask:
         if self._agreement:
             self._agreement.check(f"task '{self.name}', {self.micro_steps} micro-steps", within_step=not first)
 
-    def scaled(self, loss: Any) -> Tensor:
-        """Return the loss of the next micro-step, divided by the number of micro-steps, after checking it.
+    def forwards(self) -> contextlib.AbstractContextManager[None]:
+        """Return the block in which the user's forwards run."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Any, count: Any, run: Backward) -> None:
+        """Run the backward of the next micro-step.
+
+        Args:
+            loss: mean over this rank's labels, scalar.
+            count: number of these labels; None: the micro-steps of all ranks count the same.
+            run: the engine's backward.
 
         Raises:
-            BalancerError: one micro-step too many, a loss that is not a scalar with a graph, or an earlier backward of
-                this block failed.
+            BalancerError: one micro-step too many, a loss that is not a scalar with a graph, an earlier backward of the
+                block failed, or ranks do not run the same backward.
+        """
+        self.check_next()
+        check_loss(self.name, loss)
+        last = self.next_is_last
+        with self.micro_step(self._combiner.communicates(last)):
+            part = loss.reshape(()) * self._weight(count)
+            run(part, self._combiner.reduces(last))
+            self.loss += part.detach().float() if count is None or count else 0.0  # without labels it may be nan
+
+    def hand_over(self) -> None:
+        """Give the gradient to the combiner, after the last micro-step. Collective."""
+        if self._labels is None:
+            self._combiner.add(self.name, self.loss)
+        elif self._labels.totals[0]:
+            self._combiner.add(self.name, self.loss, self._labels.units()[0])  # type: ignore[call-arg]
+        else:
+            self._combiner.drop()  # no rank has a label
+
+    def _weight(self, count: Any) -> float:
+        """Return what the loss of the micro-step is multiplied by. Collective if labels are counted."""
+        if self._done and (count is None) != (self._labels is None):
+            raise BalancerError(f"task '{self.name}': give count in every micro-step of the block, or in none")
+        if count is None:
+            return 1 / self.micro_steps
+        if self._labels is None:
+            require_exact(self._combiner, "count")
+            self._labels = LabelCounts(1, self.micro_steps, self._agreement)
+        return self._labels.weights([count])[0]
+
+    def check_next(self) -> None:
+        """Raise unless another micro-step may follow.
+
+        Raises:
+            BalancerError: one micro-step too many, or an earlier backward of this block failed.
         """
         self._refuse_after_failure()
         if self._done == self.micro_steps:
@@ -126,19 +177,12 @@ class RunningTask:
                 f"task '{self.name}' got more than its {self.micro_steps} micro-steps; pass micro_steps=K to "
                 "balancer.task() for K backward calls"
             )
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            kind = type(loss).__name__
-            if isinstance(loss, Tensor):
-                kind = f"a tensor of shape {tuple(loss.shape)}{'' if loss.requires_grad else ' without a graph'}"
-            raise BalancerError(f"the loss of task '{self.name}' is {kind}; pass a scalar tensor with requires_grad")
-        return loss.reshape(()) / self.micro_steps
 
     @contextlib.contextmanager
-    def micro_step(self, scaled: Tensor, communicates: bool) -> Iterator[None]:
+    def micro_step(self, communicates: bool) -> Iterator[None]:
         """Count the backward inside this block, and tell the other ranks if it fails.
 
         Args:
-            scaled: what `scaled` returned.
             communicates: whether the backward is a collective operation, so that ranks agree on it first.
 
         Raises:
@@ -152,7 +196,6 @@ class RunningTask:
         except BaseException as error:
             self.fail(error, inside=communicates)
             raise
-        self.loss += scaled.detach().float()
         self._done += 1
 
     def end(self) -> None:
@@ -190,6 +233,19 @@ class RunningTask:
                 f"task '{self.name}' failed in this block before ({kind}: {self._failure}), so its gradient is not "
                 "complete; let the error leave the block, then run the task again"
             ) from self._failure
+
+
+def check_loss(task: str, loss: Any) -> None:
+    """Raise unless a loss is a scalar with a graph.
+
+    Raises:
+        BalancerError: names the task and what was given.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        kind = type(loss).__name__
+        if isinstance(loss, Tensor):
+            kind = f"a tensor of shape {tuple(loss.shape)}{'' if loss.requires_grad else ' without a graph'}"
+        raise BalancerError(f"the loss of task '{task}' is {kind}; pass a scalar tensor with requires_grad")
 
 
 def tell_failure(error: BaseException, agreement: Agreement | None, place: str, inside: bool) -> None:

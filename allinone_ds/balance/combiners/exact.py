@@ -13,6 +13,7 @@ from allinone_ds.balance.combiners.base import Combined, Combiner
 from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce, rank
+from allinone_ds.errors import ConfigError
 from allinone_ds.zero.engines.base import EngineAdapter, cut
 
 
@@ -50,15 +51,16 @@ class ExactCombiner(Combiner):
             unit: what gradient and loss are multiplied by, equal on all ranks, so that they are means over the labels.
         """
 
-    def add_balanced(self, tasks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    def add_balanced(self, key: str, tasks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take the gradient of tasks that were balanced at the features already.
 
         They have one gradient, which is left out of the step as a whole if it is not finite.
 
         Args:
+            key: under which `accumulate` has summed the micro-steps, if there were several.
             tasks: task -> its norm at the features, loss and factor, 0-dim.
         """
-        pieces = self.adapter.gradient()
+        pieces = self._pieces(key)
         square = square_norm(pieces, self.adapter.device).to(self.adapter.compute_device)
         whole = (square if self.adapter.replicated else all_reduce(square)).sqrt().float()
         losses = torch.stack([loss for _, loss, _ in tasks.values()])
@@ -70,7 +72,7 @@ class ExactCombiner(Combiner):
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
         self._add_raw(pieces, usable)
-        self.adapter.clear_gradient()
+        self._release(key)
 
     @abstractmethod
     def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
@@ -234,3 +236,14 @@ class KeepingCombiner(ExactCombiner):
 def exact_combiner(adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]) -> ExactCombiner:
     """Return the cheaper combiner with exact norms that serves `weighting`."""
     return (StreamingCombiner if weighting.streams else KeepingCombiner)(adapter, weighting, order)
+
+
+def require_exact(combiner: Combiner, what: str) -> ExactCombiner:
+    """Return the combiner, if it can serve joint blocks and counted labels.
+
+    Raises:
+        ConfigError: norms are not exact, or tasks run on different ranks.
+    """
+    if not isinstance(combiner, ExactCombiner):
+        raise ConfigError(f"{what} needs norm='exact' and parallel='data'; construct the TaskBalancer with them")
+    return combiner

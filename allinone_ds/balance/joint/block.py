@@ -20,7 +20,8 @@ from allinone_ds.balance.arithmetic import inner_products, square_norm
 from allinone_ds.balance.joint.gate import Gate
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.errors import BalancerError
+from allinone_ds.balance.weightings.clipping import TaskClip
+from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
@@ -80,7 +81,7 @@ class FeatureBlock:
         """Make `task_features` mark features inside this block.
 
         Raises:
-            BalancerError: inside another such block, or fewer micro-steps than `micro_steps`.
+            BalancerError: inside another such block.
         """
         global _active
         if _active is not None:
@@ -91,6 +92,13 @@ class FeatureBlock:
         finally:
             _active = None
             self._gates.clear()
+
+    def check_complete(self) -> None:
+        """Raise unless all micro-steps are done.
+
+        Raises:
+            BalancerError: some are missing.
+        """
         if self._left:
             done = self.micro_steps - self._left
             raise BalancerError(f"the block ended after {done} of {self.micro_steps} micro-steps")
@@ -289,13 +297,35 @@ class FeatureBlock:
                     f"the loss of task '{task}' is {kind}; pass a scalar tensor with requires_grad, or None"
                 )
         marked = {task for gate in self._gates.values() for task in gate.tasks}
-        bare = [task for task, loss in losses.items() if loss is not None and task not in marked]
-        if bare or not marked:
-            task = bare[0] if bare else self.tasks[0]
+        bare = [task for task in self.tasks if task not in marked]
+        unread = [task for task in bare if losses[task] is not None]
+        if unread or not marked:
+            task = unread[0] if unread else self.tasks[0]
             raise BalancerError(
                 f"no features are marked for task '{task}' in this forward; call features = task_features(features, "
-                f"'{task}') between backbone and head (with a frozen backbone there is nothing to balance)"
+                f"'{task}') between backbone and head, on every rank (a frozen backbone leaves nothing to balance)"
             )
+        if bare and len(self._gates) > 1:
+            raise BalancerError(
+                f"no features are marked for task '{bare[0]}' in this forward, and the other tasks mark different "
+                f"ones; call task_features(features, '{bare[0]}') on every rank, also where it has no label"
+            )
+        for gate in self._gates.values():  # ranks measure the same tasks, whoever has labels of them
+            gate.tasks += bare
+
+
+def feature_weighting(weighting: Weighting) -> Weighting:
+    """Return the weighting, if it can be computed from gradients at the features.
+
+    Raises:
+        ConfigError: it needs the norm of the whole gradient or of the sum.
+    """
+    if isinstance(weighting, TaskClip) or type(weighting).sum_factor is not Weighting.sum_factor:
+        raise ConfigError(
+            f"{weighting!r} needs norms of whole gradients, heads included, which are not known at the features; use "
+            "TBGC or another weighting, or balance at the backbone"
+        )
+    return weighting
 
 
 def _flat(gradient: Tensor) -> Tensor:

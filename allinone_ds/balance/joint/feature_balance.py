@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from allinone_ds.balance.assignment import task_names
-from allinone_ds.balance.joint.block import FeatureBlock
+from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.balance.weightings.clipping import TaskClip
 from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.errors import BalancerError, ConfigError
+from allinone_ds.errors import BalancerError
 
 
 class FeatureBalance:
@@ -61,6 +60,7 @@ class FeatureBalance:
         self._block = FeatureBlock(self.tasks, self.weighting, micro_steps, self._group)
         with self._block.active():
             yield
+        self._block.check_complete()
 
     def backward(self, losses: Mapping[str, Tensor | None], count: Mapping[str, Tensor | float] | None = None) -> None:
         """Run the one backward of a micro-step. Collective.
@@ -97,17 +97,3 @@ class FeatureBalance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.weighting.load_state_dict(state)
-
-
-def feature_weighting(weighting: Weighting) -> Weighting:
-    """Return the weighting, if it can be computed from gradients at the features.
-
-    Raises:
-        ConfigError: it needs the norm of the whole gradient or of the sum.
-    """
-    if isinstance(weighting, TaskClip) or type(weighting).sum_factor is not Weighting.sum_factor:
-        raise ConfigError(
-            f"{weighting!r} needs norms of whole gradients, heads included, which are not known at the features; use "
-            "TBGC or another weighting, or balance at the backbone"
-        )
-    return weighting

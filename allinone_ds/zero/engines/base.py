@@ -198,13 +198,14 @@ class EngineAdapter(ABC):
         """Set whether the next backward averages the gradient over ranks. ZeRO-3 asks for it before the forward."""
         self.engine.set_gradient_accumulation_boundary(reduces)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Run the engine's backward, without a division by DeepSpeed's accumulation steps.
 
         Args:
             loss: scalar, of one micro-batch of this rank.
+            retain_graph: keep the graph for the losses of other tasks of the same forward.
         """
-        self.engine.backward(loss * self.missing_loss_scale, scale_wrt_gas=False)
+        self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set."""

@@ -51,11 +51,11 @@ class BF16Adapter(EngineAdapter):
     def begin_task(self) -> None:
         pass
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         # DeepSpeed clears the bf16 gradients in a hook on what `engine.forward` returned, and adds them to the fp32
         # ones after each backward; a loss of `engine.module` would add those of earlier backwards again
         self.optimizer.clear_lp_grads()
-        super().backward(loss)
+        super().backward(loss, retain_graph)
 
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.fp32_groups_gradient_flat_partition, self.pieces)

@@ -49,11 +49,11 @@ class Stage3Adapter(EngineAdapter):
         self.optimizer.micro_step_id = 0
         self.optimizer._epilogue_ran_this_backward = False
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         # DeepSpeed counts micro-steps in `engine.forward`; a loss may come from `engine.module`, or from a forward
         # before an earlier backward, and its gradient would then overwrite the one that it should be added to
         self.optimizer.micro_step_id = self._backwards
-        super().backward(loss)
+        super().backward(loss, retain_graph)
         self._backwards += 1
 
     def gradient(self) -> list[Tensor]:

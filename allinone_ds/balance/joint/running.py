@@ -1,0 +1,248 @@
+"""Joint blocks on an engine: one forward gives the losses of several tasks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allinone_ds.balance.agreement import Agreement
+from allinone_ds.balance.combiners.exact import ExactCombiner
+from allinone_ds.balance.heads import HeadUse
+from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
+from allinone_ds.balance.joint.counts import LabelCounts
+from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
+from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.distributed import gather_objects
+from allinone_ds.errors import BalancerError, ConfigError
+from allinone_ds.strict import did_you_mean
+from allinone_ds.zero.local_gradients import LocalGradients
+from allinone_ds.zero.params import whole_shape
+
+PLACES = ("backbone", "features")
+"""Where a joint block can balance."""
+
+
+class JointTasks(RunningTask):
+    """Several tasks of a step whose losses come from one forward, balanced at the backbone: one backward per task.
+
+    Args:
+        tasks: names of the T tasks.
+        micro_steps: number of forwards.
+        combiner: takes the tasks' gradients.
+        heads: records which head parameters each task uses.
+        agreement: with the other ranks; None: they are not asked.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        micro_steps: int,
+        combiner: ExactCombiner,
+        heads: HeadUse,
+        agreement: Agreement | None = None,
+    ):
+        super().__init__(" + ".join(tasks), micro_steps, combiner, agreement)
+        self.tasks = tuple(tasks)
+        self._exact, self._heads = combiner, heads
+        self._counts = LabelCounts(len(tasks), micro_steps, agreement)
+        self._losses = {task: torch.zeros_like(self.loss) for task in tasks}
+
+    def backward(self, loss: Any, count: Any, run: Backward) -> None:
+        """Run the backwards of the next micro-step.
+
+        Args:
+            loss: task -> mean loss over this rank's labels, scalar; None: this rank has no label of the task.
+            count: task -> number of labels; None: every loss counts the same.
+            run: the engine's backward.
+
+        Raises:
+            BalancerError: as `RunningTask.backward`, and losses that do not fit the tasks.
+        """
+        self.check_next()
+        check_losses(self.tasks, loss)
+        with self.micro_step(communicates=True):
+            weights = self._weights(loss, count)
+            self._run(loss, weights, count, run)
+
+    def hand_over(self) -> None:
+        if self.micro_steps > 1:
+            for task, unit in zip(self.tasks, self._counts.units(), strict=True):
+                if unit:
+                    self._exact.add(task, self._losses[task], unit)
+
+    def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
+        """Return what each loss is multiplied by, after the ranks have exchanged what they have. Collective."""
+        numbers = []
+        for task in self.tasks:
+            given = 1 if count is None else count[task]
+            numbers.append(0 if losses[task] is None else given)
+        weights = self._counts.weights(numbers)
+        own = [int(losses[task] is not None) for task in self.tasks]
+        rows = self._agreement.rows(own) if self._agreement else gather_objects(own)
+        self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*rows, strict=True)]
+        if self._forwards_communicate:
+            self._refuse_missing_losses(rows)
+        return dict(zip(self.tasks, weights, strict=True))
+
+    def _labelled(self) -> list[str]:
+        """Return the tasks of which a rank has a label in this micro-step."""
+        return [
+            t for t, of_ranks in zip(self.tasks, zip(*self._counts.rows, strict=True), strict=True) if any(of_ranks)
+        ]
+
+    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+        active = self._labelled()
+        for place, task in enumerate(active):
+            self._combiner.begin(task)
+            self._heads.begin(task)
+            part = None if losses[task] is None else losses[task].reshape(()) * weights[task]
+            retain = any(losses[other] is not None for other in active[place + 1 :])
+            self._average(part, self._alike[self.tasks.index(task)], run, retain)
+            if part is not None and weights[task]:
+                self._losses[task] += part.detach().float()
+            if self.micro_steps > 1:
+                self._exact.accumulate(task)
+            else:
+                with torch.no_grad():
+                    self._exact.add(task, self._losses[task], self._counts.units()[self.tasks.index(task)])
+            self._heads.end(keep=True)
+
+    def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
+        """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
+
+        Args:
+            part: the loss of this rank; None where it has none.
+            alike: whether all ranks use the same parameters.
+            run: the engine's backward.
+            retain: whether a further backward needs the graph.
+        """
+        adapter = self._combiner.adapter
+        if alike:
+            run(part, True, retain)
+        elif not adapter.keeps_local_gradients:  # DeepSpeed reduces every parameter, zeros for those without a gradient
+            run(_nothing(adapter.engine) if part is None else part, True, retain)
+        else:  # it reduces in the order of the backward, so ranks must not use different parameters
+            local = LocalGradients(adapter)
+            local.begin()
+            if part is not None:
+                run(part, False, retain)
+            has = [local.get(index) is not None for index in range(len(local.params))]
+            for index, wanted in enumerate(self._agreement.union(has) if self._agreement else has):
+                if wanted and not has[index]:
+                    param = local.params[index]
+                    local.set(index, torch.zeros(whole_shape(param), dtype=local.dtype, device=param.device))
+            local.reduce()
+
+    def _refuse_missing_losses(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Raise if only some ranks have a loss: the others would not gather the weights that its backward needs."""
+        for index, task in enumerate(self.tasks):
+            without = [rank for rank, row in enumerate(rows) if not row[index]]
+            if without and len(without) < len(rows):
+                raise BalancerError(
+                    f"task '{task}' has no loss on rank(s) {', '.join(map(str, without))} and one on the others; under "
+                    "ZeRO-3 every rank must run every head: return a loss of the head's output on each rank, and pass "
+                    "count=0 for it where there is no label"
+                )
+
+
+class JointAtFeatures(JointTasks):
+    """Several tasks of a step whose losses come from one forward, balanced at the features: one backward in all.
+
+    Args:
+        tasks: names of the T tasks.
+        micro_steps: number of forwards.
+        combiner: takes the sum of the tasks' gradients.
+        heads: records which head parameters the tasks use.
+        agreement: with the other ranks; None: they are not asked.
+        weighting: turns the record of a micro-step into factors.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        micro_steps: int,
+        combiner: ExactCombiner,
+        heads: HeadUse,
+        agreement: Agreement | None,
+        weighting: Weighting,
+    ):
+        super().__init__(tasks, micro_steps, combiner, heads, agreement)
+        self._block = FeatureBlock(tasks, weighting, micro_steps)
+
+    def forwards(self) -> contextlib.AbstractContextManager[None]:
+        return self._block.active()
+
+    def hand_over(self) -> None:
+        report = self._block.report()
+        if report.tasks:
+            rows = {task: (report.norms[task], report.losses[task], report.scales[task]) for task in report.tasks}
+            self._exact.add_balanced(self.name, rows)
+            self._heads.divide(self.name, report.tasks)
+
+    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+        self._combiner.begin(self.name)
+        self._heads.begin(self.name)
+        scale = self._combiner.adapter.loss_scale
+        labelled = self._labelled()
+        with self._block.micro_step(
+            {t: losses[t] if t in labelled else None for t in self.tasks}, count, scale
+        ) as total:
+            self._average(total, all(self._alike), run)
+        if self.micro_steps > 1:
+            self._exact.accumulate(self.name)
+        self._heads.end(keep=True)
+
+
+def joint_tasks(
+    tasks: Sequence[str],
+    micro_steps: int,
+    at: str,
+    combiner: ExactCombiner,
+    heads: HeadUse,
+    agreement: Agreement | None,
+    weighting: Weighting,
+) -> JointTasks:
+    """Return what runs a joint block.
+
+    Raises:
+        ConfigError: an unknown place, or a weighting that cannot be computed at the features.
+    """
+    if at not in PLACES:
+        raise ConfigError(f"balancer.joint(at={at!r}); {did_you_mean(str(at), PLACES)}")
+    if at == "backbone":
+        return JointTasks(tasks, micro_steps, combiner, heads, agreement)
+    return JointAtFeatures(tasks, micro_steps, combiner, heads, agreement, feature_weighting(weighting))
+
+
+def check_losses(tasks: Sequence[str], losses: Any) -> None:
+    """Raise unless there is a loss, or None, for each task of a joint block.
+
+    Raises:
+        BalancerError: no mapping, unknown or missing tasks, or a loss that is not a scalar with a graph.
+    """
+    if not isinstance(losses, Mapping):
+        raise BalancerError(
+            f"balancer.backward() inside a joint block got {type(losses).__name__}; pass a dict: task -> loss, or None"
+        )
+    for task in losses:
+        if task not in tasks:
+            raise BalancerError(
+                f"a loss of '{task}', which the joint block does not run; {did_you_mean(str(task), tasks)}"
+            )
+    for task in tasks:
+        if task not in losses:
+            raise BalancerError(
+                f"no loss of task '{task}' in the joint block; pass None if this rank has no label of it"
+            )
+        if losses[task] is not None:
+            check_loss(task, losses[task])
+
+
+def _nothing(engine: Any) -> Tensor:
+    """Return a loss of zero that depends on the trainable parameters."""
+    params = [p for p in engine.module.parameters() if p.requires_grad]
+    return sum((p.reshape(-1)[:1].float().sum() for p in params), torch.zeros((), device=engine.device)) * 0.0
