@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .balance.assignment import plan_groups
     from .balance.balancer import TaskBalancer
+    from .balance.joint.block import task_features
+    from .balance.joint.feature_balance import FeatureBalance
     from .balance.options import weighting_from_config
     from .balance.report import StepReport
     from .balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .export.loading import load
     from .model import AllInOneModel
     from .run_config.arguments import AllInOneArguments
+    from .training.run import finish_run
     from .training.trainer import AllInOneTrainer
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "DBMTL",
     "DWA",
     "FAMO",
+    "FeatureBalance",
     "GlobalClip",
     "GradNorm",
     "GramWeighting",
@@ -44,8 +48,10 @@ __all__ = [
     "TaskClip",
     "Uncertainty",
     "Weighting",
+    "finish_run",
     "load",
     "plan_groups",
+    "task_features",
     "weighting_from_config",
 ]
 
@@ -54,6 +60,8 @@ __getattr__, _ = lazy_names(
     {
         "balance.assignment": ["plan_groups"],
         "balance.balancer": ["TaskBalancer"],
+        "balance.joint.block": ["task_features"],
+        "balance.joint.feature_balance": ["FeatureBalance"],
         "balance.options": ["weighting_from_config"],
         "balance.report": ["StepReport"],
         "balance.weightings.adaptive": ["DBMTL", "DWA", "FAMO", "GradNorm", "RandomWeights", "Uncertainty"],
@@ -64,6 +72,7 @@ __getattr__, _ = lazy_names(
         "export.loading": ["load"],
         "model": ["AllInOneModel"],
         "run_config.arguments": ["AllInOneArguments"],
+        "training.run": ["finish_run"],
         "training.trainer": ["AllInOneTrainer"],
     },
 )

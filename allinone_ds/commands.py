@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,18 +17,46 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from allinone_ds.errors import ConfigError
 from allinone_ds.reporting.class_tables import class_tables
 from allinone_ds.reporting.tables import metrics_table, plan_tables
+from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
+_MAX_LISTED = 40
+"""Files that `predict` lists before it only counts the rest."""
 _console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
 console = _console()
+_SHOWN = 5  # faults that `init` prints
 
 
 def say_error(error: object) -> None:
     _console(stderr=True).print(f"error: {error}", style="red")
 
 
-# ---- train and demo ----
+# ---- init, train and demo ----
+
+
+def init(args: argparse.Namespace) -> int:
+    with console.status("looking into the data"):
+        _quiet()
+        from allinone_ds.init.first_run import write_first_run
+
+        first = write_first_run(args.folders, args.output)
+    for name, task in first.tasks.items():
+        (H, W), (h, w) = task.typical, task.image_size
+        console.print(f"{name}: {task.found.kind}, {task.found.layout}")
+        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {len(task.classes)} classes, "
+                      f"{H} x {W} pixels resized to {h} x {w}")  # fmt: skip
+        if task.found.test is None:
+            console.print("  there is no test data: a fifth of the images is tested on and not trained on")
+        for note in task.found.notes:
+            console.print(f"  not sure: {note}", style="yellow")
+    for problem in first.problems[:_SHOWN]:
+        console.print(f"in the data: {problem}", style="yellow")
+    if len(first.problems) > _SHOWN:
+        console.print(f"... and {len(first.problems) - _SHOWN} more; `allinone-ds check` lists all", style="yellow")
+    for step in ("check", "preview", "train"):
+        console.print(f"allinone-ds {step} {first.file}")
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -57,7 +86,7 @@ def demo(args: argparse.Namespace) -> int:
     if args.steps:
         overrides.append(f"trainer.max_steps={args.steps}")
     content = read_yaml(config, overrides)
-    made = make_demo_data(Path(content["data_root"]), sizes=FULL_SIZES if args.full else DEMO_SIZES)
+    made = make_demo_data(Path(expand_path(content["data_root"])), sizes=FULL_SIZES if args.full else DEMO_SIZES)
     console.print(f"demo data in {made.root}")
     clear_run(_folder_of(content))
     _run(config, overrides, content, args.nproc or default_ranks())
@@ -67,7 +96,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def _folder_of(content: dict[str, Any]) -> Path:
     # the ranks validate the file; only the folder of the log is needed here
-    return Path(content.get("output_dir") or Path("runs") / str(content.get("name", "run")))
+    return Path(expand_path(content.get("output_dir") or Path("runs") / str(content.get("name", "run"))))
 
 
 def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
@@ -107,7 +136,10 @@ def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int)
         options = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them enables it
         compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in options)
         environment = launch_environment(ranks, compiles)
-        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show)
+        again = shlex.join(
+            ["allinone-ds", "train", config, *(flag for flag in flags if flag != "--resume"), "--resume"]
+        )
+        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show, again)
     return time.perf_counter() - start
 
 
@@ -151,13 +183,22 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    with console.status("predicting"):
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        job = bar.add_task("predicting", total=None, state="loading the model")
         _quiet()
-        from allinone_ds.evaluation.predictor import predict_images
+        from allinone_ds.evaluation.predictor import default_device, predict_images
+        from allinone_ds.export.loading import load
 
-        written = predict_images(args.folder, args.images, args.output, args.settings)
-    for file in written:
+        def show(done: int, total: int, state: str) -> None:
+            bar.update(job, completed=done, total=total, state=f"{done}/{total}  {state}")
+
+        model = load(args.folder, default_device(), args.settings)
+        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show)
+    for file in written[:_MAX_LISTED]:
         console.print(str(file))
+    if len(written) > _MAX_LISTED:
+        console.print(f"... and {len(written) - _MAX_LISTED} more files in {args.output}")
     return 0
 
 
@@ -223,23 +264,30 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
 def check(args: argparse.Namespace) -> int:
     _quiet()
     from allinone_ds.data.check import check_sources
-    from allinone_ds.run_config.arguments import arguments_from_config
-    from allinone_ds.run_config.schema import load_config
+    from allinone_ds.training.launcher import default_ranks
+    from allinone_ds.training.start.run_check import check_run
 
-    config = load_config(args.config, args.overrides)
-    arguments_from_config(config)
+    config, mistakes = check_run(args.config, args.overrides, args.nproc or default_ranks())
+    for mistake in mistakes:
+        console.print(f"error: {mistake}")
+    if config is None:
+        return ConfigError.exit_code
     sources, classes_of = {}, {}
+    sizes: dict[str, tuple[int, int]] = {}
     for name, task in config.tasks.items():
-        sources[f"{name} train"] = task.train
-        if task.test is not None:
-            sources[f"{name} test"] = task.test
+        sources[f"{name} train"] = task.train_source
+        sizes |= {f"{name} {part}": task.image_size for part in ("train", "test")}
+        test = task.test_source
+        if test is not None:
+            sources[f"{name} test"] = test
             classes_of[f"{name} test"] = f"{name} train"
-    problems = check_sources(sources, config.data_root, classes_of=classes_of)
+    problems = check_sources(sources, config.data_root, classes_of=classes_of, image_sizes=sizes)
     for problem in problems:
         console.print(f"{problem.level}: {problem}")
     errors = sum(problem.level == "error" for problem in problems)
-    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings")
-    return 1 if errors else 0
+    in_settings = f"; {len(mistakes)} errors in the settings" if mistakes else ""
+    console.print(f"{len(sources)} datasets read: {errors} errors, {len(problems) - errors} warnings{in_settings}")
+    return ConfigError.exit_code if mistakes else 1 if errors else 0
 
 
 def preview(args: argparse.Namespace) -> int:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+
+def printable(text: str) -> str:
+    """Return text that every file and terminal accepts: bytes of file names that are not UTF-8 become `\\udcXX`.
+
+    Example:
+        >>> printable("caf\\udce9.jpg")
+        'caf\\\\udce9.jpg'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_every_name() -> None:
+    """Let stdout and stderr show text that their encoding lacks as escapes, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 REQUEUE = 75
 """Exit code of a run that saved a checkpoint and ended because of a signal: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Exit code of a command that an interrupt (Ctrl-C) ended."""
+EXIT_CODES = {
+    0: "success",
+    1: "a run failed or cannot continue; `check` found errors only in the data; `doctor` found an error",
+    2: "invalid configuration, data or command line; `check` found errors in the settings",
+    REQUEUE: "SIGTERM or SIGUSR1 ended a run after it saved a checkpoint: start it again with `--resume`",
+    INTERRUPTED: "interrupted (Ctrl-C); a run saves a checkpoint first",
+}
+"""Exit code of a command -> what it means. A rank that the system kills gives its run the code 256 - signal."""
 
 
 class AllInOneError(Exception):
@@ -16,6 +46,9 @@ class AllInOneError(Exception):
     """Exit code of a command that this error ends."""
     on_all_ranks: bool = False
     """Whether every rank raises the error with the same message, so that only rank 0 prints it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(AllInOneError, ValueError):
@@ -58,7 +91,7 @@ class BrokenSample(AllInOneError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return printable(f"{self.path}: {self.reason}")
 
 
 class BalancerError(AllInOneError, RuntimeError):

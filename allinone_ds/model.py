@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from allinone_ds.data.augmentation.transforms import normalize
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
-from allinone_ds.strict import did_you_mean
+from allinone_ds.strict import check_task_name, did_you_mean
 
 if TYPE_CHECKING:
     from allinone_ds.tasks import Task
@@ -32,7 +32,7 @@ class AllInOneModel(nn.Module):
         config: configuration of the backbone's ViT, from which integrations of DeepSpeed read `hidden_size`.
 
     Raises:
-        ConfigError: there are no tasks, or PyTorch refuses the name of one as the name of a module.
+        ConfigError: there are no tasks, or one has a name that files or modules cannot have.
 
     Example:
         >>> import torch
@@ -59,6 +59,7 @@ class AllInOneModel(nn.Module):
             raise ConfigError("tasks: the model has no task; give at least one")
         self.tasks = nn.ModuleDict()
         for name, task in tasks.items():
+            check_task_name(name)
             try:
                 self.tasks[name] = task
             except KeyError as error:
@@ -121,5 +122,9 @@ class AllInOneModel(nn.Module):
 
     def _switch(self, verb: str, *args: Any, **kwargs: Any) -> None:
         net: Any = self.backbone.net
+        if not net.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"trainer.gradient_checkpointing: {self.config.model_type} does not support it; remove it"
+            )
         earlier = getattr(net, f"gradient_checkpointing_{verb}")
         getattr(net, f"activation_checkpointing_{verb}", earlier)(*args, **kwargs)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from allinone_ds.errors import ConfigError
 
@@ -22,6 +25,47 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+def expand_path(given: str | Path) -> str:
+    """Return a path with `~`, `~name`, `$VAR` and `${VAR}` replaced.
+
+    Every path of a configuration and of the command line passes through here once, where it is read.
+
+    Raises:
+        ConfigError: a variable is not set in the environment.
+
+    Example:
+        >>> import os
+        >>> os.environ["SCRATCH"] = "/scratch/me"
+        >>> expand_path("$SCRATCH/runs")
+        '/scratch/me/runs'
+    """
+    path = os.path.expandvars(os.path.expanduser(str(given)))
+    unset = re.search(r"\$\w+|\$\{[^}]*\}", path)
+    if unset and unset[0] in str(given):
+        raise ConfigError(f"{given}: {unset[0]} is not set in the environment; set it, or write the path without it")
+    return path
+
+
+def _expand(given: Any) -> Any:
+    return expand_path(given) if isinstance(given, str | Path) else given
+
+
+PathText = Annotated[str, BeforeValidator(_expand)]
+"""Type of a path in a configuration, as a string; see `expand_path`."""
+ConfigPath = Annotated[Path, BeforeValidator(_expand)]
+"""Type of a path in a configuration, as a Path; see `expand_path`."""
+
+
+def check_task_name(name: str) -> None:
+    """Refuse a name that cannot be part of the names of files, modules, logs and overrides.
+
+    Raises:
+        ConfigError: the name has other characters than letters, digits, _ and -.
+    """
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ConfigError(f"tasks: '{name}' cannot name a task; use letters, digits, _ and -, for example 'lanes'")
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:

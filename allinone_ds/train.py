@@ -31,11 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     overrides = [*args.overrides, *(["trainer.resume_from_checkpoint=true"] if args.resume else [])]
 
+    from allinone_ds.training.ranks.command_watch import end_with_command
+    from allinone_ds.training.ranks.failures import announce_rank, record_failure
+
+    announce_rank()
+    end_with_command()
     gc.disable()  # while modules are imported it frees nothing and takes a fifth of the time
     from allinone_ds.distributed import leave
-    from allinone_ds.errors import REQUEUE, AllInOneError
+    from allinone_ds.errors import REQUEUE, AllInOneError, print_every_name
     from allinone_ds.run_config.schema import load_config
 
+    print_every_name()
     try:
         config = load_config(args.config, overrides)
         from allinone_ds.training.run import train_run
@@ -45,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 0 if train_run(config) is not None else REQUEUE
         leave()
     except AllInOneError as error:
+        record_failure(error)
         if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception as error:
+        record_failure(error)
+        raise
     return status
 
 

@@ -1,6 +1,7 @@
 """Train two tasks on one ViT with balanced gradients and ZeRO-2; callbacks and `report_to` are those of transformers.
 
 torchrun --nproc_per_node 2 examples/trainer_script.py
+allinone-ds eval runs/trainer_script                    # also: report, export, predict
 """
 
 import argparse
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
 
-from allinone_ds import TBGC, AllInOneArguments, AllInOneTrainer
+from allinone_ds import TBGC, AllInOneArguments, AllInOneTrainer, finish_run
 from allinone_ds.data import CocoSource, ImageListSource, TaskData, eval_transform, open_source, train_transform
 from allinone_ds.data.demo import DemoSizes, make_demo_data
 from allinone_ds.model import AllInOneModel
@@ -54,6 +55,5 @@ trainer = AllInOneTrainer(
     eval_dataset={task: task_data(task, "test", demo.classes) for task in tasks},
     weighting=TBGC(max_norm=0.1), callbacks=[PrintMetrics()],
 )  # fmt: skip
-trainer.train()
-trainer.evaluate()
+finish_run(trainer, trainer.train().metrics)  # evaluates, and writes weights, metrics.json and report.html
 trainer.accelerator.end_training()

@@ -6,10 +6,11 @@ import inspect
 import re
 from pathlib import Path
 
+import torchjd.aggregation
 import yaml
 
 from allinone_ds import TBGC
-from allinone_ds.balance.options import NORMS, PARALLEL, WEIGHTINGS, combination_error
+from allinone_ds.balance.options import NORMS, PARALLEL, TORCHJD, WEIGHTINGS, combination_error
 from allinone_ds.data.augmentation.catalog import OWN
 from allinone_ds.run_config.schema import TaskConfig
 from allinone_ds.tasks import TASKS
@@ -78,6 +79,34 @@ def test_the_table_of_combinations_is_what_the_rules_say() -> None:
     assert sorted(row[:2] for row in body) == sorted([norm, parallel] for norm in NORMS for parallel in PARALLEL)
     for norm, parallel, *cells in body:
         assert cells == [cell(norm, parallel, engine) for engine in engines], (norm, parallel)
+
+
+def test_every_option_of_every_weighting() -> None:
+    text = (DOCS / "method.md").read_text().split("### Options")[1].split("\n## ")[0]
+    documented = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            names, options = line.strip("| ").split(" | ")
+            values = {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): ([^`]+)`", options)}
+            documented |= dict.fromkeys(re.findall(r"`(\w+)`", names), values)
+
+    def default(parameter: inspect.Parameter) -> object:
+        return "needed" if parameter.default is inspect.Parameter.empty else parameter.default
+
+    found = {}
+    for name in (*WEIGHTINGS, *TORCHJD):
+        make = WEIGHTINGS.get(name) or getattr(torchjd.aggregation, TORCHJD[name])
+        given = inspect.signature(make.__init__).parameters.items()
+        found[name] = {key: default(p) for key, p in given if key not in ("self", "args", "kwargs", "projector")}
+    assert documented == found
+
+
+def test_every_weighting_has_a_row_of_steps_without_some_tasks() -> None:
+    text = (DOCS / "balancer.md").read_text().split("## Steps without some tasks")[1].split("\n## ")[0]
+    names = [
+        n for line in text.splitlines() if line.startswith("| `") for n in re.findall(r"`(\w+)`", line.split(" | ")[0])
+    ]
+    assert sorted(names) == sorted([*WEIGHTINGS, *TORCHJD])
 
 
 def test_weightings_that_need_one_task_at_a_time_are_listed() -> None:

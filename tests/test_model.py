@@ -37,7 +37,7 @@ def test_unknown_task_names_the_nearest():
         tiny_model()("dett", torch.zeros(1, 3, *SIZE))
 
 
-@pytest.mark.parametrize("name", ["keys", "a.b", ""])
+@pytest.mark.parametrize("name", ["keys", "a.b", "a/b", ""])
 def test_names_that_modules_cannot_have_are_refused(name):
     backbone = tiny_backbone()
     task = build_task("classification", name, CLASSES, backbone, SIZE)

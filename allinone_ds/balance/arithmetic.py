@@ -21,7 +21,8 @@ def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK) if chunk.numel()]
     if not chunks:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(chunks, 2, dtype=torch.float32)
+    dtype = torch.promote_types(chunks[0].dtype, torch.float32)
+    norms = torch._foreach_norm(chunks, 2, dtype=dtype)
     return torch.stack(norms).double().square().sum()
 
 

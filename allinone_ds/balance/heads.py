@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from allinone_ds.errors import BalancerError
+from allinone_ds.distributed import first_difference
+from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
+from allinone_ds.zero.guard import EngineGuard
+from allinone_ds.zero.params import whole_shape
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]) -> set[int]:
@@ -47,20 +53,55 @@ def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]
     return trainable
 
 
+def agreed_backbone(module: Module, shared: str | Module | Iterable[Parameter], options: Mapping[str, Any]) -> set[int]:
+    """Return the backbone's parameters, as `shared_parameters` does, if all ranks construct the same balancer.
+
+    Collective. Ranks that train different parameters would wait for each other, or average different things.
+
+    Args:
+        module: the engine's module.
+        shared: as in `shared_parameters`.
+        options: of the balancer, by name.
+
+    Raises:
+        ConfigError: names the ranks and the first option or parameter in which they differ.
+    """
+    backbone: set[int] = set()
+    failure: Exception | None = None
+    try:
+        backbone = shared_parameters(module, shared)
+    except (TypeError, ValueError) as error:
+        failure = error
+    lines = [f"{name} = {_ADDRESS.sub('', repr(value))}" for name, value in options.items()]
+    for name, param in module.named_parameters():
+        part = "backbone" if id(param) in backbone else "head" if param.requires_grad else "frozen"
+        lines.append(f"parameter '{name}': {tuple(whole_shape(param))}, {param.dtype}, {part}")
+    difference = first_difference([*lines, f"shared: {failure}"])
+    if difference is not None:
+        raise ConfigError(
+            f"ranks construct different balancers ({difference}); give every rank the same model, with the same "
+            "parameters frozen, and the same tasks and options"
+        )
+    if failure is not None:
+        raise failure
+    return backbone
+
+
 class HeadUse:
-    """Records which head parameters each task of a step gives a gradient.
+    """Records which head parameters each task of a step gives a gradient, and tells the guard when a step is under way.
 
     Args:
         module: the engine's module.
         backbone: `id` of the parameters of the backbone.
+        guard: of the engine.
 
     Attributes:
         task: the task that runs now; None between tasks.
     """
 
-    def __init__(self, module: Module, backbone: set[int]):
+    def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
         self.task: str | None = None
-        self._module = module
+        self._module, self._guard = module, guard
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
         self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
         self._used: dict[str, set[int]] = {}
@@ -82,16 +123,20 @@ class HeadUse:
     def begin(self, task: str) -> None:
         """Record gradients from now on for `task`."""
         self.task, self._used[task] = task, set()
+        self._guard.in_step = True
 
     def end(self, keep: bool) -> None:
         """Stop recording; forget the task's gradients unless `keep`."""
         if self.task is not None and not keep:
             del self._used[self.task]
+            self._guard.forget_stray()
         self.task = None
 
     def clear(self) -> None:
         """Forget all tasks."""
         self.task, self._used = None, {}
+        self._guard.in_step = False
+        self._guard.forget_stray()
 
     def flags(self, without: set[str]) -> list[bool]:
         """Return, per head parameter, whether a task that is not in `without` gave it a gradient on this rank."""

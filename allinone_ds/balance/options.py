@@ -7,7 +7,7 @@ table in docs/balancer.md all use them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import torch
@@ -18,6 +18,7 @@ from allinone_ds.balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, 
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import TBGC, GlobalClip, Static, Sum, TaskClip
 from allinone_ds.balance.weightings.gram import GramWeighting
+from allinone_ds.balance.weightings.per_task import OfJacobians
 from allinone_ds.errors import ConfigError, UnsupportedEngine
 from allinone_ds.strict import Strict, did_you_mean
 
@@ -108,11 +109,15 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
     options = dict(config)
     name = str(options.pop("name", "tbgc"))
     make: Any = WEIGHTINGS.get(name) or _torchjd_class(name)
-    allowed = [p for p in inspect.signature(make.__init__).parameters if p not in ("self", "args", "kwargs")]
+    parameters = inspect.signature(make.__init__).parameters
+    allowed = [p for p in parameters if p not in ("self", "args", "kwargs", "projector")]  # an object of torchjd
     for key in options:
         if key not in allowed:
             known = [*allowed, *(field for field in BalancerConfig.model_fields if field != "name")]
             raise ConfigError(f"balancer.{key}: '{name}' has no such option; {did_you_mean(key, known)}")
+    missing = [key for key in allowed if parameters[key].default is inspect.Parameter.empty and key not in options]
+    if missing:
+        raise ConfigError(f"balancer: '{name}' needs the option {', '.join(missing)}, which has no default")
     try:
         made = make(**{key: _typed(make, key, value) for key, value in options.items()})
     except ConfigError:
@@ -123,17 +128,42 @@ def weighting_from_config(config: Mapping[str, Any]) -> Weighting:
         raise ConfigError(f"balancer.name: '{name}' needs further packages: {error}") from error
     if isinstance(made, Weighting):
         return made
-    return GramWeighting(_from_jacobian(made.weighting) if name == "nash_mtl" else made)
+    return GramWeighting(OfJacobians(made.weighting) if name == "nash_mtl" else made)
 
 
-def check_options(norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0) -> None:
+def config_from_weighting(weighting: Any) -> dict[str, Any] | None:
+    """Return the mapping from which `weighting_from_config` makes a weighting; None if it makes none like it.
+
+    Example:
+        >>> config_from_weighting(TBGC(max_norm=0.2))
+        {'name': 'tbgc', 'max_norm': 0.2, 'target': 'constant', 'rescale': 'clip', 'heads': 'same'}
+    """
+    names = [name for name, cls in WEIGHTINGS.items() if type(weighting) is cls]
+    if not names:
+        return None
+    options = [key for key in inspect.signature(type(weighting).__init__).parameters if key != "self"]
+    config = {"name": names[0], **{key: getattr(weighting, key, None) for key in options}}
+    try:
+        made = weighting_from_config(config)
+    except ConfigError:
+        return None
+    return config if repr(made) == repr(weighting) else None
+
+
+def check_options(
+    norm: str, sketch_size: int | None, parallel: str, cosines_every: int = 0, nonfinite: str = "skip_task"
+) -> None:
     """Raise unless each option of the balancer has a value that is allowed.
 
     Raises:
         ConfigError: names the option, its value and what is allowed.
     """
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if parallel not in PARALLEL:
         raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), PARALLEL)}")
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if norm not in NORMS:
         raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), NORMS)}")
     if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
@@ -189,11 +219,13 @@ def combination_error(
 def _typed(make: Any, key: str, value: Any) -> Any:
     """Convert an option to the type that the constructor's signature names, where it names one."""
     try:
-        adapter = TypeAdapter(get_type_hints(make.__init__)[key])
+        hint = get_type_hints(make.__init__)[key]
+        adapter = TypeAdapter(list[float] if hint == Tensor | None else hint)
     except Exception:  # a signature of another package without types, or with types that pydantic does not know
         return value
     try:
-        return adapter.validate_python(value)
+        typed = adapter.validate_python(value)
+        return torch.tensor(typed, dtype=torch.float64) if hint == Tensor | None else typed
     except ValidationError as error:
         raise ConfigError(f"balancer.{key} = {value!r}: {error.errors()[0]['msg']}") from error
 
@@ -208,13 +240,3 @@ def _torchjd_class(name: str) -> type:
             f"balancer.name: '{name}' is computed by torchjd, which is not installed; pip install 'allinone_ds[gram]'"
         ) from None
     return getattr(torchjd.aggregation, TORCHJD[name])
-
-
-def _from_jacobian(weighting: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function of Gram matrices from a weighting of Jacobians that sees only J J^T: J is the square root."""
-
-    def from_gram(gram: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(gram)
-        return weighting(vectors * values.clamp(min=0).sqrt() @ vectors.T)
-
-    return from_gram

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import PositiveInt
+import torch
+from pydantic import Field, PositiveInt
 from torch.utils.data import Dataset
 
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, DataError, printable
 from allinone_ds.strict import Strict
 
 Sample = dict[str, Any]
@@ -43,7 +44,23 @@ class Problem(NamedTuple):
     """An error stops a run; a warning is only reported."""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+        return printable(f"{self.file}: {self.reason}")
+
+
+class Part(NamedTuple):
+    """A range of consecutive samples of a dataset, and how many of them are drawn per epoch.
+
+    Example:
+        >>> Part(samples=100, per_epoch=200).selection
+        0
+    """
+
+    samples: int
+    """Number of samples."""
+    per_epoch: int
+    """Number of draws per epoch; without weights the number of samples."""
+    selection: int = 0
+    """A number that differs if different samples were chosen, 0 if all are used."""
 
 
 class Expect(Strict):
@@ -62,6 +79,8 @@ class SourceConfig(Strict):
     """Name of the data format."""
     expect: Expect | None = None
     """Number of samples and classes of the complete dataset; any other number is an error."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """In a list of sources: how many times per epoch each sample of this one is drawn."""
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         """Return the dataset, with the faults that show without decoding an image in its `structural`.
@@ -105,8 +124,23 @@ class SampleDataset(Dataset[Sample]):
     """Class names; a label is an index into this list."""
     name: str = "dataset"
     """The file or folder that error messages name."""
+    in_memory: bool = False
+    """Whether `annotation` reads no file, so that all annotations of a large dataset are counted."""
     structural: Sequence[Problem] = ()
     """Faults found without decoding an image. `open_source` raises the errors among them."""
+    labels: Sequence[int] | None = None
+    """Classification: the label of each sample, if known without reading it; a split then holds per class."""
+    opened_from: tuple[SourceConfig, Path] | None = None
+    """The source and the root folder that `open_source` opened the dataset from; None: it was made otherwise."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The samples that are drawn with different weights, in their order; together they are all samples."""
+        return (Part(len(self), len(self)),)
+
+    def random_index(self) -> int:
+        """Draw a sample with torch's generator, according to the weights of the parts."""
+        return int(torch.randint(len(self), ()))
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -117,6 +151,25 @@ class SampleDataset(Dataset[Sample]):
     def path(self, index: int) -> str:
         """Return the file of a sample without reading it."""
         return f"{self.name}#{index}"
+
+    def encoded(self, index: int) -> bytes | None:
+        """Return the content of a sample's image file, or None if there is no such file."""
+        try:
+            return Path(self.path(index)).read_bytes()
+        except (OSError, ValueError):
+            return None
+
+    def annotation(self, index: int) -> Sample:
+        """Return what is learned from a sample, to be counted: `label`; `mask`; or `boxes`, `labels` and `size`.
+
+        `boxes` (n, 4) are XYXY in pixels of the image, whose `size` is (H, W) or None; `iscrowd` is optional. The
+        default reads the sample. A subclass that can need not decode the image, and returns all boxes as stored.
+
+        Raises:
+            BrokenSample: the sample cannot be read.
+        """
+        sample = self[index]
+        return {**sample, "size": tuple(sample["image"].shape[-2:])}
 
     def check(self, index: int) -> list[Problem]:
         """Read one sample completely and return what is wrong with it."""

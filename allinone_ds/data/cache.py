@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from allinone_ds.data.base import Problem, Sample, SampleDataset
+from allinone_ds.data.base import Part, Problem, Sample, SampleDataset
 
 
 class CachedDataset(SampleDataset):
@@ -34,16 +34,30 @@ class CachedDataset(SampleDataset):
     def __init__(self, dataset: SampleDataset, max_bytes: int = 2**30):
         self.dataset = dataset
         self.kind, self.classes, self.name = dataset.kind, dataset.classes, dataset.name
-        self.structural = dataset.structural
+        self.structural, self.in_memory = dataset.structural, dataset.in_memory
+        self.labels = dataset.labels
         self.max_bytes = max_bytes
         self._samples: dict[int, Sample] = {}
         self._bytes = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.dataset.parts
+
+    def random_index(self) -> int:
+        return self.dataset.random_index()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def path(self, index: int) -> str:
         return self.dataset.path(index)
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.dataset.encoded(index)
+
+    def annotation(self, index: int) -> Sample:
+        return self.dataset.annotation(index)
 
     def check(self, index: int) -> list[Problem]:
         return self.dataset.check(index)

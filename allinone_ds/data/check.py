@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from allinone_ds.data.base import Problem, SampleDataset, size_problems
+from allinone_ds.data.images import is_turned, stored_bits
+from allinone_ds.data.inspection.files import depth_problems, overlap_problems, turned_problems
+from allinone_ds.data.inspection.targets import READ_IN_CHECK, target_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
 
+_LARGE = (10**9, 10**9)
 _CHUNK = 256  # samples submitted to the threads at a time: bounds memory and keeps all threads busy
 
 
@@ -24,11 +30,13 @@ def check_sources(
     root: Path | str = ".",
     progress: bool = True,
     classes_of: Mapping[str, str] | None = None,
+    image_sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[Problem]:
     """Read every sample of every source and return all faults.
 
     Warnings report files of equal content within one source, files that are listed twice, images that no annotation
-    lists, and boxes without area.
+    lists, boxes that are not used, classes that do not occur, files that are not read, and test images that are also
+    training images. If all of them are, or if nothing can be learned from a train set, it is an error.
 
     Args:
         sources: {label: dataset, or source of a config}; the label is shown beside the progress bar.
@@ -36,6 +44,8 @@ def check_sources(
         progress: draw a progress bar on stderr.
         classes_of: {label of a test set: label of its train set, which precedes it in `sources`}; a class that the
             train set does not have is then an error.
+        image_sizes: {label: (H, W) in pixels that the images are resized to}, to count the boxes that vanish; without
+            it, they are compared in the size of their images.
 
     Returns:
         The faults in the order of sources and samples, without repetition; `level` is "error" or "warning".
@@ -49,6 +59,7 @@ def check_sources(
     """
     found: dict[Problem, None] = {}  # a set that keeps the order
     classes_by_label: dict[str, list[str]] = {}
+    paths_by_label: dict[str, dict[bytes, str]] = {}  # path of the first sample by digest of its file
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
@@ -67,29 +78,61 @@ def check_sources(
                     found[Problem(label, str(error))] = None
                     continue
             classes_by_label[label] = dataset.classes
-            first_of: dict[bytes, str] = {}
+            train_label = (classes_of or {}).get(label)
+            size = (image_sizes or {}).get(label, _LARGE)
+            found.update(dict.fromkeys(_targets(dataset, size, train_label is None)))
+            of_train = paths_by_label.get(train_label or "", {})
+            first_of = paths_by_label[label] = {}
+            bits_found = Counter[int]()
+            turned: list[str] = []
+            common: dict[int, str] = {}  # path in the train set by index
             row = bar.add_task(label, total=len(dataset))
             indices = iter(range(len(dataset)))
             # Threads suffice: decoding and hashing release the interpreter's lock. Processes would pickle the dataset.
             while chunk := list(islice(indices, _CHUNK)):
                 scanned = pool.map(lambda i, dataset=dataset: _scan(dataset, i), chunk)
-                for index, (problems, digest) in zip(chunk, scanned, strict=True):
+                for index, scan in zip(chunk, scanned, strict=True):
                     path = dataset.path(index)
-                    if digest is not None and first_of.setdefault(digest, path) != path:
-                        problems.append(Problem(path, f"has the same content as {first_of[digest]}", "warning"))
-                    found.update(dict.fromkeys(problems))
+                    found.update(dict.fromkeys(scan.problems))
+                    if scan.turned:
+                        turned.append(path)
+                    if scan.bits is not None:
+                        bits_found[scan.bits] += 1
+                    if scan.digest is not None and first_of.setdefault(scan.digest, path) != path:
+                        reason = f"has the same content as {first_of[scan.digest]}"
+                        found[Problem(path, reason, "warning")] = None
+                    if scan.digest is not None and scan.digest in of_train:
+                        common[index] = of_train[scan.digest]
                     bar.advance(row)
+            found.update(dict.fromkeys(depth_problems(dataset.name, bits_found)))
+            found.update(dict.fromkeys([*turned_problems(dataset, turned), *overlap_problems(dataset, common)]))
     return list(found)
 
 
-def _scan(dataset: SampleDataset, index: int) -> tuple[list[Problem], bytes | None]:
-    """Return the faults of one sample and a digest of its file, or None if the sample has no file of its own."""
+def _targets(dataset: SampleDataset, image_size: tuple[int, int], train: bool) -> list[Problem]:
     try:
-        with open(dataset.path(index), "rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
-        digest = None
+        return target_problems(dataset, image_size, train, READ_IN_CHECK)
+    except Exception:  # a custom dataset may raise anything; the scan of its samples reports it
+        return []
+
+
+class _Scan(NamedTuple):
+    problems: list[Problem]
+    digest: bytes | None = None
+    """Digest of the image file; None without one."""
+    bits: int | None = None
+    """Bits of a 16-bit image."""
+    turned: bool = False
+    """Whether the image is turned without a change of its size."""
+
+
+def _scan(dataset: SampleDataset, index: int) -> _Scan:
+    """Return the faults of one sample, and what is compared with other samples."""
     try:
-        return list(dataset.check(index)), digest
+        problems = list(dataset.check(index))
     except Exception as error:  # a custom dataset may raise anything; the check continues with the next sample
-        return [Problem(dataset.path(index), f"raised {type(error).__name__}: {error}")], digest
+        problems = [Problem(dataset.path(index), f"raised {type(error).__name__}: {error}")]
+    data = dataset.encoded(index)
+    if data is None:
+        return _Scan(problems)
+    return _Scan(problems, hashlib.blake2b(data).digest(), stored_bits(data), is_turned(data))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +14,26 @@ from torchvision import tv_tensors
 
 from allinone_ds.errors import BrokenSample
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".jpg .jpeg .jpe .jfif .jp2 .j2k .png .apng .bmp .dib .webp .avif .tif .tiff .gif .ppm .pgm .pbm .pnm .tga"
+    ).split()
+)
+"""Suffixes of the files that are read as images wherever a folder is searched."""
 MISSING_FILE = "file is missing; restore it or remove the entry"
 
 _EXIF_ORIENTATION = 0x0112
-# torchvision decodes jpeg twice as fast as Pillow. It decodes nothing else here: on a png with a damaged data block,
-# torchvision 0.29.2 crashes the process instead of raising.
+# torchvision decodes jpeg twice as fast as Pillow. Beside it, only png files of 16-bit colours that Pillow has decoded:
+# on a png with a damaged data block, torchvision 0.29.2 crashes the process instead of raising.
 _JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
     """Read an image as upright 8-bit RGB.
 
-    EXIF orientation is applied. Grey and palette images become RGB, alpha is dropped, CMYK is converted. 16-bit
-    channels keep their upper 8 bits, so that full scale stays full scale.
+    EXIF orientation is applied. Grey and palette images become RGB, alpha is dropped, CMYK is converted, and the first
+    picture of an animation is used. `to_8_bit` describes what happens to pixels of more than 8 bits.
 
     Args:
         path: the file that is read, and that a `BrokenSample` names.
@@ -35,7 +43,7 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
         uint8 (3, H, W)
 
     Raises:
-        BrokenSample: the file is missing, truncated or not an image, or its pixels are floating-point numbers.
+        BrokenSample: the file is missing, truncated or not an image, or its pixels cannot become 8 bits.
 
     Example:
         >>> read_image("tiny.ppm", b"P6 2 1 255 " + bytes([255, 0, 0, 0, 0, 255])).tolist()
@@ -50,11 +58,28 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
         except RuntimeError:
             pass  # Pillow reads what torchvision cannot, or says what is wrong
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            array = to_rgb(ImageOps.exif_transpose(picture))  # (H, W, 3)
+        array = to_8_bit(_decode(data))  # (H, W, 3)
     except Exception as error:  # decoders raise many types of errors on broken files
         raise BrokenSample(path, _decoding_reason(error)) from None
     return tv_tensors.Image(torch.from_numpy(array).permute(2, 0, 1))
+
+
+def stored_bits(data: bytes) -> int | None:
+    """Return the bits that the pixels of a 16-bit image use (see `to_8_bit`), or None for any other content.
+
+    Args:
+        data: content of a file.
+    """
+    if data.startswith(_JPEG):
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if not (picture.mode.startswith("I") or _is_wide_colour(picture, data)):
+                return None
+        array = _decode(data)
+    except Exception:  # whoever reads the pixels reports what is wrong
+        return None
+    return bits_of(int(array.max())) if array.dtype != np.uint8 else None
 
 
 def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
@@ -89,7 +114,7 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
-def image_size(path: str) -> tuple[int, int] | None:
+def image_size(path: str | io.BytesIO) -> tuple[int, int] | None:
     """Return (H, W) of the upright image from the header of its file, or None if it cannot be read."""
     try:
         with Image.open(path) as file:
@@ -109,8 +134,8 @@ def _read_bytes(path: str) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise BrokenSample(path, MISSING_FILE) from None
-    except OSError as error:
-        raise BrokenSample(path, f"cannot be opened: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: the name holds a zero byte
+        raise BrokenSample(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decoding_reason(error: Exception) -> str:
@@ -123,19 +148,107 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
     """Return the pixels of an opened image, uint8 (H, W, 3), without applying its orientation.
 
     Raises:
-        ValueError: the pixels are floating-point numbers, exceed 16 bit, or have 16 bit of which the upper 8 are 0.
+        ValueError: see `to_8_bit`.
     """
-    if picture.mode == "F":
-        raise ValueError("pixels are floating-point numbers; convert the image to 8 or 16 bit")
-    if picture.mode.startswith("I"):
-        wide = np.array(picture).astype(np.int64)  # (H, W); Pillow opens some 16-bit grey images as 32-bit "I"
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("pixels exceed 16 bit; convert the image to 8 or 16 bit")
-        if 0 < wide.max() < 256:
+    return to_8_bit(_channels(picture))
+
+
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Return pixels of any depth as uint8.
+
+    Cameras and scanners store 10, 12 or 14 bits in 16-bit files, which do not say how many. An image therefore has as
+    many bits as its largest value needs: the smallest of 8, 10, 12, 14 and 16. Its upper 8 bits are kept. Floats in
+    0..1 are multiplied by 255.
+
+    Args:
+        values: integers or floats of any shape, without an alpha channel.
+
+    Returns:
+        uint8 of the same shape
+
+    Raises:
+        ValueError: an integer is negative or exceeds 16 bits, or a float lies outside 0..1.
+
+    Example:
+        >>> to_8_bit(np.array([0, 16, 4095])), to_8_bit(np.array([0.0, 0.5, 1.0]))
+        (array([  0,   1, 255], dtype=uint8), array([  0, 128, 255], dtype=uint8))
+    """
+    if values.dtype == np.uint8:
+        return values
+    least, largest = (values.min(), values.max()) if values.size else (0, 0)
+    if np.issubdtype(values.dtype, np.floating):
+        if not (least >= 0 and largest <= 1):  # also false for NaN
             raise ValueError(
-                "pixels have 16 bit, of which the upper 8 are 0: the image would be black; convert it to 8 bit"
+                f"pixels are floating-point numbers in {least:g}..{largest:g}, allowed are 0..1; "
+                "convert the image to 8 or 16 bit"
             )
-        grey = (wide >> 8).astype(np.uint8)
+        return np.rint(values * 255).astype(np.uint8)
+    if least < 0 or largest > 65535:
+        raise ValueError(
+            f"pixels lie in {least}..{largest}, allowed are 0..65535 (16 bits); convert the image to 8 or 16 bit"
+        )
+    return (values >> (bits_of(int(largest)) - 8)).astype(np.uint8)
+
+
+def bits_of(largest: int) -> int:
+    """Return the smallest of 8, 10, 12, 14 and 16 bits that hold a value of 0..65535."""
+    return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+
+
+def is_turned(data: bytes) -> bool:
+    """Return whether the EXIF orientation of an image changes its pixels, but not its height and width.
+
+    Args:
+        data: content of a file.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.getexif().get(_EXIF_ORIENTATION, 1) in (2, 3, 4)
+    except Exception:  # whoever reads the pixels reports what is wrong
+        return False
+
+
+def _decode(data: bytes) -> np.ndarray:
+    """Return the upright pixels (H, W, 3) of a file in the depth that it stores."""
+    with Image.open(io.BytesIO(data)) as picture:
+        colour = _is_wide_colour(picture, data)
+        upright = _channels(ImageOps.exif_transpose(picture))  # decodes, and raises for a damaged file
+    if not colour:
+        return upright
+    # Pillow keeps the upper byte of 16-bit colours only
+    if data.startswith(_PNG):
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        unchanged = torchvision.io.ImageReadMode.UNCHANGED
+        wide = torchvision.io.decode_png(raw, unchanged, apply_exif_orientation=True).permute(1, 2, 0).numpy()
+        return np.ascontiguousarray(wide[..., :3] if wide.shape[2] > 2 else wide[..., [0, 0, 0]])
+    with Image.open(io.BytesIO(data)) as picture:
+        tiles: list[Any] = list(picture.tile)  # (codec, box, offset, (name of the stored pixels, ...)) of each part
+        for number, (*place, (name, *more)) in enumerate(tiles):
+            make = getattr(tiles[number], "_make", tuple)  # before release 11, Pillow had plain tuples
+            tiles[number] = make((*place, (_other_order(name), *more)))
+        picture.tile = tiles
+        lower = _channels(ImageOps.exif_transpose(picture))
+    return upright.astype(np.uint16) << 8 | lower
+
+
+def _is_wide_colour(picture: Image.Image, data: bytes) -> bool:
+    """Return whether a file has several channels of 16 bits."""
+    if data.startswith(_PNG):
+        return data[24] == 16 and data[25] != 0  # bit depth and colour type of its header
+    return picture.format == "TIFF" and picture.mode in ("RGB", "RGBA", "RGBX") and 16 in picture.tag_v2.get(258, ())  # type: ignore[attr-defined]
+
+
+def _other_order(rawmode: str) -> str:
+    """Return Pillow's name of the same pixels with their bytes swapped, with which it keeps the lower byte."""
+    name, _, order = rawmode.partition(";16")
+    native = "L" if sys.byteorder == "little" else "B"
+    return f"{name};16{'B' if (native if order == 'N' else order) == 'L' else 'L'}"
+
+
+def _channels(picture: Image.Image) -> np.ndarray:
+    """Return the pixels (H, W, 3) of an opened image: uint8, integers of more bits, or floats."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        grey = np.array(picture)  # (H, W)
         return np.stack([grey] * 3, axis=-1)
     if picture.mode in ("P", "PA") and "transparency" in picture.info:
         picture = picture.convert("RGBA")

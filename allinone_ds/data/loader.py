@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from allinone_ds.data.cache import CachedDataset
 from allinone_ds.data.further_samples import FurtherSamples, too_many_broken
 from allinone_ds.data.random_state import own_random_state, seed_all
 from allinone_ds.data.schedule import Draw, Schedule
+from allinone_ds.data.workers.packing import pack, unpack
 from allinone_ds.errors import BrokenSample, DataError
 
 Batch = dict[str, Any]
@@ -156,13 +157,12 @@ class _StepDataset(Dataset[StepBatch]):
             seed_all(draw.seed)
             try:
                 sample = data.dataset[index]
+                if isinstance(data.transform, SampleTransform):
+                    return data.transform(sample, FurtherSamples(data.dataset, broken, self.max_broken))
+                return data.transform(sample)
             except BrokenSample as error:
                 tried.add(index)
                 broken.append(str(error))
-                continue
-            if isinstance(data.transform, SampleTransform):
-                return data.transform(sample, FurtherSamples(data.dataset, broken, self.max_broken))
-            return data.transform(sample)
         raise too_many_broken(f"task '{task}'", len(tried), broken)
 
 
@@ -204,11 +204,11 @@ def train_loader(
         if task not in data:
             raise ValueError(f"the schedule has task '{task}', data has {sorted(data)}; give both the same tasks")
         given = data[task]
-        found = (len(given.dataset), given.batch_size, given.micro_steps)
-        planned = (schedule.sizes[task], *schedule.batch[task])
+        found = (len(given.dataset), given.batch_size, given.micro_steps, *given.dataset.parts)
+        planned = (schedule.sizes[task], *schedule.batch[task], *schedule.parts[task])
         if found != planned:
             raise ValueError(
-                f"task '{task}': (samples, batch_size, micro_steps) are {found} in data, "
+                f"task '{task}': (samples, batch_size, micro_steps, parts) are {found} in data, "
                 f"{planned} in the schedule; construct the schedule with the numbers of the data"
             )
     cached = {task: replace(d, dataset=CachedDataset(d.dataset)) if d.cache else d for task, d in data.items()}
@@ -321,11 +321,22 @@ def eval_loader(
     return _loader(batches, num_workers, False, multiprocessing_context)
 
 
+class _Loader(DataLoader[Any]):
+    """Unpacks what the workers packed."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not self.num_workers:
+            return super().__iter__()
+        # metrics keep boxes and labels of an evaluation until its end, training keeps nothing
+        copy = isinstance(self.dataset, _EvalDataset)
+        return (unpack(packed, copy) for packed in super().__iter__())
+
+
 def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None) -> DataLoader[Any]:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=None,
-        collate_fn=_identity,
+        collate_fn=pack if num_workers else _identity,
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=context if num_workers > 0 else None,

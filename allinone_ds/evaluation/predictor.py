@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
-from allinone_ds.data.images import read_image, to_rgb
 from allinone_ds.errors import BrokenSample, ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of
+from allinone_ds.evaluation.inputs import AnyImage, find_inputs, grouped, is_video, open_image
 from allinone_ds.evaluation.metrics import Evaluation
+from allinone_ds.evaluation.results import Results
+from allinone_ds.evaluation.video import read_frames
 from allinone_ds.evaluation.views import predict_batch
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.build import build_model, open_test_data
@@ -25,11 +25,10 @@ from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.weights import read_weights
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks import Prediction, Sample, Task
-from allinone_ds.tasks.drawing import to_pil
 from allinone_ds.tasks.test_time import TestTime
 
-AnyImage = str | Path | Image.Image | Tensor
-"""An image file, a PIL image, or a uint8 RGB tensor (3, H, W)."""
+_BATCH = 8
+"""Images per forward of `predict_images`."""
 
 
 class Predictor:
@@ -37,6 +36,7 @@ class Predictor:
 
     Args:
         model: the model; it is set to evaluation mode.
+        test_time: the views that its run's configuration gives per task; `predict_images` merges them.
 
     Attributes:
         model: the `AllInOneModel`; `model(task, pixel_values)` returns raw outputs.
@@ -55,9 +55,10 @@ class Predictor:
         (True, torch.Size([2]))
     """
 
-    def __init__(self, model: AllInOneModel) -> None:
+    def __init__(self, model: AllInOneModel, test_time: Mapping[str, TestTime | None] | None = None) -> None:
         self.model = model.eval()
         self.tasks: dict[str, Task] = tasks_of(model)
+        self.test_time = dict(test_time or {})
 
     @property
     def backbone(self) -> nn.Module:
@@ -82,31 +83,44 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[AnyImage] | AnyImage, task: str | None = None, test_time: TestTime | None = None
+        self,
+        images: Iterable[AnyImage] | AnyImage,
+        task: str | None = None,
+        test_time: TestTime | None = None,
+        threshold: float | None = None,
     ) -> list[Prediction]:
         """Return a task's predictions for images, in the coordinates of the original images.
 
         Args:
-            images: one image or several, of any size.
+            images: one image or several, of any size: files, PIL images, uint8 RGB arrays (H, W, 3), or uint8 RGB
+                tensors (3, H, W).
             task: name of the task; None if the model has only one.
             test_time: views (scales, flips, windows) whose predictions are merged; None: the images as they are.
+            threshold: detection: lowest score of the boxes that are returned, 0..1; None: all that the head gives.
 
         Returns:
             One prediction per image. Detection: "boxes" (n, 4) XYXY in pixels, "scores" (n,) and "labels" (n,), highest
             score first. Segmentation: "mask" (H, W) of labels. Classification: "label" and "scores" (K,).
 
         Raises:
-            ConfigError: an image cannot be read, or the model has no such task, or it cannot merge views.
+            ConfigError: an image cannot be read, or the model has no such task, or it cannot merge views, or its
+                predictions have no score to compare with a threshold.
         """
         chosen = self._task(task)
-        several = [images] if isinstance(images, str | Path | Image.Image | Tensor) else list(images)
+        one = isinstance(images, str | Path | Image.Image | Tensor | np.ndarray)
+        several: list[AnyImage] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
+        if not several:
+            return []
         samples: list[Sample] = [{"image": open_image(image)} for image in several]
         pixels = self.preprocess([sample["image"] for sample in samples], task)
-        return predict_batch(self.model, chosen, pixels, samples, test_time)
+        predictions = predict_batch(self.model, chosen, pixels, samples, test_time)
+        return predictions if threshold is None else [chosen.at_least(p, threshold) for p in predictions]
 
     def _task(self, name: str | None) -> Task:
         if name is None and len(self.tasks) == 1:
             return next(iter(self.tasks.values()))
+        if name is None:
+            raise ConfigError(f"the model has {len(self.tasks)} tasks; give task= one of {', '.join(self.tasks)}")
         if name not in self.tasks:
             raise ConfigError(f"task = {name!r}: {did_you_mean(str(name), self.tasks)}")
         return self.tasks[name]
@@ -114,31 +128,6 @@ class Predictor:
     def __repr__(self) -> str:
         tasks = ", ".join(f"{name}: {task.kind}" for name, task in self.tasks.items())
         return f"Predictor({type(self.backbone.net).__name__}; {tasks})"
-
-
-def open_image(image: AnyImage) -> Tensor:
-    """Return an image as uint8 RGB (3, H, W). A file is rotated as its EXIF data says, an opened image is not.
-
-    Raises:
-        ConfigError: the image cannot be read, or the tensor is not uint8 (3, H, W).
-
-    Example:
-        >>> open_image(Image.new("L", (64, 48))).shape
-        torch.Size([3, 48, 64])
-    """
-    if isinstance(image, str | Path):
-        try:
-            return read_image(str(image))
-        except BrokenSample as error:
-            raise ConfigError(str(error)) from error
-    if isinstance(image, Image.Image):
-        try:
-            return tv_tensors.Image(torch.from_numpy(to_rgb(image)).permute(2, 0, 1))
-        except ValueError as error:
-            raise ConfigError(f"image of mode {image.mode}: {error}") from error
-    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
-        raise ConfigError(f"image tensor of {image.dtype} {tuple(image.shape)}; give uint8 (3, H, W) in RGB")
-    return tv_tensors.Image(image)
 
 
 def load_run(
@@ -192,55 +181,101 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = ()) -> Evaluatio
 
 
 def predict_images(
-    folder: str | Path, images: Sequence[str | Path], output: str | Path, overrides: Sequence[str] = ()
+    model: str | Path | Predictor,
+    images: Sequence[str | Path],
+    output: str | Path,
+    overrides: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    threshold: float | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Path]:
-    """Run every task of a run on images and write the predictions.
+    """Run tasks of a model on images and videos and write the predictions.
 
     Args:
-        folder: folder of a run or of a checkpoint.
-        images: image files.
-        output: folder for the results: for every image NAME.json (task -> prediction), and NAME-TASK.png per task.
+        model: folder of a run or of a checkpoint, or what `allinone_ds.load` returned.
+        images: image and video files, folders of them, and patterns such as "photos/*.jpg".
+        output: folder for the results: predictions.jsonl with one line per image or frame (task -> prediction); for
+            every image NAME.json with the same content, and NAME-TASK.png per task; for a video NAME-TASK.mp4.
         overrides: dotted keys that replace values of the run's configuration.
+        tasks: names of the tasks; none: all.
+        threshold: lowest score of the boxes that are drawn and written, 0..1; None: that of the task.
+        progress: is called with the number of inputs done, that of all inputs, and what is read next.
 
     Returns:
-        The files written.
+        The files written for single inputs.
 
     Raises:
-        ConfigError: an image cannot be read.
+        ConfigError: inputs cannot be read. They are named when all others are written. Or the model has no such task,
+            or none of the tasks has scores to compare with the threshold.
 
     Example::
 
         predict_images("runs/demo", ["street.jpg"], "out")    # out/street.json, out/street-detection.png, ...
     """
-    model, config = load_run(folder, default_device(), overrides)
-    predictor = Predictor(model)
+    if isinstance(model, Predictor):
+        predictor = model
+    else:
+        loaded, config = load_run(model, default_device(), overrides)
+        predictor = Predictor(loaded, {name: task.test_time for name, task in config.tasks.items()})
+    chosen = {name: predictor._task(name) for name in tasks or predictor.tasks}
+    if threshold is not None:
+        _set_threshold(list(chosen.values()), threshold)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    names = _distinct_names([Path(image) for image in images])
-    written: list[Path] = []
-    for name, file in names.items():
-        image = open_image(file)
-        predictions: dict[str, Any] = {}
-        for task_name, task in predictor.tasks.items():
-            test_time = config.tasks[task_name].test_time
-            prediction = predictor.predict(image, task_name, test_time)[0]
-            predictions[task_name] = task.to_json(prediction)
-            picture = output / f"{name}-{task_name}.png"
-            to_pil(task.draw(image, prediction)).save(picture)
-            written.append(picture)
-        report = output / f"{name}.json"
-        report.write_text(json.dumps({"image": str(file), **predictions}) + "\n")
-        written.append(report)
-    return written
+    inputs, failed = find_inputs(images, list(chosen), output)
+    total = len(inputs) + len(failed)
+    if not inputs:
+        raise _unread(failed, total)
+    done = 0
+    with Results(output, chosen) as results:
+        for group in grouped(inputs, _BATCH):
+            if progress:
+                progress(done, total, str(group[0].file))
+            if is_video(group[0].file):
+                try:
+                    for frame in read_frames(group[0].file):
+                        predictions = {name: _of_task(predictor, name, [frame.image])[0] for name in chosen}
+                        results.add_frame(group[0], frame, predictions)
+                        if progress:
+                            progress(done, total, f"{group[0].file}, frame {frame.number}")
+                except (BrokenSample, ConfigError) as error:
+                    failed[str(group[0].file)] = _reason(error)
+                results.end_video()
+            else:
+                opened = {}
+                for item in group:
+                    try:
+                        opened[item.name] = item, open_image(item.file)
+                    except ConfigError as error:
+                        failed[str(item.file)] = _reason(error)
+                pixels = [image for _, image in opened.values()]
+                by_task = {name: _of_task(predictor, name, pixels) for name in chosen}
+                for i, (item, image) in enumerate(opened.values()):
+                    results.add_image(item, image, {name: found[i] for name, found in by_task.items()})
+            done += len(group)
+    if failed:
+        raise _unread(failed, total)
+    return results.written
 
 
-def _distinct_names(files: list[Path]) -> dict[str, Path]:
-    """Return output name -> image file: the file's stem, with a number if an earlier file has the same stem."""
-    names: dict[str, Path] = {}
-    for file in files:
-        name, number = file.stem, 1
-        while name in names:
-            number += 1
-            name = f"{file.stem}-{number}"
-        names[name] = file
-    return names
+def _of_task(predictor: Predictor, name: str, images: Sequence[Tensor]) -> list[Prediction]:
+    return predictor.predict(images, name, predictor.test_time.get(name))
+
+
+def _set_threshold(tasks: Sequence[Task], threshold: float) -> None:
+    """Draw and write predictions from this score on, in the tasks that have scores."""
+    scored = [task for task in tasks if task.shown_score is not None]
+    if not scored:
+        kinds = ", ".join(f"{task.name} ({task.kind})" for task in tasks)
+        raise ConfigError(f"threshold {threshold}: no prediction of {kinds} has a score to compare; leave it out")
+    for task in scored:
+        task.check_threshold(threshold)
+        task.shown_score = threshold
+
+
+def _reason(error: BrokenSample | ConfigError) -> str:
+    return error.reason if isinstance(error, BrokenSample) else str(error)
+
+
+def _unread(failed: Mapping[str, str], total: int) -> ConfigError:
+    lines = [f"  {reason if reason.startswith(item) else f'{item}: {reason}'}" for item, reason in failed.items()]
+    return ConfigError("\n".join([f"{len(failed)} of {total} inputs could not be predicted:", *lines]))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
 from allinone_ds.tasks import Prediction, Sample, Task
-from allinone_ds.tasks.test_time import TestTime, View, view_size, window_corners
+from allinone_ds.tasks.test_time import TestTime, View, view_sizes, window_corners
 
 
 @torch.no_grad()
@@ -58,12 +58,7 @@ def predict_batch(
         return task.predict(outputs, sizes) if samples else []
     task.check_test_time(test_time)
     views = []
-    for scale in test_time.scales:
-        size = view_size(task.image_size, scale, task.stride)
-        larger = size[0] > task.image_size[0] or size[1] > task.image_size[1]
-        window = size
-        if test_time.windows and larger:
-            window = min(size[0], task.image_size[0]), min(size[1], task.image_size[1])
+    for size, window in view_sizes(test_time, task.image_size, task.size_multiple):
         corners = window_corners(size, window)
         resized = _at_size(pixel_values, samples, size)
         for flipped in (False, True) if test_time.flip else (False,):

@@ -95,13 +95,12 @@ def model_card(description: ModelDescription, origin: Origin, model: AllInOneMod
     return "\n\n".join(parts) + "\n"
 
 
-def backbone_card(origin: Origin, cls: str, backbone: Backbone) -> str:
+def backbone_card(origin: Origin, backbone: Backbone) -> str:
     """Return the card of a backbone's folder.
 
     Args:
         origin: the run it comes from.
-        cls: name of its class in `transformers`.
-        backbone: the backbone, for its sizes.
+        backbone: the backbone, for its class and sizes.
     """
     names = list(origin.config.tasks)
     front = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["backbone"]}
@@ -111,11 +110,7 @@ def backbone_card(origin: Origin, cls: str, backbone: Backbone) -> str:
         f"{_backbone(backbone)}, trained{_steps(origin)} on {', '.join(names)}. allinone_ds balanced the tasks' "
         "gradients.",
         "## Use",
-        f"From this folder:\n\n```python\nfrom transformers import {cls}\n\n"
-        f'backbone = {cls}.from_pretrained("PATH/OF/THIS/FOLDER")\nbackbone(pixel_values).feature_maps\n```',
-        "`type(AutoBackbone.from_config(AutoConfig.from_pretrained(FOLDER)))` is this class. "
-        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads the folder once it is a repository on the hub. '
-        "`AutoBackbone.from_pretrained(FOLDER)` of transformers 5 fails, because it asks the hub first.",
+        *_backbone_use(backbone),
         _results(origin, names),
         _data(origin, names),
         _preprocessing({}),
@@ -124,9 +119,34 @@ def backbone_card(origin: Origin, cls: str, backbone: Backbone) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _backbone_use(backbone: Backbone) -> list[str]:
+    """Return how to load the backbone's folder: in transformers where a class of it can, else in this package."""
+    model_type, folder = backbone.config.model_type, "PATH/OF/THIS/FOLDER"
+    if model_type == "timm_backbone":  # TimmBackbone.from_pretrained takes names of timm only
+        return [
+            "From this folder:\n\n```python\nfrom allinone_ds.models.backbone import BackboneConfig, build_backbone\n\n"
+            f'backbone = build_backbone(BackboneConfig(name="{folder}"))\nbackbone(pixel_values).feature_maps\n```'
+        ]
+    cls = type(backbone.net).__name__
+    maps = "backbone(pixel_values)" + (".last_hidden_state" if model_type == "vit" else ".feature_maps")
+    use = (
+        f"From this folder:\n\n```python\nfrom transformers import {cls}\n\n"
+        f'backbone = {cls}.from_pretrained("{folder}")\n{maps}\n```'
+    )
+    if model_type == "vit":  # no backbone class
+        return [use]
+    return [
+        use,
+        "`type(AutoBackbone.from_config(AutoConfig.from_pretrained(FOLDER)))` is this class. "
+        '`AutoBackbone.from_pretrained("OWNER/NAME")` loads the folder once it is a repository on the hub. '
+        "`AutoBackbone.from_pretrained(FOLDER)` of transformers 5 fails, because it asks the hub first.",
+    ]
+
+
 def _backbone(backbone: Backbone) -> str:
     config = backbone.config
-    return f"A {config.model_type} of {config.num_hidden_layers} layers x {config.hidden_size} ({_millions(backbone)})"
+    name = config.backbone if config.model_type == "timm_backbone" else config.model_type
+    return f"A {name} of {backbone.depth} blocks with {backbone.channels} channels ({_millions(backbone)})"
 
 
 def _steps(origin: Origin) -> str:
@@ -157,12 +177,17 @@ def _data(origin: Origin, names: list[str]) -> str:
     rows = []
     for name in names:
         task = origin.config.tasks[name]
-        for split, source in (("train", task.train), ("test", task.test)):
-            if source is not None:
+        for split, sources in (("train", task.train), ("test", task.test)):
+            for source in sources if isinstance(sources, list) else [sources]:
+                if source is None:
+                    continue
                 options = source.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
                 data_format = options.pop("format", source.format)
                 listed = ", ".join(f"{key} `{value}`" for key, value in options.items() if key != "classes")
                 rows.append(f"| {name} | {split} | {data_format} | {listed} |")
+        if task.split is not None:
+            listed = f"{task.split.test:.0%} of the train data, seed {task.split.seed}"
+            rows.append(f"| {name} | test | split | {listed} |")
     return "## Data\n\n| task | split | format | source |\n|---|---|---|---|\n" + "\n".join(rows)
 
 

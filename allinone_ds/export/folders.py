@@ -123,7 +123,7 @@ def _write_backbone(model: AllInOneModel, origin: Origin, folder: Path, done: Ex
     net.save_pretrained(folder)
     # the normalisation of all tasks; no size, since it differs between tasks
     ViTImageProcessor(do_resize=False, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
-    (folder / CARD_FILE).write_text(backbone_card(origin, type(net).__name__, model.backbone))
+    (folder / CARD_FILE).write_text(backbone_card(origin, model.backbone))
     done.folders.append(folder)
 
 

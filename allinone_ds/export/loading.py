@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,18 +17,20 @@ from allinone_ds.run_folder.names import CONFIG_FILE, WEIGHTS_FILE
 from allinone_ds.tasks import build_task
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
+def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequence[str] = ()) -> Predictor:
     """Load a trained model, without DeepSpeed, data or network access.
 
     Args:
         folder: folder of one exported task, of an exported model, of a run or of a checkpoint.
         device: device of the model.
+        overrides: dotted keys that replace values of a run's configuration; an exported folder has none.
 
     Returns:
         The model in evaluation mode, in float32, with its preprocessing and class names.
 
     Raises:
-        ConfigError: the folder is none of these, or its weights do not fit its description.
+        ConfigError: the folder is none of these, or its weights do not fit its description, or overrides are given for
+            an exported folder.
 
     Example::
 
@@ -36,10 +39,16 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
     """
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
-        return Predictor(load_run(folder, device)[0])
+        model, config = load_run(folder, device, overrides)
+        return Predictor(model, {name: task.test_time for name, task in config.tasks.items()})
     for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: has no {name}; give a folder that `allinone-ds export` wrote, or a run's")
+    if overrides:
+        raise ConfigError(
+            f"{folder}: an exported folder has no configuration to override ({' '.join(overrides)}); give the run's "
+            "folder"
+        )
     model = build_exported(ModelDescription.read(folder))
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))

@@ -1,46 +1,29 @@
-"""The shared backbone: a plain ViT of `transformers` with an optional convolutional stem."""
+"""The shared backbone: a model of `transformers` or timm, a plain ViT with an optional convolutional stem."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    Dinov2Backbone,
-    Dinov2WithRegistersBackbone,
-    DINOv3ViTBackbone,
-    PreTrainedConfig,
-    VitDetBackbone,
-)
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_outputs import BackboneOutput
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models import architectures
+from allinone_ds.models.architectures import ARCHITECTURES, ModelType
 from allinone_ds.models.pretrained import LoadedWeights, load_pretrained
 from allinone_ds.models.pyramid import group_norm
-from allinone_ds.strict import Strict, did_you_mean
+from allinone_ds.strict import PathText, Strict, did_you_mean
 
-# AutoBackbone.from_pretrained accepts hub names only; these classes also accept folders.
-_CLASSES: dict[str, Any] = {
-    "dinov2": Dinov2Backbone,
-    "dinov2_with_registers": Dinov2WithRegistersBackbone,
-    "dinov3_vit": DINOv3ViTBackbone,
-    "vitdet": VitDetBackbone,
-}
 _RUN_FILE = "model.json"  # in the folder of a run, and in no folder of `transformers`
-# The submodule of each model that turns pixels into tokens.
-_PATCH_PROJECTION = {
-    "dinov2": "embeddings.patch_embeddings.projection",
-    "dinov2_with_registers": "embeddings.patch_embeddings.projection",
-    "dinov3_vit": "embeddings.patch_embeddings",
-    "vitdet": "embeddings.projection",
-}
-# Architecture and sizes of ViTs with a name; Meta's are those of their published configurations.
+# Architecture and sizes of backbones with a name, those of their published configurations.
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     # DINOv3's ViT-L/16: 0.30 G parameters, rotary positions (any image size)
     "vit_l": ("dinov3_vit", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -55,6 +38,17 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov3_7b": ("dinov3_vit", {"hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32,
                                  "intermediate_size": 8192, "use_gated_mlp": True, "hidden_act": "silu",
                                  "query_bias": False, "value_bias": False, "num_register_tokens": 4}),
+    # https://arxiv.org/abs/2010.11929
+    "vit_b": ("vit", {}),
+    # https://arxiv.org/abs/2103.14030
+    "swin_t": ("swin", {"drop_path_rate": 0.0}),
+    "swin_b": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "drop_path_rate": 0.0}),
+    # https://arxiv.org/abs/2201.03545
+    "convnext_t": ("convnext", {}),
+    "convnext_b": ("convnext", {"hidden_sizes": [128, 256, 512, 1024], "depths": [3, 3, 27, 3]}),
+    # https://arxiv.org/abs/2306.00989
+    "hiera_t": ("hiera", {"depths": [1, 2, 7, 2]}),
+    "hiera_b": ("hiera", {}),
 }  # fmt: skip
 
 
@@ -69,33 +63,62 @@ class BackboneConfig(Strict):
     """
 
     name: str | None = None
-    """Name of a large ViT, a key of `NAMED`. Validation fills `model_type` and `config` and resets it to None."""
-    model_type: Literal["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"] = "dinov2"
-    """Architecture: a `model_type` of `transformers`."""
+    """A key of `NAMED`, "timm/" and the name of a timm model, or a folder of `transformers` (as `checkpoint`). Nothing
+    is downloaded. Validation fills `model_type`, `config` and `checkpoint` and resets it to None."""
+    model_type: ModelType = "dinov2"
+    """Architecture: a `model_type` of `transformers`; by default that of the folder `checkpoint`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that model's configuration class (hidden_size, num_hidden_layers, patch_size, drop_path_rate, ...)."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Folder or hub name of pretrained weights; None initialises the weights randomly."""
     min_loaded: float = Field(0.9, ge=0, le=1)
     """Smallest fraction of the backbone's tensors that `checkpoint` must contain; with fewer the run does not start."""
     out_indices: list[int] | None = None
-    """Layers whose outputs the heads receive, 1 = first layer; None: four at even distances, the last one included."""
+    """Layers, or stages of a hierarchical backbone, whose outputs the heads receive, 1 = first; None: four layers at
+    even distances, the last one included, or all stages."""
+    stride: PositiveInt | None = None
+    """Hierarchical backbones: pixels per cell of the one map that the heads receive, which holds all stages; None: 16,
+    or the nearest that the stages have."""
     stem: Literal["patch", "conv"] = "patch"
     """How pixels become tokens: by one strided convolution, or by 3x3 convolutions of the same total stride."""
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("name") is None:
+        if not isinstance(data, dict):
             return data
-        if data["name"] not in NAMED:
-            raise ValueError(f"unknown name '{data['name']}'; {did_you_mean(str(data['name']), NAMED)}")
-        model_type, sizes = NAMED[data["name"]]
+        name, checkpoint = data.get("name"), data.get("checkpoint")
+        if name is None:
+            theirs = None if checkpoint is None or "model_type" in data else _model_type_of(checkpoint)
+            return data if theirs is None else {**data, "model_type": theirs}
+        if str(name).startswith("timm/"):
+            model_type, sizes = "timm_backbone", {"backbone": str(name).removeprefix("timm/")}
+        elif name in NAMED:
+            model_type, sizes = NAMED[name]
+        elif (theirs := _model_type_of(name)) is not None:
+            if checkpoint is not None:
+                raise ValueError(f"name '{name}' is a folder, and checkpoint is '{checkpoint}'; give one of them")
+            model_type, sizes, checkpoint = theirs, {}, str(name)
+        else:
+            raise ValueError(
+                f"unknown name '{name}'; {did_you_mean(str(name), NAMED)}. A folder with a config.json of "
+                "transformers and timm/NAME are allowed too; nothing is downloaded"
+            )
         if data.get("model_type", model_type) != model_type:
             raise ValueError(
-                f"'{data['name']}' is a '{model_type}', but model_type is '{data['model_type']}'; remove model_type"
+                f"'{name}' is a '{model_type}', but model_type is '{data['model_type']}'; remove model_type"
             )
-        return {**data, "name": None, "model_type": model_type, "config": {**sizes, **(data.get("config") or {})}}
+        settings = {"model_type": model_type, "config": {**sizes, **(data.get("config") or {})}}
+        return {**data, "name": None, "checkpoint": checkpoint, **settings}
+
+
+def _model_type_of(folder: Any) -> str | None:
+    """Return the `model_type` of a folder of `transformers`, None if it is none."""
+    file = Path(str(folder)).expanduser() / "config.json"
+    try:
+        return str(json.loads(file.read_text())["model_type"]) if file.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class ConvStem(nn.Module):
@@ -137,47 +160,104 @@ class ConvStem(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A ViT of `transformers` that returns feature maps, with the sizes that heads need.
+    """A net of `transformers` that returns feature maps of one resolution, with the sizes that heads need.
+
+    The stages of a hierarchical net have different resolutions and channels. They are averaged or interpolated to
+    `stride` and concatenated, so that the heads receive one map with the channels of all stages.
 
     Args:
         net: a backbone model of `transformers`.
         loaded: which of its tensors came from a checkpoint; None without one.
+        stride: pixels per cell of the maps of a hierarchical net; None: 16, or the nearest that its stages have.
 
     Attributes:
         channels: channels C of every feature map.
         stride: pixels per cell of the feature maps.
         num_levels: number of feature maps, all of the same resolution.
-        config: configuration of the ViT.
+        size_multiple: number of pixels of which both sides of an image are multiples.
+        fixed_size: the only (H, W) of images that the net takes; None: all multiples.
+        config: configuration of the net.
+        settings: what `build_backbone` built it from; None if it was built otherwise.
+
+    Raises:
+        ConfigError: `stride` is not the stride of a stage.
     """
 
-    def __init__(self, net: Any, loaded: LoadedWeights | None = None) -> None:
+    def __init__(self, net: Any, stride: int | None = None, loaded: LoadedWeights | None = None) -> None:
         super().__init__()
         self.net = net
         self.loaded = loaded
         self.config = net.config
-        self.channels: int = self.config.hidden_size
-        self.stride: int = _patch_size(self.config)
-        self.num_levels: int = len(self.config.out_indices)
+        self._levels = architectures.levels_of(net)
+        strides = sorted({step for _, step in self._levels})
+        self.hierarchical = len(strides) > 1
+        if stride is not None and stride not in strides:
+            raise ConfigError(
+                f"model.backbone.stride = {stride}: the maps of this {self.config.model_type} have "
+                f"{', '.join(map(str, strides))} pixels per cell; give one of them"
+            )
+        self.stride: int = stride or architectures.nearest_stride(strides)
+        channels = [count for count, _ in self._levels]
+        self.channels: int = sum(channels) if self.hierarchical else channels[0]
+        self.num_levels: int = 1 if self.hierarchical else len(channels)
+        self.size_multiple: int = max(strides)
+        self.fixed_size = architectures.fixed_size(self.config)
+        self.settings: BackboneConfig | None = None
 
     def forward(self, pixel_values: Tensor) -> BackboneOutput:
         """Return the feature maps of normalised images.
 
         Args:
-            pixel_values: (B, 3, H, W), any floating dtype; H and W are multiples of the stride.
+            pixel_values: (B, 3, H, W), any floating dtype; H and W are multiples of `size_multiple`.
 
         Returns:
             `.feature_maps`: a tuple of `num_levels` maps (B, C, H / stride, W / stride).
 
         Raises:
-            ValueError: H or W is no multiple of the stride.
+            ValueError: the net does not take images of this size.
         """
         H, W = pixel_values.shape[-2:]
-        if H % self.stride or W % self.stride:
-            raise ValueError(
-                f"images of {H} x {W} pixels: both sides must be multiples of {self.stride}, the patch size"
-            )
+        if refusal := self.refuses((H, W)):
+            raise ValueError(f"images of {H} x {W} pixels: {refusal}")
         dtype = next(self.net.parameters()).dtype
-        return BackboneOutput(feature_maps=self.net(pixel_values.to(dtype)).feature_maps)
+        maps = architectures.feature_maps(self.net, pixel_values.to(dtype))
+        if self.hierarchical:
+            resized = [self._at_stride(level, step) for level, (_, step) in zip(maps, self._levels, strict=True)]
+            maps = (torch.cat(resized, dim=1),)  # (B, C, H / stride, W / stride)
+        return BackboneOutput(feature_maps=maps)
+
+    def refuses(self, size: tuple[int, int]) -> str | None:
+        """Return why the net does not take images of (H, W) pixels, None if it does."""
+        if self.fixed_size is not None and tuple(size) != self.fixed_size:
+            H, W = self.fixed_size
+            return f"this {self.config.model_type} only takes {H} x {W} pixels, the size that it was built for"
+        if any(side % self.size_multiple for side in size):
+            what = "coarsest stage" if self.hierarchical else "patch size"
+            return f"both sides must be multiples of {self.size_multiple}, the backbone's {what}"
+        return None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, e.g. transformer layers."""
+        return len(architectures.blocks_of(self.net, self.config.model_type))
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Return {parameter: layer}: 0 for the embeddings, 1 to `depth` for the blocks, `depth` + 1 for the rest.
+
+        The downsampling between two stages has the number of the block after it.
+
+        Raises:
+            ConfigError: the blocks of a timm model are not known.
+        """
+        numbers = architectures.layer_numbers(self.net, self.config.model_type)
+        return {f"net.{name}": number for name, number in numbers.items()}
+
+    def _at_stride(self, level: Tensor, stride: int) -> Tensor:
+        if stride < self.stride:
+            return F.avg_pool2d(level, self.stride // stride)
+        if stride > self.stride:
+            return F.interpolate(level, scale_factor=stride // self.stride, mode="bilinear", align_corners=False)
+        return level
 
 
 def build_backbone(cfg: BackboneConfig) -> Backbone:
@@ -200,29 +280,28 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         net, loaded = _from_checkpoint(cfg, cfg.checkpoint) if cfg.checkpoint else (_from_config(cfg), None)
     except ConfigError:
         raise
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"model.backbone ({cfg.model_type}): {error}") from error
     if cfg.stem == "conv":
-        path = _PATCH_PROJECTION[cfg.model_type]
-        stem = ConvStem(net.config.num_channels, net.config.hidden_size, _patch_size(net.config))
+        path = ARCHITECTURES[cfg.model_type].patch
+        assert path is not None
+        stem = ConvStem(net.config.num_channels, net.config.hidden_size, architectures.square(net.config.patch_size))
         net.set_submodule(path, stem.to(next(net.parameters()).dtype))  # under ZeRO-3 the ViT may be bfloat16
-    for name, parameter in net.named_parameters():
-        if name.endswith("mask_token"):  # only masked pretraining uses it, so it never gets a gradient
-            parameter.requires_grad_(False)
-    return Backbone(net, loaded)
+    architectures.prepare(net, f"model.backbone ({cfg.config.get('backbone', cfg.model_type)})")
+    backbone = Backbone(net, cfg.stride, loaded)
+    backbone.settings = cfg
+    return backbone
 
 
 def _from_config(cfg: BackboneConfig) -> Any:
-    default = AutoConfig.for_model(cfg.model_type)
-    _check_fields(cfg, default)
-    depth = cfg.config.get("num_hidden_layers", default.num_hidden_layers)
-    indices = cfg.out_indices or _spread(depth)
-    config = AutoConfig.for_model(cfg.model_type, **cfg.config, out_indices=_checked(indices, depth))
+    _check_fields(cfg, AutoConfig.for_model(cfg.model_type))
+    config = AutoConfig.for_model(cfg.model_type, **cfg.config)
     _check_values(config)
-    return AutoBackbone.from_config(config)
+    architectures.set_outputs(config, cfg.out_indices)
+    return architectures.from_config(config)
 
 
-def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedWeights]:
+def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedWeights | None]:
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
@@ -234,24 +313,32 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "
                           f"'{cfg.model_type}'; change model_type")  # fmt: skip
     _check_fields(cfg, theirs)
-    depth = cfg.config.get("num_hidden_layers", theirs.num_hidden_layers)
-    indices = _checked(cfg.out_indices or _spread(depth), depth)
     named = ("stage_names", "out_features", "out_indices")  # the configuration derives them from the depth
     kept = {key: value for key, value in theirs.to_dict().items() if key not in named}
-    config = type(theirs).from_dict({**kept, **cfg.config}, out_indices=indices)
+    config = type(theirs).from_dict({**kept, **cfg.config})
     _check_values(config)
+    architectures.set_outputs(config, cfg.out_indices)
+    if cfg.model_type == "timm_backbone":
+        return architectures.timm_from_folder(config, checkpoint), None
     changed = {
         key: (getattr(config, key), getattr(theirs, key))
         for key in cfg.config
         if getattr(config, key) != getattr(theirs, key)
     }
-    return load_pretrained(_CLASSES[cfg.model_type], checkpoint, config, cfg.min_loaded, changed)
+    return load_pretrained(ARCHITECTURES[cfg.model_type].net, checkpoint, config, cfg.min_loaded, changed)
+
+
+def own_fields(config: Any) -> set[str]:
+    """Return the fields of a model's own configuration, without those that all models have."""
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")} - general
 
 
 def _check_fields(cfg: BackboneConfig, config: Any) -> None:
-    """Raise if `cfg.config` has a key that is no field of the model's own configuration."""
-    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    allowed = {f.name for f in dataclasses.fields(config) if not f.name.startswith("_")} - general
+    """Raise for a key of `cfg.config` that is no field of the model's own configuration, and for a wrong stem."""
+    if cfg.stem == "conv" and ARCHITECTURES[cfg.model_type].patch is None:
+        raise ConfigError(f"model.backbone.stem: 'conv' is for plain ViTs, and a {cfg.model_type} is none; use 'patch'")
+    allowed = own_fields(config)
     for key in cfg.config:
         if key not in allowed:
             raise ConfigError(f"model.backbone.config: unknown key '{key}' for {cfg.model_type}; "
@@ -260,44 +347,35 @@ def _check_fields(cfg: BackboneConfig, config: Any) -> None:
 
 def _check_values(config: Any) -> None:
     """Raise for values that `transformers` accepts, but that make the first forward fail or mean something else."""
-    where, width, heads = "model.backbone.config", config.hidden_size, config.num_attention_heads
-    if heads < 1 or config.num_hidden_layers < 1 or config.num_channels != 3:
+    where = "model.backbone.config"
+    if config.num_channels != 3:
+        raise ConfigError(f"{where}: num_channels {config.num_channels}; only 3 (RGB) is supported")
+    drop_path_rate = getattr(config, "drop_path_rate", 0.0)
+    if not 0 <= drop_path_rate < 1:
+        raise ConfigError(f"{where}.drop_path_rate = {drop_path_rate}; allowed: at least 0 and below 1")
+    if config.model_type == "timm_backbone" and not config.features_only:
+        raise ConfigError(f"{where}.features_only: must be true because heads need maps; remove it")
+    if architectures.number_of_stages(config) is not None:
+        return
+    width, heads = config.hidden_size, config.num_attention_heads
+    if heads < 1 or config.num_hidden_layers < 1:
         raise ConfigError(
-            f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}, num_channels "
-            f"{config.num_channels}; allowed are at least 1, at least 1, and 3 (RGB)"
+            f"{where}: num_attention_heads {heads}, num_hidden_layers {config.num_hidden_layers}; allowed are at least "
+            "1 and at least 1"
         )
     if not getattr(config, "reshape_hidden_states", True):
         raise ConfigError(f"{where}.reshape_hidden_states: must be true because heads need maps; remove it")
+    if config.model_type == "vit" and not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
+        raise ConfigError(
+            f"{where}: image_size {config.image_size}, patch_size {config.patch_size}; a 'vit' interpolates a square "
+            "grid of positions: give one number for each"
+        )
     rotary = config.model_type == "dinov3_vit"  # rotary positions need a multiple of 4 channels per head
     if width % (heads * (4 if rotary else 1)):
         rotary_rule = ", with a multiple of 4 channels per head" if rotary else ""
         raise ConfigError(
             f"{where}: hidden_size {width} must be a multiple of num_attention_heads ({heads}){rotary_rule}"
         )
-    if not 0 <= config.drop_path_rate < 1:
-        raise ConfigError(f"{where}.drop_path_rate = {config.drop_path_rate}; allowed: at least 0 and below 1")
-
-
-def _spread(depth: int) -> list[int]:
-    """Return up to four layer numbers at even distances, the last layer included."""
-    return sorted({round(depth * k / 4) for k in (1, 2, 3, 4)} - {0})
-
-
-def _checked(indices: list[int], depth: int) -> list[int]:
-    if sorted(set(indices)) != list(indices) or not all(0 <= i <= depth for i in indices):
-        raise ConfigError(f"model.backbone.out_indices = {indices}; give increasing layer numbers from 1 to {depth}")
-    return indices
-
-
-def _patch_size(config: Any) -> int:
-    size = config.patch_size
-    if isinstance(size, int):
-        return size
-    if len(set(size)) != 1:
-        raise ConfigError(
-            f"model.backbone.config.patch_size = {size}; only square patches are supported, give one number"
-        )
-    return size[0]
 
 
 def _factors(stride: int) -> list[int]:

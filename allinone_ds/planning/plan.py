@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from allinone_ds.balance.assignment import TaskGroups, groups_for
+from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.balance.options import NORMS, combination_error
-from allinone_ds.balance.sketch import default_size
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes
@@ -151,7 +151,7 @@ def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: 
     """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
     if name in given:
         return given[name]
-    source = config.tasks[name].train
+    source = config.tasks[name].train_source
     try:
         return len(open_source(source, config.data_root).classes)
     except DataError:

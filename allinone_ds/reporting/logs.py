@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allinone_ds.balance.report import StepReport
 from allinone_ds.data.schedule import Schedule
-from allinone_ds.distributed import all_reduce
+from allinone_ds.distributed import all_reduce, cpu_group, gather_objects
 from allinone_ds.errors import DataError
 from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares
 
@@ -29,7 +29,7 @@ class TaskLogs:
         conflict_rate           fraction of the pairs of tasks whose cosine is negative
     At the time of the log:
         epoch/TASK              epochs of the task's data
-        broken_images           unreadable images of the whole run, over all ranks
+        broken_images           unreadable images of the whole run, over all ranks; an image counts once
     and the values of `Pace`.
 
     Args:
@@ -47,7 +47,7 @@ class TaskLogs:
         >>> schedule = Schedule(seed=0, sizes={"det": 10}, batch={"det": (2, 1)}, world_size=1)
         >>> logs = TaskLogs(schedule, {"det": 2}, torch.device("cpu"), max_broken_images=0)
         >>> logs.add(StepReport(norms=values, scales=values, losses=values, whole_norms=values))
-        >>> logs.drain(step=1, history=[])["grad_norm/det/scaled"]
+        >>> logs.drain(step=1)["grad_norm/det/scaled"]
         4.0
     """
 
@@ -62,8 +62,8 @@ class TaskLogs:
         self._means = Means(device)
         self._low = LowShares(schedule.tasks, device)
         self._gram_report: StepReport | None = None  # the last one with a Gram matrix
-        self._broken: list[str] = []
-        self._broken_total: int | None = None  # over all ranks and the whole run, as of the last log
+        self._broken: dict[str, str] = {}  # message by file, of this rank since the last log
+        self._broken_files: set[str] = set()  # of all ranks and the whole run, as of the last log
 
     def add(self, report: StepReport) -> None:
         """Add the values of one step."""
@@ -81,15 +81,14 @@ class TaskLogs:
             self._gram_report = report
 
     def add_broken(self, messages: Sequence[str]) -> None:
-        """Add images of this rank that could not be read, one message each."""
-        self._broken += messages
+        """Add images of this rank that could not be read, one `path: reason` each."""
+        self._broken.update({message.partition(": ")[0]: message for message in messages})
 
-    def drain(self, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def drain(self, step: int) -> dict[str, float]:
         """Return the values of the steps since the last call. Collective.
 
         Args:
             step: number of optimizer steps of the run so far.
-            history: earlier logs of the run.
 
         Raises:
             DataError: more than `max_broken_images` images could not be read.
@@ -99,7 +98,7 @@ class TaskLogs:
             self.warnings = self._low.drain(logs)
         logs.update(self.pace.drain())
         logs.update({f"epoch/{task}": self.schedule.epoch(task, step) for task in self.schedule.tasks})
-        logs["broken_images"] = self._count_broken(history)
+        logs["broken_images"] = self._count_broken()
         if self._gram_report is not None:
             logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._gram_report.cosines().items()})
             logs["conflict_rate"] = self._gram_report.conflict_rate()
@@ -114,7 +113,8 @@ class TaskLogs:
             "low_shares": self._low.state_dict(),
             "gram": None if report is None else report.gram,
             "gram_tasks": [] if report is None else list(report.tasks),
-            "broken": list(self._broken),
+            "broken": list(self._broken.values()),
+            "broken_files": sorted(self._broken_files),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,19 +125,21 @@ class TaskLogs:
         self._gram_report = None
         if state["gram"] is not None:  # cosines need nothing else of the report
             self._gram_report = StepReport({}, {}, {}, {}, tasks=tuple(state["gram_tasks"]), gram=state["gram"])
-        self._broken = list(state["broken"])
+        self._broken.clear()
+        self.add_broken(state["broken"])
+        self._broken_files = set(state.get("broken_files", ()))  # older checkpoints do not have it
 
-    def _count_broken(self, history: Sequence[Mapping[str, Any]]) -> int:
-        if self._broken_total is None:  # a resumed run continues the count
-            earlier = [entry["broken_images"] for entry in history if "broken_images" in entry]
-            self._broken_total = int(earlier[-1]) if earlier else 0
-        self._broken_total += int(all_reduce(torch.tensor(len(self._broken), device=self.device)))
-        if self._broken_total > self.max_broken_images:
-            examples = "; ".join(self._broken[:3])
+    def _count_broken(self) -> int:
+        if not int(all_reduce(torch.tensor(len(self._broken), device=self.device))):
+            return len(self._broken_files)
+        every = gather_objects(self._broken, cpu_group())
+        new = {file: message for broken in every for file, message in broken.items() if file not in self._broken_files}
+        self._broken.clear()
+        self._broken_files |= new.keys()
+        if new and len(self._broken_files) > self.max_broken_images:
             raise DataError(
-                f"{self._broken_total} images could not be read, max_broken_images allows "
-                f"{self.max_broken_images}; on this rank since the last log: {examples or 'none'}. "
+                f"{len(self._broken_files)} images could not be read, max_broken_images allows "
+                f"{self.max_broken_images}; since the last log: {'; '.join(list(new.values())[:3])}. "
                 "`allinone-ds check CONFIG` lists all of them"
             )
-        self._broken.clear()
-        return self._broken_total
+        return len(self._broken_files)

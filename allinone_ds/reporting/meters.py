@@ -78,6 +78,12 @@ class Pace:
     On a GPU the host runs ahead of the device and waits for it when a log is drained. The time between two logs is
     therefore exact, and the time of a single step would not be.
 
+    Names of its values:
+        images_per_second/TASK  images of the task over all ranks per second of training
+        seconds/step            time of a step on the slowest rank
+        seconds/data_wait       part of that time in which the step waited for data
+        memory/peak_gib         largest memory of a rank: allocated on the GPU, or resident on a CPU
+
     Args:
         images: task -> images of one step over all ranks.
         device: this rank's device.

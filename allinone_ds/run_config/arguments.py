@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 import torch
+from accelerate.utils import DynamoBackend
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-from allinone_ds.balance.balancer import NONFINITE
+from allinone_ds.balance.options import NONFINITE
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_deepspeed
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.kernels import spare_cpu_kernel
+from allinone_ds.zero.support import config_problems
 
 SET_ELSEWHERE = {
     "output_dir": "output_dir",
@@ -27,8 +31,10 @@ SET_ELSEWHERE = {
     "per_device_train_batch_size": "tasks.NAME.batch_size",
     "per_device_eval_batch_size": "tasks.NAME.eval_batch_size",
     "gradient_accumulation_steps": "tasks.NAME.micro_steps",
-    "num_train_epochs": "trainer.max_steps",
+    "num_train_epochs": "trainer.max_steps' or 'epochs",
     "label_smoothing_factor": "tasks.NAME.options",
+    "head_lr_factor": "tasks.NAME.lr_factor",
+    "head_weight_decay": "tasks.NAME.weight_decay",
     "max_broken_images": "max_broken_images",
 }
 """Training argument -> the key of the YAML file that sets it instead of `trainer`."""
@@ -56,6 +62,13 @@ class AllInOneArguments(TrainingArguments):
     layer_lr_decay: float = field(
         default=1.0,
         metadata={"help": "Learning rate of a backbone layer divided by that of the next layer; 1: all equal."},
+    )
+    head_lr_factor: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Learning rate of a task's head divided by `learning_rate`; 1 for tasks that are not named."},
+    )
+    head_weight_decay: dict[str, float] | None = field(
+        default=None, metadata={"help": "Weight decay of a task's head; `weight_decay` for tasks that are not named."}
     )
     ema_decay: float | None = field(
         default=None,
@@ -113,82 +126,157 @@ class AllInOneArguments(TrainingArguments):
     optim: str = field(default="adamw_torch", metadata={"help": "An optimizer of torch, which needs no compiler."})
 
     def __post_init__(self) -> None:
-        if self.gradient_accumulation_steps != 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps = {self.gradient_accumulation_steps}: must be 1, because one Trainer "
-                "step is one optimizer step; set the micro_steps of the tasks instead"
-            )
-        if self.max_grad_norm != 0:
-            raise ConfigError(
-                f"max_grad_norm = {self.max_grad_norm}: must be 0, because it would clip the balanced gradient a "
-                "second time; set max_norm of the balancer instead"
-            )
-        if self.max_steps <= 0:
-            raise ConfigError(f"max_steps = {self.max_steps}: set the length of the run in optimizer steps, e.g. 1000")
-        if self.label_smoothing_factor != 0:
-            raise ConfigError(
-                f"label_smoothing_factor = {self.label_smoothing_factor}: heads compute their own losses; set the "
-                "option label_smoothing of a head that has it"
-            )
-        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-            if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch":
-                raise ConfigError(f"{name} = epoch: the tasks have epochs of different lengths; use steps")
-        if self.nonfinite not in NONFINITE:
-            raise ConfigError(f"nonfinite = {self.nonfinite!r}; {did_you_mean(self.nonfinite, NONFINITE)}")
-        if self.nonfinite_limit < 1 or self.stall_timeout < 0:
-            raise ConfigError(
-                f"nonfinite_limit = {self.nonfinite_limit}, stall_timeout = {self.stall_timeout}: allowed are 1 or "
-                "more steps, and 0 (never) or more seconds"
-            )
-        if self.async_save and self.save_only_model:
-            raise ConfigError(
-                "async_save with save_only_model: async_save builds the weights from the ranks' shards, which "
-                "save_only_model does not save; use only one of them"
-            )
-        if self.hub_token:
-            raise ConfigError(
-                "hub_token: the token would be written to the run's files; set HF_TOKEN in the environment"
-            )
-        if not 0 < self.layer_lr_decay <= 1:
-            raise ConfigError(f"layer_lr_decay = {self.layer_lr_decay}: allowed are values above 0 up to 1, e.g. 0.8")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: allowed are values from 0 to below 1, e.g. 0.9998")
-        if self.auto_find_batch_size:
-            raise ConfigError("auto_find_batch_size is not supported: set batch_size per task")
+        mistakes = [f"trainer.{message}" for wrong, message in self._rules() if wrong]
         if self.deepspeed is None:
-            raise ConfigError("deepspeed is missing: set a DeepSpeed config, e.g. configs/deepspeed/zero2.json")
-        self.deepspeed = _checked_deepspeed(self.deepspeed)
-        if self.deepspeed.get("bf16", {}).get("enabled") is True:
-            self.bf16 = True  # Trainer requires that both agree
+            mistakes.append("deepspeed is missing: set a DeepSpeed config, e.g. configs/deepspeed/zero2.json")
+        else:
+            self.deepspeed, wrong = _checked_deepspeed(self.deepspeed)
+            mistakes += wrong
+            if (self.deepspeed.get("bf16") or {}).get("enabled") is True:
+                self.bf16 = True  # Trainer requires that both agree
         if not torch.cuda.is_available() and not torch.xpu.is_available():
             self.use_cpu = True
         if self.use_cpu:
             spare_cpu_kernel()
         self.chosen_direction = self.greater_is_better  # Trainer's guess from the metric's name replaces None
-        super().__post_init__()
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        try:
+            super().__post_init__()
+        except ConfigError:
+            raise
+        except Exception as error:  # transformers, accelerate and pydantic raise many types
+            mistakes.append(name_arguments(str(error) or repr(error), given))
+        else:
+            for mismatch in self.hf_deepspeed_config.mismatches if self.deepspeed else []:
+                if not any(key in mismatch for key in _BATCH_KEYS):
+                    mistakes.append(f"deepspeed and trainer differ: {mismatch.strip('- ')}; set it in only one of them")
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        """(whether it is wrong, message) of every argument with which training would be wrong or fail later."""
+        epochs = [
+            name
+            for name in ("eval_strategy", "save_strategy", "logging_strategy")
+            if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch"
+        ]
+        low = {
+            name: least
+            for name, least in _LEAST.items()
+            if getattr(self, name) is not None and getattr(self, name) < least
+        }
+        return [
+            (self.gradient_accumulation_steps != 1,
+             f"gradient_accumulation_steps = {self.gradient_accumulation_steps}: must be 1, because one Trainer "
+             "step is one optimizer step; set the micro_steps of the tasks instead"),
+            (self.max_grad_norm != 0,
+             f"max_grad_norm = {self.max_grad_norm}: must be 0, because it would clip the balanced gradient a "
+             "second time; set max_norm of the balancer instead"),
+            (self.max_steps <= 0,
+             f"max_steps = {self.max_steps}: set the length of the run in optimizer steps, e.g. 1000"),
+            (self.label_smoothing_factor != 0,
+             f"label_smoothing_factor = {self.label_smoothing_factor}: heads compute their own losses; set the "
+             "option label_smoothing of a head that has it"),
+            *((True, f"{name} = epoch: the tasks have epochs of different lengths; use steps") for name in epochs),
+            *((True, f"{name} = {getattr(self, name)}: allowed are values of {least} or more")
+              for name, least in low.items()),
+            (self.nonfinite not in NONFINITE,
+             f"nonfinite = {self.nonfinite!r}; {did_you_mean(str(self.nonfinite), NONFINITE)}"),
+            (self.nonfinite_limit < 1 or self.stall_timeout < 0,
+             f"nonfinite_limit = {self.nonfinite_limit}, stall_timeout = {self.stall_timeout}: allowed are 1 or "
+             "more steps, and 0 (never) or more seconds"),
+            (self.async_save and self.save_only_model,
+             "async_save with save_only_model: async_save builds the weights from the ranks' shards, which "
+             "save_only_model does not save; use only one of them"),
+            (self.load_best_model_at_end and self.save_only_model,
+             "load_best_model_at_end with save_only_model: the engine loads the best weights from its shards, which "
+             "save_only_model does not save; use only one of them"),
+            (not self.ignore_data_skip,
+             "ignore_data_skip = False: must be true, because the data loader starts at the resumed step by itself; a "
+             "second skip would lose data"),
+            (bool(self.hub_token),
+             "hub_token: the token would be written to the run's files; set HF_TOKEN in the environment"),
+            (not 0 < self.layer_lr_decay <= 1,
+             f"layer_lr_decay = {self.layer_lr_decay}: allowed are values above 0 up to 1, e.g. 0.8"),
+            (self.ema_decay is not None and not 0 <= self.ema_decay < 1,
+             f"ema_decay = {self.ema_decay}: allowed are values from 0 to below 1, e.g. 0.9998"),
+            (self.auto_find_batch_size, "auto_find_batch_size is not supported: set batch_size per task"),
+            (self.neftune_noise_alpha is not None,
+             "neftune_noise_alpha: it adds noise to word embeddings, which the model does not have; remove it"),
+            (self.torch_compile_backend is not None and self.torch_compile_backend.upper() not in DynamoBackend.list(),
+             f"torch_compile_backend = {self.torch_compile_backend!r}; "
+             f"{did_you_mean(str(self.torch_compile_backend), map(str.lower, DynamoBackend.list()))}"),
+            (self.use_liger_kernel, "use_liger_kernel: its kernels are for language models; remove it"),
+        ]  # fmt: skip
 
 
-def _checked_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the DeepSpeed config that does not clip gradients and that saves gathered weights."""
+_LEAST = {"learning_rate": 0, "weight_decay": 0, "backbone_lr_factor": 0, "dataloader_num_workers": 0, "seed": 0,
+          "data_seed": 0, "save_total_limit": 0, "max_broken_images": 0, "eval_delay": 0}  # fmt: skip
+"""Argument -> its least value."""
+
+
+def name_arguments(message: str, given: Mapping[str, Any]) -> str:
+    """Return a message of transformers with the keys of the run's file that it is about.
+
+    These are the arguments that it names, of them those that are set; else set ones whose values it contains.
+
+    Args:
+        message: for example "--logging_steps must be an integer if bigger than 1: 1.5".
+        given: argument -> value.
+
+    Example:
+        >>> name_arguments("foo is not a valid HubStrategy", {"hub_strategy": "foo", "seed": 1})
+        "trainer.hub_strategy = 'foo': foo is not a valid HubStrategy"
+    """
+    default = {f.name: f.default for f in dataclasses.fields(AllInOneArguments)}
+    message = " ".join(message.split())
+    words = set(re.findall(r"\w+", message.lower()))
+    changed = [name for name, value in given.items() if value != default.get(name)]
+    choices = (
+        [name for name in changed if name in words],
+        [name for name in changed if set(name.split("_")) <= words],
+        [name for name in given if name in words],
+        [name for name in changed if words & set(re.findall(r"\w+", str(given[name]).lower()))],
+    )
+    named = next(filter(None, choices), [])
+    settings = ", ".join(f"trainer.{name} = {getattr(given[name], 'value', given[name])!r}" for name in named)
+    return f"{settings or 'trainer'}: {message}"
+
+
+def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a copy of the DeepSpeed config that does not clip gradients and saves gathered weights; and mistakes."""
     content = copy.deepcopy(given) if isinstance(given, dict) else read_deepspeed(given)
+    mistakes = []
     clip = content.setdefault("gradient_clipping", 0.0)  # the default of DeepSpeed is 1.0
     if clip == "auto":
         content["gradient_clipping"] = clip = 0.0
     if clip != 0:
-        raise ConfigError(
+        mistakes.append(
             f"deepspeed.gradient_clipping = {clip}: must be 0.0, because it would clip the balanced gradient a second "
             "time; set max_norm of the balancer instead"
         )
     for key, instead in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if key in content:
-            raise ConfigError(
+            mistakes.append(
                 f"deepspeed.{key}: it would ignore backbone_lr_factor and layer_lr_decay; remove it and set "
                 f"trainer.{instead} instead"
             )
-    zero = content.get("zero_optimization", {})
-    if zero.get("stage") == 3:  # else checkpoints would hold no weights that load without DeepSpeed
+    for key, instead in _BATCH_KEYS.items():
+        if content.get(key, "auto") != "auto" and (key, content[key]) != ("gradient_accumulation_steps", 1):
+            mistakes.append(f"deepspeed.{key} = {content[key]}: this value is set by {instead}; remove it")
+    zero = content.get("zero_optimization")
+    if not isinstance(zero, dict):
+        mistakes.append('deepspeed.zero_optimization is missing: add it, for example {"stage": 2}')
+    elif zero.get("stage") == 3:  # else checkpoints would hold no weights that load without DeepSpeed
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
-    return content
+    return content, mistakes + [f"deepspeed{problem}" for problem in config_problems(content)]
+
+
+_BATCH_KEYS = {
+    "train_batch_size": "tasks.NAME.batch_size and the number of ranks",
+    "train_micro_batch_size_per_gpu": "tasks.NAME.batch_size",
+    "gradient_accumulation_steps": "tasks.NAME.micro_steps",
+}
 
 
 def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict[str, Any]:
@@ -225,10 +313,33 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
                 adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
                 checked[key] = adapter.validate_python(value)
             except ValidationError as error:
+                if value is None:  # as without the key, for overrides that take a key away
+                    continue
                 mistakes.append(f"{where}.{key} = {value!r}: {error.errors()[0]['msg']}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return checked
+
+
+def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -> int | None:
+    """Return the optimizer steps that the key `epochs` stands for; None without the key.
+
+    Args:
+        config: configuration of the run.
+        samples: task -> number of its training samples.
+        ranks: number of ranks R.
+
+    Example:
+        >>> from allinone_ds.run_config.schema import load_config
+        >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
+        >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
+        10
+    """
+    if config.epochs is None:
+        return None
+    [(name, count)] = config.epochs.items()
+    task = config.tasks[name]
+    return math.ceil(count * samples[name] / (task.batch_size * task.micro_steps * ranks))
 
 
 def arguments_from_config(config: RunConfig) -> AllInOneArguments:
@@ -238,11 +349,22 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
     """
     trainer = check_trainer_keys(config.trainer)
     deepspeed = config.deepspeed
+    if config.epochs is not None:
+        if "max_steps" in trainer:
+            raise ConfigError(
+                f"trainer.max_steps with epochs = {config.epochs}: both set the run's length; set one of them to null"
+            )
+        trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
     return AllInOneArguments(
         output_dir=str(config.run_dir),
         run_name=config.name,
         deepspeed=json.loads(json.dumps(deepspeed)) if isinstance(deepspeed, dict) else deepspeed,
         per_device_train_batch_size=config.step_images,  # read by DeepSpeed and for samples per second
         max_broken_images=config.max_broken_images,
+        head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
+        head_weight_decay={
+            name: task.weight_decay for name, task in config.tasks.items() if task.weight_decay is not None
+        }
+        or None,
         **trainer,
     )

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig
 
 from allinone_ds.data.augmentation.transforms import eval_transform, train_transform
+from allinone_ds.data.base import SampleDataset, raise_problems
+from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
+from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.loader import TaskData
 from allinone_ds.data.sources import open_source
+from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
-from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.models.architectures import chosen_indices
+from allinone_ds.models.backbone import BackboneConfig, build_backbone, own_fields
+from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
-from allinone_ds.tasks import build_task, task_class
+from allinone_ds.tasks import TASKS, build_task, task_class
+from allinone_ds.tasks.test_time import view_sizes
 
 
 def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks` is used.
+        config: configuration of the run; only `tasks` and `model.freeze` are used.
         facts: backbone configuration and class names.
 
     Raises:
         ConfigError: an invalid head, option or test-time view.
     """
     backbone = build_backbone(facts.backbone)
+    freeze_backbone(backbone, config.model.freeze)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()
@@ -32,6 +42,12 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     for name, task in config.tasks.items():  # checked before training, not in the evaluation after it
         if task.test_time is not None:
             tasks[name].check_test_time(task.test_time)
+            for _, window in view_sizes(task.test_time, task.image_size, backbone.size_multiple):
+                if refusal := backbone.refuses(window):
+                    raise ConfigError(
+                        f"tasks.{name}.test_time: views of {window[0]} x {window[1]} pixels: {refusal}; use scales "
+                        "[1.0]"
+                    )
     return AllInOneModel(backbone, tasks)
 
 
@@ -43,7 +59,8 @@ def open_train_data(config: RunConfig) -> dict[str, TaskData]:
     """
     data = {}
     for name, task in config.tasks.items():
-        dataset = open_source(task.train, config.data_root)
+        dataset = open_source(task.train_source, config.data_root)
+        _check_kind(f"tasks.{name}.train", task.type, dataset)
         data[name] = TaskData(
             dataset=dataset,
             transform=train_transform(task.augment, task.image_size, dataset.kind),
@@ -67,9 +84,12 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
     """
     data = {}
     for name, task in config.tasks.items():
-        if task.test is not None:
+        source = task.test_source
+        if source is not None:
+            dataset = open_source(source, config.data_root, classes=classes[name])
+            _check_kind(f"tasks.{name}.test", task.type, dataset)
             data[name] = TaskData(
-                dataset=open_source(task.test, config.data_root, classes=classes[name]),
+                dataset=dataset,
                 transform=eval_transform(task.image_size),
                 collate=task_class(task.type).collate,
                 batch_size=task.eval_batch_size or task.batch_size,
@@ -77,6 +97,40 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
                 test_time=task.test_time,
             )
     return data
+
+
+def _check_kind(where: str, task_type: str, dataset: SampleDataset) -> None:
+    """Refuse data of another kind than the task reads; a custom task may read any."""
+    kind = TASKS[task_type].kind if task_type in TASKS else dataset.kind
+    if dataset.kind != kind:
+        raise ConfigError(
+            f"{where}: the data is for {dataset.kind}, the task is a {task_type}; choose a format of data for {kind}, "
+            f"or set type: {dataset.kind}"
+        )
+
+
+def inspect_data(config: RunConfig, train: Mapping[str, TaskData], test: Mapping[str, TaskData]) -> None:
+    """Count what each task can learn from, and compare its test images with its training images.
+
+    Warnings are added to the `structural` of the datasets.
+
+    Args:
+        config: configuration of the run.
+        train: {task: training data}.
+        test: {task: test data}, where there is any.
+
+    Raises:
+        DataError: nothing can be learned from the data of a task, or all its test images are training images.
+    """
+    for name, task in config.tasks.items():
+        for part in (train, test):
+            if name in part:
+                dataset = part[name].dataset
+                problems = [*target_problems(dataset, task.image_size, part is train), *depths_at_start(dataset)]
+                if part is test:
+                    problems += overlap_at_start(train[name].dataset, dataset)
+                raise_problems(f"task '{name}'", problems)
+                dataset.structural = [*problems, *dataset.structural]
 
 
 def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:
@@ -88,19 +142,6 @@ def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> B
     """
     if configured.checkpoint is None:
         return configured
-    default = type(built)().to_dict()
-    derived = (
-        "out_indices",
-        "out_features",
-        "stage_names",
-        "dtype",
-        "architectures",
-        "transformers_version",
-        "model_type",
-    )
-    sizes = {
-        key: value
-        for key, value in built.to_dict().items()
-        if not key.startswith("_") and key not in derived and key in default and value != default[key]
-    }
-    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": list(built.out_indices)})
+    default, values = type(built)().to_dict(), built.to_dict()
+    sizes = {key: values[key] for key in sorted(own_fields(built)) if key in values and values[key] != default[key]}
+    return configured.model_copy(update={"checkpoint": None, "config": sizes, "out_indices": chosen_indices(built)})

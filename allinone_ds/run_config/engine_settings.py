@@ -74,7 +74,9 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
     if isinstance(deepspeed, str):
         raise ConfigError(f"deepspeed = {deepspeed!r} is a name; give the content of the file, which load_config reads")
     zero = deepspeed.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"deepspeed.zero_optimization.stage = {stage!r}; allowed: 0, 1, 2 and 3")
     half = any(
         deepspeed.get(kind, {}).get("enabled") is True
         or (deepspeed.get(kind, {}).get("enabled") == "auto" and argument)

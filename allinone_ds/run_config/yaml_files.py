@@ -9,29 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from allinone_ds.errors import ConfigError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.errors import ConfigError, printable
+from allinone_ds.strict import did_you_mean, expand_path
 
+DEEPSPEED = "configs/deepspeed/zero2.json"
+"""The DeepSpeed config of a run that names none."""
 _SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|[?&][^=&\s]*(?:token|key|secret|sig|password)[^=&\s]*=", re.IGNORECASE)
 
 
-def find_config(path: str | Path) -> Path:
+def find_config(path: str | Path, beside: Path | None = None) -> Path:
     """Return a configuration file: the given path if it exists, else the file of this name in the package.
+
+    A relative path starts at the working directory, or at `beside`.
 
     The files of the package are in configs/ of a checkout and in allinone_ds/configs of an installed package.
 
     Args:
         path: for example "configs/runs/demo.yaml"; the leading "configs" stands for either folder.
+        beside: folder of the file that names this one.
 
     Raises:
         ConfigError: there is no such file.
     """
-    given = Path(path)
-    if given.is_file():
-        return given
+    given = Path(expand_path(path))
+    for candidate in (given, *([beside / given] if beside else [])):
+        if candidate.is_file():
+            return candidate
     package = Path(__file__).resolve().parent.parent
     folders = (package / "configs", package.parent / "configs")
     inner = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
@@ -46,9 +52,10 @@ def find_config(path: str | Path) -> Path:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the YAML file of a run and apply dotted overrides, without validating names or types.
 
-    If the key `base` names a second file, the content is merged into that of the base: mappings are merged, other
-    values are replaced. A data source with a different `format` replaces that of the base, except `expect` and
-    `classes`.
+    The key `base` names a file, or a list of files of which the later ones are merged into the earlier ones, and the
+    content is merged into theirs: mappings are merged, all other values are replaced, lists as a whole, also by a value
+    of a different kind. A data source with a different `format` replaces that of the base, except `expect` and
+    `classes`. A task whose value is null is dropped.
 
     Args:
         path: the file, or the name of one that comes with the package.
@@ -60,19 +67,28 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     for item in overrides:
         if "=" not in item or item.startswith("-"):
             raise ConfigError(f"override '{item}': write KEY=VALUE, for example trainer.max_steps=50")
+        if printable(item) != item:
+            raise ConfigError(f"override '{item}': is not UTF-8; rename the folder, or make a link with another name")
     file = find_config(path)
     try:
         base = _with_bases(file)
         _check_tasks(base, overrides)
         single_keys = any(item.startswith("deepspeed.") for item in overrides)
-        if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed"), str):
-            base["deepspeed"] = read_deepspeed(base["deepspeed"])
+        if single_keys and isinstance(base, DictConfig) and isinstance(base.get("deepspeed", DEEPSPEED), str):
+            base["deepspeed"] = read_deepspeed(base.get("deepspeed", DEEPSPEED))
         merged = _merged(base, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{file}: is not text in UTF-8 or UTF-16 ({error.reason}); save it as UTF-8") from error
+    except InterpolationKeyError as error:
+        hint = "for a variable of the environment write $NAME or ${oc.env:NAME}"
+        raise ConfigError(f"{file}: {error}; {hint}") from error
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a list replaces a mapping
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a mapping of keys, found {type(content).__name__}")
+    if isinstance(content.get("tasks"), dict):
+        content["tasks"] = {name: task for name, task in content["tasks"].items() if task is not None}
     _refuse_secrets(content, str(file))
     return {str(key): value for key, value in content.items()}
 
@@ -104,25 +120,34 @@ def _refuse_secrets(content: Any, file: str, key: str = "") -> None:
         )
 
 
-def _with_bases(file: Path) -> Any:
-    content: Any = OmegaConf.load(file)
-    files = [file.resolve()]
-    while isinstance(content, DictConfig) and "base" in content:
-        file = find_config(content.pop("base"))
-        if file.resolve() in files:
-            raise ConfigError(f"{files[0]}: base leads back to {file}; remove one of these base keys")
-        files.append(file.resolve())
-        content = _merged(OmegaConf.load(file), content)
-    return content
+def _with_bases(file: Path, above: tuple[Path, ...] = ()) -> Any:
+    """Return the content of a file, merged into that of its bases."""
+    above = (*above, file.resolve())
+    content: Any = _load(file)
+    if not (isinstance(content, DictConfig) and "base" in content):
+        return content
+    bases = content.pop("base")
+    merged: Any = OmegaConf.create({})
+    for name in bases if isinstance(bases, ListConfig) else [bases]:
+        base = find_config(name, beside=file.parent)
+        if base.resolve() in above:
+            raise ConfigError(f"{above[0]}: base leads back to {base}; remove one of these base keys")
+        merged = _merged(merged, _with_bases(base, above))
+    return _merged(merged, content)
+
+
+def _load(file: Path) -> Any:
+    with file.open("rb") as stream:  # from bytes, yaml recognises UTF-16 and a byte order mark
+        return OmegaConf.load(stream)  # type: ignore[arg-type]
 
 
 def _merged(below: Any, above: Any) -> Any:
-    _drop_replaced_sources(below, above)
+    _drop_replaced(below, above)
     return OmegaConf.merge(below, above)
 
 
-def _drop_replaced_sources(below: Any, above: Any) -> None:
-    """Remove the keys of every source in `below` whose `format` differs in `above`, so that they are not merged."""
+def _drop_replaced(below: Any, above: Any) -> None:
+    """Remove what `above` replaces as a whole: values of a different kind, and sources of a different `format`."""
     if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)):
         return
     formats = below.get("format"), above.get("format")
@@ -132,13 +157,16 @@ def _drop_replaced_sources(below: Any, above: Any) -> None:
             del below[key]
     else:
         for key in above:
-            _drop_replaced_sources(below.get(key), above.get(key))
+            if isinstance(below.get(key), DictConfig | ListConfig) and type(below.get(key)) is not type(above.get(key)):
+                del below[key]
+            else:
+                _drop_replaced(below.get(key), above.get(key))
 
 
 def read_deepspeed(path: str | Path) -> dict[str, Any]:
     """Return the content of a DeepSpeed config file."""
     file = find_config(path)
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(file.read_bytes())  # from bytes, json recognises UTF-16 and a byte order mark
+    except ValueError as error:  # also of text in no such encoding
         raise ConfigError(f"{file} is not valid JSON: {error}") from error

@@ -12,6 +12,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.manifest import faults_of
 from allinone_ds.run_folder.names import BROKEN, OWN_FILES, UNFINISHED
+from allinone_ds.strict import expand_path
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -46,7 +47,7 @@ def parse_resume(value: Any) -> bool | Path:
     """
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    return Path(value) if isinstance(value, str | Path) and value else bool(value)
+    return Path(expand_path(value)) if isinstance(value, str | Path) and value else bool(value)
 
 
 def check_resume(resume_from: bool | str | Path | None, folder: Path) -> None:
@@ -157,6 +158,8 @@ def clear_run(folder: str | Path) -> None:
         ConfigError: a run is writing to the folder.
     """
     folder = Path(folder)
+    if not folder.exists():
+        return
     check_free(folder)
     clear_unfinished(folder)
     for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *folder.glob(f"{BROKEN}checkpoint-*")]:

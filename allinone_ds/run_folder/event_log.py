@@ -6,12 +6,15 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
 from allinone_ds.run_folder.names import EVENTS_FILE
+
+AnyCallback = TypeVar("AnyCallback", bound=TrainerCallback)
 
 
 class RunCallback(TrainerCallback):
@@ -25,6 +28,11 @@ class RunCallback(TrainerCallback):
 
     def on_note(self, step: int, message: str) -> None:
         """Report a fact about the run that is no problem. Called on rank 0."""
+
+
+def find_callback(callbacks: Sequence[TrainerCallback] | None, kind: type[AnyCallback]) -> AnyCallback | None:
+    """Return the first callback of a class, None if there is none."""
+    return next((callback for callback in callbacks or () if isinstance(callback, kind)), None)
 
 
 class EventLog(RunCallback):
@@ -51,6 +59,7 @@ class EventLog(RunCallback):
     def write(self, event: str, **values: Any) -> None:
         """Append one event; values that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

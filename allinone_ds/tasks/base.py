@@ -54,6 +54,7 @@ class Task(nn.Module, ABC):
             larger values of the main metric are better; a main metric whose name reads like an error needs one.
         pipeline_tag: what model hubs call the kind, for the model card; None if they have no name for it.
         HEADS: options class of each head by name; empty if the task has one head, which reads `options` itself.
+        size_multiple: number of pixels of which both sides of an input are multiples; `build_task` sets the backbone's.
 
     Example:
         >>> import torch
@@ -74,6 +75,8 @@ class Task(nn.Module, ABC):
     greater_is_better: ClassVar[Mapping[str, bool]] = {}
     pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
+    shown_score: float | None = None
+    """Predictions with a lower score are neither drawn nor written to JSON; None: predictions have no such score."""
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Task(nn.Module, ABC):
         self.classes = list(classes)
         self.channels, self.stride, self.num_levels = channels, stride, num_levels
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.size_multiple = stride
         if any(side % stride for side in self.image_size):
             raise ConfigError(f"tasks.{name}.image_size = {list(self.image_size)}: both sides must be multiples of "
                               f"{stride}, the backbone's patch size")  # fmt: skip
@@ -196,6 +200,30 @@ class Task(nn.Module, ABC):
     def known_metrics(self) -> list[str]:
         """Return the names of the metrics whose direction is known, the main metric first."""
         return list(dict.fromkeys([self.main_metric, *self.greater_is_better]))
+
+    def check_threshold(self, threshold: float) -> None:
+        """Check a lowest score of predictions.
+
+        Raises:
+            ConfigError: the task's predictions have no score to compare, or the number cannot be reached.
+        """
+        if self.shown_score is None:
+            raise ConfigError(
+                f"threshold {threshold}: predictions of '{self.name}' ({self.kind}) have no score to compare; "
+                "leave it out"
+            )
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold {threshold}: a score lies in 0..1; give a number in that range")
+
+    def at_least(self, prediction: Prediction, threshold: float) -> Prediction:
+        """Return the part of a prediction whose scores are at least `threshold`.
+
+        Raises:
+            ConfigError: see `check_threshold`.
+        """
+        self.check_threshold(threshold)
+        keep = prediction["scores"] >= threshold
+        return {key: value[keep] for key, value in prediction.items()}
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the prediction as plain numbers and lists."""

@@ -110,7 +110,7 @@ class DetectionTask(Task):
             raise ConfigError(f"{where}.windows: an object may be cut by a window; for segmentation only")
         queries = self.detector.num_queries if isinstance(self.detector, RFDetrDetector) else 0
         for scale in options.scales:
-            H, W = view_size(self.image_size, scale, self.stride)
+            H, W = view_size(self.image_size, scale, self.size_multiple)
             if H * W < queries * self.stride**2:
                 raise ConfigError(f"{where}.scales: {scale} gives {H * W // self.stride**2} cells for {queries} "
                                   "queries; use a larger scale")  # fmt: skip
@@ -144,6 +144,15 @@ class DetectionTask(Task):
                 yield
             finally:
                 self.detector.image_size = before
+
+    def check_threshold(self, threshold: float) -> None:
+        super().check_threshold(threshold)
+        lowest = self.options.score_threshold
+        if threshold < lowest:
+            raise ConfigError(
+                f"threshold {threshold}: the head of '{self.name}' drops boxes below tasks.{self.name}.options."
+                f"score_threshold = {lowest}; give at least {lowest}, or lower the option"
+            )
 
     def metric(self) -> DetectionMetric:
         counted = max(self.options.max_detections or COCO_LIMIT, COCO_LIMIT)

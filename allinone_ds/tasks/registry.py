@@ -49,6 +49,11 @@ def task_class(type_name: str) -> type[Task]:
     try:
         cls = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
+        if module == "__main__":
+            raise ConfigError(
+                f"task type '{type_name}': the class was defined in the script that trained the run; move it to a "
+                "module of its own on PYTHONPATH, and name it in the run's config.yaml as module:Class"
+            ) from error
         raise ConfigError(f"task type '{type_name}': {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise ConfigError(f"task type '{type_name}' is no subclass of allinone_ds.tasks.Task")
@@ -76,7 +81,7 @@ def build_task(
         options: options of that head.
 
     Raises:
-        ConfigError: the type, head or an option is unknown, or the image size is no multiple of the patch size.
+        ConfigError: the type, head or an option is unknown, or the backbone does not take images of this size.
 
     Example:
         >>> from allinone_ds.models.backbone import BackboneConfig, build_backbone
@@ -90,4 +95,8 @@ def build_task(
     if head is not None:
         arguments["head"] = head
     cls = task_class(type_name)
-    return cls(name, classes, backbone.channels, backbone.stride, backbone.num_levels, image_size, **arguments)
+    if refusal := backbone.refuses((int(image_size[0]), int(image_size[1]))):
+        raise ConfigError(f"tasks.{name}.image_size = {list(image_size)}: {refusal}")
+    task = cls(name, classes, backbone.channels, backbone.stride, backbone.num_levels, image_size, **arguments)
+    task.size_multiple = backbone.size_multiple
+    return task

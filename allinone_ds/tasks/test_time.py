@@ -60,6 +60,29 @@ def view_size(image_size: tuple[int, int], scale: float, stride: int) -> tuple[i
     return H, W
 
 
+def view_sizes(
+    options: TestTime, image_size: tuple[int, int], multiple: int
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return (H, W) of the view of each scale, and of the part of it that one forward sees, in pixels.
+
+    Args:
+        options: the views.
+        image_size: (H, W) of the network's input.
+        multiple: number of which sides are multiples.
+
+    Example:
+        >>> view_sizes(TestTime(scales=[0.5, 2.0], windows=True), (32, 32), 16)
+        [((16, 16), (16, 16)), ((64, 64), (32, 32))]
+    """
+    sizes = []
+    for scale in options.scales:
+        size = window = view_size(image_size, scale, multiple)
+        if options.windows and (size[0] > image_size[0] or size[1] > image_size[1]):
+            window = min(size[0], image_size[0]), min(size[1], image_size[1])
+        sizes.append((size, window))
+    return sizes
+
+
 def window_corners(size: tuple[int, int], window: tuple[int, int]) -> list[tuple[int, int]]:
     """Return (top, left) of the windows that cover a view; the last ones end at its border.
 

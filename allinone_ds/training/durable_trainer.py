@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import EarlyStoppingCallback, Trainer, set_seed
 
 from allinone_ds.errors import RunError
 from allinone_ds.run_config.arguments import AllInOneArguments
@@ -94,6 +95,9 @@ class DurableTrainer(Trainer):
             raise
         finally:
             self.stop_signal.close()
+            loader, self.callback_handler.train_dataloader = self.callback_handler.train_dataloader, None
+            if isinstance(loader, Generator):  # else its workers, which ignore SIGTERM for a while, delay the exit
+                loader.close()
             if self._watch is not None:
                 self._watch.close()
 
@@ -168,6 +172,10 @@ class DurableTrainer(Trainer):
         initialized = super()._init_training_state(*args, **kwargs)
         if self._resumed is not None:
             self.state.best_model_checkpoint = best_checkpoint(self._resumed) or self.state.best_model_checkpoint
+            saved = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, dict):
+                    vars(callback).update(saved["attributes"])  # the evaluations that did not improve
         return initialized
 
     def _finish_save(self, after_error: bool = False) -> None:

@@ -14,13 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
 
-from allinone_ds.errors import REQUEUE, RunFailed
+from allinone_ds.errors import INTERRUPTED, REQUEUE, RunFailed
+from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.names import EVENTS_FILE, LOG_FILE
+from allinone_ds.run_folder.new_folder import missing_folders, remove_failed_start
+from allinone_ds.training.ranks.command_watch import COMMAND
+from allinone_ds.training.ranks.failures import FAILURES, first_failure
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -93,43 +98,63 @@ def launch_environment(ranks: int, compiles: bool) -> dict[str, str]:
 
 
 def follow_run(
-    command: Sequence[str], environment: Mapping[str, str], folder: Path, on_event: Callable[[dict[str, Any]], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    resume: str = "",
 ) -> None:
     """Run the launcher until it ends, append its output to RUN/train.log, and report the events in RUN/log.jsonl.
 
-    SIGTERM and SIGUSR1 are forwarded to the ranks, which save a checkpoint and exit; the launcher itself would exit
-    with a different code. An interrupt ends the launcher, which then sends SIGTERM to the ranks.
+    SIGTERM, SIGUSR1 and an interrupt reach the ranks as signals on which they save a checkpoint and exit; the launcher
+    itself would exit with a different code. A second interrupt ends the launcher, which ends the ranks. If the process
+    of this function is killed, the ranks save and exit as well (`end_with_command`).
+
+    The folder is removed again if this call created it and training did not begin, unless its log is the only hint at
+    the reason.
 
     Args:
         command: from `launch_command`.
         environment: from `launch_environment`.
         folder: folder of the run.
         on_event: called with each event of the log, see `EventLog`.
+        resume: command that resumes the run, for messages.
 
     Raises:
         ConfigError: a run is writing to the folder, or the folder cannot be written to.
-        RunFailed: the launcher failed, or ended with exit code `REQUEUE` after a signal.
+        RunFailed: the launcher failed, or a signal ended the run. Its message ends with the error of the rank that
+            failed first, or says what was saved.
     """
-    check_free(folder)
+    made = missing_folders(folder)
     log = folder / LOG_FILE
+    check_free(folder)
     events = _tail(folder / EVENTS_FILE)
     received: list[int] = []
-    with log.open("ab") as sink, _collected_signals(received):
+    signals: list[int] = []
+    stopped: list[int] = []
+
+    def report_events() -> None:
+        for event in next(events):
+            if event["event"] == "stopped":
+                stopped.append(event["step"])
+            on_event(event)
+
+    with TemporaryDirectory(prefix="allinone_ds-") as failures, log.open("ab") as sink, _collected_signals(received):
         start = sink.tell()
         process = subprocess.Popen(
             command,
             stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=dict(environment),
-            start_new_session=True,  # so that an interrupt reaches the ranks once, through the launcher
+            env={**environment, FAILURES: failures, COMMAND: str(os.getpid())},
+            start_new_session=True,  # so that an interrupt reaches the ranks once, through this function
         )
         try:
             while process.poll() is None:
-                for event in next(events):
-                    on_event(event)
+                report_events()
                 while received:
-                    _forward_signal(process.pid, received.pop())
+                    signals.append(received.pop(0))
+                    _pass_on(process, signals)
                 time.sleep(0.2)
         except BaseException:
             process.send_signal(signal.SIGTERM)
@@ -138,21 +163,46 @@ def follow_run(
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
-    for event in next(events):
-        on_event(event)
-    if process.returncode == REQUEUE:
-        raise RunFailed("the run ended because of a signal; its last step is saved, resume with --resume", REQUEUE)
-    if process.returncode:
-        raise RunFailed(_error_message(log, start), process.returncode)
+        failure = first_failure(failures)
+        if failure is not None and process.returncode not in (0, REQUEUE):
+            sink.write(f"\n[allinone_ds] rank {failure.rank} failed first:\n{failure.message}\n".encode())
+    report_events()
+    if not process.returncode:
+        return
+    if process.returncode == REQUEUE or (signals and (failure is None or failure.lost)):
+        interrupted = signal.SIGINT in signals
+        name = (
+            "interrupted" if interrupted else f"ended by {signal.Signals(signals[0]).name if signals else 'a signal'}"
+        )
+        saved = _saved(folder, stopped, resume)
+        remove_failed_start(made)
+        raise RunFailed(f"{name}: {saved}", INTERRUPTED if interrupted else process.returncode)
+    if failure is None:
+        raise RunFailed(_error_message(log, start, process.returncode), process.returncode)
+    gone = remove_failed_start(made)
+    if failure.exit_code is not None:
+        raise RunFailed(failure.message, failure.exit_code)
+    where = "" if gone else f" (all output is in {log})"
+    raise RunFailed(f"rank {failure.rank} failed first{where}:\n{failure.message}", process.returncode)
+
+
+def _saved(folder: Path, stopped: Sequence[int], resume: str) -> str:
+    """Return what a run that was stopped has saved, and how to continue it."""
+    again = f"resume with `{resume}`" if resume else "resume with --resume"
+    if stopped:
+        return f"step {stopped[-1]} is saved in {folder / f'checkpoint-{stopped[-1]}'}; {again}"
+    if found := checkpoints(folder):
+        return f"the run could not save its last step, its last checkpoint is {found[-1]}; {again}"
+    return "no step was saved"
 
 
 @contextlib.contextmanager
 def _collected_signals(received: list[int]) -> Iterator[None]:
-    """Append SIGTERM and SIGUSR1 to `received` instead of handling them."""
+    """Append SIGINT, SIGTERM and SIGUSR1 to `received` instead of handling them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda got, frame: received.append(got)) for number in numbers}
     try:
         yield
@@ -161,12 +211,21 @@ def _collected_signals(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _forward_signal(launcher: int, number: int) -> None:
-    """Send a signal to the ranks, which are the child processes of the launcher."""
-    with contextlib.suppress(psutil.Error):
-        for rank in psutil.Process(launcher).children():
-            with contextlib.suppress(psutil.Error):
-                rank.send_signal(number)
+def _pass_on(launcher: subprocess.Popen[bytes], signals: Sequence[int]) -> None:
+    """Send the last of the received signals to the ranks, which are the child processes of the launcher.
+
+    An interrupt becomes SIGTERM; after a second one, and where there are no ranks yet, the launcher itself ends.
+    """
+    number = signal.SIGTERM if signals[-1] == signal.SIGINT else signals[-1]
+    ranks: list[psutil.Process] = []
+    if list(signals).count(signal.SIGINT) < 2:
+        with contextlib.suppress(psutil.Error):
+            ranks = psutil.Process(launcher.pid).children()
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.send_signal(number)
+    if not ranks:
+        launcher.send_signal(signal.SIGTERM)
 
 
 def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -186,8 +245,8 @@ def _tail(path: Path) -> Iterator[list[dict[str, Any]]]:
         yield found
 
 
-def _error_message(log: Path, start: int, lines: int = 40) -> str:
-    """Return the error message of the run, or the last lines of its log if there is none."""
+def _error_message(log: Path, start: int, status: int, lines: int = 40) -> str:
+    """Return the error message of a run without a recorded failure, or the last lines of its log if there is none."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace").splitlines()
@@ -199,4 +258,6 @@ def _error_message(log: Path, start: int, lines: int = 40) -> str:
                     break
                 message.append(more)
             return "\n".join(message).rstrip()
-    return "\n".join([f"the run failed; the last lines of {log}:", *text[-lines:]])
+    killed = [f"{number.name} ended a rank" for number in signal.Signals if status in (-number, 256 - number)]
+    what = killed[0] if killed else "the run failed"
+    return "\n".join([f"{what}; the last lines of {log}:", *text[-lines:]])

@@ -15,7 +15,7 @@ from allinone_ds.run_folder.manifest import read_manifest
 from allinone_ds.run_folder.names import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import shards_of
 from allinone_ds.training.save_checkpoint import loop_file
-from allinone_ds.zero.checkpoint.layout import read_file
+from allinone_ds.zero.checkpoint.layout import SavedShards, read_file
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
 from allinone_ds.zero.params import whole_shape
@@ -42,7 +42,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
-    check_model(engine.module, checkpoint)
+    check_checkpoint(engine.module, checkpoint)
     own_checkpoint_files(engine)
     manifest = read_manifest(checkpoint)
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
@@ -56,9 +56,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
     else:
         shards = shards_of(checkpoint)
         if shards is None:
-            raise ConfigError(
-                f"{checkpoint} holds no ZeRO shards, only weights (save_only_model); choose a different checkpoint"
-            )
+            raise ConfigError(f"{checkpoint} holds no ZeRO shards; choose a different checkpoint")
         try:
             load_resharded(engine, shards)
         except (KeyError, ValueError) as error:
@@ -82,19 +80,32 @@ def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
         group["lr"] = rate
 
 
-def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuse a checkpoint of a different model, as far as its model.safetensors shows.
+def check_checkpoint(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint from which training cannot resume: of a different model, or without optimizer state.
+
+    Args:
+        model: the model of the run; it may be on the meta device.
+        checkpoint: folder of the checkpoint.
 
     Raises:
         ConfigError: names the tasks whose heads differ.
     """
-    file = checkpoint / WEIGHTS_FILE
-    if not file.is_file():
-        return
-    with safe_open(file, "pt") as weights:
-        saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    if not (checkpoint / "latest").is_file():
+        raise ConfigError(
+            f"{checkpoint} holds only weights (trainer.save_only_model), from which training cannot resume; choose a "
+            f"different checkpoint, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    own = {name: tuple(whole_shape(tensors[name])) for name in model.state_dict()}
+    names = model.state_dict().keys()
+    if (checkpoint / WEIGHTS_FILE).is_file():
+        with safe_open(checkpoint / WEIGHTS_FILE, "pt") as weights:
+            saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    elif (shards := shards_of(checkpoint)) is not None:  # ZeRO-3 that did not gather its weights
+        saved = {name: tuple(shape) for name, shape in SavedShards(shards).shapes.items()}
+        names = {name for name, value in model.named_parameters() if value.requires_grad} | (names & saved.keys())
+    else:
+        return
+    own = {name: tuple(whole_shape(tensors[name])) for name in names}
     if own == saved:
         return
     raise ConfigError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -36,29 +37,14 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
-def backbone_layer(name: str, depth: int) -> int:
-    """Return the layer of a backbone parameter: 0 embeddings, 1 to `depth` transformer layers, `depth` + 1 the rest.
-
-    Args:
-        name: name of the parameter.
-        depth: number of transformer layers.
-
-    Example:
-        >>> backbone_layer("backbone.net.layer.3.norm1.weight", depth=12)
-        4
-    """
-    if ".embeddings." in name:  # checked first: a convolutional stem has numbered layers too
-        return 0
-    found = re.search(r"\.layer\.(\d+)\.", name)
-    return int(found[1]) + 1 if found else depth + 1
-
-
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
     weight_decay: float,
     backbone_lr_factor: float,
     layer_lr_decay: float = 1.0,
+    head_lr_factor: Mapping[str, float] | None = None,
+    head_weight_decay: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an AllInOneModel.
 
@@ -73,18 +59,27 @@ def parameter_groups(
         weight_decay: weight decay of matrices and kernels.
         backbone_lr_factor: learning rate of the backbone divided by that of the heads.
         layer_lr_decay: learning rate of a backbone layer divided by that of the next layer; 1: no layer-wise decay.
+        head_lr_factor: task -> learning rate of its head divided by `learning_rate`; 1 for all others.
+        head_weight_decay: task -> weight decay of its head; `weight_decay` for all others.
 
     Returns:
         Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`. Heads come first: Trainer logs the learning rate of the first group, which is
-        then `learning_rate`.
+        `params`, `lr` and `weight_decay`. Heads come first, those without a factor before the others: Trainer logs the
+        learning rate of the first group, which is then `learning_rate`.
 
     Raises:
-        ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them.
+        ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
+            is given for a task that the model does not have.
     """
+    factors, decays = dict(head_lr_factor or {}), dict(head_weight_decay or {})
+    heads = [name for name, _ in model.tasks.named_children()]  # type: ignore[union-attr]
+    for name in (*factors, *decays):
+        if name not in heads:
+            raise ConfigError(f"head_lr_factor or head_weight_decay of '{name}': {did_you_mean(name, heads)}")
     exempt = without_decay(model)
     backbone: Any = model.backbone
-    depth = backbone.config.num_hidden_layers if layer_lr_decay != 1.0 else 0
+    depth = backbone.depth if layer_lr_decay != 1.0 else 0
+    layers = backbone.layer_numbers() if layer_lr_decay != 1.0 else {}
     groups: dict[str, dict[str, Any]] = {}
     owner: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -94,10 +89,10 @@ def parameter_groups(
         if parts[0] == "backbone":
             component, lr = "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
-                layer = backbone_layer(name, depth)
+                layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
         elif parts[0] == "tasks" and len(parts) > 2:
-            component, lr = f"head/{parts[1]}", learning_rate
+            component, lr = f"head/{parts[1]}", learning_rate * factors.get(parts[1], 1.0)
         else:
             raise ConfigError(
                 f"parameter '{name}' is neither in model.backbone nor in model.tasks; move it into one, or freeze it"
@@ -110,7 +105,7 @@ def parameter_groups(
             continue
         owner[parameter] = component
         key = f"{component}/{'no_decay' if name in exempt else 'decay'}"
-        decay = 0.0 if name in exempt else weight_decay
+        decay = 0.0 if name in exempt else decays.get(component.removeprefix("head/"), weight_decay)
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
+    return sorted(groups.values(), key=lambda g: (g["name"].startswith("backbone"), g["lr"] != learning_rate))

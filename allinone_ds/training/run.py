@@ -7,23 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from allinone_ds.data.loader import TaskData
 from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots
-from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.report import write_predictions_page, write_report
-from allinone_ds.run_config.arguments import arguments_from_config
-from allinone_ds.run_config.build import build_model, open_test_data, open_train_data, without_checkpoint
-from allinone_ds.run_config.run_files import ModelFacts, RunFiles, save_run_files
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
+from allinone_ds.run_config.build import (
+    build_model,
+    inspect_data,
+    open_test_data,
+    open_train_data,
+    without_checkpoint,
+)
+from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_of
 from allinone_ds.run_folder.collective import lock_run
-from allinone_ds.run_folder.event_log import EventLog
 from allinone_ds.run_folder.names import AVERAGED, DETAILS, METRICS_FILE, PLOTS, WORST_PICTURES
+from allinone_ds.run_folder.new_folder import missing_folders, remove_failed_start
+from allinone_ds.training.start.arguments import require_launcher
+from allinone_ds.training.start.callbacks import configured_callbacks
 from allinone_ds.training.trainer import AllInOneTrainer
 from allinone_ds.training.warm_start import start_from
 
@@ -51,21 +58,35 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         DataError: the data is invalid.
         RunError: the run cannot continue.
     """
+    require_launcher()
     args = arguments_from_config(config)  # before the model: ZeRO-3 partitions the model while it is built
     resume_from = parse_resume(config.trainer.get("resume_from_checkpoint"))
+    callbacks = configured_callbacks(config)
     check_resume(resume_from, config.run_dir)
+    made = missing_folders(config.run_dir) if args.process_index == 0 else []
     lock_run(config.run_dir)
+    try:
+        return _train(config, args, resume_from, callbacks)
+    except BaseException:
+        remove_failed_start(made)
+        raise
+
+
+def _train(
+    config: RunConfig, args: AllInOneArguments, resume_from: bool | Path, callbacks: list[TrainerCallback]
+) -> dict[str, float] | None:
     set_seed(args.seed)
     train_data = open_train_data(config)
+    sizes = {name: len(data.dataset) for name, data in train_data.items()}
+    args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
+    inspect_data(config, train_data, test_data)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)
     facts = ModelFacts(backbone=without_checkpoint(config.model.backbone, model.backbone.config), classes=classes)
-    details: Mapping[str, Any] = {}
     weighting, balancer_options = config.balancer.weighting(), config.balancer.options()
-    events = EventLog(config.run_dir)
     trainer = AllInOneTrainer(
         model=model,
         args=args,
@@ -73,17 +94,37 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         eval_dataset=test_data,
         weighting=weighting,
         balancer_options=balancer_options,
-        callbacks=[RunFiles(config, facts), events, PrintProgress()],
+        callbacks=[RunFiles(config, facts), *callbacks],
     )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
     result = trainer.train(resume_from_checkpoint=resume_from)
+    return finish_run(trainer, result.metrics)
+
+
+def finish_run(trainer: AllInOneTrainer, training: Mapping[str, float] | None = None) -> dict[str, float] | None:
+    """Write what the folder of a trained run holds beside its checkpoints, and evaluate it. Collective.
+
+    Args:
+        trainer: the trainer, after `train`.
+        training: the metrics that `train` returned, for metrics.json.
+
+    Returns:
+        The final metrics; None if SIGTERM or SIGUSR1 ended training after a checkpoint.
+
+    Example::
+
+        result = trainer.train()
+        finish_run(trainer, result.metrics)["eval_score"]
+    """
+    args, test_data = trainer.args, trainer.test_data
+    details: Mapping[str, Any] = {}
     if trainer.stop_signal.caught:
         if trainer.is_world_process_zero():
-            events.write("stopped", step=trainer.state.global_step, signal=trainer.stop_signal.caught)
+            trainer.events.write("stopped", step=trainer.state.global_step, signal=trainer.stop_signal.caught)
         return None
     trainer.save_model()
-    metrics = {**result.metrics, "steps": trainer.state.global_step, "world_size": args.world_size}
+    metrics = {**(training or {}), "steps": trainer.state.global_step, "world_size": args.world_size}
     if test_data:
         evaluated, details = _last_evaluation(trainer)
         metrics.update(evaluated)
@@ -93,10 +134,11 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
         drawings = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws)
         worst = collect_drawings(trainer.deepspeed, test_data, args.device, 12, draws, worst_images(details))
     if args.ema_decay is not None:
-        metrics.update(_save_averaged(trainer, config, facts, metrics))
+        metrics.update(_save_averaged(trainer, metrics))
     if trainer.is_world_process_zero():
-        folder = config.run_dir
-        save_run_files(config, facts, folder)
+        folder = Path(str(args.output_dir))
+        if trainer.run_files is not None:
+            trainer.run_files.on_checkpoint(folder)
         _write_metrics(folder, metrics, details)
         write_plots(trainer.state.log_history, folder / PLOTS)
         if test_data:
@@ -108,17 +150,16 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     return metrics
 
 
-def _save_averaged(
-    trainer: AllInOneTrainer, config: RunConfig, facts: ModelFacts, metrics: Mapping[str, float]
-) -> dict[str, float]:
+def _save_averaged(trainer: AllInOneTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
     """Write the folder of the averaged weights; return their metrics, named eval_ema_TASK_METRIC. Collective."""
-    folder = config.run_dir / AVERAGED
+    folder = Path(str(trainer.args.output_dir)) / AVERAGED
     with trainer.averaged_weights():
         trainer.save_model(str(folder))
-        averaged = trainer.evaluate(metric_key_prefix="eval_ema") if trainer.eval_dataset else {}
+        averaged = trainer.evaluate(metric_key_prefix="eval_ema") if trainer.test_data else {}
         details = trainer.details.get(("eval_ema", trainer.state.global_step), {})
     if trainer.is_world_process_zero():
-        save_run_files(config, facts, folder)
+        if trainer.run_files is not None:
+            trainer.run_files.on_checkpoint(folder)
         renamed = {key.replace("eval_ema_", "eval_"): value for key, value in averaged.items()}
         _write_metrics(folder, renamed | {key: metrics[key] for key in ("steps", "world_size")}, details)
     return averaged
@@ -136,6 +177,12 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             0,
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
+        )
+    if trainer.weighting_unused:
+        trainer.warn(
+            0,
+            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
+            "gradient, and the logged norms are those of the heads",
         )
     for part in data.values():
         for problem in part.dataset.structural[:_MAX_WARNINGS]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from allinone_ds.distributed import barrier, rank, world_size
+from allinone_ds.training.ranks.failures import record_failure
 
 
 class StallWatch:
@@ -164,6 +165,7 @@ class StallWatch:
 
     def _print_and_exit(self, message: str) -> None:
         if self._prints:
+            record_failure(message)
             print(f"error: {message}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the launcher ends all ranks when the first one exits: let that one print

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.weightings.clipping import TBGC
+from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
@@ -25,9 +25,13 @@ from allinone_ds.evaluation.metrics import Evaluation, flatten
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings, worst_images
+from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.trackers import LOWEST, use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_config.run_files import RunFiles
+from allinone_ds.run_config.script_run import script_run_files
 from allinone_ds.run_folder.checkpoints import step_of
+from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
@@ -35,6 +39,7 @@ from allinone_ds.training.load_checkpoint import read_loop_state
 from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.zero.params import cast_unpartitioned
 
@@ -54,6 +59,13 @@ class AllInOneTrainer(DurableTrainer):
     In addition to Trainer's values it logs those of `TaskLogs`, and skipped/TASK: the number of steps that skipped the
     task because its loss, gradient or factor was not finite.
 
+    `output_dir` is a run's folder: log.jsonl, config.yaml and model.json are written to it, the last two from the
+    objects given here, so that the commands `report`, `eval`, `export` and `predict` and `allinone_ds.load` work on it
+    as on the run of a YAML file. `finish_run` adds the weights and results at the end.
+
+    If the whole backbone is frozen there is nothing to balance: the heads train on their own gradients (`Sum`), and the
+    logged norms are those of the heads.
+
     Args:
         model: an AllInOneModel.
         args: arguments; `args.deepspeed` determines the ZeRO stage.
@@ -70,6 +82,10 @@ class AllInOneTrainer(DurableTrainer):
         ValueError: `eval_strategy` is set without evaluation data.
 
     Attributes:
+        events: the event log of the run, RUN/log.jsonl.
+        run_files: what writes config.yaml and model.json to the run's folder and to every checkpoint; None if the model
+            cannot be built again from such files.
+        weighting_unused: whether the whole backbone is frozen.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
         details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
             described in `allinone_ds.tasks.details`.
@@ -104,26 +120,44 @@ class AllInOneTrainer(DurableTrainer):
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
+        require_launcher()
+        raise_all(argument_problems(args, {name: model.tasks[name] for name in eval_dataset or {}}))  # type: ignore[index]
         counted = use_frequencies(dict(model.tasks), {task: data.dataset for task, data in train_dataset.items()})  # type: ignore[arg-type]
         settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
+        weighting = TBGC() if weighting is None else weighting
+        self._gaps: list[str] = []
+        self.run_files = find_callback(callbacks, RunFiles)
+        if self.run_files is None:
+            self.run_files, self._gaps = script_run_files(
+                model, args, train_dataset, eval_dataset or {}, weighting, balancer_options or {}
+            )
+        self.events = find_callback(callbacks, EventLog) or EventLog(str(args.output_dir))
+        printed = find_callback(callbacks, PrintProgress) or PrintProgress()
+        own = [callback for callback in (self.run_files, self.events, printed) if callback is not None]
+        given = [*own, *(callback for callback in callbacks or [] if callback not in own)]
         super().__init__(
             model=model,
             args=args,
             train_dataset=dict(train_dataset),  # type: ignore[arg-type]
             eval_dataset=dict(eval_dataset) if eval_dataset else None,  # type: ignore[arg-type]
-            callbacks=[EpochFromStep(), *(callbacks or [])],
+            callbacks=[EpochFromStep(), *given],
         )
         self.remove_callback(PrinterCallback)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
-        self.weighting = TBGC() if weighting is None else weighting
+        self.weighting = weighting
+        self._shared: Any = "backbone"
+        self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
+        if self.weighting_unused:
+            self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
         self.balancer_options = dict(balancer_options or {})
         self.schedule = Schedule(
             seed=args.seed if args.data_seed is None else args.data_seed,
             sizes={task: len(data.dataset) for task, data in train_dataset.items()},
             batch={task: (data.batch_size, data.micro_steps) for task, data in train_dataset.items()},
             world_size=args.world_size,
+            parts={task: data.dataset.parts for task, data in train_dataset.items()},
         )
         parallel = self.balancer_options.get("parallel", "data")
         groups = groups_for(parallel, self.balancer_options.get("groups"), self.schedule.tasks, args.world_size)
@@ -220,7 +254,26 @@ class AllInOneTrainer(DurableTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate is for language models
 
+    @property
+    def test_data(self) -> dict[str, TaskData]:
+        """{task: evaluation data}, empty if there is none."""
+        data: Any = self.eval_dataset
+        return data or {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for gap in self._gaps:
+            self.warn(self.state.global_step, gap)
+        return super().train(*args, **kwargs)
+
     # ---- one step ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule that `lr_scheduler_type` names."""
+        engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
+        engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
+        if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
+            engine_optimizer.defaults = {"lr": self.args.learning_rate}
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
@@ -228,7 +281,13 @@ class AllInOneTrainer(DurableTrainer):
             args = self.args
             module: Any = self.model if model is None else model
             groups = parameter_groups(
-                module, args.learning_rate, args.weight_decay, args.backbone_lr_factor, args.layer_lr_decay
+                module,
+                args.learning_rate,
+                args.weight_decay,
+                args.backbone_lr_factor,
+                args.layer_lr_decay,
+                args.head_lr_factor,
+                args.head_weight_decay,
             )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = cls(groups, **kwargs)
@@ -253,7 +312,7 @@ class AllInOneTrainer(DurableTrainer):
             self.balancer = TaskBalancer(
                 model,
                 self.schedule.tasks,
-                "backbone",
+                self._shared,
                 self.weighting,
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,
@@ -299,7 +358,7 @@ class AllInOneTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
-            logs.update(self._logs.drain(self.state.global_step, self.state.log_history))
+            logs.update(self._logs.drain(self.state.global_step))
             for message in self._logs.warnings:
                 self.warn(self.state.global_step, message)
             if self.balancer is not None:

@@ -9,7 +9,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-_KEPT_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "communication_data_type")
+from allinone_ds.zero.engines.loss_scale import grad_scaler
+
+_KEPT_SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type")
 
 
 def engine_like(engine: Any, model: nn.Module, groups: list[dict[str, Any]], lr: float) -> Any:
@@ -30,7 +32,11 @@ def engine_like(engine: Any, model: nn.Module, groups: list[dict[str, Any]], lr:
         "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
-    return deepspeed.initialize(model=model, optimizer=torch.optim.SGD(groups, lr=lr), config=config)[0]
+    like = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(groups, lr=lr), config=config)[0]
+    scaler = grad_scaler(like)
+    if scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 4.0})
+    return like
 
 
 def whole_weights(engine: Any) -> dict[str, Tensor]:

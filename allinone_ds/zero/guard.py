@@ -1,4 +1,4 @@
-"""Prevents direct calls of an engine's `backward` and `step` while a balancer owns the engine."""
+"""Prevents calls that would change gradients or weights behind a balancer's back while it owns an engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
 
 class EngineGuard:
-    """Wraps `engine.backward` and `engine.step`; outside `allowed()` they raise and change nothing.
+    """Refuses an engine's `backward` and `step`, gradients of any other backward, and steps of its optimizer.
+
+    Nothing is refused inside `allowed()`. Within a step of the balancer, `zero_grad` and `load_checkpoint` are refused
+    too.
 
     Args:
-        engine: a DeepSpeedEngine; its two methods are replaced on the instance until `remove`.
+        engine: a DeepSpeedEngine; some methods are replaced on the instance until `remove`.
         error: the exception class to raise.
+
+    Attributes:
+        in_step: whether a task of the current step has begun.
 
     Raises:
         error: the engine has a guard already.
@@ -20,28 +29,65 @@ class EngineGuard:
 
     def __init__(self, engine: Any, error: type[Exception]):
         self.engine = engine
+        self.in_step = False
+        self._error = error
         self._open = False
+        self._stray: str | None = None
         if "step" in vars(engine):
             raise error("this engine already has a TaskBalancer; call its detach() before constructing a second one")
-        engine.backward = self._guarded(
-            engine.backward, error, "engine.backward", "balancer.backward(loss) inside balancer.task(...)"
-        )
-        engine.step = self._guarded(engine.step, error, "engine.step", "balancer.step() after the last task")
+        step = "balancer.step() after the last task"
+        self._replaced: list[tuple[Any, str]] = []
+        self._guard(engine, "backward", "engine.backward", "balancer.backward(loss) inside balancer.task(...)")
+        self._guard(engine, "step", "engine.step", step)
+        for owner, name in ((engine, "engine"), (engine.optimizer, "optimizer")):
+            self._guard(owner, "zero_grad", f"{name}.zero_grad", "nothing: every step begins without gradients", True)
+        self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True)
+        base = engine.basic_optimizer
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in _trainable(engine)]
+        if isinstance(base, Optimizer):
+            self._hooks.append(base.register_step_pre_hook(lambda *_: self._check("optimizer.step", step)))
 
-    def _guarded(self, method: Callable[..., Any], error: type[Exception], name: str, use: str) -> Callable[..., Any]:
+    def _guard(self, owner: Any, method: str, name: str, use: str, in_step_only: bool = False) -> None:
+        own: Callable[..., Any] = getattr(owner, method)
+
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            if not self._open:
-                raise error(
-                    f"{name}() was called on an engine that a TaskBalancer owns; use {use}, "
-                    "or balancer.detach() to train without it"
-                )
-            return method(*args, **kwargs)
+            if self.in_step or not in_step_only:
+                self._check(name, use)
+            return own(*args, **kwargs)
 
-        return guarded
+        setattr(owner, method, guarded)
+        self._replaced.append((owner, method))
+
+    def _check(self, name: str, use: str) -> None:
+        if not self._open:
+            within = " in the middle of a step" if self.in_step else ""
+            raise self._error(
+                f"{name}() was called{within} on an engine that a TaskBalancer owns; use {use}, "
+                "or balancer.detach() to train without it"
+            )
+
+    def _on_gradient(self, param: Parameter) -> None:
+        if not self._open:
+            self._stray = (
+                "a backward outside balancer.backward() gave parameters a gradient, as loss.backward() does; use "
+                "balancer.backward(loss) inside balancer.task(...), and torch.autograd.grad for gradients of your own"
+            )
+            param.grad = None
+            raise self._error(self._stray)
+
+    def forget_stray(self) -> None:
+        """Go on after gradients of a different backward, which have been dropped."""
+        self._stray = None
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Allow calls of the two methods inside this block."""
+        """Allow every call inside this block.
+
+        Raises:
+            error: a different backward has left gradients.
+        """
+        if self._stray is not None:
+            raise self._error(self._stray)
         self._open = True
         try:
             yield
@@ -49,5 +95,12 @@ class EngineGuard:
             self._open = False
 
     def remove(self) -> None:
-        """Restore the engine's own methods."""
-        del self.engine.backward, self.engine.step
+        """Restore the methods, and remove the hooks."""
+        for owner, method in self._replaced:
+            delattr(owner, method)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _trainable(engine: Any) -> list[Parameter]:
+    return [param for param in engine.module.parameters() if param.requires_grad]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from pydantic import ValidationError
 
 from allinone_ds.errors import UnsupportedEngine
 from allinone_ds.zero.engines.choose import adapter_class
+from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
 
+_SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
+_CHANGES_GRADIENTS = ("muon", "onebit", "zeroone")
 _EMBEDDINGS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 CHECKED_RELEASES = ("0.19.8",)
 """DeepSpeed releases whose private fields were read and whose exactness table was run."""
@@ -56,32 +63,93 @@ def refuse_unsupported(engine: Any, allow_gradient_clipping: bool) -> None:
         )
 
 
-def _refusals(engine: Any) -> list[tuple[str, str]]:
-    """(what is not served, what to do instead) of everything that applies to the engine."""
-    zero = engine._config.zero_config
+def config_problems(content: Mapping[str, Any]) -> list[str]:
+    """Return what DeepSpeed or the balancer refuses in a DeepSpeed configuration, without an engine.
+
+    Args:
+        content: the configuration; values "auto" and the batch sizes are left out.
+
+    Returns:
+        One line per problem, to be put behind the name of the configuration.
+
+    Example:
+        >>> config_problems({"zero_optimization": {"stage": 2}, "gradient_allreduce_op": "sum"})
+        [': gradient_allreduce_op = "sum" cannot be balanced; remove the key: a task is a mean over ranks']
+        >>> config_problems({"zero_optimization": {"stage": 5}})
+        ['.zero_optimization.stage = 5: Input should be 0, 1, 2, 3 or 3']
+    """
+    batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    try:
+        config = DeepSpeedConfig({**_without_auto(content), **batch})
+    except ValidationError as error:
+        return [f"{_place(content, e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+    except Exception as error:  # DeepSpeed raises many types, among them AssertionError and KeyError
+        return [f": {' '.join(str(error).split()) or repr(error)}"]
+    return [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
+
+
+def _without_auto(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_auto(value) for key, value in content.items() if value != "auto"}
+    return content
+
+
+def _place(content: Mapping[str, Any], path: tuple[Any, ...], where: str = "") -> str:
+    """Return the dotted name of a key in a configuration; `path` is its place in the section that holds it."""
+    if path[:1] and path[0] in content:
+        return f"{where}.{'.'.join(map(str, path))}"
+    sections = ((key, value) for key, value in content.items() if isinstance(value, Mapping))
+    return next((found for key, value in sections if (found := _place(value, path, f"{where}.{key}"))), "")
+
+
+def _setting_refusals(config: Any) -> list[tuple[str, str]]:
+    """(what is not served, what to do instead) of everything in the configuration of an engine that applies."""
+    zero = config.zero_config
     offload = [c for c in (zero.offload_optimizer, zero.offload_param) if c is not None]
     nvme = any(str(getattr(c.device, "value", c.device)) == "nvme" for c in offload)
+    scaled = config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16
+    rows: list[tuple[bool, str, str]] = [
+        (getattr(zero, "zenflow", None) is not None, "ZenFlow", "remove the zenflow section"),
+        (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
+        (nvme, "NVMe offload", "offload to cpu or not at all"),
+        (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
+        (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
+        (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
+        (bool(zero.zero_quantized_gradients), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
+        (bool(config.compile_config.deepcompile), "DeepCompile", "set compile.deepcompile to false"),
+        (MANAGES_ACCUMULATION and not config.managed_gradient_accumulation,
+         "managed_gradient_accumulation = false", "remove the key"),
+        (scaled and config.float16_config.enabled, "torch_autocast in fp16 beside the fp16 section",
+         "DeepSpeed scales the loss once and divides its gradient by both scales; remove one of the two sections"),
+        (scaled and not getattr(zero, "compute_grad_norm", True),
+         "torch_autocast in fp16 with compute_grad_norm = false",
+         "DeepSpeed would not see an overflow; remove the key compute_grad_norm"),
+        (zero.stage == 3 and config.gradient_predivide_factor != 1.0, "gradient_predivide_factor on ZeRO-3",
+         "DeepSpeed divides by it and may not multiply again; remove the key"),
+        (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
+         "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
+    ]  # fmt: skip
+    return [(reason, advice) for wrong, reason, advice in rows if wrong]
+
+
+def _refusals(engine: Any) -> list[tuple[str, str]]:
+    """(what is not served, what to do instead) of everything that applies to the engine."""
     optimizer_name = type(getattr(engine, "basic_optimizer", None)).__name__
     rows: list[tuple[bool, str, str]] = [
         (isinstance(engine, PipelineEngine), "a pipeline engine", "use ZeRO without PipelineModule"),
         (adapter_class(engine) is None, "an engine without an optimizer of its own",
          "give deepspeed.initialize an optimizer or an optimizer section"),
-        (bool(getattr(engine, "zenflow", False)), "ZenFlow", "remove the zenflow section"),
-        (bool(engine.super_offload()), "SuperOffload", "set super_offload to false"),
-        (nvme, "NVMe offload", "offload to cpu or not at all"),
         (bool(engine.has_moe_layers), "mixture-of-experts layers", "their gradients are averaged over other ranks"),
-        (engine.mpu is not None or engine.autotp_size() > 1, "tensor or model parallelism", "use ZeRO alone"),
-        (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
-        (bool(engine.zero_quantized_gradients()), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
-        (bool(engine.is_deepcompile_enabled()), "DeepCompile", "set compile.deepcompile to false"),
-        (MANAGES_ACCUMULATION and not engine.managed_gradient_accumulation(),
-         "managed_gradient_accumulation = false", "remove the key"),
-        (engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16, "torch_autocast in fp16",
-         "its loss scale would be in the norms; use torch_autocast in bf16, or the fp16 section"),
+        (engine.mpu is not None, "tensor or model parallelism", "use ZeRO alone"),
+        (engine.mesh_device is not None or engine.sequence_parallel_size > 1, "sequence parallelism (a device mesh)",
+         "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"),
+        (isinstance(engine, DeepSpeedHybridEngine), "the hybrid engine", "remove the hybrid_engine section"),
+        (grad_scaler(engine) is not None and getattr(engine.optimizer, "custom_loss_scaler", False),
+         "override_loss_scale with torch_autocast",
+         "DeepSpeed would multiply by one scale and divide by both; do not call it"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
-        (not engine.gradient_average, 'gradient_allreduce_op = "sum"', "remove the key: a task is a mean over ranks"),
-        ("Muon" in optimizer_name or "Bit" in optimizer_name, f"the optimizer {optimizer_name}",
+        (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
          "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
     ]  # fmt: skip
-    return [(reason, advice) for wrong, reason, advice in rows if wrong]
+    return _setting_refusals(engine._config) + [(reason, advice) for wrong, reason, advice in rows if wrong]

@@ -36,7 +36,7 @@ def measure() -> list[dict]:
     import torch.distributed as dist
 
     from allinone_ds import TBGC, TaskBalancer
-    from allinone_ds.balance.sketch import default_size
+    from allinone_ds.balance.combiners.sketch import default_size
     from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
     from allinone_ds.run_config.engine_settings import read_engine
 
@@ -76,7 +76,7 @@ def measure() -> list[dict]:
 
 def compute(gpus: int) -> list[dict]:
     """Return memory (without activations) and bytes sent per GPU, by formula, for a large model in bf16 with AdamW."""
-    from allinone_ds.balance.sketch import default_size
+    from allinone_ds.balance.combiners.sketch import default_size
     from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
     from allinone_ds.run_config.engine_settings import read_engine
 

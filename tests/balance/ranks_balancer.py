@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting_from_config
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
-from tests.balance import ranks_local_norms, ranks_misuse, ranks_other_loops, ranks_partial_steps, ranks_task_parallel
+from tests.balance import (
+    ranks_error_paths,
+    ranks_gradients,
+    ranks_habits,
+    ranks_local_norms,
+    ranks_loss_scales,
+    ranks_misuse,
+    ranks_other_loops,
+    ranks_partial_steps,
+    ranks_task_parallel,
+    ranks_weightings,
+)
 from tests.balance.engines import (
     CASES,
     cases,
@@ -203,9 +214,13 @@ def all_checks(world: int) -> dict:
         for module in (
             ranks_partial_steps,
             ranks_misuse,
+            ranks_gradients,
+            ranks_habits,
             ranks_local_norms,
+            ranks_loss_scales,
             ranks_other_loops,
             ranks_task_parallel,
+            ranks_weightings,
         ):
             checks |= _all_in(vars(module))
     else:
@@ -220,7 +235,7 @@ def all_checks(world: int) -> dict:
         checks["local_weights"] = partial(
             ranks_local_norms.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
         )
-    return checks
+    return checks | ranks_error_paths.all_paths(world)
 
 
 def _all_in(names: dict) -> dict:

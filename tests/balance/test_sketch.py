@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from allinone_ds.balance.sketch import SMALLEST, Sketcher, default_size, norm_error
+from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher, default_size, norm_error
 
 K, DRAWS = 256, 400
 GENERATOR = torch.Generator().manual_seed(0)

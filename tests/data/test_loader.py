@@ -1,13 +1,18 @@
 """Loaders: batches depend only on the schedule, broken samples are replaced and reported, ranks stay in step."""
 
 import math
+import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images, train_transform
 from allinone_ds.data.base import SampleDataset
@@ -16,6 +21,7 @@ from allinone_ds.data.loader import TaskData, eval_loader, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.tasks.detection import DetectionTask
 from tests.data.tiny_sets import write_images
 
 SIZE = (16, 16)
@@ -272,3 +278,72 @@ def test_boxes_and_masks_keep_their_type_through_workers(coco_root):
 
 def detection_collate(samples):
     return {"pixel_values": stack_images(samples)}
+
+
+# ---- file descriptors
+
+
+DESCRIPTORS = """
+import resource, sys
+from tests.data.test_loader import Boxes, count_boxes
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+print(count_boxes(Boxes(600)))
+"""
+
+
+class Boxes(SampleDataset):
+    """Samples of detection, whose fields are four tensors."""
+
+    kind = "detection"
+    classes = ["a"]
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        boxes = tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, 8, 8]]), format="XYXY", canvas_size=(16, 16))
+        fields = {"boxes": boxes, "labels": torch.tensor([0]), "iscrowd": torch.tensor([False])}
+        return {"image": tv_tensors.Image(torch.zeros(3, 16, 16, dtype=torch.uint8)), **fields, "index": index}
+
+
+def count_boxes(dataset: SampleDataset) -> tuple[int, int]:
+    """Read a dataset in batches of 100 with two workers, first to evaluate and then to train; return both counts."""
+    batches = list(eval_loader(dataset, eval_transform(SIZE), DetectionTask.collate, 100, num_workers=2))
+    tested = sum(len(sample["boxes"]) for batch in batches for sample in batch.samples)
+    data = {"n": TaskData(dataset, eval_transform(SIZE), DetectionTask.collate, 100)}
+    schedule = Schedule(0, {"n": len(dataset)}, {"n": (100, 1)}, 1)
+    steps = list(train_loader(data, schedule, 0, 0, 6, num_workers=2))
+    return tested, sum(len(image["boxes"]) for step in steps for image in step.batches["n"][0]["labels"])
+
+
+def test_workers_do_not_exhaust_the_file_descriptors():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", DESCRIPTORS], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split("\n")[0] == "(600, 600)", done.stderr[-2000:]
+
+
+def test_an_image_that_a_transform_refuses_is_replaced_and_named(tmp_path):
+    write_images(tmp_path / "images", 4)
+    Image.fromarray(np.zeros((5, 6, 3), dtype=np.uint8)).save(tmp_path / "images" / "1.png")
+    (tmp_path / "list.txt").write_text("".join(f"{i}.png 0\n" for i in range(4)))
+    dataset = open_source(ImageListSource(format="image_list", images="images", list="list.txt"), tmp_path)
+    transform = train_transform([{"Pad": {"padding": 10, "padding_mode": "reflect"}}], SIZE)
+    data = {"n": TaskData(dataset, transform, collate, 2)}
+    schedule = Schedule(0, {"n": 4}, {"n": (2, 1)}, 1)
+    reported = [line for step in train_loader(data, schedule, 0, 0, 4, max_broken=3) for line in step.broken]
+    assert set(reported) == {reported[0]}
+    assert re.search(r"images/1\.png: Pad\(.*cannot be applied to its 6 x 5 pixels .*change the options", reported[0])
+    with pytest.raises(DataError, match=r"1\.png: Pad"):
+        list(train_loader(data, schedule, 0, 0, 4, max_broken=0))
+
+
+def test_what_a_metric_keeps_of_an_evaluation_keeps_no_more():
+    [batch] = eval_loader(Boxes(4), eval_transform(SIZE), DetectionTask.collate, 4, num_workers=1)
+    for sample in batch.samples:
+        assert type(sample["boxes"]) is tv_tensors.BoundingBoxes
+        assert sample["boxes"].untyped_storage().nbytes() == sample["boxes"].nbytes

@@ -1,7 +1,7 @@
 """`open_source` and the type `Source`: what holds for every data format, and how a format is added."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import pytest
@@ -95,9 +95,10 @@ def test_a_new_format_is_opened_and_checked(tmp_path):
     cats = Extended.validate_python({"format": "one_class", "images": "cat", "expect": {"samples": COUNT + 1}})
     dogs = Extended.validate_python({"format": "one_class", "images": "dog"})
     found = check_sources({"cats": cats, "dogs": dogs}, tmp_path, progress=False)
-    assert [Path(p.file).name for p in found] == ["cat", "3.png", "dog"]
+    assert [Path(p.file).name for p in found] == ["cat", "cat", "3.png", "dog"]
     assert [p.reason.split(";")[0] for p in found] == [
         "holds 7 samples, expect.samples is 8: 1 missing",
+        "only class 'cat' occurs, so there is nothing to tell apart",
         "is not an image, or its header is damaged",
         "contains no sample",
     ]
@@ -113,6 +114,30 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
     with pytest.raises(ValidationError, match=r"one_class\.image\n.*not permitted"):
         Extended.validate_python({"format": "one_class", "images": "cat", "image": "x"})
     assert isinstance(Extended.validate_python(COCO), SourceConfig)  # the formats of the package remain available
+
+
+NOT_PATHS = {"format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"}
+"""Fields of text that name no file or folder."""
+
+
+def text_fields() -> list[tuple[type[SourceConfig], str]]:
+    def accepts_text(annotation) -> bool:
+        return annotation is str or any(map(accepts_text, get_args(annotation)))
+
+    return [
+        (source_class, name)
+        for source_class in SOURCE_CLASSES
+        for name, field in source_class.model_fields.items()
+        if name not in NOT_PATHS and accepts_text(field.annotation)
+    ]
+
+
+@pytest.mark.parametrize(("source_class", "name"), text_fields(), ids=str)
+def test_every_path_of_a_format_is_expanded(source_class, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    field = source_class.model_fields[name]
+    adapter = TypeAdapter(Annotated[field.annotation, name, *field.metadata])
+    assert adapter.validate_python("~/x") == "/home/me/x"
 
 
 def test_every_format_of_the_package_is_registered():

@@ -42,6 +42,19 @@ def test_graphs_equal_the_model(tmp_path: Path, heads: dict, outputs: dict[str, 
                 torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
 
 
+def test_the_graph_of_a_hierarchical_backbone_equals_the_model(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    heads = {name: {"image_size": 16} for name in ("det", "seg", "cls")}
+    model = untrained_run(tmp_path, "patch", heads, model_type="swin", config=sizes)
+    session = onnxruntime.InferenceSession(write_onnx(model, "seg", tmp_path / "seg.onnx"))
+    for batch in (1, 3):
+        pixels = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = TaskGraph(model, "seg")(pixels)[0]
+        actual = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("heads", [LIGHT, WINNING])
 def test_decoded_boxes_are_those_of_predict(tmp_path: Path, heads: dict) -> None:
     model = untrained_run(tmp_path, heads=heads)

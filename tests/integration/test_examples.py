@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+import allinone_ds
+from allinone_ds import cli
+from allinone_ds.evaluation.predictor import evaluate_run
 from allinone_ds.testing.launcher import torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +43,30 @@ def test_accelerate_loop_trains() -> None:
     assert last < first
 
 
-def test_trainer_script_reports_norms_and_scores(tmp_path: Path) -> None:
-    out = run("trainer_script.py", "--steps", "20", "--output", str(tmp_path), TORCHDYNAMO_DISABLE="1")
+def test_the_folder_of_a_trainer_script_is_that_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    out = run("trainer_script.py", "--steps", "20", "--output", str(folder), TORCHDYNAMO_DISABLE="1")
     assert "grad_norm/boxes/raw" in out and "eval_score" in out
+    assert "step 20/20  0:00 left  loss: boxes" in out  # progress
+    events = [json.loads(line)["event"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert events[0] == "begin" and {"log", "end"} <= set(events)
+    monkeypatch.chdir(tmp_path)
+    measured = json.loads((folder / "metrics.json").read_text())
+    evaluation = evaluate_run(folder)
+    for task, metric in (("boxes", "map50"), ("labels", "top1")):
+        assert evaluation.tasks[task][metric] == pytest.approx(measured[f"eval_{task}_{metric}"], abs=1e-6)
+    for command in (["eval"], ["report"], ["export"]):
+        assert cli.main([*command, str(folder)]) == 0
+    assert (
+        "boxes" in (folder / "report.html").read_text()
+        and "for 20 steps" in (folder / "export" / "model" / "README.md").read_text()
+    )
+    image = next((folder / "data" / "detection" / "test").glob("*.jpg"))
+    from_run = allinone_ds.load(folder).predict(image, "labels")[0]["scores"]
+    exported = allinone_ds.load(folder / "export" / "model").predict(image, "labels")[0]["scores"]
+    assert (from_run == exported).all()
+    assert cli.main(["predict", str(folder), str(image), "--output", str(tmp_path / "out")]) == 0
+    assert set(json.loads((tmp_path / "out" / f"{image.stem}.json").read_text())) == {"image", "boxes", "labels"}
+    capsys.readouterr()

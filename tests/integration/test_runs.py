@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from allinone_ds.run_config.schema import load_config
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.training.load_checkpoint import read_loop_state
 from tests.tiny_run import TEST_SAMPLES, launch
+from tools.make_reference import EVALUATION_NAMES, EVENTS, TRAINER_NAMES, log_names
 
 OVERRIDES = ["trainer.load_best_model_at_end=true", "trainer.ema_decay=0.5"]
 
@@ -68,6 +70,17 @@ def test_every_step_is_logged_once_by_task_and_name(run: Path) -> None:
         assert entry["epoch"] == entry["step"] / 4
     # 4 images per rank and step on 2 ranks, 24 images per epoch
     assert [entry["epoch/cls"] for entry in logs] == pytest.approx([step * 8 / 24 for step in (1, 2, 3, 4)])
+
+
+def test_every_name_in_the_logs_is_in_the_reference(run: Path) -> None:
+    documented = [*TRAINER_NAMES, *log_names(), *EVALUATION_NAMES]
+    words = {"eval_ema_...": "eval_ema_.+", "TASK": "(det|seg|cls)", "METRIC": r"\w+"}
+    patterns = [re.sub("|".join(map(re.escape, words)), lambda m: words[m[0]], name) for name in documented]
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {event["event"] for event in events} <= EVENTS.keys()
+    names = {name for event in events if event["event"] == "log" for name in event} - {"event", "time", "step"}
+    names |= json.loads((run / "metrics.json").read_text()).keys() - {"steps", "world_size", "best_step"}
+    assert [name for name in sorted(names) if not any(re.fullmatch(p, name) for p in patterns)] == []
 
 
 def test_the_schedule_moves_once_a_step_and_the_head_rate_is_logged(run: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer
-from allinone_ds.balance.sketch import default_size
+from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.planning.memory import memory_parts, sizes_of
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.training.optimizer import parameter_groups

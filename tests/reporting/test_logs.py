@@ -1,4 +1,4 @@
-"""Broken images are counted over the whole run."""
+"""Broken images are counted over the whole run, each of them once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,49 @@ from allinone_ds.errors import DataError
 from allinone_ds.reporting.logs import TaskLogs
 
 
+def new_logs(limit: int) -> TaskLogs:
+    return TaskLogs(Schedule(0, {"a": 4}, {"a": (2, 1)}, 1), {"a": 2}, torch.device("cpu"), max_broken_images=limit)
+
+
 def test_broken_images_are_counted_over_the_run_and_limited() -> None:
-    logs = TaskLogs(Schedule(0, {"a": 4}, {"a": (2, 1)}, 1), {"a": 2}, torch.device("cpu"), max_broken_images=4)
-    earlier = [{"broken_images": 2}]  # what a resumed run finds
-    logs.add_broken(["a.jpg: cut off"])
-    assert logs.drain(1, earlier)["broken_images"] == 3
-    assert logs.drain(2, [])["broken_images"] == 3
-    logs.add_broken(["b.jpg: cut off", "c.jpg: cut off"])
-    with pytest.raises(DataError, match="(?s)5 images.*max_broken_images allows 4.*b.jpg"):
-        logs.drain(3, [])
+    logs = new_logs(4)
+    logs.add_broken(["a.jpg: cut off", "b.jpg: cut off", "c.jpg: cut off"])
+    assert logs.drain(1)["broken_images"] == 3
+    assert logs.drain(2)["broken_images"] == 3
+    logs.add_broken(["d.jpg: cut off", "e.jpg: cut off"])
+    with pytest.raises(DataError, match="(?s)5 images.*max_broken_images allows 4.*d.jpg"):
+        logs.drain(3)
+
+
+def test_a_file_counts_once_in_every_epoch_together() -> None:
+    logs = new_logs(1)
+    for step in range(5):
+        logs.add_broken(["a.jpg: cut off"] * 3)
+        assert logs.drain(step)["broken_images"] == 1
+
+
+def test_a_resumed_run_continues_the_count_and_is_not_forbidden() -> None:
+    logs = new_logs(2)
+    logs.add_broken(["a.jpg: cut off", "b.jpg: cut off"])
+    logs.drain(1)
+    logs.add_broken(["b.jpg: cut off"])
+    resumed = new_logs(2)
+    resumed.load_state_dict(logs.state_dict())
+    assert resumed.drain(2)["broken_images"] == 2
+    lower = new_logs(1)  # the files were repaired, and the limit was lowered
+    lower.load_state_dict({**logs.state_dict(), "broken": []})
+    assert lower.drain(2)["broken_images"] == 2
+    lower.add_broken(["c.jpg: cut off"])
+    with pytest.raises(DataError, match="3 images could not be read"):
+        lower.drain(3)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read() -> None:
+    state = new_logs(2).state_dict()
+    del state["broken_files"]
+    logs = new_logs(2)
+    logs.load_state_dict({**state, "broken": ["a.jpg: cut off"]})
+    assert logs.drain(1)["broken_images"] == 1
 
 
 def test_a_task_without_influence_is_a_warning_of_the_log_and_survives_a_resume() -> None:
@@ -31,13 +65,13 @@ def test_a_task_without_influence_is_a_warning_of_the_log_and_survives_a_resume(
     first, second = logs(), logs()
     for _ in range(60):
         first.add(StepReport(norms=norms, scales=ones, losses=ones, whole_norms=norms))
-    first.drain(60, [])
+    first.drain(60)
     assert first.warnings == []
     second.load_state_dict(first.state_dict())
     for _ in range(60):
         second.add(StepReport(norms=norms, scales=ones, losses=ones, whole_norms=norms))
-    second.drain(120, [])
+    second.drain(120)
     (warning,) = second.warnings
     assert "task 'b'" in warning and "last 120 steps" in warning and "1.0e-05 before scaling" in warning
-    second.drain(120, [])
+    second.drain(120)
     assert second.warnings == []

@@ -63,6 +63,13 @@ APART = {"parallel": "tasks"}
         ({"parallel": "task"}, "", "parallel = 'task'; did you mean 'tasks'"),
         ({"target": "max"}, "", "never scales a gradient"),
         ({"name": "static", "weights": {"det": 1, "seg": 1}}, "", "no weight for task 'cls'"),
+        (
+            {"name": "upgrad", "pref_vector": [1, 2]},
+            "",
+            "pref_vector has 2 numbers, and there are 3 tasks",
+        ),
+        ({"name": "nash_mtl", "n_tasks": 2}, "", "n_tasks = 2, and there are 3 tasks"),
+        ({"name": "fairgrad"}, "", "'fairgrad' needs the option alpha"),
         ({"name": "static", "weights": {"det": 1, "seg": 1, "cls": 1, "dett": 1}}, "", "did you mean 'det'"),
         ({"name": "mgda", "norm": "sketch"}, "", "must see every task before it scales one"),
         ({"norm": "delayed", **APART}, "", "norm='delayed' with parallel='tasks'"),
@@ -147,6 +154,11 @@ def test_branches_come_from_a_file_and_are_written_down(file: Path, tmp_path: Pa
 def test_the_resolved_file_reads_back_equal(file: Path, tmp_path: Path) -> None:
     config = load_config(file, ["trainer.learning_rate=3e-4"])
     assert load_config(save_config(config, tmp_path)) == config
+
+
+def test_a_run_based_on_a_resumed_one_does_not_look_for_a_checkpoint(file: Path, tmp_path: Path) -> None:
+    written = save_config(load_config(file, ["trainer.resume_from_checkpoint=true"]), tmp_path)
+    assert load_config(written) == load_config(file)
 
 
 def test_shipped_deepspeed_files_never_clip() -> None:

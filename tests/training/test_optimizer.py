@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.training.optimizer import backbone_layer, parameter_groups
+from allinone_ds.training.optimizer import parameter_groups
 from tests.tiny import tiny_model
 
 
@@ -28,7 +28,8 @@ def test_rates_fall_with_depth_and_groups_stay_one_component(model_type: str) ->
         if group["name"].startswith("head"):
             assert group["lr"] == 1.0 and len({".".join(n.split(".")[:2]) for n in members}) == 1
             continue
-        found = {backbone_layer(n, 2) for n in members}
+        numbers = model.backbone.layer_numbers()
+        found = {numbers[n.removeprefix("backbone.")] for n in members}
         assert len(found) == 1 and all(n.startswith("backbone.") for n in members)
         layer = found.pop()
         layers.add(layer)

@@ -114,9 +114,17 @@ class Combiner(ABC):
         """Return whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
         return last
 
+    def communicates(self, last: bool) -> bool:
+        """Return whether a backward that is, or is not, the last of its task is a collective operation."""
+        return self.reduces(last) or self.adapter.stage >= 2
+
     def drop(self) -> None:
         """Forget the gradient of the current task."""
         self.adapter.discard()
+
+    def reset(self) -> None:
+        """Forget every gradient of the step, wherever it was given up."""
+        self.drop()
 
     def agree(self, micro_steps: Mapping[str, int]) -> tuple[str, ...]:
         """Return the tasks that ran in this step, on any rank.
@@ -175,7 +183,9 @@ class Combiner(ABC):
         marked = list(zip(pieces, self.is_shared, strict=True))
         return [p for p, is_shared in marked if is_shared], [p for p, is_shared in marked if not is_shared]
 
-    def _measure(self, task: str, pieces: Sequence[Tensor], loss: Tensor) -> tuple[StepRecord, Tensor]:
+    def _measure(
+        self, task: str, pieces: Sequence[Tensor], loss: Tensor, unit: float = 1.0
+    ) -> tuple[StepRecord, Tensor]:
         """Return the norms of one task, from one all-reduce of three scalars, and whether its gradient is usable.
 
         The norm of a task's gradient on the backbone is computed here: the sum of squares of this rank's pieces, summed
@@ -188,7 +198,7 @@ class Combiner(ABC):
         if self.adapter.replicated:
             sums[:2] /= self.world
         all_reduce(sums)
-        return self._record_of(task, sums[0], sums[1], sums[2] / self.world)
+        return self._record_of(task, sums[0] * unit**2, sums[1] * unit**2, sums[2] * unit / self.world)
 
     def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
         """Return a task's record, and whether its gradient is usable.
@@ -236,9 +246,12 @@ class Combiner(ABC):
 
         They are those of rank 0, since a method may draw at random or iterate.
         """
-        factors = self.weighting.factors(record).to(self.adapter.compute_device, torch.float32)
-        if self.world > 1:
-            dist.broadcast(factors, 0)
+        factors = torch.full((len(record.tasks),), torch.nan, device=self.adapter.compute_device)
+        try:
+            factors.copy_(self.weighting.factors(record))
+        finally:  # a rank whose weighting raises does not leave the others waiting
+            if self.world > 1:
+                dist.broadcast(factors, 0)
         return self._finite(dict(zip(record.tasks, factors, strict=True)))
 
     def _finite(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

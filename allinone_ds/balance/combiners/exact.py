@@ -2,20 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import add_scaled, inner_products
+from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale_or_zero, square_norm
 from allinone_ds.balance.combiners.base import Combined, Combiner
-from allinone_ds.balance.sketch import SMALLEST, Sketcher
+from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.zero.engines.base import EngineAdapter, cut
 
 
-class StreamingCombiner(Combiner):
+class ExactCombiner(Combiner):
+    """Base of the combiners with exact norms; they also serve joint blocks and counted labels.
+
+    Args:
+        adapter: of the engine.
+        weighting: turns the record of the step into factors.
+        order: names of all tasks.
+    """
+
+    def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
+        super().__init__(adapter, weighting, order)
+        self._parts: dict[str, list[Tensor]] = {}  # task -> the sum of its micro-steps so far
+        self._spare: list[list[Tensor]] = []
+
+    def accumulate(self, task: str) -> None:
+        """Add the engine's gradient to that of the task's earlier micro-steps, and clear it."""
+        pieces = self.adapter.gradient()
+        first = task not in self._parts
+        if first:
+            self._parts[task] = self._flats()
+        for total, piece in zip(cut(self._parts[task], self.adapter.pieces), pieces, strict=True):
+            total.copy_(piece) if first else total.add_(piece)
+        self.adapter.clear_gradient()
+
+    @abstractmethod
+    def add(self, task: str, loss: Tensor, unit: float = 1.0) -> None:
+        """Take a task's averaged gradient, from the engine or from what `accumulate` has summed.
+
+        Args:
+            task: its name.
+            loss: mean over the task's micro-steps on this rank, 0-dim.
+            unit: what gradient and loss are multiplied by, equal on all ranks, so that they are means over the labels.
+        """
+
+    def add_balanced(self, tasks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Take the gradient of tasks that were balanced at the features already.
+
+        They have one gradient, which is left out of the step as a whole if it is not finite.
+
+        Args:
+            tasks: task -> its norm at the features, loss and factor, 0-dim.
+        """
+        pieces = self.adapter.gradient()
+        square = square_norm(pieces, self.adapter.device).to(self.adapter.compute_device)
+        whole = (square if self.adapter.replicated else all_reduce(square)).sqrt().float()
+        losses = torch.stack([loss for _, loss, _ in tasks.values()])
+        usable = torch.isfinite(losses).all()
+        if not self.adapter.fp16:
+            usable = usable & torch.isfinite(whole)
+        for task, (norm, loss, factor) in tasks.items():
+            seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
+            self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
+            self.usable[task], self.factors[task] = usable, factor
+        self._add_raw(pieces, usable)
+        self.adapter.clear_gradient()
+
+    @abstractmethod
+    def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
+        """Add a gradient that is scaled already to the step's sum, or nothing unless `usable`."""
+
+    def clear(self) -> None:
+        super().clear()
+        self._spare += self._parts.values()
+        self._parts = {}
+
+    def _flats(self) -> list[Tensor]:
+        return self._spare.pop() if self._spare else self._new_flats()
+
+    def _pieces(self, task: str) -> Sequence[Tensor]:
+        """Return the gradient of a task, in the order of the adapter's pieces."""
+        return cut(self._parts[task], self.adapter.pieces) if task in self._parts else self.adapter.gradient()
+
+    def _release(self, task: str) -> None:
+        """Forget the gradient that `_pieces` returned."""
+        if task in self._parts:
+            self._spare.append(self._parts.pop(task))
+        self.adapter.clear_gradient()
+
+
+class StreamingCombiner(ExactCombiner):
     """One extra shard for any T: each task is scaled and added as soon as it is done."""
 
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
@@ -25,27 +105,33 @@ class StreamingCombiner(Combiner):
         self._sketches: dict[str, Tensor] = {}
         self._draws = 0
 
-    def add(self, task: str, loss: Tensor) -> None:
+    def add(self, task: str, loss: Tensor, unit: float = 1.0) -> None:
         self.flats = self.flats or self._new_flats()
-        pieces = self.adapter.gradient()
-        record, usable = self._measure(task, pieces, loss)
+        pieces = self._pieces(task)
+        record, usable = self._measure(task, pieces, loss, unit)
         factor = self.weighting.factors(record)[0]
         usable = self._with_factor(record, usable, factor)
         shared, other = self._split(pieces)
         if self.watch:
-            self._sketches[task] = self._sketch(shared)
+            self._sketches[task] = self._sketch(shared).mul_(unit)
         shared_sum, other_sum = self._split(cut(self.flats, self.adapter.pieces))
         on_shard = self.adapter.device
         shared_factor, on_shard_usable = factor.to(on_shard), usable.to(on_shard)
         other_factor = shared_factor if self.weighting.heads == "same" else torch.ones((), device=on_shard)
-        add_scaled(shared_sum, shared, shared_factor, on_shard_usable)
-        add_scaled(other_sum, other, other_factor, on_shard_usable)
-        self.adapter.clear_gradient()
+        add_scaled(shared_sum, shared, shared_factor * unit, on_shard_usable)
+        add_scaled(other_sum, other, other_factor * unit, on_shard_usable)
+        self._release(task)
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
+
+    def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
+        self.flats = self.flats or self._new_flats()
+        on_shard = self.adapter.device
+        totals = cut(self.flats, self.adapter.pieces)
+        add_scaled(totals, pieces, torch.ones((), device=on_shard), usable.to(on_shard))
 
     def finish(self) -> Combined:
         skipped, overflow = self._verdicts()
-        if self._sketches:
+        if self.watch and len(self._sketches) == len(self.tasks):  # balanced at the features: no sketch
             self._gram = self._gram_of(
                 torch.stack([self._sketches[task] for task in self.tasks]), summed=self.adapter.replicated
             )
@@ -70,48 +156,66 @@ class StreamingCombiner(Combiner):
             flat.zero_()
 
 
-class KeepingCombiner(Combiner):
+class KeepingCombiner(ExactCombiner):
     """T extra shards: for weightings that must see every task before they scale one."""
 
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
         super().__init__(adapter, weighting, order)
         self.flats: dict[str, list[Tensor]] = {}
-        self._spare: list[list[Tensor]] = []
+        self._balanced: list[Tensor] | None = None  # of tasks that were balanced at the features
 
-    def add(self, task: str, loss: Tensor) -> None:
-        flats = self._spare.pop() if self._spare else self._new_flats()
-        pieces = self.adapter.gradient()
-        self.records[task], self.usable[task] = self._measure(task, pieces, loss)
-        for target, piece in zip(cut(flats, self.adapter.pieces), pieces, strict=True):
-            target.copy_(piece)
-        self.flats[task] = flats
-        self.adapter.clear_gradient()
+    def add(self, task: str, loss: Tensor, unit: float = 1.0) -> None:
+        pieces = self._pieces(task)
+        self.records[task], self.usable[task] = self._measure(task, pieces, loss, unit)
+        self.flats[task] = self._parts.pop(task) if task in self._parts else self._copied(pieces)
+        if unit != 1.0:
+            for flat in self.flats[task]:
+                flat.mul_(unit)
+        self._release(task)
+
+    def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
+        added = self._copied(pieces)
+        for flat in added:
+            scale_or_zero(flat, torch.ones((), device=flat.device), usable.to(flat.device))
+        if self._balanced is None:
+            self._balanced = added
+            return
+        for total, flat in zip(self._balanced, added, strict=True):
+            total.add_(flat)
+        self._spare.append(added)
 
     def finish(self) -> Combined:
         skipped, overflow = self._verdicts()
-        used = [task for task in self.tasks if task not in skipped]
-        first = self.flats[used[0]] if used else self.flats[self.tasks[0]]
-        self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self.tasks}
-        if not used or overflow:
-            return self._combined(first, skipped, overflow, usable=bool(used))
-        record = self._record(used)
-        self._gram = record.gram
-        factors = self._factors_of(record)
-        skipped = tuple(task for task in self.tasks if task not in factors)
-        used = [task for task in used if task in factors]
-        if not used:
-            return self._combined(first, skipped, overflow, usable=False)
-        first = self.flats[used[0]]
-        self.factors.update(factors)
-        for task in used:
-            shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
-            factor = self.factors[task].to(self.adapter.device)
-            for piece in [*shared, *(other if self.weighting.heads == "same" else [])]:
-                piece.mul_(factor)
-            if task != used[0]:
-                for total, flat in zip(first, self.flats[task], strict=True):
-                    total.add_(flat)
-        return self._combined(first, skipped, overflow, usable=True)
+        used = [task for task in self.tasks if task in self.flats and task not in skipped]
+        self.factors |= {task: torch.zeros_like(self.records[task].losses[0]) for task in self.flats}
+        if used and not overflow:
+            record = self._record(used)
+            self._gram = record.gram if len(used) == len(self.tasks) else None
+            factors = self._factors_of(record)
+            self.factors |= factors
+            skipped = tuple(task for task in self.tasks if task in skipped or (task in used and task not in factors))
+            used = list(factors)
+        parts = [self.flats[task] if overflow else self._scaled(task) for task in used]
+        parts += [self._balanced] if self._balanced is not None else []
+        total = parts[0] if parts else next(iter(self.flats.values()))
+        for part in parts[1:]:
+            for flat, other in zip(total, part, strict=True):
+                flat.add_(other)
+        return self._combined(total, skipped, overflow, usable=len(skipped) < len(self.tasks))
+
+    def _copied(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        flats = self._flats()
+        for target, piece in zip(cut(flats, self.adapter.pieces), pieces, strict=True):
+            target.copy_(piece)
+        return flats
+
+    def _scaled(self, task: str) -> list[Tensor]:
+        """Return a task's gradient times its factor, in place."""
+        shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
+        factor = self.factors[task].to(self.adapter.device)
+        for piece in [*shared, *(other if self.weighting.heads == "same" else [])]:
+            piece.mul_(factor)
+        return self.flats[task]
 
     def _record(self, used: Sequence[str]) -> StepRecord:
         """Return the record of the tasks in use, with the Gram matrix summed over ranks."""
@@ -123,10 +227,10 @@ class KeepingCombiner(Combiner):
 
     def clear(self) -> None:
         super().clear()
-        self._spare += self.flats.values()
-        self.flats = {}
+        self._spare += [*self.flats.values(), *([] if self._balanced is None else [self._balanced])]
+        self.flats, self._balanced = {}, None
 
 
-def exact_combiner(adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]) -> Combiner:
+def exact_combiner(adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]) -> ExactCombiner:
     """Return the cheaper combiner with exact norms that serves `weighting`."""
     return (StreamingCombiner if weighting.streams else KeepingCombiner)(adapter, weighting, order)

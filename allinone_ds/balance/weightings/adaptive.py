@@ -77,7 +77,7 @@ class GradNorm(_PerTask):
 
     The target of w_t n_t is mean_s(w_s n_s) * r_t^alpha, where r_t is task t's loss divided by its first loss, divided
     by the mean of these ratios. Each step takes one step of gradient descent on the sum of |w_t n_t - target|, in units
-    of the mean norm; then the weights are rescaled to sum to T.
+    of the mean norm; then the weights are rescaled to sum to T (in a step without some tasks: to their earlier sum).
 
     Args:
         alpha: how strongly slower tasks are favoured; 0 makes all norms equal.
@@ -105,7 +105,7 @@ class GradNorm(_PerTask):
         targets = (weights * norms).mean() * (ratios / (ratios.mean() + EPS)) ** self.alpha
         pull = torch.sign(weights * norms - targets) * norms
         moved = (weights - self.lr * pull / (norms.mean() + EPS)).clamp(min=EPS)
-        moved = moved * len(moved) / moved.sum()
+        moved = moved * weights.sum() / moved.sum()
         self._put(record, "weight", moved, weights)
         return moved
 

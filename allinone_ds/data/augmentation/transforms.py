@@ -14,6 +14,7 @@ from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
+from allinone_ds.errors import BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of R, G, B on the scale 0..1."""
@@ -42,6 +43,9 @@ class SampleTransform:
         [[255, 0], [255, 0]]
     """
 
+    augment: AugmentConfig | None = None
+    """The configuration that `train_transform` made it from; None: it was made otherwise."""
+
     def __init__(self, branches: Mapping[str, tuple[float, Sequence[v2.Transform]]], image_size: tuple[int, int]):
         self.branches = {name: list(steps) for name, (_, steps) in branches.items()}
         self.probabilities = {name: probability for name, (probability, _) in branches.items()}
@@ -56,6 +60,7 @@ class SampleTransform:
             further: returns further samples of the dataset, for Mosaic and MixUp; the loaders provide it.
 
         Raises:
+            BrokenSample: a transform cannot be applied to the image, for example because the image is too small.
             TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
         """
         if sample["image"].dtype != torch.uint8:
@@ -99,11 +104,14 @@ class SampleTransform:
                     name = type(step).__name__
                     raise ValueError(f"{name} combines several samples; call the transform with `further`")
                 part = step({**part, "image": tv_tensors.Image(image)}, further)
-            elif only_image or isinstance(step, PIXELS_ONLY):
-                image = step(image)
-                continue
             else:
-                part = step({**part, "image": tv_tensors.Image(image)})
+                try:
+                    if only_image or isinstance(step, PIXELS_ONLY):
+                        image = step(image)
+                        continue
+                    part = step({**part, "image": tv_tensors.Image(image)})
+                except (RuntimeError, ValueError) as error:  # for example a padding larger than the image
+                    raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
             image = part.pop("image").as_subclass(Tensor)
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
@@ -114,6 +122,14 @@ class SampleTransform:
 
     def __repr__(self) -> str:
         return f"SampleTransform({self.branches}, image_size={self.image_size})"
+
+
+def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:
+    height, width = image.shape[-2:]
+    return (
+        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {error}; change the options of "
+        "the transform in 'augment', put a resize before it, or remove the image"
+    )
 
 
 def train_transform(
@@ -148,7 +164,9 @@ def train_transform(
         location = config.location(name)
         steps = [build_transform(e, size, f"{location}[{n}]", kind) for n, e in enumerate(branch.transforms)]
         branches[name] = (branch.probability, steps)
-    return SampleTransform(branches, size)
+    transform = SampleTransform(branches, size)
+    transform.augment = config
+    return transform
 
 
 def eval_transform(image_size: tuple[int, int]) -> SampleTransform:

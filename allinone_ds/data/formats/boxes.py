@@ -14,12 +14,12 @@ BOX_TOLERANCE = 1.0
 FRACTIONS_REASON = "all boxes lie within 0..1, as fractions of the image; multiply them by its width and height"
 
 
-def boxes_outside(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def boxes_outside(boxes: np.ndarray, size: tuple[int | np.ndarray, int | np.ndarray]) -> np.ndarray:
     """Return which boxes extend beyond their image by more than `BOX_TOLERANCE` pixels.
 
     Args:
         boxes: (n, 4) XYXY in pixels.
-        size: (H, W) of the image.
+        size: (H, W) of the image, or (H of each box, W of each box).
 
     Returns:
         bool (n,)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allinone_ds.data.formats.listing import read_text
-from allinone_ds.errors import DataError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.errors import DataError, printable
+from allinone_ds.strict import PathText, did_you_mean
 
-ClassNames = list[str] | str
+ClassNames = list[str] | PathText
 """Class names in a config: a list in the order of the ids, or a text file with one name per line."""
 
 
@@ -41,8 +41,11 @@ def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) ->
         {id in this dataset: id in the train set}
 
     Raises:
-        DataError: a name is used more than once, or the train set does not have it.
+        DataError: a name is used more than once or is not text, or the train set does not have it.
     """
+    for class_name in own:
+        if printable(class_name) != class_name:
+            raise DataError(f"{name}: class name {class_name!r} is not UTF-8; rename it")
     if len(set(own)) < len(own):
         duplicates = ", ".join(sorted({n for n in own if own.count(n) > 1}))
         raise DataError(f"{name}: class names are used more than once: {duplicates}; give each class a unique name")

@@ -32,6 +32,7 @@ class ClassifiedDataset(SampleDataset):
     """
 
     kind = "classification"
+    in_memory = True
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ClassifiedDataset(SampleDataset):
         self.name = name
         self.folder = folder
         self.files = files
-        self.labels = labels
+        self.labels: list[int] = labels
         self.classes = classes
         self.structural = structural
 
@@ -54,6 +55,9 @@ class ClassifiedDataset(SampleDataset):
 
     def path(self, index: int) -> str:
         return os.path.join(self.folder, self.files[index])
+
+    def annotation(self, index: int) -> Sample:
+        return {"label": self.labels[index]}
 
     def __getitem__(self, index: int) -> Sample:
         path = self.path(index)

@@ -22,6 +22,7 @@ from allinone_ds.data.formats.class_names import match_classes
 from allinone_ds.data.formats.listing import check_listed_files, read_text, require_folder
 from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.strict import PathText
 
 
 class CocoSource(SourceConfig):
@@ -35,9 +36,9 @@ class CocoSource(SourceConfig):
     """
 
     format: Literal["coco"]
-    images: str
+    images: PathText
     """Folder that every `file_name` in the json is relative to."""
-    annotations: str
+    annotations: PathText
     """The json file."""
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> CocoDataset:
@@ -55,6 +56,7 @@ class CocoDataset(SampleDataset):
         source: folder and json file.
         root: folder that relative paths start at.
         classes: class names of the train set, whose order the labels follow; None for the order of the category ids.
+        content: the content of a COCO json, if it comes from elsewhere; whether its images exist is not checked then.
 
     Raises:
         DataError: the folder is missing, or the json is not a COCO json. Missing files, images that are not listed,
@@ -78,19 +80,25 @@ class CocoDataset(SampleDataset):
     """
 
     kind = "detection"
+    in_memory = True
 
-    def __init__(self, source: CocoSource, root: Path, classes: Sequence[str] | None = None):
+    def __init__(
+        self,
+        source: CocoSource,
+        root: Path,
+        classes: Sequence[str] | None = None,
+        content: dict[str, list[Any]] | None = None,
+    ):
         self.name = str(root / source.annotations)
         self.folder = root / source.images
         require_folder(self.folder, "images")
-        content = _read_json(Path(self.name))
         self.structural: list[Problem] = []
-        self._read_categories(content["categories"], classes)
-        index_of = self._read_images(content["images"])
-        self._read_boxes(content["annotations"], index_of)
-        if classes is None:
-            self._warn_unused_categories()
-        self.structural += check_listed_files(self.folder, self.files)
+        lists = _read_json(Path(self.name)) if content is None else content
+        self._read_categories(lists["categories"], classes)
+        index_of = self._read_images(lists["images"])
+        self._read_boxes(lists["annotations"], index_of)
+        if content is None:
+            self.structural += check_listed_files(self.folder, self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -113,6 +121,11 @@ class CocoDataset(SampleDataset):
         fields = detection_fields(self._boxes[own], self._labels[own], self._crowd[own], size)
         return {"image": image, **fields, "path": path, "index": index}
 
+    def annotation(self, index: int) -> Sample:
+        own = slice(self._first[index], self._first[index + 1])
+        fields = {"boxes": self._boxes[own], "labels": self._labels[own], "iscrowd": self._crowd[own]}
+        return {**fields, "size": self.sizes[index]}
+
     def check(self, index: int) -> list[Problem]:
         problems = super().check(index)
         boxes = self._boxes[self._first[index] : self._first[index + 1]]
@@ -126,7 +139,7 @@ class CocoDataset(SampleDataset):
         """Set `classes`, `category_ids` (original id by label) and `_label_of` (label by original id)."""
         names: dict[int, str] = {}
         for record in records:
-            if not isinstance(record, dict) or not isinstance(record.get("id"), int | str) or "name" not in record:
+            if not isinstance(record, dict) or not _is_id(record.get("id")) or record.get("name") is None:
                 raise DataError(f"{self.name}: category {record!r} needs 'id' and 'name', the id a number")
             if record["id"] in names:
                 raise DataError(f"{self.name}: category id {record['id']!r} is used twice; give each a unique id")
@@ -152,8 +165,9 @@ class CocoDataset(SampleDataset):
         self.sizes: list[tuple[int, int] | None] = []
         index_of: dict[Any, int] = {}
         for record in records:
-            if not isinstance(record, dict) or "id" not in record or not record.get("file_name"):
-                self.structural.append(Problem(self.name, f"image {record!r} needs 'id' and 'file_name'"))
+            if not isinstance(record, dict) or not _is_id(record.get("id")) or not record.get("file_name"):
+                reason = f"image {record!r} needs 'id' and 'file_name', the id a number or a text"
+                self.structural.append(Problem(self.name, reason))
                 continue
             file = str(record["file_name"])
             if record["id"] in index_of:
@@ -185,10 +199,10 @@ class CocoDataset(SampleDataset):
             crowd.append(record.get("iscrowd") in (1, "1"))  # bool("0") would be True
         boxes = np.array(rows, dtype=np.float32).reshape(-1, 4)
         owner = np.array(owners, dtype=np.int64)
-        for n, index in enumerate(owners):
-            size = self.sizes[index]
-            if size is not None and boxes_outside(boxes[n : n + 1], size)[0]:
-                self.structural.append(Problem(self.path(index), outside_reason(boxes[n], size)))
+        sizes = np.array([size or (np.inf, np.inf) for size in self.sizes]).reshape(-1, 2)[owner]  # (n, 2): H, W
+        for n in np.flatnonzero(boxes_outside(boxes, (sizes[:, 0], sizes[:, 1]))):
+            index = owners[n]
+            self.structural.append(Problem(self.path(index), outside_reason(boxes[n], self.sizes[index] or (0, 0))))
         if are_fractions(boxes):
             self.structural.append(Problem(self.name, FRACTIONS_REASON))
         repeated = len(boxes) - len(np.unique(np.column_stack([boxes, owner, labels]), axis=0))
@@ -201,36 +215,30 @@ class CocoDataset(SampleDataset):
         self._crowd = np.array(crowd, dtype=bool)[order]
         self._first = np.searchsorted(owner[order], np.arange(len(self.files) + 1))
 
-    def _warn_unused_categories(self) -> None:
-        """Warn of categories of a train set without a box, which the model cannot learn."""
-        used = set(self._labels.tolist())
-        unused = [name for label, name in enumerate(self.classes) if label not in used]
-        if unused and used:
-            shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
-            reason = (
-                f"no box has category {shown} ({len(unused)} of {len(self.classes)}); add boxes or remove the category"
-            )
-            self.structural.append(Problem(self.name, reason, "warning"))
-
     def _annotation_problem(self, record: Any, index_of: dict[Any, int]) -> Problem | None:
         """Return what makes an annotation unusable, or None."""
         if not isinstance(record, dict):
             return Problem(self.name, f"annotation {record!r} must be an object")
         where = f"annotation {record.get('id', '(without id)')}"
         image = record.get("image_id")
-        if image not in index_of:
+        if not _is_id(image) or image not in index_of:
             reason = f"image_id {image!r} is not among 'images'; add the image or remove the annotation"
             return Problem(self.name, f"{where}: {reason}")
-        file = self.path(index_of[image])
         category = record.get("category_id")
-        if category not in self._label_of:
+        if not _is_id(category) or category not in self._label_of:
             known = ", ".join(str(i) for i in list(self._label_of)[:20]) + (", ..." if len(self._label_of) > 20 else "")
-            return Problem(file, f"{where}: category_id {category!r} is not among 'categories' ({known}); correct it")
-        box = record.get("bbox")
+            reason = f"category_id {category!r} is not among 'categories' ({known}); correct it"
+            return Problem(self.path(index_of[image]), f"{where}: {reason}")
+        box: Any = record.get("bbox")
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
-        if not numbers or not np.isfinite(np.asarray(box, dtype=np.float64)).all():
-            return Problem(file, f"{where}: bbox {box!r} must be four numbers: x, y, width, height in pixels")
+        if not numbers or not all(abs(v) < 1e9 for v in box):  # also false for NaN
+            reason = f"bbox {box!r} must be four numbers: x, y, width, height in pixels"
+            return Problem(self.path(index_of[image]), f"{where}: {reason}")
         return None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | float | str)
 
 
 def _read_json(file: Path) -> dict[str, list[Any]]:

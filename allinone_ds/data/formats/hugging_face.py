@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
@@ -21,9 +22,9 @@ from allinone_ds.data.formats.boxes import (
 )
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
-from allinone_ds.data.images import read_image, read_label_map
+from allinone_ds.data.images import image_size, read_image, read_label_map
 from allinone_ds.errors import BrokenSample, DataError
-from allinone_ds.strict import Strict, did_you_mean
+from allinone_ds.strict import PathText, Strict, did_you_mean
 
 
 class Columns(Strict):
@@ -55,17 +56,18 @@ class DatasetsSource(SourceConfig):
 
     Example:
         >>> source = DatasetsSource(format="datasets", path="org/name", kind="detection", columns={"image": "img"})
-        >>> source.split, source.bbox_format
-        ('train', 'coco')
+        >>> source.columns.image, source.bbox_format
+        ('img', 'coco')
     """
 
     format: Literal["datasets"]
-    path: str
+    path: PathText
     """A folder below data_root (written by `save_to_disk`, or of parquet files), or a name on the hub."""
     name: str | None = None
     """Configuration of the dataset on the hub, if it has several."""
-    split: str = "train"
-    """Split of the dataset."""
+    split: str | None = None
+    """Split of the dataset, or a part of one such as "train[:80%]"; null is "train", or all of a dataset that was saved
+    without splits."""
     kind: Literal["classification", "detection", "segmentation"]
     """What the samples carry."""
     columns: Columns = Columns()
@@ -77,29 +79,75 @@ class DatasetsSource(SourceConfig):
     ignore_index: int = IGNORE
     """Segmentation: value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
-    """Segmentation: id of the first class; 1 if 0 stands for pixels without a class (with `ignore_index: 0`)."""
+    """Id of the first class in a column of numbers or a label map; 1 with `ignore_index: 0` if 0 stands for pixels
+    without a class."""
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> DatasetsSource:
+        """Refuse options of other kinds, which would change nothing."""
+        for option, kind in {"bbox_format": "detection", "ignore_index": "segmentation"}.items():
+            if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
+        used = _COLUMNS[self.kind]
+        for column in Columns.model_fields:
+            if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
+                raise ValueError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
         import datasets
 
         folder = root / self.path
         try:
-            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+            if saved:
                 loaded = datasets.load_from_disk(str(folder))
-                table = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
                 path = str(folder) if folder.is_dir() else self.path
-                table = datasets.load_dataset(path, self.name, split=self.split)
-        except KeyError:
-            raise DataError(f"{folder}: no split '{self.split}'; {did_you_mean(self.split, loaded)}") from None
+                table = datasets.load_dataset(path, self.name, split=self.split or "train")
         except Exception as error:  # network, missing names, broken files: the library raises many types
             raise DataError(
                 f"{self.path}: cannot be loaded, neither as folder {folder} nor from the hub "
                 f"({type(error).__name__}: {error}); correct 'path', 'name' or 'split'"
             ) from None
+        if saved:
+            if self.name is not None:
+                raise DataError(f"{folder}: 'name' selects a configuration on the hub, this is a folder; remove it")
+            table = self._saved_split(loaded, folder)
         return HubDataset(table, self, root, classes)
 
+    def _saved_split(self, loaded: Any, folder: Path) -> Any:
+        """Return the rows of `split` in what `save_to_disk` wrote: several splits, or one dataset that may have a name.
 
+        Raises:
+            DataError: there is no such split.
+        """
+        import datasets
+
+        if isinstance(loaded, datasets.DatasetDict):
+            splits, default = dict(loaded), "train"
+        else:
+            default = str(loaded.split or "train")
+            splits = {default: loaded}
+        split = self.split or default
+        try:
+            sizes = {name: len(table) for name, table in splits.items()}
+            parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        except (AssertionError, ValueError):
+            several = isinstance(loaded, datasets.DatasetDict)
+            raise DataError(
+                f"{folder}: no split '{split}'; {did_you_mean(split, splits)}, or a part of one, such as "
+                f"'{default}[:80%]'{'' if several else '; the folder holds one dataset, not several splits'}"
+            ) from None
+        tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+_COLUMNS = {
+    "classification": ("image", "label"),
+    "detection": ("image", "objects", "bbox", "category", "iscrowd"),
+    "segmentation": ("image", "label_map"),
+}
 _SECOND_COLUMN = {"classification": "label", "detection": "objects", "segmentation": "label_map"}
 
 
@@ -136,7 +184,7 @@ class HubDataset(SampleDataset):
 
         self.kind = source.kind
         self.source = source
-        self.name = f"{source.path}[{source.split}]"
+        self.name = f"{source.path}[{source.split or table.split or 'train'}]"
         self.structural: list[Problem] = []
         columns = source.columns
         second = _SECOND_COLUMN[source.kind]
@@ -151,18 +199,22 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
-        stored = self._stored_names(read_classes(source.classes, root))
+        stored = self._stored_names(read_classes(source.classes, root), classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
-        self._label_of: dict[Any, int] = {**label_of, **{name: label_of[i] for i, name in enumerate(stored)}}
+        by_id = {source.first_id + i: label for i, label in label_of.items()}
+        self._label_of: dict[Any, int] = {**by_id, **{name: label_of[i] for i, name in enumerate(stored)}}
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
             validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index)
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
-            unknown = [(i, v) for i, v in enumerate(self.table[columns.label]) if v not in self._label_of]
+            self.in_memory = True
+            self._stored = list(self.table[columns.label])
+            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in self._stored]
+            unknown = [(i, v) for i, v in enumerate(self._stored) if not self._is_class(v)]
             self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
     def __len__(self) -> int:
@@ -175,16 +227,38 @@ class HubDataset(SampleDataset):
         image = read_image(path, _file_bytes(row[columns.image], path))
         sample: Sample = {"image": image, "path": path, "index": index}
         if self.kind == "classification":
-            if row[columns.label] not in self._label_of:
+            if not self._is_class(row[columns.label]):
                 raise BrokenSample(path, self._unknown_class(row[columns.label]))
             sample["label"] = self._label_of[row[columns.label]]
         elif self.kind == "detection":
-            sample.update(self._objects(row[columns.objects], (image.shape[1], image.shape[2]), path))
+            size = (image.shape[1], image.shape[2])
+            sample.update(detection_fields(*self._objects(row[columns.objects], size, path), size))
         else:
             mask = self._decode_mask(row[columns.label_map], path)
             check_mask_size(mask, image, path)
             sample["mask"] = tv_tensors.Mask(torch.from_numpy(mask))
         return sample
+
+    def encoded(self, index: int) -> bytes | None:
+        column = self.source.columns.image
+        try:
+            return _file_bytes(self.table.select_columns(column)[index][column], self.path(index))
+        except BrokenSample:
+            return None
+
+    def annotation(self, index: int) -> Sample:
+        if self.kind == "classification" and self._is_class(self._stored[index]):
+            return {"label": self._label_of[self._stored[index]]}
+        if self.kind == "segmentation":
+            return {"mask": self.mask(index)}
+        columns = self.source.columns
+        row = self.table[index]
+        path = self.path(index)
+        size = image_size(io.BytesIO(_file_bytes(row[columns.image], path)))
+        if self.kind != "detection" or size is None:
+            return super().annotation(index)
+        boxes, labels, crowd = self._objects(row[columns.objects], size, path)
+        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size}
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of one sample, uint8 (H, W), without reading its image.
@@ -199,27 +273,32 @@ class HubDataset(SampleDataset):
         stored = read_label_map(path, _file_bytes(cell, path))
         return ids_to_labels(stored, path, self._labels, self.source.ignore_index, self.source.first_id)
 
-    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> Sample:
-        """Return boxes, labels and crowd flags of one row; `cell` is a dict of lists or a list of dicts."""
+    def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""
         columns = self.source.columns
         if isinstance(cell, Mapping):
-            rows, categories = cell[columns.bbox], cell[columns.category]
+            rows, categories = cell[columns.bbox] or [], cell[columns.category] or []
             crowd = cell.get(columns.iscrowd) or [0] * len(rows)
         else:
+            objects = [o or {} for o in cell or []]
             rows, categories, crowd = (
-                [o[columns.bbox] for o in cell or []],
-                [o[columns.category] for o in cell or []],
-                [o.get(columns.iscrowd) or 0 for o in cell or []],
+                [o.get(column) for o in objects] for column in (columns.bbox, columns.category, columns.iscrowd)
             )
-        if len(rows) != len(categories):
-            raise BrokenSample(path, f"has {len(rows)} boxes and {len(categories)} categories; give one per box")
+        if not len(rows) == len(categories) == len(crowd):
+            raise BrokenSample(
+                path,
+                f"has {len(rows)} boxes, {len(categories)} categories and {len(crowd)} values of "
+                f"'{columns.iscrowd}'; give one per box",
+            )
         for category in categories:
-            if category not in self._label_of:
+            if not self._is_class(category):
                 raise BrokenSample(path, self._unknown_class(category))
         try:
             boxes = np.array(rows, dtype=np.float32).reshape(len(rows), 4)
         except (ValueError, TypeError):
-            raise BrokenSample(path, f"column '{columns.bbox}' must hold four numbers per box") from None
+            wrong = next((row for row in rows if not isinstance(row, list) or len(row) != 4 or None in row), rows)
+            reason = f"column '{columns.bbox}' must hold four numbers per box, found {wrong!r}; correct or remove it"
+            raise BrokenSample(path, reason) from None
         if self.source.bbox_format == "coco":
             boxes[:, 2:] += boxes[:, :2]
         if are_fractions(boxes):
@@ -230,10 +309,11 @@ class HubDataset(SampleDataset):
             reason = outside_reason(boxes[invalid][0], size)
             raise BrokenSample(path, f"{reason}, or change bbox_format ({self.source.bbox_format})")
         labels = np.array([self._label_of[c] for c in categories], dtype=np.int64).reshape(-1)
-        return detection_fields(boxes, labels, np.array(crowd, dtype=bool), size)
+        flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
+        return boxes, labels, flags
 
-    def _stored_names(self, given: list[str] | None) -> list[str]:
-        """Return the class names by stored id: those given, those of the ClassLabel, or those in a text column."""
+    def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
+        """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
         if self.kind == "classification":
@@ -243,11 +323,22 @@ class HubDataset(SampleDataset):
             for role in ("bbox", "category"):
                 self._require_column(getattr(columns, role), inside, f"columns.{role}")
             feature = _element(inside[columns.category])
-        names = given if given is not None else getattr(feature, "names", None)
-        if names is None and self.kind == "classification" and getattr(feature, "dtype", "") == "string":
-            names = sorted(set(self.table[columns.label]))
+        if feature is not None and _element(feature) is not feature or isinstance(feature, Mapping):
+            column = columns.label if self.kind == "classification" else columns.category
+            raise DataError(f"{self.name}: column '{column}' is {feature}; it must hold one class, a number or a name")
+        own = getattr(feature, "names", None)
+        text = getattr(feature, "dtype", "") in ("string", "large_string")
+        if self.source.first_id and (own is not None or text) and self.kind != "segmentation":
+            found = "a ClassLabel, whose ids start at 0" if own is not None else "text"
+            raise DataError(f"{self.name}: first_id = {self.source.first_id}: the column is {found}; remove first_id")
+        names = given if given is not None else own
+        if names is None and self.kind == "classification" and text:
+            names = sorted({name for name in self.table[columns.label] if name is not None})
+        names = train if names is None else names
         if not names:
-            raise DataError(f"{self.name}: the columns contain no class names; set 'classes' in the config")
+            raise DataError(
+                f"{self.name}: the columns contain no class names; set 'classes' of the source or of the task"
+            )
         return list(names)
 
     def _require_column(self, column: str, features: Any, field: str) -> None:
@@ -255,9 +346,17 @@ class HubDataset(SampleDataset):
             names = list(features) if isinstance(features, Mapping) else []
             raise DataError(f"{self.name}: {field} = '{column}', which is not a column; {did_you_mean(column, names)}")
 
+    def _is_class(self, value: Any) -> bool:
+        return isinstance(value, int | float | str) and value in self._label_of
+
     def _unknown_class(self, found: Any) -> str:
-        count = len(self._labels)
-        return f"class {found!r} is not one of the {count} classes; ids are 0..{count - 1}"
+        if found is None:
+            return "has no class (null); set it or remove the row"
+        first, count = self.source.first_id, len(self._labels)
+        return (
+            f"class {found!r} is not one of the {count} classes; ids are {first}..{first + count - 1} "
+            f"(they count from first_id, which is {first})"
+        )
 
 
 def _element(feature: Any) -> Any:

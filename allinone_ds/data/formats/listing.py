@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +12,30 @@ from allinone_ds.data.base import Problem
 from allinone_ds.data.images import IMAGE_SUFFIXES, MISSING_FILE
 from allinone_ds.errors import DataError
 
+_TEXT_SUFFIXES = frozenset(".txt .json .jsonl .xml .csv .tsv .yaml .yml .md .html .log .db .ini .py .sh".split())
+_TEXT_FILES = frozenset(("LICENSE", "NOTICE", "README"))
 
-def read_text(file: Path) -> str:
-    """Return the text of a file.
+
+def read_text(file: Path, file_names: bool = False) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 if it begins with that encoding's mark.
+
+    Args:
+        file: the file.
+        file_names: the text lists files, whose names may be no UTF-8: other bytes are kept as Python keeps them in the
+            names of files (surrogate escapes).
 
     Raises:
         DataError: the file is missing, not readable or not text.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return data.decode("utf-16")
+        return data.decode("utf-8-sig", "surrogateescape" if file_names else "strict")
     except FileNotFoundError:
         raise DataError(f"{file}: file is missing; correct the path (relative paths start at data_root)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as text: {error}; save it as UTF-8") from None
 
 
 def require_folder(folder: Path, field: str) -> None:
@@ -71,19 +84,78 @@ def list_files(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if entry.is_file()]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: the name holds a zero byte
         return []
 
 
-def walk_images(folder: Path) -> list[str]:
-    """Return all images below a folder, relative to it and sorted, without hidden folders (.ipynb_checkpoints)."""
-    found = []
-    for current, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(current, name), folder) for name in names if is_image(name)]
+def walk_files(folder: Path) -> list[str]:
+    """Return all files below a folder, relative to it and sorted, without hidden folders (.ipynb_checkpoints).
+
+    Links to folders are followed. Every folder is visited once, since links may lead in circles: under its own path if
+    that lies below `folder`, else under that of the first link.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    found: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    folders = [""]  # relative to `folder`
+    links: list[str] = []
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder / current)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / current) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{folder / current}: cannot be listed: {error.strerror}; make it readable") from None
+        for entry in entries:
+            path = os.path.join(current, entry.name)
+            if not is_folder(entry):
+                found.append(path)
+            elif not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(path)
     return sorted(found)
+
+
+def walk_images(folder: Path) -> list[str]:
+    """Return the images among the files of `walk_files`."""
+    return [file for file in walk_files(folder) if is_image(file)]
+
+
+def unread_files(root: Path, files: Sequence[str]) -> list[Problem]:
+    """Return one warning that files among the images below `root` are not read, or an empty list if there are none.
+
+    Hidden files and files of text beside the images (annotations, notes) are not counted.
+    """
+    unread = [f for f in files if not is_image(f) and not _is_text(f)]
+    if not unread:
+        return []
+    counts = Counter(os.path.splitext(file)[1] or "no suffix" for file in unread).most_common(5)
+    suffixes = ", ".join(f"{count} with {suffix}" for suffix, count in counts)
+    reason = (
+        f"{len(unread)} of {len(files)} files are not read ({suffixes}; {unread[0]}); convert or rename images among "
+        f"them, allowed suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}"
+    )
+    return [Problem(str(root), reason, "warning")]
 
 
 def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image and is not hidden."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_text(name: str) -> bool:
+    base = os.path.basename(name)
+    return base.startswith(".") or os.path.splitext(base)[1].lower() in _TEXT_SUFFIXES or base in _TEXT_FILES

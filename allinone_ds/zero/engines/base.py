@@ -8,6 +8,7 @@ factors work on pieces, so partitions that straddle parameters, groups or ranks 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.fragments import Fragment
 
 
@@ -135,6 +137,10 @@ class EngineAdapter(ABC):
     def discard(self) -> None:
         """Drop every gradient that the engine holds, at any point of a step."""
 
+    def _remove_gradients(self) -> None:
+        """Remove the gradients of all parameters; the optimizer's own method may be guarded (`EngineGuard`)."""
+        type(self.optimizer).zero_grad(self.optimizer, set_to_none=True)
+
     def norms(self, flats: Sequence[Tensor]) -> dict[Any, Tensor]:
         """Return the norm of every parameter's part of `flats`, by the optimizer's id of the parameter."""
         key = self.optimizer.get_param_id
@@ -149,8 +155,8 @@ class EngineAdapter(ABC):
 
     @property
     def fp16(self) -> bool:
-        """Whether gradients carry a loss scale and may overflow."""
-        return bool(self.engine.fp16_enabled())
+        """Whether gradients are computed in fp16, so that they carry a loss scale and may overflow."""
+        return bool(self.engine.fp16_enabled()) or grad_scaler(self.engine) is not None
 
     @property
     def compute_device(self) -> torch.device:
@@ -159,8 +165,8 @@ class EngineAdapter(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """The factor that gradients carry and the optimizer divides by (fp16); 1 otherwise."""
-        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.fp16 else 1.0
+        """The factor that gradients carry and the engine's step divides by; 1 where losses are not scaled."""
+        return loss_scale(self.engine)
 
     @property
     def missing_loss_scale(self) -> float:
@@ -203,7 +209,8 @@ class EngineAdapter(ABC):
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set."""
         self.set_reduces(True)
-        self.engine.step()
+        with scale_changes_after_step(self.engine):
+            self.engine.step()
         self._after_step()
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
@@ -254,6 +261,7 @@ class EngineAdapter(ABC):
         wanted = {id(param) for param in params}
         spans = [span for span in self.spans if id(span.param) in wanted]
         whole_groups = _groups_covered(spans, self.spans)
+        self._warn_of_shared_counts({span.group for span in spans} - whole_groups)
         saved = []
         for span in spans:
             master, state = self.master(span)
@@ -269,16 +277,24 @@ class EngineAdapter(ABC):
             master, state = self.master(span)
             master.data.view(-1)[part].copy_(values)
             for key, value in state.items():
-                if not _per_element(value, master):
-                    continue
-                if key in old:
-                    value.view(-1)[part].copy_(old[key])
-                else:
-                    value.view(-1)[part].zero_()
-            state.update(scalars)
+                if _per_element(value, master):
+                    value.view(-1)[part].copy_(old.get(key, torch.zeros((), dtype=value.dtype)))
+                elif span.group in whole_groups:  # a state that the step created counts no step
+                    state[key] = scalars[key] if key in scalars else _zero(value)
         for target, values in weights:
             target.copy_(values)
         self._weights_restored(params)
+
+    def _warn_of_shared_counts(self, groups: AbstractSet[int]) -> None:
+        """Warn if the optimizer counts steps for a group of which only some parameters move in this step."""
+        masters = {span.group: self.master(span) for span in self.spans if span.group in groups}
+        if any(not _per_element(value, master) for master, state in masters.values() for value in state.values()):
+            warnings.warn(
+                "a step without some tasks, and an optimizer that counts steps per parameter group, as AdamW does: the "
+                "heads of absent tasks do not move, but their step counts rise with those of the other parameters in "
+                "their group; give every head a parameter group of its own",
+                stacklevel=2,
+            )
 
 
 def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
@@ -309,6 +325,10 @@ def _per_element(value: Any, master: Tensor) -> bool:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _zero(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) else type(value)()
 
 
 def _groups_covered(spans: Sequence[Span], every: Sequence[Span]) -> set[int]:

@@ -51,6 +51,12 @@ class BF16Adapter(EngineAdapter):
     def begin_task(self) -> None:
         pass
 
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed clears the bf16 gradients in a hook on what `engine.forward` returned, and adds them to the fp32
+        # ones after each backward; a loss of `engine.module` would add those of earlier backwards again
+        self.optimizer.clear_lp_grads()
+        super().backward(loss)
+
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.fp32_groups_gradient_flat_partition, self.pieces)
 
@@ -73,7 +79,7 @@ class BF16Adapter(EngineAdapter):
             self._norm = None
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._remove_gradients()
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat_partition)

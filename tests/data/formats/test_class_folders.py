@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from allinone_ds.errors import DataError
-from tests.data.tiny_sets import CLASSES, FOLDERS, opened, pixels
+from tests.data.tiny_sets import CLASSES, FOLDERS, opened, pixels, warnings, write_images
 
 
 def test_classes_are_numbered_in_the_order_of_their_names(folders_root):
@@ -39,3 +39,20 @@ def test_empty_folders_are_errors(folders_root):
     (folders_root / "none").mkdir()
     with pytest.raises(DataError, match="none: contains no class folder"):
         opened({**FOLDERS, "images": "none"}, folders_root)
+
+
+def test_folders_named_as_parts_of_a_data_set_are_no_classes(folders_root):
+    folder = folders_root / "images"
+    (folder / "ant").rename(folder / "train")
+    (folder / "bee").rename(folder / "Val")
+    assert "class folders Val, train are named as parts of a data set are" in warnings(FOLDERS, folders_root)
+    (folder / "cow").rename(folder / "test")
+    with pytest.raises(DataError, match="named Val, test, train, as parts of a data set are; .*images/Val"):
+        opened(FOLDERS, folders_root)
+
+
+def test_a_single_class_is_a_warning(folders_root):
+    write_images(folders_root / "one" / "cat", 2)
+    assert "only class 'cat' occurs, so there is nothing to tell apart" in warnings(
+        {**FOLDERS, "images": "one"}, folders_root
+    )

@@ -92,6 +92,13 @@ COCO_FAULTS = {
     "bbox nan": (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), "must be four numbers"),
     "missing file": (lambda c: c["images"][1].update(file_name="no.png"), r"no\.png: file is missing"),
     "image id twice": (lambda c: c["images"][1].update(id=100), r"1\.png: image id 100 is used twice"),
+    "image id of a list": (lambda c: c["images"][1].update(id=[100]), "needs 'id' and 'file_name', the id a number"),
+    "image id of an annotation": (lambda c: c["annotations"][1].update(image_id=[1]), r"image_id \[1\] is not among"),
+    "category id of a list": (lambda c: c["annotations"][1].update(category_id=[7]), r"category_id \[7\] is not among"),
+    "bbox null": (lambda c: c["annotations"][1].update(bbox=None), "bbox None must be four numbers"),
+    "bbox huge": (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 3]), "must be four numbers"),
+    "annotation null": (lambda c: c["annotations"].append(None), "annotation None must be an object"),
+    "zero byte": (lambda c: c["images"][1].update(file_name="a\0b/1.png"), "file is missing"),
     "image record": (lambda c: c["images"][1].pop("file_name"), "needs 'id' and 'file_name'"),
     "empty": (lambda c: c.update(images=[], annotations=[]), "contains no sample"),
 }
@@ -114,6 +121,7 @@ def test_a_fault_is_raised_when_opened_and_reported_by_the_check(coco_root, faul
         ('{"images": [], "annotations": {}}', "needs the list 'annotations'"),
         ('{"images": [], "annotations": [], "categories": []}', "'categories' is empty"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "needs 'id' and 'name'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": null}]}', "needs 'id' and 'name'"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "category id 1 is used twice",

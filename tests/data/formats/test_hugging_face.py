@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from allinone_ds.data.check import check_sources
 from allinone_ds.data.formats.hugging_face import DatasetsSource, HubDataset
+from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import BrokenSample, DataError
 from tests.data.tiny_sets import CLASSES, HEIGHT, WIDTH, pixels
@@ -203,3 +204,171 @@ def test_two_classes_stored_as_0_and_255_are_a_warning(tmp_path):
     save(tmp_path, {"image": datasets.Image(), "label": datasets.Image()}, rows)
     reported = [str(p) for p in opened(tmp_path, "segmentation", classes=CLASSES).structural]
     assert len(reported) == 1 and "which is ignored" in reported[0]
+
+
+# ---- splits
+
+
+def save_classes(root, labels=(0, 1, 2, 1), feature=None, **options):
+    features = {"image": datasets.Image(), "label": feature or datasets.ClassLabel(names=CLASSES)}
+    save(root, features, {"image": IMAGES, "label": list(labels)}, **options)
+
+
+@pytest.mark.parametrize("split", ["test", "nonsense", "train["])
+def test_one_saved_dataset_has_no_other_split(tmp_path, split):
+    save_classes(tmp_path)
+    assert len(opened(tmp_path, "classification")) == COUNT == len(opened(tmp_path, "classification", split="train"))
+    with pytest.raises(DataError, match=r"set: no split '.*allowed: train.*the folder holds one dataset, not several"):
+        opened(tmp_path, "classification", split=split)
+
+
+def test_a_saved_dataset_keeps_the_name_of_its_split(tmp_path):
+    save_classes(tmp_path)
+    table = datasets.load_from_disk(str(tmp_path / "set"))
+    datasets.Dataset(table.data, split="test").save_to_disk(str(tmp_path / "part"))
+    assert opened(tmp_path, "classification", path="part").name == "part[test]"
+    assert len(opened(tmp_path, "classification", path="part", split="test")) == COUNT
+    with pytest.raises(DataError, match="no split 'train'; .*allowed: test"):
+        opened(tmp_path, "classification", path="part", split="train")
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_part_of_a_split_can_be_named(tmp_path, as_dict):
+    save_classes(tmp_path, as_dict=as_dict)
+    first, rest = (opened(tmp_path, "classification", split=f"train[{part}]") for part in (":75%", "75%:"))
+    assert [first[i]["label"] for i in range(len(first))] == [0, 1, 2] and len(rest) == 1
+    both = opened(tmp_path, "classification", split="train[:1]+train[3:]")
+    assert [both[i]["label"] for i in range(len(both))] == [0, 1]
+
+
+def test_the_name_of_a_configuration_is_refused_for_a_saved_dataset(tmp_path):
+    save_classes(tmp_path)
+    with pytest.raises(DataError, match="'name' selects a configuration on the hub"):
+        opened(tmp_path, "classification", name="small")
+
+
+# ---- options
+
+
+def test_first_id_is_the_id_of_the_first_class(tmp_path):
+    save_classes(tmp_path, (1, 2, 3, 2), datasets.Value("int64"))
+    dataset = opened(tmp_path, "classification", classes=CLASSES, first_id=1)
+    assert [dataset[i]["label"] for i in range(COUNT)] == [0, 1, 2, 1]
+    with pytest.raises(DataError, match=r"#2: class 3 is not one of the 3 classes; ids are 0\.\.2 .*first_id"):
+        opened(tmp_path, "classification", classes=CLASSES)
+
+
+def test_first_id_of_boxes(tmp_path):
+    objects = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+        "category": datasets.List(datasets.Value("int64")),
+    }
+    rows = [{"bbox": b, "category": [i + 5 for i in c]} for b, c in zip(BOXES, KINDS, strict=True)]
+    save(tmp_path, {"image": datasets.Image(), "objects": objects}, {"image": IMAGES, "objects": rows})
+    dataset = opened(tmp_path, "detection", classes=CLASSES, first_id=5)
+    assert [dataset[i]["labels"].tolist() for i in range(COUNT)] == KINDS
+
+
+@pytest.mark.parametrize("feature", [None, datasets.Value("string")])
+def test_first_id_is_refused_where_it_has_no_meaning(tmp_path, feature):
+    save_classes(tmp_path, CLASSES + CLASSES[:1], feature)
+    with pytest.raises(DataError, match="first_id = 1: the column is (a ClassLabel|text).*remove first_id"):
+        opened(tmp_path, "classification", first_id=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("classification", {"bbox_format": "pascal"}, "bbox_format is an option of kind detection"),
+        ("segmentation", {"bbox_format": "pascal"}, "bbox_format is an option of kind detection"),
+        ("detection", {"ignore_index": 0}, "ignore_index is an option of kind segmentation"),
+        ("classification", {"columns": {"bbox": "boxes"}}, "columns.bbox is not used by kind classification"),
+        ("segmentation", {"columns": {"label": "mask"}}, "columns.label is not used.*image, label_map"),
+        ("detection", {"columns": {"label": "class"}}, "columns.label is not used.*category"),
+    ],
+)
+def test_options_of_other_kinds_are_refused(kind, options, message):
+    config = {"format": "datasets", "path": "set", "kind": kind, **options}
+    with pytest.raises(ValueError, match=message):
+        TypeAdapter(Source).validate_python(config)
+
+
+def test_a_source_reads_back_equal(tmp_path):
+    for kind in ("classification", "detection", "segmentation"):
+        source = DatasetsSource(format="datasets", path="set", kind=kind)
+        assert DatasetsSource.model_validate(source.model_dump(mode="json")) == source
+
+
+# ---- odd rows
+
+
+def test_a_row_without_a_class_name_is_an_error(tmp_path):
+    save_classes(tmp_path, ["ant", None, "bee", "cow"], datasets.Value("string"))
+    with pytest.raises(DataError, match=r"set\[train\]#1: has no class \(null\)"):
+        opened(tmp_path, "classification")
+
+
+def test_a_list_of_classes_per_image_is_refused(tmp_path):
+    save_classes(tmp_path, [[0], [1, 2], [], [0]], datasets.List(datasets.Value("int64")))
+    with pytest.raises(DataError, match="column 'label' is List.*must hold one class"):
+        opened(tmp_path, "classification", classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"bbox": [None], "category": [0]}, r"must hold four numbers per box, found None"),
+        ({"bbox": [[1.0, 2.0, None, 4.0]], "category": [0]}, "outside its image|four numbers"),
+        ({"bbox": None, "category": [0]}, "has 0 boxes, 1 categories"),
+        ({"bbox": [[1, 1, 4, 4]], "category": [None]}, "has no class"),
+        (
+            {"bbox": [[1, 1, 4, 4]] * 3, "category": [0, 1, 2], "iscrowd": [0]},
+            "3 boxes, 3 categories and 1 values of 'iscrowd'",
+        ),
+    ],
+)
+def test_an_odd_row_of_boxes_is_broken(tmp_path, row, message):
+    objects = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
+        "category": datasets.List(datasets.ClassLabel(names=CLASSES)),
+        "iscrowd": datasets.List(datasets.Value("int64")),
+    }
+    rows = [{"iscrowd": None, **row}, None, {"bbox": None, "category": None, "iscrowd": None}]
+    save(tmp_path, {"image": datasets.Image(), "objects": objects}, {"image": IMAGES[:3], "objects": rows})
+    dataset = opened(tmp_path, "detection")
+    with pytest.raises(BrokenSample, match=message):
+        dataset[0]
+    assert [len(dataset[i]["boxes"]) for i in (1, 2)] == [0, 0]
+
+
+def test_crowd_flags_may_be_text(tmp_path):
+    objects = datasets.List(
+        {
+            "bbox": datasets.List(datasets.Value("float32")),
+            "category": datasets.Value("int64"),
+            "iscrowd": datasets.Value("string"),
+        }
+    )
+    box = {"bbox": [1, 1, 4, 4], "category": 0}
+    rows = [[{**box, "iscrowd": "0"}, {**box, "iscrowd": "1"}, {**box, "iscrowd": None}]]
+    save(tmp_path, {"image": datasets.Image(), "objects": objects}, {"image": IMAGES[:1], "objects": rows})
+    assert opened(tmp_path, "detection", classes=CLASSES)[0]["iscrowd"].tolist() == [False, True, False]
+
+
+def test_images_of_12_bit_are_read_like_files(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH)).astype(np.uint16)
+    values[0, 0] = 4095
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    save(tmp_path, features, {"image": [values], "label": [0]})
+    assert np.array_equal(opened(tmp_path, "classification")[0]["image"][2].numpy(), values >> 4)
+
+
+def test_boxes_are_counted_as_stored_without_decoding_their_images(tmp_path, monkeypatch):
+    save_boxes(tmp_path, [[[1, 1, 0, 9]], [], [[0, 0, 4, 4], [5, 5, 0.5, 7]], [[3, 3, 3, 3]]])
+    dataset = opened(tmp_path, "detection")
+    monkeypatch.setattr("allinone_ds.data.formats.hugging_face.read_image", None)
+    [problem, unused] = target_problems(dataset, (HEIGHT, WIDTH))
+    assert problem.reason.startswith(
+        "2 of 4 boxes are not used in training: 1 have no area or a negative size, 1 are smaller than 1 pixel"
+    )
+    assert "no box has category ant" in unused.reason

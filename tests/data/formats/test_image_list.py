@@ -71,3 +71,28 @@ def test_a_test_set_follows_the_class_order_of_its_train_set(list_root):
     (list_root / "list.txt").write_text("0.png 0\n1.png 2\n")
     dataset = opened(LIST, list_root, classes=CLASSES[::-1])
     assert [dataset[i]["label"] for i in range(2)] == [2, 0]
+
+
+def test_ids_with_gaps_become_contiguous(list_root):
+    ids = [1440764 + 931 * (i % 3) for i in range(COUNT)]
+    (list_root / "list.txt").write_text("".join(f"{i}.png {ids[i]}\n" for i in range(COUNT)))
+    config = {k: v for k, v in LIST.items() if k != "classes"}
+    dataset = opened(config, list_root)
+    assert dataset.classes == ["1440764", "1441695", "1442626"]
+    assert [dataset[i]["label"] for i in range(COUNT)] == [i % 3 for i in range(COUNT)]
+    reason = str(dataset.structural[0])
+    assert "no image has class id 0, 1, 2, 3, 4, ... (1442624 ids up to 1442626)" in reason
+    assert "the 3 ids that occur become classes 0..2" in reason
+    (list_root / "test.txt").write_text("0.png 1442626\n")
+    test = opened({**config, "list": "test.txt"}, list_root, classes=dataset.classes)
+    assert test[0]["label"] == 2
+    (list_root / "test.txt").write_text("0.png 1442627\n")
+    with pytest.raises(DataError, match="line 1: class id 1442627 must be one of the 3 ids of the train set"):
+        opened({**config, "list": "test.txt"}, list_root, classes=dataset.classes)
+
+
+def test_a_test_list_without_names_counts_from_first_id(list_root):
+    config = {k: v for k, v in LIST.items() if k != "classes"}
+    (list_root / "list.txt").write_text("0.png 1\n1.png 3\n")
+    dataset = opened({**config, "first_id": 1}, list_root, classes=CLASSES)
+    assert [dataset[i]["label"] for i in range(2)] == [0, 2]

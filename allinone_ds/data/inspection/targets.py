@@ -1,0 +1,155 @@
+"""Count what can be learned from a dataset: usable boxes, label maps with classes, images per class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset
+from allinone_ds.errors import BrokenSample
+
+READ_AT_START = 64
+"""Samples that are read at the start of a run where annotations are not in memory, evenly spaced."""
+READ_IN_CHECK = 1000
+"""Samples that `check` reads, and that the start of a run reads before it says that there is nothing to learn."""
+
+
+class _Found(NamedTuple):
+    read: int
+    """Samples that were read."""
+    usable: int
+    """Targets that training can use."""
+    none: str
+    """What is wrong if none is usable."""
+    warnings: list[str]
+    used: set[int]
+    """Labels that occur."""
+    unused: str
+    """Text of the warning that some do not: `no box has category`."""
+
+
+def target_problems(
+    dataset: SampleDataset, image_size: tuple[int, int], train: bool = True, most: int = READ_AT_START
+) -> list[Problem]:
+    """Return what cannot be learned from a dataset, with numbers.
+
+    Nothing usable is an error in training data and a warning in test data. A part that is lost, a single class, and
+    classes that do not occur are warnings. Annotations in memory are all counted. Of others, `most` samples are read,
+    and up to 1000 if nothing is usable in these. A dataset of a custom kind is not counted.
+
+    Args:
+        dataset: an opened dataset.
+        image_size: (H, W) in pixels that its images are resized to.
+        train: whether it is training data.
+        most: number of samples to read.
+    """
+    count = _COUNTS.get(dataset.kind)
+    if count is None or len(dataset) == 0:
+        return []
+    complete = dataset.in_memory or len(dataset) <= most
+    found = count(_read(dataset, range(len(dataset)) if complete else spread(len(dataset), most)), image_size)
+    if found is not None and not found.usable and not complete:
+        complete = len(dataset) <= READ_IN_CHECK
+        found = count(_read(dataset, spread(len(dataset), READ_IN_CHECK)), image_size)
+    if found is None or not found.read:  # targets of another form, or no sample can be read, which others report
+        return []
+    seen = "" if complete else f" (in {found.read} of {len(dataset)} samples, evenly spaced)"
+    if not found.usable:
+        reason = f"nothing can be learned: {found.none}{seen}; correct the annotations"
+        return [Problem(dataset.name, reason, "error" if train else "warning")]
+    warnings = list(found.warnings)
+    if train and complete:
+        unused = [name for label, name in enumerate(dataset.classes) if label not in found.used]
+        if unused:
+            shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+            warnings.append(f"{found.unused} {shown} ({len(unused)} of {len(dataset.classes)}); add some or remove it")
+    if train and dataset.kind != "detection" and len(found.used) == 1:
+        name = dataset.classes[min(found.used)]
+        warnings.append(f"only class '{name}' occurs{seen}, so there is nothing to tell apart; add other classes")
+    return [Problem(dataset.name, reason.replace("{seen}", seen), "warning") for reason in warnings]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers 0..count-1, evenly spaced, with the first and the last one."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
+def _read(dataset: SampleDataset, indices: Iterable[int]) -> Iterator[Sample]:
+    for index in indices:
+        try:
+            yield dataset.annotation(index)
+        except BrokenSample:  # training replaces and counts it
+            continue
+
+
+def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
+    rows, labels_of, crowd_of, size_of = [np.empty((0, 4))], [np.empty(0)], [np.empty(0)], [np.empty((0, 2))]
+    for sample in samples:
+        rows.append(np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4))
+        labels_of.append(np.asarray(sample["labels"]))
+        crowd_of.append(np.asarray(sample.get("iscrowd", np.zeros(len(rows[-1])))))
+        size_of.append(np.tile(sample["size"] or (np.inf, np.inf), (len(rows[-1]), 1)))
+    boxes = np.concatenate(rows)  # (n, 4)
+    labels, crowd = np.concatenate(labels_of).astype(int), np.concatenate(crowd_of).astype(bool)  # (n,)
+    sizes = np.concatenate(size_of)[:, ::-1]  # (n, 2): W, H
+    with np.errstate(invalid="ignore"):
+        inside = np.stack([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)])
+        sides = inside[1] - inside[0]
+        small = (sides * (np.array(image_size[::-1]) / sizes) < 1).any(axis=1) & np.isfinite(sizes).all(axis=1)
+    lost = {
+        "have no area or a negative size": (sides <= 0).any(axis=1),
+        "are crowds": crowd,
+        f"are smaller than 1 pixel at the image_size {image_size[0]} x {image_size[1]} (height x width)": small,
+    }
+    free = np.ones(len(boxes), dtype=bool)
+    parts, wrong = [], 0
+    for what, mask in lost.items():
+        number = int((mask & free).sum())
+        free &= ~mask
+        wrong += 0 if what == "are crowds" else number
+        parts += [f"{number} {what}"] if number else []
+    usable = int(free.sum())
+    text = f"{len(boxes) - usable} of {len(boxes)} boxes are not used in training{{seen}}: {', '.join(parts)}"
+    return _Found(
+        len(rows) - 1,
+        usable,
+        f"of {len(boxes)} boxes, {', '.join(parts)}" if len(boxes) else "there is no box",
+        [text] if wrong or len(boxes) - usable > usable else [],  # a few crowds are usual
+        set(labels[free].tolist()),
+        "no box has category",
+    )
+
+
+def _masks(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
+    used: set[int] = set()
+    empty = read = 0
+    for sample in samples:
+        found = set(np.unique(np.asarray(sample["mask"])).tolist()) - {IGNORE}
+        used |= found
+        empty += not found
+        read += 1
+    text = f"{empty} of {read} label maps that were read have no pixel of a class, all are ignored"
+    return _Found(
+        read,
+        read - empty,
+        f"none of {read} label maps has a pixel of a class, all pixels are ignored",
+        [text] if empty else [],
+        used,
+        "no label map has a pixel of class",
+    )
+
+
+def _labels(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | None:
+    labels = [sample["label"] for sample in samples]
+    if not all(isinstance(label, int) for label in labels):
+        return None
+    return _Found(len(labels), len(labels), "", [], set(labels), "no image has class")
+
+
+_COUNTS: dict[str, Callable[[Iterable[Sample], tuple[int, int]], _Found | None]] = {
+    "detection": _boxes,
+    "segmentation": _masks,
+    "classification": _labels,
+}

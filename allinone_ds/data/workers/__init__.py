@@ -1,0 +1,1 @@
+"""What passes between the worker processes of a loader and the process that trains."""

@@ -1,0 +1,240 @@
+"""Everything that `allinone-ds check` examines besides the data files: what would end a run at its start."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from allinone_ds.balance.assignment import groups_for
+from allinone_ds.data.augmentation.transforms import eval_transform, normalize, train_transform
+from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.further_samples import FurtherSamples
+from allinone_ds.data.sources import open_source
+from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
+from allinone_ds.model import AllInOneModel
+from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.models.freezing import freeze_backbone
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
+from allinone_ds.run_config.build import without_checkpoint
+from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
+from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
+from allinone_ds.tasks import Task, build_task, task_class
+from allinone_ds.training.load_checkpoint import check_checkpoint
+from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.start.arguments import argument_problems
+from allinone_ds.training.start.callbacks import configured_callbacks
+from allinone_ds.training.warm_start import start_from
+
+_SAMPLES = 2
+"""Samples per task that are transformed and given to the task's loss."""
+_T = TypeVar("_T")
+_DEEPSPEED = {"zero_optimization": {"stage": 2}}
+_CLASSES = 100
+"""Classes of a task whose data cannot be opened."""
+
+
+def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[RunConfig | None, list[str]]:
+    """Return everything that would end a run at its start, except faults of single data files.
+
+    The configuration is read, the model is built without memory for its weights, and samples of every task pass
+    through each branch of its augmentation to the loss of its head. Nothing is written.
+
+    Args:
+        path: YAML file of the run.
+        overrides: dotted overrides.
+        ranks: number of ranks that the run is to start with.
+
+    Returns:
+        The configuration without its invalid keys (None: too little of it is valid), and one line per problem.
+    """
+    found: list[str] = []
+    config, problems = read_config(path, overrides)
+    found += problems
+    if config is None:
+        return None, found
+    args = _arguments(config, found)
+    unset_hf_deepspeed_config()  # else the model would be partitioned, which needs ranks
+    _collect(found, lambda: check_balancer(config), f"{path}: ")
+    _collect(found, lambda: configured_callbacks(config))
+    if config.balancer.parallel == "tasks":
+        _collect(found, lambda: groups_for("tasks", config.balancer.groups, tuple(config.tasks), ranks))
+    with torch.device("meta"):
+        backbone = _collect(found, lambda: build_backbone(_without_weights(config.model.backbone)))
+    if backbone is not None:
+        _collect(found, lambda: freeze_backbone(backbone, config.model.freeze))
+    else:
+        return config, found
+    tasks = {}
+    for name, task in config.tasks.items():
+        built = _check_task(found, config, name, task, backbone)
+        if built is not None:
+            tasks[name] = built
+    complete = len(tasks) == len(config.tasks)
+    if args is not None:
+        evaluated = {name: task for name, task in tasks.items() if config.tasks[name].test is not None}
+        found += argument_problems(args, evaluated if complete else None)
+    model = _collect(found, lambda: AllInOneModel(backbone, tasks)) if complete else None
+    if model is not None and args is not None:
+        _collect(
+            found,
+            lambda: parameter_groups(
+                model,
+                args.learning_rate,
+                args.weight_decay,
+                args.backbone_lr_factor,
+                args.layer_lr_decay,
+                args.head_lr_factor,
+                args.head_weight_decay,
+            ),
+        )
+        _check_folders(found, config, model)
+    return config, list(dict.fromkeys(found))
+
+
+def _without_weights(configured: BackboneConfig) -> BackboneConfig:
+    """Return a configuration with the sizes of the backbone's checkpoint, of which only the configuration is read."""
+    if configured.checkpoint is None:
+        return configured
+    try:
+        saved = AutoConfig.from_pretrained(configured.checkpoint)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.backbone ({configured.model_type}): {error}") from error
+    sizes = without_checkpoint(configured, saved)
+    return sizes.model_copy(update={"config": {**sizes.config, **configured.config},
+                                    "out_indices": configured.out_indices})  # fmt: skip
+
+
+def _arguments(config: RunConfig, found: list[str]) -> AllInOneArguments | None:
+    """Return the arguments; of a file with invalid keys those of a copy without them, to check the others too."""
+    config = config.model_copy(deep=True)
+    try:
+        check_trainer_keys(config.trainer)
+    except ConfigError as error:
+        found += str(error).splitlines()
+        for key in list(config.trainer):
+            try:
+                check_trainer_keys({key: config.trainer[key]})
+            except ConfigError:
+                del config.trainer[key]
+    while True:
+        try:
+            return arguments_from_config(config)
+        except ConfigError as error:
+            found += str(error).splitlines()
+            wrong = [key for key in config.trainer if re.search(rf"\b{key}\b", str(error))]
+            if not wrong and ("deepspeed" not in str(error) or config.deepspeed == _DEEPSPEED):
+                return None
+            for key in wrong:
+                del config.trainer[key]
+            if "deepspeed" in str(error):
+                config.deepspeed = _DEEPSPEED
+
+
+def _collect(found: list[str], function: Callable[[], _T], where: str = "") -> _T | None:
+    """Return the result of a function; on an error of the package, note its message."""
+    try:
+        return function()
+    except AllInOneError as error:
+        found += f"{where}{error}".splitlines()
+        return None
+
+
+def _check_task(found: list[str], config: RunConfig, name: str, task: TaskConfig, backbone: Any) -> Task | None:
+    """Build one task and compute its loss for samples of its data; return it on the meta device."""
+    datasets: dict[str, SampleDataset] = {}
+    classes: list[str] | None = None
+    for part, source in (("train", task.train_source), ("test", task.test_source)):
+        if source is not None:
+            try:
+                datasets[part] = open_source(source, config.data_root, classes, strict=False)
+                classes = classes or datasets[part].classes
+            except DataError:  # the check of the data files reports it
+                pass
+    expect = task.train_source.expect
+    names = classes or [str(k) for k in range((expect and expect.classes) or _CLASSES)]
+
+    def build() -> Task:
+        made = build_task(task.type, name, names, backbone, task.image_size, task.head, task.options)
+        if task.test_time is not None:
+            made.check_test_time(task.test_time)
+        return made
+
+    head = _collect(found, build)  # on the CPU: heads are small
+    if head is not None:
+        for part, dataset in datasets.items():
+            _check_samples(found, f"tasks.{name}", task, part, dataset, head)
+        head = head.to("meta")
+    return head
+
+
+def _check_samples(
+    found: list[str], where: str, task: TaskConfig, part: str, dataset: SampleDataset, head: Task
+) -> None:
+    """Give the first readable samples to each branch of the augmentation, and the batch to the loss of the head."""
+    samples = []
+    for index in range(min(len(dataset), 20)):
+        try:
+            samples.append(dataset[index])
+        except BrokenSample:  # the check of the data files reports it
+            continue
+        if len(samples) == _SAMPLES:
+            break
+    if not samples:
+        return
+    collate = task_class(task.type).collate
+    transforms = {"": eval_transform(task.image_size)}
+    if part == "train":
+        whole = train_transform(task.augment, task.image_size, dataset.kind)
+        transforms = {f", branch '{name}'": whole.only(name) for name in whole.branches}
+    state = torch.get_rng_state()
+    for branch, transform in transforms.items():
+        step = f"{where}.{'augment' if part == 'train' else part}{branch}"
+        try:
+            drawn = [transform(sample, FurtherSamples(dataset, [], len(dataset))) for sample in samples]
+            step = f"{where}.{part}, collate{branch}"
+            batch = collate(drawn)
+            step = f"{where}, loss{branch}"
+            _loss(head, batch, part == "train")
+        except Exception as error:  # transforms and tasks, also the user's own, may raise anything
+            text = str(error) if isinstance(error, AllInOneError) else f"{type(error).__name__}: {error}"
+            found.append(f"{step}: fails on {samples[0].get('path', 'the first sample')}: {' '.join(text.split())}")
+            break
+    torch.set_rng_state(state)
+
+
+def _loss(head: Task, batch: dict[str, Any], labelled: bool) -> None:
+    """Run the head of a task, on random feature maps, with its loss."""
+    pixels = batch["pixel_values"]
+    if pixels.dtype == torch.uint8:
+        pixels = normalize(pixels)
+    batch_size, _, height, width = pixels.shape
+    shape = (batch_size, head.channels, height // head.stride, width // head.stride)
+    features = tuple(torch.randn(shape) for _ in range(head.num_levels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = head.train(labelled)(features, pixels, batch.get("labels") if labelled else None)
+    if labelled and (outputs.loss is None or outputs.loss.dim()):
+        raise ConfigError("forward with labels must return a scalar `loss`")
+
+
+def _check_folders(found: list[str], config: RunConfig, model: nn.Module) -> None:
+    """Check the checkpoint to resume from, or the run to start from, against the model."""
+    resume_from = parse_resume(config.trainer.get("resume_from_checkpoint"))
+    before = len(found)
+    _collect(found, lambda: check_resume(resume_from, config.run_dir))
+    if len(found) > before:
+        return
+    if resume_from:
+        checkpoint = checkpoints(config.run_dir)[-1] if resume_from is True else Path(resume_from)
+        _collect(found, lambda: check_checkpoint(model, checkpoint))
+    elif config.model.start_from is not None:
+        source = config.model.start_from
+        _collect(found, lambda: start_from(model, source))  # type: ignore[arg-type]

@@ -1,0 +1,51 @@
+"""What an engine multiplies losses by in `backward`, and divides gradients by in `step`. Checked on DeepSpeed 0.19.8.
+
+The fp16 section scales by the optimizer's `loss_scale`, static or dynamic. `optimizer.override_loss_scale` sets a scale
+of the user's own, in any type. `torch_autocast` in fp16 scales by torch's GradScaler: one of the ZeRO optimizer, or of
+the engine without ZeRO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+_NEVER = 2**31 - 1
+
+
+def grad_scaler(engine: Any) -> Any:
+    """Return torch's GradScaler of an engine with `torch_autocast` in fp16; None for all others."""
+    scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    return getattr(engine, "torch_autocast_z0_gradscaler", None) if scaler is None else scaler
+
+
+def loss_scale(engine: Any) -> float:
+    """Return the factor that the engine's step divides gradients by."""
+    scale, scaler = float(getattr(engine.optimizer, "loss_scale", 1.0)), grad_scaler(engine)
+    return scale if scaler is None else scale * float(scaler.get_scale())
+
+
+@contextlib.contextmanager
+def scale_changes_after_step(engine: Any) -> Iterator[None]:
+    """Let the GradScaler of a ZeRO optimizer change its scale after the engine's step, and after an overflow.
+
+    DeepSpeed updates it after every parameter group, so that the groups after a growth would be divided by twice the
+    scale that their gradients carry. And it does not lower the scale when it skips a step, so that a task that
+    overflows once would overflow for ever.
+    """
+    scaler: Any = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    if scaler is None:
+        yield
+        return
+    interval = scaler.get_growth_interval()
+    scaler.set_growth_interval(_NEVER)
+    try:
+        yield
+    finally:
+        scaler.set_growth_interval(interval)
+    state = scaler.state_dict()
+    if engine.optimizer.overflow:
+        scaler.load_state_dict({**state, "scale": state["scale"] * state["backoff_factor"], "_growth_tracker": 0})
+    elif state["_growth_tracker"] >= interval:
+        scaler.load_state_dict({**state, "scale": state["scale"] * state["growth_factor"], "_growth_tracker": 0})
