@@ -132,5 +132,12 @@ def evaluate_tasks(
         name: evaluate_task(model, name, part, device, num_workers, around, None, details)
         for name, part in data.items()
     }
-    main = [main_value(name, tasks[name], metrics) for name, metrics in values.items()]
-    return Evaluation(values, score(main) if main else None, details)
+    main = {name: main_value(name, tasks[name], metrics) for name, metrics in values.items()}
+    for name, value in main.items():
+        if value > 1 and len(main) > 1:
+            note = (
+                f"the main metric '{tasks[name].main_metric}' adds more than 1 to the score and outweighs the other "
+                "tasks when the best checkpoint is chosen; scale it to 0..1"
+            )
+            details.setdefault(name, {}).setdefault("notes", []).append(note)
+    return Evaluation(values, score(list(main.values())) if main else None, details)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.pretrained import LoadedWeights, common_prefix, without_prefix
 from allinone_ds.strict import did_you_mean
 
 ModelType = Literal[
@@ -264,14 +266,14 @@ def from_config(config: Any) -> Any:
     return ARCHITECTURES[config.model_type].net._from_config(config)
 
 
-def timm_from_folder(config: Any, folder: str) -> Any:
-    """Load a timm model from a folder that `TimmBackbone.save_pretrained` wrote.
+def timm_from_folder(config: Any, folder: str) -> tuple[Any, LoadedWeights]:
+    """Load a timm model from a folder that `TimmBackbone.save_pretrained` wrote; return it and what was loaded.
 
     `TimmBackbone.from_pretrained` takes names of timm only, and downloads their weights.
 
     Args:
         config: its configuration.
-        folder: the folder.
+        folder: the folder. A prefix that its names share is removed.
 
     Raises:
         ConfigError: the folder has no weights, or they do not fit.
@@ -279,15 +281,19 @@ def timm_from_folder(config: Any, folder: str) -> Any:
     net = from_config(config)
     file = Path(folder) / SAFE_WEIGHTS_NAME
     try:
-        missing = net.load_state_dict(load_file(file), strict=False).missing_keys  # further stages are not needed
-    except (OSError, RuntimeError) as error:
+        state = load_file(file)
+        prefix = common_prefix(state, set(net.state_dict()))
+        found = net.load_state_dict(without_prefix(state, prefix), strict=False)  # further stages are not needed
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{file}: {error}; give a folder that TimmBackbone.save_pretrained wrote") from error
-    if missing:
+    if found.missing_keys:
         raise ConfigError(
-            f"{file}: it lacks {len(missing)} of {len(net.state_dict())} tensors ({missing[0]}, ...); give a folder "
-            "that TimmBackbone.save_pretrained wrote with at least these out_indices"
+            f"{file}: it lacks {len(found.missing_keys)} of {len(net.state_dict())} tensors ({found.missing_keys[0]}, "
+            "...); give a folder that TimmBackbone.save_pretrained wrote with at least these out_indices"
         )
-    return net
+    outside = [name for name in state if not name.startswith(prefix)]
+    unexpected = tuple(sorted([*outside, *(prefix + name for name in found.unexpected_keys)]))
+    return net, LoadedWeights(folder, len(net.state_dict()), missing=(), unexpected=unexpected, prefix=prefix)
 
 
 @functools.cache

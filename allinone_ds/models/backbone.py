@@ -269,7 +269,7 @@ def build_backbone(cfg: BackboneConfig) -> Backbone:
         ConfigError: the model's configuration does not have a field of `cfg.config`, or settings contradict each other.
 
     Example:
-        >>>         >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
         >>> backbone = build_backbone(BackboneConfig(config=sizes))
         >>> [tuple(level.shape) for level in backbone(torch.randn(1, 3, 32, 48)).feature_maps]
         [(1, 32, 4, 6), (1, 32, 4, 6)]
@@ -301,7 +301,7 @@ def _from_config(cfg: BackboneConfig) -> Any:
     return architectures.from_config(config)
 
 
-def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedWeights | None]:
+def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedWeights]:
     if cfg.stem == "conv":
         raise ConfigError("model.backbone.stem: 'conv' has random weights and would discard the patch projection of "
                           f"the checkpoint {checkpoint}; use 'patch'")  # fmt: skip
@@ -319,7 +319,7 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
     _check_values(config)
     architectures.set_outputs(config, cfg.out_indices)
     if cfg.model_type == "timm_backbone":
-        return architectures.timm_from_folder(config, checkpoint), None
+        return architectures.timm_from_folder(config, checkpoint)
     changed = {
         key: (getattr(config, key), getattr(theirs, key))
         for key in cfg.config

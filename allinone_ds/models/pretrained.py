@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from allinone_ds.distributed import rank
 from allinone_ds.errors import ConfigError
 
 _EXAMPLES = 3  # names that a message lists
-_UNUSED = "mask_token"  # only masked pretraining uses it
+_UNUSED = re.compile(r"(^|\.)(mask_token$|pooler\.)")  # tensors that no feature map depends on
 _ANTIALIASED = ("dinov2_with_registers",)  # architectures that interpolate their positions with antialiasing
 _WHERE = "model.backbone.checkpoint"
 
@@ -76,7 +77,7 @@ class LoadedWeights:
     @property
     def complete(self) -> bool:
         """Whether every tensor that a forward uses was loaded, into a model with the checkpoint's settings."""
-        return all(name.endswith(_UNUSED) for name in self.missing) and not self.changed
+        return all(_UNUSED.search(name) for name in self.missing) and not self.changed
 
     def __str__(self) -> str:
         parts = [f"{self.option}: {self.source}: {self.loaded} of {self.total} tensors loaded"]
@@ -84,7 +85,8 @@ class LoadedWeights:
             parts.append(f"the prefix '{self.prefix}' was removed")
         if self.resized:
             parts.append(f"interpolated to this image size: {', '.join(self.resized)}")
-        parts.append(_count("missing and left random" if self.missing else "missing", self.missing))
+        random = any(not _UNUSED.search(name) for name in self.missing)
+        parts.append(_count("missing and left random" if random else "missing", self.missing))
         parts.append(_count("unexpected", self.unexpected))
         if self.changed:
             parts.append(f"settings that differ: {', '.join(self.changed)}")
@@ -118,8 +120,8 @@ def load_pretrained(
     shapes = _read(files, "meta")
     with torch.device("meta"):
         expected = set(cls(config).state_dict())
-    prefix = _common_prefix(shapes, expected)
-    info = _compare(cls, config, _without_prefix(shapes, prefix))
+    prefix = common_prefix(shapes, expected)
+    info = _compare(cls, config, without_prefix(shapes, prefix))
     resized = _resizable(info["mismatched_keys"], shapes, prefix)
     _refuse_other_shapes(checkpoint, info["mismatched_keys"], resized, len(expected), differing)
     outside = [name for name in shapes if not name.startswith(prefix)]
@@ -145,7 +147,7 @@ def load_pretrained(
     for name, shape in resized.items():
         state[prefix + name] = _interpolated(state[prefix + name], shape, config.model_type in _ANTIALIASED)
     with _quiet():
-        model = cls.from_pretrained(None, config=config, state_dict=_without_prefix(state, prefix), dtype=torch.float32)
+        model = cls.from_pretrained(None, config=config, state_dict=without_prefix(state, prefix), dtype=torch.float32)
     return model, loaded
 
 
@@ -189,7 +191,7 @@ def _flattened(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flattened(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _common_prefix(names: Iterable[str], expected: set[str]) -> str:
+def common_prefix(names: Iterable[str], expected: set[str]) -> str:
     """Return what stands before the model's names in most of the names; with equal counts that of a teacher's or
     averaged weights, then the shortest.
     """
@@ -203,7 +205,8 @@ def _common_prefix(names: Iterable[str], expected: set[str]) -> str:
     return max(votes, key=lambda p: (votes[p], any(word in p for word in averaged), -len(p)), default="")
 
 
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 

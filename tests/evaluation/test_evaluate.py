@@ -98,3 +98,27 @@ def test_own_tasks_and_data_without_details_are_evaluated_as_before() -> None:
     found = evaluate_tasks(model, data, torch.device("cpu"))
     assert found.tasks["cls"] == {"top1": 1.0, "samples": 3} and "cls" not in found.details
     assert "worst" not in found.details["seg"] and found.details["seg"]["per_class"]
+
+
+class PercentOnly(CountOnly):
+    def compute(self) -> dict[str, float]:
+        return {"top1": 45.0}
+
+
+class PercentClassification(OwnClassification):
+    def metric(self) -> Any:
+        return PercentOnly()
+
+
+def test_a_main_metric_that_outweighs_the_others_is_said() -> None:
+    model = tiny_model()
+    model.tasks["cls"] = PercentClassification(
+        "cls", CLASSES, model.backbone.channels, 4, model.backbone.num_levels, SIZE
+    )
+    data = {
+        name: TaskData(samples(3), eval_transform(SIZE), model.tasks[name].collate, batch_size=4)  # type: ignore[arg-type]
+        for name in ("cls", "seg")
+    }
+    (warning,) = evaluate_tasks(model, data, torch.device("cpu")).warnings
+    assert warning.startswith("cls: the main metric 'top1' adds more than 1 to the score")
+    assert evaluate_tasks(model, {"cls": data["cls"]}, torch.device("cpu")).warnings == []

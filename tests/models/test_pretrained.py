@@ -155,3 +155,39 @@ def test_the_folder_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(ConfigError, match="is the folder of a run; set model.start_from"):
         load(tmp_path)
+
+
+HIERARCHICAL: dict[str, dict[str, Any]] = {
+    "vit": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 4,
+    },
+    "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 4, "window_size": 4},
+    "convnext": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", HIERARCHICAL)
+def test_other_architectures_lose_their_prefix_and_warn_of_nothing(tmp_path: Path, model_type: str) -> None:
+    config = HIERARCHICAL[model_type] | {"image_size": 32}
+    torch.manual_seed(1)
+    source = build_backbone(BackboneConfig(model_type=model_type, config=config))  # type: ignore[arg-type]
+    source.net.save_pretrained(tmp_path)
+    rewrite(tmp_path, "teacher.backbone.")
+    loaded = load(tmp_path, model_type)
+    assert torch.equal(last_map(loaded), last_map(source))
+    assert loaded.loaded is not None and loaded.loaded.complete, str(loaded.loaded)
+    assert "left random" not in str(loaded.loaded)  # a pooler, which the backbone does not have, is no loss
+
+
+def test_a_folder_of_timm_says_what_was_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    source = build_backbone(BackboneConfig(name="timm/convnext_atto"))  # type: ignore[call-arg]
+    source.net.save_pretrained(tmp_path)
+    rewrite(tmp_path, "module.", **{"head.weight": torch.zeros(2)})
+    loaded = build_backbone(BackboneConfig(model_type="timm_backbone", checkpoint=str(tmp_path)))  # type: ignore[call-arg]
+    assert loaded.loaded is not None and loaded.loaded.prefix == "module."
+    assert loaded.loaded.unexpected == ("head.weight",) and loaded.loaded.loaded == len(source.net.state_dict())

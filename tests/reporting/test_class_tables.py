@@ -11,6 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from allinone_ds import cli
+from allinone_ds.data.augmentation.transforms import eval_transform
+from allinone_ds.data.loader import TaskData
+from allinone_ds.evaluation import predictor
+from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.reporting.class_tables import MATRIX, ROWS, class_tables
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures
 from allinone_ds.reporting.report import write_report
@@ -90,9 +95,6 @@ def test_the_terminal_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_chosen_images_are_drawn_in_their_order() -> None:
-    from allinone_ds.data.augmentation.transforms import eval_transform
-    from allinone_ds.data.loader import TaskData
-
     model = tiny_model()
     made = samples(6)
     data = {
@@ -105,3 +107,13 @@ def test_chosen_images_are_drawn_in_their_order() -> None:
     assert set(chosen) == {"det", "seg"} and len(chosen["det"]) == 2
     assert torch.equal(chosen["det"][0], every["det"][5]) and torch.equal(chosen["det"][1], every["det"][0])
     assert torch.equal(chosen["seg"][0], every["seg"][3])
+
+
+def test_eval_prints_classes_and_warnings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    details = {"cls": details_of(["cat", "dog"]) | {"notes": ["3 of 9 images have more objects"]}}
+    found = Evaluation({"cls": {"top1": 0.75, "samples": 12}}, 0.75, details)
+    monkeypatch.setattr(predictor, "evaluate_run", lambda *args: found)
+    assert cli.main(["eval", "runs/one"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cat", "0.625", "1.000", "8", "5"] in lines
+    assert "warning: cls: 3 of 9 images have more objects".split() in lines
