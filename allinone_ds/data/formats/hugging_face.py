@@ -23,7 +23,7 @@ from allinone_ds.data.formats.boxes import (
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import image_size, read_image, read_label_map
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
 
@@ -87,11 +87,11 @@ class DatasetsSource(SourceConfig):
         """Refuse options of other kinds, which would change nothing."""
         for option, kind in {"bbox_format": "detection", "ignore_index": "segmentation"}.items():
             if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
-                raise ValueError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
+                raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
         used = _COLUMNS[self.kind]
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
-                raise ValueError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+                raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:

@@ -126,7 +126,8 @@ def _masks(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     used: set[int] = set()
     empty = read = 0
     for sample in samples:
-        found = set(np.unique(np.asarray(sample["mask"])).tolist()) - {IGNORE}
+        counts = np.bincount(np.asarray(sample["mask"]).ravel(), minlength=IGNORE + 1)
+        found = set(np.flatnonzero(counts[:IGNORE]).tolist())
         used |= found
         empty += not found
         read += 1
