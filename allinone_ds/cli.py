@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: train, demo, eval, predict, export, report, score, check, preview, plan, doctor."""
+"""The command `allinone-ds`: init, train, demo, eval, predict, export, report, score, check, preview, plan, doctor."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=_positive, help="number of ranks (default: one per GPU, 2 without GPUs)")
     train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run's folder")
     train.set_defaults(run=commands.train)
+
+    init = subparsers.add_parser("init", help="look into folders of data and write the YAML file of a first run")
+    init.add_argument("folders", type=Path, nargs="+", metavar="DATA", help="folder of a data set; each is one task")
+    init.add_argument("--output", type=Path, default=Path("run.yaml"), metavar="FILE",
+                      help="file to write, which must not exist (default run.yaml)")  # fmt: skip
+    init.set_defaults(run=commands.init)
 
     demo = subparsers.add_parser("demo", help="create demo data, train on it and draw predictions (about 2 minutes)")
     demo.add_argument("--full", action="store_true", help="the longer demo (about 10 minutes on 2 cores)")

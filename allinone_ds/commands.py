@@ -21,13 +21,38 @@ DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
 _console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
 console = _console()
+_SHOWN = 5  # faults that `init` prints
 
 
 def say_error(error: object) -> None:
     _console(stderr=True).print(f"error: {error}", style="red")
 
 
-# ---- train and demo ----
+# ---- init, train and demo ----
+
+
+def init(args: argparse.Namespace) -> int:
+    with console.status("looking into the data"):
+        _quiet()
+        from allinone_ds.init.first_run import write_first_run
+
+        first = write_first_run(args.folders, args.output)
+    for name, task in first.tasks.items():
+        (H, W), (h, w) = task.typical, task.image_size
+        console.print(f"{name}: {task.found.kind}, {task.found.layout}")
+        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {len(task.classes)} classes, "
+                      f"{H} x {W} pixels resized to {h} x {w}")  # fmt: skip
+        if task.found.test is None:
+            console.print("  there is no test data: a fifth of the images is tested on and not trained on")
+        for note in task.found.notes:
+            console.print(f"  not sure: {note}", style="yellow")
+    for problem in first.problems[:_SHOWN]:
+        console.print(f"in the data: {problem}", style="yellow")
+    if len(first.problems) > _SHOWN:
+        console.print(f"... and {len(first.problems) - _SHOWN} more; `allinone-ds check` lists all", style="yellow")
+    for step in ("check", "preview", "train"):
+        console.print(f"allinone-ds {step} {first.file}")
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -223,10 +248,11 @@ def check(args: argparse.Namespace) -> int:
     sources, classes_of = {}, {}
     sizes: dict[str, tuple[int, int]] = {}
     for name, task in config.tasks.items():
-        sources[f"{name} train"] = task.train
+        sources[f"{name} train"] = task.train_source
         sizes |= {f"{name} {part}": task.image_size for part in ("train", "test")}
-        if task.test is not None:
-            sources[f"{name} test"] = task.test
+        test = task.test_source
+        if test is not None:
+            sources[f"{name} test"] = test
             classes_of[f"{name} test"] = f"{name} train"
     problems = check_sources(sources, config.data_root, classes_of=classes_of, image_sizes=sizes)
     for problem in problems:

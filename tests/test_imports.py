@@ -17,6 +17,7 @@ LAYERS = (
     ("export",),
     ("reporting",),
     ("planning",),
+    ("init",),
     ("evaluation",),
     ("run_config",),
     ("run_folder",),

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import PositiveInt
+import torch
+from pydantic import Field, PositiveInt
 from torch.utils.data import Dataset
 
 from allinone_ds.errors import BrokenSample, DataError, printable
@@ -46,6 +47,22 @@ class Problem(NamedTuple):
         return printable(f"{self.file}: {self.reason}")
 
 
+class Part(NamedTuple):
+    """A range of consecutive samples of a dataset, and how many of them are drawn per epoch.
+
+    Example:
+        >>> Part(samples=100, per_epoch=200).selection
+        0
+    """
+
+    samples: int
+    """Number of samples."""
+    per_epoch: int
+    """Number of draws per epoch; without weights the number of samples."""
+    selection: int = 0
+    """A number that differs if different samples were chosen, 0 if all are used."""
+
+
 class Expect(Strict):
     """The size of a complete dataset, so that a run does not train on an incomplete copy."""
 
@@ -62,6 +79,8 @@ class SourceConfig(Strict):
     """Name of the data format."""
     expect: Expect | None = None
     """Number of samples and classes of the complete dataset; any other number is an error."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """In a list of sources: how many times per epoch each sample of this one is drawn."""
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         """Return the dataset, with the faults that show without decoding an image in its `structural`.
@@ -109,6 +128,17 @@ class SampleDataset(Dataset[Sample]):
     """Whether `annotation` reads no file, so that all annotations of a large dataset are counted."""
     structural: Sequence[Problem] = ()
     """Faults found without decoding an image. `open_source` raises the errors among them."""
+    labels: Sequence[int] | None = None
+    """Classification: the label of each sample, if known without reading it; a split then holds per class."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The samples that are drawn with different weights, in their order; together they are all samples."""
+        return (Part(len(self), len(self)),)
+
+    def random_index(self) -> int:
+        """Draw a sample with torch's generator, according to the weights of the parts."""
+        return int(torch.randint(len(self), ()))
 
     def __len__(self) -> int:
         raise NotImplementedError

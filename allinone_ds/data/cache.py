@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from allinone_ds.data.base import Problem, Sample, SampleDataset
+from allinone_ds.data.base import Part, Problem, Sample, SampleDataset
 
 
 class CachedDataset(SampleDataset):
@@ -34,10 +34,17 @@ class CachedDataset(SampleDataset):
     def __init__(self, dataset: SampleDataset, max_bytes: int = 2**30):
         self.dataset = dataset
         self.kind, self.classes, self.name = dataset.kind, dataset.classes, dataset.name
-        self.structural, self.in_memory = dataset.structural, dataset.in_memory
+        self.structural, self.in_memory, self.labels = dataset.structural, dataset.in_memory, dataset.labels
         self.max_bytes = max_bytes
         self._samples: dict[int, Sample] = {}
         self._bytes = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.dataset.parts
+
+    def random_index(self) -> int:
+        return self.dataset.random_index()
 
     def __len__(self) -> int:
         return len(self.dataset)

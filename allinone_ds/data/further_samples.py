@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from allinone_ds.data.base import Sample, SampleDataset
 from allinone_ds.errors import BrokenSample, DataError
 
@@ -40,7 +38,7 @@ class FurtherSamples:
         """
         tried: set[int] = set()
         while len(tried) <= min(self.max_broken, len(self.dataset) - 1):
-            index = int(torch.randint(len(self.dataset), ()))
+            index = self.dataset.random_index()
             if index in tried:
                 continue
             try:

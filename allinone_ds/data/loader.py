@@ -204,11 +204,11 @@ def train_loader(
         if task not in data:
             raise ValueError(f"the schedule has task '{task}', data has {sorted(data)}; give both the same tasks")
         given = data[task]
-        found = (len(given.dataset), given.batch_size, given.micro_steps)
-        planned = (schedule.sizes[task], *schedule.batch[task])
+        found = (len(given.dataset), given.batch_size, given.micro_steps, *given.dataset.parts)
+        planned = (schedule.sizes[task], *schedule.batch[task], *schedule.parts[task])
         if found != planned:
             raise ValueError(
-                f"task '{task}': (samples, batch_size, micro_steps) are {found} in data, "
+                f"task '{task}': (samples, batch_size, micro_steps, parts) are {found} in data, "
                 f"{planned} in the schedule; construct the schedule with the numbers of the data"
             )
     cached = {task: replace(d, dataset=CachedDataset(d.dataset)) if d.cache else d for task, d in data.items()}

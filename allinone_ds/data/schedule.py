@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from allinone_ds.data.base import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,18 @@ class Schedule:
     samples, every sample occurs once per epoch, and the sequence over all ranks does not depend on the number of ranks
     as long as R * B is the same.
 
+    If the dataset has parts with weights, an epoch consists of the draws of all parts in a random order. The draws of
+    one part are a sequence of their own, one permutation of its samples after the other.
+
     Args:
         seed: seed of the run.
         sizes: {task: number of samples N in its dataset}
         batch: {task: (batch size B per rank and micro-step, micro-steps K)}, in the order in which tasks run in a step
         world_size: number of ranks R.
+        parts: {task: the parts of its dataset}; None draws every sample once per epoch.
 
     Raises:
-        ValueError: `sizes` and `batch` have different tasks, or a number is below 1.
+        ValueError: `sizes` and `batch` have different tasks, a number is below 1, or the parts do not add up.
 
     Example:
         >>> schedule = Schedule(0, sizes={"det": 10, "cls": 6}, batch={"det": (2, 1), "cls": (3, 2)}, world_size=2)
@@ -60,7 +66,12 @@ class Schedule:
     """
 
     def __init__(
-        self, seed: int, sizes: Mapping[str, int], batch: Mapping[str, tuple[int, int]], world_size: int
+        self,
+        seed: int,
+        sizes: Mapping[str, int],
+        batch: Mapping[str, tuple[int, int]],
+        world_size: int,
+        parts: Mapping[str, Sequence[Part]] | None = None,
     ) -> None:
         if set(sizes) != set(batch):
             raise ValueError(
@@ -80,6 +91,10 @@ class Schedule:
         self.sizes = dict(sizes)
         self.batch = dict(batch)
         self.world_size = world_size
+        self.parts = {task: tuple((parts or {}).get(task, (Part(size, size),))) for task, size in sizes.items()}
+        for task, of_task in self.parts.items():
+            if sum(part.samples for part in of_task) != sizes[task]:
+                raise ValueError(f"the parts of task '{task}' do not add up to its {sizes[task]} samples")
         self._permutations: dict[tuple[str, int], np.ndarray] = {}
 
     @property
@@ -109,15 +124,33 @@ class Schedule:
 
     def at(self, task: str, position: int) -> Draw:
         """Return the sample at a position of the task's sequence."""
-        epoch, offset = divmod(position, self.sizes[task])
+        epoch, offset = divmod(position, self.epoch_size(task))
         index = int(self._permutation(task, epoch)[offset])
+        if len(self.parts[task]) > 1:
+            index = self._in_part(task, epoch, index)
         seed = int.from_bytes(_digest(self.seed, task, "augment", position)[:8], "little") >> 1
         return Draw(index, epoch, seed, position)
+
+    def epoch_size(self, task: str) -> int:
+        """Return the number of draws in one epoch of a task: its samples, each as often as its weight says."""
+        return sum(part.per_epoch for part in self.parts[task])
+
+    def _in_part(self, task: str, epoch: int, draw: int) -> int:
+        """Return the sample of one of the draws of an epoch, 0 to its size - 1, which are numbered part by part."""
+        first = 0
+        for number, part in enumerate(self.parts[task]):
+            if draw < part.per_epoch:
+                round_, offset = divmod(epoch * part.per_epoch + draw, part.samples)
+                rounds = 2 * -(-part.per_epoch // part.samples)  # those of the two epochs that a batch may span
+                return first + int(self._permutation(f"{task}/{number}", round_, part.samples, rounds)[offset])
+            draw -= part.per_epoch
+            first += part.samples
+        raise IndexError(draw)
 
     def epoch(self, task: str, step: int) -> float:
         """Return the epochs of the task's dataset that all ranks together have consumed before `step`."""
         batch_size, micro_steps = self.batch[task]
-        return step * micro_steps * self.world_size * batch_size / self.sizes[task]
+        return step * micro_steps * self.world_size * batch_size / self.epoch_size(task)
 
     def basis(self) -> dict[str, int]:
         """Return the numbers that the sequence of samples over all ranks depends on, by their description."""
@@ -125,17 +158,23 @@ class Schedule:
         for task, (batch_size, micro_steps) in self.batch.items():
             numbers[f"samples of '{task}'"] = self.sizes[task]
             numbers[f"images of '{task}' in a step"] = batch_size * micro_steps * self.world_size
+            for number, part in enumerate(self.parts[task]):
+                if len(self.parts[task]) > 1:
+                    numbers[f"samples of source {number + 1} of '{task}'"] = part.samples
+                    numbers[f"samples of source {number + 1} of '{task}' per epoch"] = part.per_epoch
+                if part.selection:
+                    numbers[f"the split of '{task}'"] = part.selection
         return numbers
 
-    def _permutation(self, task: str, epoch: int) -> np.ndarray:
+    def _permutation(self, task: str, epoch: int, size: int | None = None, kept: int = 1) -> np.ndarray:
         """Return the permutation (N,) of one epoch; neighbours stay in memory, since a batch may span two epochs."""
         key = (task, epoch)
         if key not in self._permutations:
-            for old in [k for k in self._permutations if k[0] == task and abs(k[1] - epoch) > 1]:
+            for old in [k for k in self._permutations if k[0] == task and abs(k[1] - epoch) > kept]:
                 del self._permutations[old]
             # numpy guarantees the numbers of RandomState, so a run can be resumed with a different release of numpy.
             words = np.frombuffer(_digest(self.seed, task, "order", epoch), dtype="<u4")
-            self._permutations[key] = np.random.RandomState(words).permutation(self.sizes[task])
+            self._permutations[key] = np.random.RandomState(words).permutation(size or self.epoch_size(task))
         return self._permutations[key]
 
     def __getstate__(self) -> dict[str, Any]:

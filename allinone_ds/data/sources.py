@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, WrapValidator
 
 from allinone_ds.data import formats
 from allinone_ds.data.base import SampleDataset, SourceConfig, raise_problems, size_problems
@@ -35,11 +35,20 @@ def source_type(classes: Sequence[type[SourceConfig]]) -> Any:
     return Annotated[Annotated[union, Field(discriminator="format")], BeforeValidator(refuse_unknown)]
 
 
+def _one_or_several(value: Any, handler: Any) -> Any:
+    """Validate a list of sources as a list and all else as one source, so that messages name only what was meant."""
+    expected: Any = Annotated[list[Source], Field(min_length=1)] if isinstance(value, list) else Source
+    return TypeAdapter(expected).validate_python(value)
+
+
 if TYPE_CHECKING:
     Source = SourceConfig
+    Sources = SourceConfig | list[SourceConfig]
 else:
     Source = source_type(SOURCE_CLASSES)
     """Where the samples of a task come from: one of the source classes, selected by `format`."""
+    Sources = Annotated[Union[Source, list[Source]], WrapValidator(_one_or_several)]  # noqa: UP007
+    """One source, or a list of sources whose samples are concatenated."""
 
 
 def open_source(
@@ -51,7 +60,7 @@ def open_source(
         source: an instance of a source class.
         root: folder that relative paths start at (`data_root`).
         classes: class names of the train set. Give them for a test set: its labels then follow the train set's order,
-            even if it lacks some of the classes.
+            even if it lacks some of the classes. A source without class names of its own uses them in this order.
         strict: raise the faults that show without decoding an image. False keeps them in the dataset's `structural`,
             for a complete check.
 

@@ -62,7 +62,7 @@ def score_run(
     device = default_device()
     model, config = load_run(folder, device, overrides)
     tasks = tasks_of(model)
-    chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test})
+    chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test_source})
     data = open_test_data(config, {name: task.classes for name, task in tasks.items()})
     metrics: dict[str, dict[str, float]] = {}
     written: dict[str, Any] = {}

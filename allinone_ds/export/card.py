@@ -157,12 +157,17 @@ def _data(origin: Origin, names: list[str]) -> str:
     rows = []
     for name in names:
         task = origin.config.tasks[name]
-        for split, source in (("train", task.train), ("test", task.test)):
-            if source is not None:
+        for split, sources in (("train", task.train), ("test", task.test)):
+            for source in sources if isinstance(sources, list) else [sources]:
+                if source is None:
+                    continue
                 options = source.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
                 data_format = options.pop("format", source.format)
                 listed = ", ".join(f"{key} `{value}`" for key, value in options.items() if key != "classes")
                 rows.append(f"| {name} | {split} | {data_format} | {listed} |")
+        if task.split is not None:
+            listed = f"{task.split.test:.0%} of the train data, seed {task.split.seed}"
+            rows.append(f"| {name} | test | split | {listed} |")
     return "## Data\n\n| task | split | format | source |\n|---|---|---|---|\n" + "\n".join(rows)
 
 

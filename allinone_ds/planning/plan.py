@@ -151,7 +151,7 @@ def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: 
     """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
     if name in given:
         return given[name]
-    source = config.tasks[name].train
+    source = config.tasks[name].train_source
     try:
         return len(open_source(source, config.data_root).classes)
     except DataError:

@@ -48,7 +48,7 @@ def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, task in config.tasks.items():
-        dataset = open_source(task.train, config.data_root)
+        dataset = open_source(task.train_source, config.data_root)
         drawer = truth_drawer(task.type, dataset.kind)
         seed = config.trainer.get("data_seed")
         seed = config.trainer.get("seed", 42) if seed is None else seed  # 42 is Trainer's default

@@ -49,7 +49,7 @@ def open_train_data(config: RunConfig) -> dict[str, TaskData]:
     """
     data = {}
     for name, task in config.tasks.items():
-        dataset = open_source(task.train, config.data_root)
+        dataset = open_source(task.train_source, config.data_root)
         _check_kind(f"tasks.{name}.train", task.type, dataset)
         data[name] = TaskData(
             dataset=dataset,
@@ -74,8 +74,9 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
     """
     data = {}
     for name, task in config.tasks.items():
-        if task.test is not None:
-            dataset = open_source(task.test, config.data_root, classes=classes[name])
+        source = task.test_source
+        if source is not None:
+            dataset = open_source(source, config.data_root, classes=classes[name])
             _check_kind(f"tasks.{name}.test", task.type, dataset)
             data[name] = TaskData(
                 dataset=dataset,

@@ -18,9 +18,14 @@ from allinone_ds.strict import Strict
 
 
 def save_config(config: RunConfig, folder: str | Path) -> Path:
-    """Write the resolved configuration to a folder, for `load_config`; return the path of the file."""
+    """Write the resolved configuration to a folder, for `load_config`; return the path of the file.
+
+    Whether this start resumed is left out: a run that is based on the file would look for a checkpoint of its own.
+    """
     target = Path(folder) / CONFIG_FILE
-    write_atomically(target, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
+    content = config.model_dump(mode="json")
+    content["trainer"].pop("resume_from_checkpoint", None)
+    write_atomically(target, yaml.safe_dump(content, sort_keys=False, width=110))
     return target
 
 

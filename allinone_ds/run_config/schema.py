@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from allinone_ds.balance.assignment import check_groups
 from allinone_ds.balance.options import BalancerConfig, combination_error
 from allinone_ds.data.augmentation.branches import Augment, AugmentConfig
 from allinone_ds.data.augmentation.transforms import train_transform
-from allinone_ds.data.sources import Source
+from allinone_ds.data.base import SourceConfig
+from allinone_ds.data.combination import Split, combine
+from allinone_ds.data.formats.class_names import ClassNames
+from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.run_config.engine_settings import read_engine
@@ -57,9 +68,15 @@ class TaskConfig(Strict):
     """Micro-batches per optimizer step and rank."""
     test_time: TestTime | None = None
     """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
-    train: Source
-    test: Source | None = None
-    """None: the task is trained, but not evaluated."""
+    classes: ClassNames | None = None
+    """Class names in the order of the labels, or a text file with one name per line, for all sources of the task; None:
+    those of the first source."""
+    train: Sources
+    """The training data: a source, or a list of sources."""
+    test: Sources | None = None
+    """The evaluation data. None: the task is trained, but not evaluated, unless `split` is set."""
+    split: Split | None = None
+    """Fraction of the training data that is evaluated on instead, in place of `test`."""
     cache: bool = False
     """Keep decoded images in memory; for small images, where decoding dominates the loading time."""
     augment: Annotated[Augment, BeforeValidator(_augment_file)] = Field(default=[], validate_default=True)
@@ -73,6 +90,30 @@ class TaskConfig(Strict):
             kind = None if ":" in info.data["type"] else info.data["type"]
             train_transform(value, info.data["image_size"], kind)
         return value
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> TaskConfig:
+        """Refuse keys of the data that would have no effect."""
+        if self.split is not None and self.test is not None:
+            raise ConfigError("'test' and 'split' are both set; remove one: 'split' takes test data from 'train'")
+        if isinstance(self.train, SourceConfig) and self.train.weight != 1:
+            raise ConfigError(f"train.weight = {self.train.weight:g}, but there is no second source; remove it")
+        test = [] if self.test is None else [self.test] if isinstance(self.test, SourceConfig) else self.test
+        if any(source.weight != 1 for source in test):
+            raise ConfigError("test: 'weight' has no effect, every test sample is evaluated once; remove it")
+        return self
+
+    @property
+    def train_source(self) -> SourceConfig:
+        """The training data as one source, for `open_source`."""
+        return combine(self.train, self.classes, self.split)
+
+    @property
+    def test_source(self) -> SourceConfig | None:
+        """The evaluation data as one source, for `open_source`; None if there is none."""
+        if self.split is not None:
+            return combine(self.train, self.classes, self.split, "test")
+        return None if self.test is None else combine(self.test, self.classes)
 
 
 class RunConfig(Strict):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from allinone_ds.errors import ConfigError, printable
@@ -148,6 +148,9 @@ def _drop_replaced_sources(below: Any, above: Any) -> None:
             del below[key]
     else:
         for key in above:
+            if isinstance(below.get(key), DictConfig | ListConfig) and type(below.get(key)) is not type(above[key]):
+                del below[key]  # one source replaces a list of sources, or the reverse
+                continue
             _drop_replaced_sources(below.get(key), above.get(key))
 
 

@@ -149,6 +149,11 @@ def test_the_resolved_file_reads_back_equal(file: Path, tmp_path: Path) -> None:
     assert load_config(save_config(config, tmp_path)) == config
 
 
+def test_a_run_based_on_a_resumed_one_does_not_look_for_a_checkpoint(file: Path, tmp_path: Path) -> None:
+    written = save_config(load_config(file, ["trainer.resume_from_checkpoint=true"]), tmp_path)
+    assert load_config(written) == load_config(file)
+
+
 def test_shipped_deepspeed_files_never_clip() -> None:
     for stage in (1, 2, 3):
         for kind in ("", "_bf16"):

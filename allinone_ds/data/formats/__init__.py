@@ -13,6 +13,9 @@ __getattr__, __all__ = lazy_names(
         "coco": ["CocoSource"],
         "hugging_face": ["DatasetsSource"],
         "image_list": ["ImageListSource"],
+        "image_table": ["ImageTableSource"],
         "label_maps": ["LabelMapsSource"],
+        "voc": ["VocSource"],
+        "yolo": ["YoloSource"],
     },
 )

@@ -46,7 +46,7 @@ class ClassifiedDataset(SampleDataset):
         self.name = name
         self.folder = folder
         self.files = files
-        self.labels = labels
+        self.labels: list[int] = labels
         self.classes = classes
         self.structural = structural
 

@@ -56,6 +56,7 @@ class CocoDataset(SampleDataset):
         source: folder and json file.
         root: folder that relative paths start at.
         classes: class names of the train set, whose order the labels follow; None for the order of the category ids.
+        content: the content of a COCO json, if it comes from elsewhere; whether its images exist is not checked then.
 
     Raises:
         DataError: the folder is missing, or the json is not a COCO json. Missing files, images that are not listed,
@@ -81,16 +82,23 @@ class CocoDataset(SampleDataset):
     kind = "detection"
     in_memory = True
 
-    def __init__(self, source: CocoSource, root: Path, classes: Sequence[str] | None = None):
+    def __init__(
+        self,
+        source: CocoSource,
+        root: Path,
+        classes: Sequence[str] | None = None,
+        content: dict[str, list[Any]] | None = None,
+    ):
         self.name = str(root / source.annotations)
         self.folder = root / source.images
         require_folder(self.folder, "images")
-        content = _read_json(Path(self.name))
         self.structural: list[Problem] = []
-        self._read_categories(content["categories"], classes)
-        index_of = self._read_images(content["images"])
-        self._read_boxes(content["annotations"], index_of)
-        self.structural += check_listed_files(self.folder, self.files)
+        lists = _read_json(Path(self.name)) if content is None else content
+        self._read_categories(lists["categories"], classes)
+        index_of = self._read_images(lists["images"])
+        self._read_boxes(lists["annotations"], index_of)
+        if content is None:
+            self.structural += check_listed_files(self.folder, self.files)
 
     def __len__(self) -> int:
         return len(self.files)

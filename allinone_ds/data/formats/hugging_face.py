@@ -199,7 +199,7 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
-        stored = self._stored_names(read_classes(source.classes, root))
+        stored = self._stored_names(read_classes(source.classes, root), classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
@@ -212,8 +212,9 @@ class HubDataset(SampleDataset):
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
             self.in_memory = True
-            self._stored = list(self.table[columns.label])
-            unknown = [(i, v) for i, v in enumerate(self._stored) if not self._is_class(v)]
+            cells = self.table[columns.label]
+            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
+            unknown = [(i, v) for i, v in enumerate(cells) if not self._is_class(v)]
             self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
     def __len__(self) -> int:
@@ -246,8 +247,8 @@ class HubDataset(SampleDataset):
             return None
 
     def annotation(self, index: int) -> Sample:
-        if self.kind == "classification" and self._is_class(self._stored[index]):
-            return {"label": self._label_of[self._stored[index]]}
+        if self.labels is not None and self.labels[index] >= 0:
+            return {"label": self.labels[index]}
         if self.kind == "segmentation":
             return {"mask": self.mask(index)}
         columns = self.source.columns
@@ -311,8 +312,8 @@ class HubDataset(SampleDataset):
         flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
         return boxes, labels, flags
 
-    def _stored_names(self, given: list[str] | None) -> list[str]:
-        """Return the class names by stored id: those given, those of the ClassLabel, or those in a text column."""
+    def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
+        """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
         if self.kind == "classification":
@@ -333,8 +334,11 @@ class HubDataset(SampleDataset):
         names = given if given is not None else own
         if names is None and self.kind == "classification" and text:
             names = sorted({name for name in self.table[columns.label] if name is not None})
+        names = train if names is None else names
         if not names:
-            raise DataError(f"{self.name}: the columns contain no class names; set 'classes' in the config")
+            raise DataError(
+                f"{self.name}: the columns contain no class names; set 'classes' of the source or of the task"
+            )
         return list(names)
 
     def _require_column(self, column: str, features: Any, field: str) -> None:

@@ -36,8 +36,8 @@ class ImageListSource(SourceConfig):
     list: PathText
     """The text file. Empty lines and lines that start with # are skipped."""
     classes: ClassNames | None = None
-    """Class names in the order of the ids, or a text file with one name per line; null uses the ids as names: those
-    that occur, or with `expect.classes` every one from `first_id` to the largest."""
+    """Class names in the order of the ids, or a text file with one name per line; null: those of the task, or the ids
+    as names: those that occur, or with `expect.classes` every one from `first_id` to the largest."""
     first_id: int = Field(0, ge=0)
     """Id of the first class: 1 if the ids in the list start at 1."""
 

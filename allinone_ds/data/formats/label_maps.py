@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
@@ -18,6 +18,7 @@ from allinone_ds.data.formats.class_names import ClassNames, match_classes, read
 from allinone_ds.data.formats.listing import is_image, require_folder, unread_files, unused_images, walk_files
 from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
 from allinone_ds.data.images import read_image, read_label_map
+from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText
 
 
@@ -39,12 +40,22 @@ class LabelMapsSource(SourceConfig):
     """What ends the name of a label map: with "_train_id", `a/1.jpg` belongs to `a/1_train_id.png`."""
     image_suffix: str = ""
     """What ends the name of an image: Cityscapes has "_leftImg8bit", and "_gtFine_labelTrainIds" for its label maps."""
-    classes: ClassNames
-    """Class names in the order of the ids, or a text file with one name per line; at most 255."""
-    ignore_index: int = Field(255, ge=0)
+    classes: ClassNames | None = None
+    """Class names in the order of the ids, or a text file with one name per line; at most 255. null: those of the task,
+    or of the train set."""
+    ignore_index: int = Field(default=255, ge=0)
     """Value of the pixels without a class."""
-    first_id: int = Field(0, ge=0)
+    first_id: int = Field(default=0, ge=0)
     """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
+    class_ids: list[NonNegativeInt] | None = None
+    """Id of each class where they do not count up, e.g. [0, 255]; null: they count from `first_id`. An id in this list
+    is a class even if it equals `ignore_index`."""
+
+    @model_validator(mode="after")
+    def _one_numbering(self) -> LabelMapsSource:
+        if self.class_ids is not None and self.first_id:
+            raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> LabelMapsDataset:
         return LabelMapsDataset(self, root, classes)
@@ -59,6 +70,7 @@ class LabelMapsDataset(SampleDataset):
         source: folders, class names and pixel values.
         root: folder that relative paths start at.
         classes: class names of the train set, whose order the labels follow; None for the order of the class ids.
+        names: relative paths without suffixes of the images to use; None uses all.
 
     Raises:
         DataError: a folder is missing, or there are more than 255 classes. Images without a label map, label maps
@@ -78,26 +90,40 @@ class LabelMapsDataset(SampleDataset):
 
     kind = "segmentation"
 
-    def __init__(self, source: LabelMapsSource, root: Path, classes: Sequence[str] | None = None):
+    def __init__(
+        self,
+        source: LabelMapsSource,
+        root: Path,
+        classes: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         self.images = root / source.images
         self.maps = root / source.label_maps
         self.name = str(self.maps)
         self.source = source
         require_folder(self.images, "images")
         require_folder(self.maps, "label_maps")
-        names = read_classes(source.classes, root) or []
-        validate_class_ids(self.name, len(names), source.first_id, source.ignore_index)
-        label_of = match_classes(self.name, names, classes)
-        self.classes = names if classes is None else list(classes)
-        self._labels = np.array([label_of[i] for i in range(len(names))], dtype=np.uint8)
+        stored = read_classes(source.classes, root)
+        stored = list(classes) if stored is None and classes is not None else stored
+        if stored is None:
+            raise DataError(f"{self.name}: label maps hold no class names; set 'classes' of the source or of the task")
+        validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
+        label_of = match_classes(self.name, stored, classes)
+        self.classes = stored if classes is None else list(classes)
+        self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.uint8)
         self.structural: list[Problem] = []
-        self._pair_files()
+        self._pair_files(names)
         self.structural += single_class_warning(self, source.ignore_index)
 
-    def _pair_files(self) -> None:
+    def _pair_files(self, names: Sequence[str] | None) -> None:
         """Set `pairs`: for every image with a label map, both files relative to their folders."""
         images = self._by_stem(self.images, self.source.image_suffix)
         maps = self._by_stem(self.maps, self.source.label_map_suffix)
+        if names is not None:
+            missing = [name for name in names if name not in images and name not in maps]
+            reason = "is listed, but has neither an image nor a label map; add them or remove the name from the list"
+            self.structural += [Problem(str(self.images / name), reason) for name in missing]
+            images, maps = ({name: of[name] for name in names if name in of} for of in (images, maps))
         self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
         for stem in images.keys() - maps.keys():
             wanted = f"{self.maps / stem}{self.source.label_map_suffix}.png"
@@ -156,7 +182,9 @@ class LabelMapsDataset(SampleDataset):
             BrokenSample: the label map cannot be read, or contains a value that is not a class.
         """
         path = self._map_path(index)
-        return ids_to_labels(read_label_map(path), path, self._labels, self.source.ignore_index, self.source.first_id)
+        source = self.source
+        stored = read_label_map(path)
+        return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
     def _map_path(self, index: int) -> str:
         return os.path.join(self.maps, self.pairs[index][1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from allinone_ds.errors import BrokenSample, DataError
 _EXAMINED = 8  # label maps that `single_class_warning` reads
 
 
-def validate_class_ids(name: str, classes: int, first_id: int, ignore_index: int) -> None:
+def validate_class_ids(
+    name: str, classes: int, first_id: int, ignore_index: int, class_ids: Sequence[int] | None = None
+) -> None:
     """Raise a `DataError` if label maps cannot have this number of classes or this ignored value.
 
     Args:
@@ -22,7 +25,12 @@ def validate_class_ids(name: str, classes: int, first_id: int, ignore_index: int
         classes: number of classes K.
         first_id: stored id of the first class.
         ignore_index: stored value of the pixels without a class.
+        class_ids: stored id of each class; None counts them from `first_id`.
     """
+    if class_ids is not None and (len(class_ids) != classes or len(set(class_ids)) < len(class_ids)):
+        raise DataError(f"{name}: class_ids has {len(class_ids)} ids for {classes} classes; give each class one id")
+    if class_ids is not None and 1 <= classes <= IGNORE:
+        return
     if not 1 <= classes <= IGNORE or first_id <= ignore_index < first_id + classes:
         raise DataError(
             f"{name}: {classes} classes with ids from {first_id}, and ignore_index {ignore_index}; "
@@ -30,7 +38,14 @@ def validate_class_ids(name: str, classes: int, first_id: int, ignore_index: int
         )
 
 
-def ids_to_labels(stored: np.ndarray, path: str, labels: np.ndarray, ignore_index: int, first_id: int) -> np.ndarray:
+def ids_to_labels(
+    stored: np.ndarray,
+    path: str,
+    labels: np.ndarray,
+    ignore_index: int,
+    first_id: int,
+    class_ids: Sequence[int] | None = None,
+) -> np.ndarray:
     """Return the labels of a label map.
 
     Args:
@@ -39,6 +54,8 @@ def ids_to_labels(stored: np.ndarray, path: str, labels: np.ndarray, ignore_inde
         labels: uint8 (K,), the label of each class in the order of the stored ids.
         ignore_index: stored value of the pixels without a class.
         first_id: stored id of the first class.
+        class_ids: stored id of each class; None counts them from `first_id`. An id in it is a class even if it equals
+            `ignore_index`.
 
     Returns:
         uint8 (H, W), 0..K-1 or 255
@@ -46,6 +63,9 @@ def ids_to_labels(stored: np.ndarray, path: str, labels: np.ndarray, ignore_inde
     Raises:
         BrokenSample: a value is neither a class id nor `ignore_index`.
     """
+    if class_ids is not None:
+        stored, ignore_index = _numbered(stored, class_ids, ignore_index, path), -1
+        first_id = 0
     last_id = first_id + len(labels) - 1
     ignored = stored == ignore_index
     unknown = ((stored < first_id) | (stored > last_id)) & ~ignored
@@ -59,6 +79,23 @@ def ids_to_labels(stored: np.ndarray, path: str, labels: np.ndarray, ignore_inde
     mask = labels[np.where(ignored, 0, stored - first_id)]
     mask[ignored] = IGNORE
     return mask
+
+
+def _numbered(stored: np.ndarray, class_ids: Sequence[int], ignore_index: int, path: str) -> np.ndarray:
+    """Return the position of each pixel's id in `class_ids`, int64 (H, W), -1 for pixels without a class."""
+    order = np.argsort(class_ids)
+    ascending = np.asarray(class_ids)[order]
+    place = np.searchsorted(ascending, stored).clip(max=len(ascending) - 1)  # (H, W)
+    known = ascending[place] == stored
+    unknown = ~known & (stored != ignore_index)
+    if unknown.any():
+        values = ", ".join(str(v) for v in np.unique(stored[unknown])[:5])
+        raise BrokenSample(
+            path,
+            f"contains {values} in {int(unknown.sum())} pixels; allowed are {', '.join(map(str, ascending[:20]))} and "
+            f"{ignore_index} (ignore); correct the label map, 'class_ids' or 'ignore_index'",
+        )
+    return np.where(known, order[place], -1)
 
 
 def check_mask_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:

@@ -111,3 +111,34 @@ def test_label_maps_of_one_bit_hold_classes_0_and_1(maps_root):
     for i in range(COUNT):
         Image.fromarray(pixels(i)[..., 0] > 128).save(maps_root / "maps" / f"{i}.png")
     assert torch.unique(opened(MAPS, maps_root)[0]["mask"]).tolist() == [0, 1]
+
+
+def test_class_ids_that_do_not_count_up(maps_root):
+    """Two classes stored as 0 and 255, and ids in any order, equal the same ids counted up."""
+    stored = np.array(Image.open(maps_root / "maps" / "0.png"))  # 0, 1, 2 and 255
+    given = {**MAPS, "class_ids": [255, 2, 0], "ignore_index": 1}
+    mask = opened(given, maps_root)[0]["mask"].numpy()
+    expected = np.select([stored == 255, stored == 2, stored == 0], [0, 1, 2], 255)
+    assert np.array_equal(mask, expected) and mask.dtype == np.uint8
+    for file in (maps_root / "maps").iterdir():
+        Image.fromarray(np.where(stored > 1, 255, 0).astype(np.uint8)).save(file)
+    binary = {**MAPS, "classes": ["sound", "crack"], "class_ids": [0, 255]}
+    assert np.array_equal(opened(binary, maps_root)[0]["mask"].numpy(), stored > 1)
+    assert errors(binary, maps_root) == [] and "ignored" not in warnings(binary, maps_root)
+    reordered = opened(binary, maps_root, classes=["crack", "sound"])  # of a train set
+    assert np.array_equal(reordered[0]["mask"].numpy(), stored <= 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_ids": [0, 2]}, "class_ids has 2 ids for 3 classes"),
+        ({"class_ids": [0, 2, 2]}, "class_ids has 3 ids for 3 classes; give each class one id"),
+        ({"class_ids": [0, 1, 9]}, r"contains 2 in \d+ pixels; allowed are 0, 1, 9 and 255"),
+        ({"class_ids": [0, 1, 2], "first_id": 1}, "'class_ids' and 'first_id' are both set"),
+        ({"class_ids": [0, 1, -2]}, "greater than or equal to 0"),
+    ],
+)
+def test_class_ids_that_do_not_fit_are_refused(maps_root, options, message):
+    with pytest.raises((DataError, BrokenSample, ValueError), match=message):
+        opened({**MAPS, **options}, maps_root)[0]

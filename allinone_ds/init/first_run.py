@@ -1,0 +1,112 @@
+"""Write the YAML file of a first run on folders of data."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from allinone_ds.data.combination import Split, combine
+from allinone_ds.data.sources import Source, open_source
+from allinone_ds.errors import ConfigError, DataError
+from allinone_ds.init.found_task import FoundTask
+from allinone_ds.init.recognise import recognise
+from allinone_ds.init.run_file import SPLIT, PlannedTask, run_file
+from allinone_ds.init.settings import Machine, input_size, machine_settings, steps_for, typical_size
+from allinone_ds.run_config.schema import load_config
+
+
+@dataclass
+class FirstRun:
+    """What `write_first_run` wrote.
+
+    Attributes:
+        file: the YAML file.
+        tasks: {name: task with its numbers}
+        problems: faults of the data that showed without decoding an image, as text.
+    """
+
+    file: Path
+    tasks: dict[str, PlannedTask]
+    problems: list[str]
+
+
+def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = None) -> FirstRun:
+    """Look into folders of data and write the YAML file of a run that trains on all of them.
+
+    Args:
+        folders: one folder per data set, or a folder that contains several.
+        output: the file to write; it must not exist.
+        gpu: whether the run is for a machine with a GPU; None: whether this one has one.
+
+    Raises:
+        ConfigError: `output` exists, or two data sets have the same name.
+        DataError: a folder holds nothing that is recognised, or data that cannot be opened.
+
+    Example::
+
+        first = write_first_run([Path("photos/signs"), Path("photos/cars")], Path("run.yaml"))
+        sorted(first.tasks)                  # ['cars', 'signs']
+    """
+    if output.exists():
+        raise ConfigError(f"{output} exists and is not overwritten; choose a different --output, or remove the file")
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    machine = machine_settings(gpu)
+    resolved = [Path(os.path.abspath(folder)) for folder in folders]
+    root = resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([folder.parent for folder in resolved]))
+    found: dict[str, FoundTask] = {}
+    for folder in resolved:
+        name = "" if folder == root else str(folder.relative_to(root))
+        for task_name, task in recognise(folder, name).items():
+            if task_name in found:
+                raise ConfigError(f"two data sets give the task name '{task_name}'; rename one of their folders")
+            found[task_name] = task
+    tasks: dict[str, PlannedTask] = {}
+    problems: list[str] = []
+    for task_name, task in found.items():
+        tasks[task_name], faults = _plan(task, root, machine)
+        problems += faults
+    steps = max(steps_for(task.samples[0], task.batch_size, machine) for task in tasks.values())
+    name = re.sub(r"\W+", "_", output.stem).strip("_") if output.stem != "run" else "_".join(list(tasks)[:3])
+    command = " ".join(
+        ["allinone-ds init", *map(str, folders), *([] if output.name == "run.yaml" else ["--output", str(output)])]
+    )
+    text = run_file(name or "run", str(root), tasks, machine, gpu, steps, command, str(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    load_config(output)
+    return FirstRun(output, tasks, problems)
+
+
+def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, list[str]]:
+    """Open the data of a task and return its numbers, and the faults that show without decoding an image."""
+    train_source = TypeAdapter(Source).validate_python(task.train)
+    if task.test is None:
+        split = Split(**SPLIT)
+        sources = combine(train_source, task.classes, split), combine(train_source, task.classes, split, "test")
+    else:
+        test_source = TypeAdapter(Source).validate_python(task.test)
+        sources = combine(train_source, task.classes), combine(test_source, task.classes)
+    try:
+        train = open_source(sources[0], root, strict=False)
+        test = open_source(sources[1], root, train.classes, strict=False)
+    except DataError as error:
+        raise DataError(f"the data is recognised as {task.layout}, but {error}", error.problems) from error
+    size = typical_size(train)
+    if size is None:
+        raise DataError(f"{train.name}: is recognised as {task.layout}, but none of its images can be read")
+    planned = PlannedTask(
+        found=task,
+        classes=train.classes,
+        samples=(len(train), len(test)),
+        typical=size,
+        image_size=input_size(size, machine.sides[task.kind], machine.patch),
+        batch_size=min(machine.batches[task.kind], len(train)),
+    )
+    faults = dict.fromkeys(str(p) for dataset in (train, test) for p in dataset.structural)
+    return planned, list(faults)

@@ -1,0 +1,171 @@
+"""Label maps: a folder of images and a folder of files with one channel of class ids."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from allinone_ds.data.images import read_label_map
+from allinone_ds.errors import BrokenSample
+from allinone_ds.init.file_tree import FileTree, common_folder, part_of
+from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.names import find_names, numbered
+
+_EXAMINED = 5  # files of a folder by which it counts as one of label maps
+_MOST_IDS = 64  # different values in a small file, above which it is a picture
+_SCANNED = 1000  # label maps whose values are read
+_WORDS = ("mask", "label", "annot", "gt", "seg", "truth", "target")
+_PICTURES = ("images", "image", "img", "imgs", "jpegimages", "photos", "leftimg8bit")
+
+
+def find(tree: FileTree) -> list[FoundTask]:
+    """Return the segmentation task of the pairs of folders in a folder, or nothing."""
+    pairs = _pairs(tree)
+    groups: dict[str | None, list[tuple[str, str]]] = defaultdict(list)
+    for images, maps in pairs:
+        groups[part_of(images) or part_of(maps)].append((images, maps))
+    if not groups:
+        return []
+    sources: dict[str | None, dict[str, Any]] = {}
+    stored: list[str] = []
+    for part, found in groups.items():
+        images, maps = (common_folder(folders) for folders in zip(*found, strict=True))
+        ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
+        sources[part] = {"format": "label_maps", "images": tree.reference(images), "label_maps": tree.reference(maps)}
+        sources[part] |= {k: v for k, v in zip(("image_suffix", "label_map_suffix"), ends, strict=True) if v}
+        stored += [
+            os.path.join(m, name) for _, m in found for name in tree.images_in(m) if _stem(name).endswith(ends[1])
+        ]
+    train, test, notes = choose_parts(sources)
+    options, classes, more = _classes(tree, stored)
+    for source in (train, test):
+        if source is not None:
+            source.update(options)
+    return [FoundTask("segmentation", "label maps", train, test, classes, notes + more)]
+
+
+def _pairs(tree: FileTree) -> list[tuple[str, str]]:
+    """Return (folder of images, folder of their label maps) of all folders that belong together."""
+    folders = [folder for folder in tree.folders() if tree.images_in(folder)]
+    maps = [folder for folder in folders if _holds_label_maps(tree, folder)]
+    pairs: list[tuple[str, str]] = []
+    for folder in maps:
+        rated = []
+        for other in folders:
+            if other in maps or part_of(other) != part_of(folder):
+                continue
+            ends = _endings(tree.images_in(other), tree.images_in(folder))
+            if ends is not None:
+                shared = len(os.path.commonpath([os.path.join("/", p) for p in (other, folder)]))
+                same_name = os.path.basename(other) == os.path.basename(folder)
+                rated.append((same_name, shared, other))
+        if rated:
+            pairs.append((max(rated)[2], folder))
+    return pairs
+
+
+def _holds_label_maps(tree: FileTree, folder: str) -> bool:
+    """Return whether the files of a folder have one channel of few values, or a few values and a telling name."""
+    names = [
+        name for name in tree.images_in(folder) if name.lower().endswith((".png", ".tif", ".tiff", ".bmp", ".gif"))
+    ]
+    if not names:
+        return False
+    if any(name in _PICTURES for name in folder.lower().split(os.sep)):
+        return False
+    told = any(word in folder.lower() for word in _WORDS)
+    for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
+        path = str(tree.root / folder / name)
+        try:
+            with Image.open(path) as picture:
+                if picture.mode not in ("1", "L", "P", "I", "I;16"):
+                    if told:
+                        tree.remarks.append(
+                            f"{folder} may hold label maps, but {name} has colours (mode {picture.mode}); a label map "
+                            "has one channel, in which the value of a pixel is its class id"
+                        )
+                    return False
+            values = len(np.unique(read_label_map(path)))
+        except (OSError, BrokenSample):
+            return False
+        if values > (256 if told else _MOST_IDS):
+            return False
+    return True
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _endings(images: list[str], maps: list[str]) -> tuple[str, str] | None:
+    """Return what ends the stems of images and of label maps so that most images have a map; None if they do not."""
+    image_stems, map_stems = ({_stem(name) for name in names} for names in (images, maps))
+    for image_end in sorted({"", _common_end(image_stems)}, key=len):
+        for map_end in sorted({"", _common_end(map_stems), *_frequent_ends(map_stems)}, key=len):
+            own = {stem.removesuffix(image_end) for stem in image_stems if stem.endswith(image_end)}
+            other = {stem.removesuffix(map_end) for stem in map_stems if stem.endswith(map_end)}
+            if len(own & other) > 0.5 * len(own):
+                return image_end, map_end
+    return None
+
+
+def _common_end(stems: set[str]) -> str:
+    """Return the common end of all stems from its first "_", "-" or "." on, "" if there is none."""
+    end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]
+    start = min((end.find(mark) for mark in "_-." if mark in end), default=len(end))
+    return end[start:]
+
+
+def _frequent_ends(stems: set[str]) -> set[str]:
+    """Return the ends after the number of a name: Cityscapes has several label maps per image in one folder."""
+    ends: dict[str, int] = defaultdict(int)
+    for stem in stems:
+        last_digit = max((i for i, c in enumerate(stem) if c.isdigit()), default=-1)
+        ends[stem[last_digit + 1 :]] += 1
+    return {end for end, count in ends.items() if count >= 0.1 * len(stems)}
+
+
+def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return options of the sources, class names, and notes, from the values in the label maps."""
+    notes = []
+    read = files[:: max(len(files) // _SCANNED, 1)]
+    values: set[int] = set()
+    for file in read:
+        try:
+            values |= set(np.unique(read_label_map(str(tree.root / file))).tolist())
+        except BrokenSample as error:
+            notes.append(str(error))
+    if len(read) < len(files):
+        notes.append(f"the values of {len(read)} of {len(files)} label maps were read; others may hold further classes")
+    ids = sorted(values - {255})
+    if 255 in values and ids != [0]:
+        notes.append("pixels of 255 are read as pixels without a class")
+    if values == {0, 255}:
+        ids = [0, 255]
+        options: dict[str, Any] = {"class_ids": ids}
+        notes.append(
+            "the label maps hold 0 and 255: these are two classes, background and foreground; 255 is not ignored"
+        )
+    elif not ids:
+        options, ids = {}, [0]
+        notes.append("the label maps hold no class, only 255, which is ignored")
+    elif ids[0] > 0 and ids == list(range(ids[0], ids[-1] + 1)):
+        options = {"first_id": ids[0]}
+    elif ids[-1] + 1 > 2 * len(ids) + 8:
+        options = {"class_ids": ids}
+        notes.append(f"the class ids have gaps: {', '.join(map(str, ids[:12]))}{', ...' if len(ids) > 12 else ''}")
+    else:
+        if len(ids) <= ids[-1]:
+            notes.append(f"no label map holds {sorted(set(range(ids[-1] + 1)) - set(ids))}; they count as classes")
+        options, ids = {}, list(range(ids[-1] + 1))
+    if values == {0, 255}:
+        return options, ["background", "foreground"], notes
+    found = find_names(tree, len(ids))
+    if found is not None:
+        return options, found[1], [*notes, f"the class names are those in {found[0]}; check their order"]
+    notes.append("no file with class names was found; replace the numbered names in `classes`")
+    return options, numbered(ids), notes

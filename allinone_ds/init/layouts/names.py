@@ -1,0 +1,45 @@
+"""Class names in text files beside the data."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+from allinone_ds.data.formats.listing import read_text
+from allinone_ds.errors import DataError
+from allinone_ds.init.file_tree import FileTree
+
+_NAME_FILES = ("classes", "class_names", "names", "labels", "label_names", "categories", "obj", "predefined_classes")
+
+
+def find_names(tree: FileTree, count: int, at_least: bool = False) -> tuple[str, list[str]] | None:
+    """Return the file, and its lines, of a text file of class names with this number of lines; None if there is none.
+
+    Args:
+        tree: the files.
+        count: number of classes.
+        at_least: whether there may be more names, of classes that do not occur.
+    """
+    for file in sorted(tree.with_suffix(".txt", ".names"), key=lambda f: (f.count(os.sep), f)):
+        stem, suffix = os.path.splitext(os.path.basename(file).lower())
+        if stem in _NAME_FILES or suffix == ".names":
+            try:
+                lines = [line.strip() for line in read_text(tree.root / file).splitlines() if line.strip()]
+            except DataError:
+                continue
+            if all(re.match(r"\d+[\s:,]", line) for line in lines):  # "0 road", "1: sky"
+                lines = [re.sub(r"^\d+[\s:,]+", "", line) for line in lines]
+            if len(lines) == len(set(lines)) and (len(lines) == count or (at_least and len(lines) > count)):
+                return file, lines
+    return None
+
+
+def numbered(ids: Iterable[int]) -> list[str]:
+    """Return names for classes without names.
+
+    Example:
+        >>> numbered([0, 255])
+        ['class_0', 'class_255']
+    """
+    return [f"class_{i}" for i in ids]

@@ -1,0 +1,152 @@
+"""`allinone-ds init`: layouts that people have on disk are recognised, and the file that is written passes `check`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from allinone_ds import cli
+from allinone_ds.data.sources import open_source
+from allinone_ds.errors import ConfigError, DataError
+from allinone_ds.init.first_run import write_first_run
+from allinone_ds.run_config.arguments import arguments_from_config
+from allinone_ds.run_config.build import build_model
+from allinone_ds.run_config.run_files import ModelFacts
+from allinone_ds.run_config.schema import load_config
+from allinone_ds.run_config.yaml_files import read_deepspeed
+from tests.init.layouts import (
+    LAYOUTS,
+    coco_one_json,
+    folders_plain,
+    folders_split,
+    maps_two_folders,
+    picture,
+    voc_official,
+    write_maps,
+    write_pictures,
+)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_recognised_and_its_file_passes_check(name: str, tmp_path: Path, capsys) -> None:
+    write, kind, train, test, classes = LAYOUTS[name]
+    folder = tmp_path / name
+    folder.mkdir()
+    write(folder)
+    output = tmp_path / "out" / "mine.yaml"
+    assert cli.main(["init", str(folder), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert f"{train} train and {test} test images, {len(classes)} classes" in said
+    assert cli.main(["check", str(output)]) == 0, capsys.readouterr().out
+    config = load_config(output)
+    [(task_name, task)] = config.tasks.items()
+    assert task_name == name and task.type == kind and task.image_size[0] % 8 == task.image_size[1] % 8 == 0
+    opened = open_source(task.train_source, config.data_root)
+    assert opened.classes == classes and len(opened) == train
+    tested = open_source(task.test_source, config.data_root, classes)
+    assert len(tested) == test and {tested.path(i) for i in range(test)}.isdisjoint(map(opened.path, range(train)))
+    for note in re.findall("not sure: (.*)", said):  # what the terminal says is in the file as well
+        assert note.split()[0] in output.read_text()
+
+
+def test_every_layout_differs_and_there_are_at_least_ten() -> None:
+    assert len({write for write, *_ in LAYOUTS.values()}) >= 10
+
+
+def test_several_folders_are_several_tasks(tmp_path: Path, capsys) -> None:
+    writers = {"signs": coco_one_json, "streets": maps_two_folders, "pets": folders_plain}
+    for name, write in writers.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write(tmp_path / "data" / name)
+    given = [str(tmp_path / "data" / name) for name in writers]
+    assert cli.main(["init", *given, "--output", str(tmp_path / "each.yaml")]) == 0
+    assert cli.main(["check", str(tmp_path / "each.yaml")]) == 0
+    assert list(load_config(tmp_path / "each.yaml").tasks) == ["signs", "streets", "pets"]
+    # the folder above gives the same tasks
+    assert cli.main(["init", str(tmp_path / "data"), "--output", str(tmp_path / "above.yaml")]) == 0
+    each, above = (load_config(tmp_path / f"{name}.yaml") for name in ("each", "above"))
+    assert above.tasks == each.tasks and above.data_root == each.data_root
+    capsys.readouterr()
+    (tmp_path / "other" / "signs").mkdir(parents=True)
+    folders_split(tmp_path / "other" / "signs")
+    same = [str(tmp_path / folder / "signs") for folder in ("data", "other")]
+    assert cli.main(["init", *same, "--output", str(tmp_path / "same.yaml")]) == 2
+    assert "two data sets give the task name 'signs'" in capsys.readouterr().err
+
+
+def test_pascal_voc_with_masks_is_two_tasks(tmp_path: Path, capsys) -> None:
+    voc_official(tmp_path / "voc")
+    base = tmp_path / "voc" / "VOCdevkit" / "VOC2012"
+    write_maps(base / "SegmentationClass", [f"p{i}.jpg" for i in range(6)], values=(0, 8, 12, 255))
+    (base / "ImageSets" / "Segmentation").mkdir()
+    for part, chosen in (("train", range(4)), ("val", range(4, 6))):
+        (base / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("".join(f"p{i}\n" for i in chosen))
+    assert cli.main(["init", str(tmp_path / "voc"), "--output", str(tmp_path / "voc.yaml")]) == 0
+    assert "the classes of the label maps are taken to be those of Pascal VOC" in capsys.readouterr().out
+    assert cli.main(["check", str(tmp_path / "voc.yaml")]) == 0
+    tasks = load_config(tmp_path / "voc.yaml").tasks
+    assert {name: task.type for name, task in tasks.items()} == {
+        "voc_detection": "detection",
+        "voc_segmentation": "segmentation",
+    }
+    assert tasks["voc_segmentation"].classes[8] == "cat" and len(tasks["voc_segmentation"].classes) == 21
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
+    folders_plain(tmp_path / "pets")
+    output = tmp_path / "run.yaml"
+    output.write_text("mine")
+    with pytest.raises(ConfigError, match="run.yaml exists and is not overwritten; choose a different --output"):
+        write_first_run([tmp_path / "pets"], output)
+    assert output.read_text() == "mine"
+
+
+def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None:
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "notes.docx").touch()
+    (tmp_path / "boxes.json").write_text(
+        '{"images": [{"file_name": "x.jpg"}], "annotations": [{"bbox": [1]}], "categories": []}'
+    )
+    assert cli.main(["init", str(tmp_path), "--output", str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "holds 5 files: 3 .jpg, 1 .json, 1 .docx" in said.replace("1 .docx, 1 .json", "1 .json, 1 .docx")
+    assert "boxes.json is a COCO json, but its images are not here" in said
+    for layout in ("COCO", "label maps", "list", "csv", "class folders", "datasets", "YOLO", "Pascal VOC"):
+        assert layout in said
+    assert not (tmp_path / "run.yaml").exists()
+    with pytest.raises(DataError, match="is not a folder"):
+        write_first_run([tmp_path / "nowhere"], tmp_path / "run.yaml")
+
+
+def test_the_file_for_a_gpu_is_valid(tmp_path: Path) -> None:
+    writers = {"signs": coco_one_json, "streets": maps_two_folders, "no": folders_plain}
+    for name, write in writers.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    first = write_first_run([tmp_path / name for name in writers], tmp_path / "gpu.yaml", gpu=True)
+    config = load_config(first.file)
+    assert config.model.backbone.checkpoint == "facebook/dinov2-small" and list(config.tasks) == list(writers)
+    assert config.tasks["streets"].image_size == (56, 84) and config.deepspeed["bf16"] == {"enabled": True}
+    config.model.backbone.checkpoint = None
+    config.model.backbone.config = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+    }
+    classes = {name: task.classes for name, task in first.tasks.items()}
+    model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
+    assert sorted(model.tasks) == sorted(writers)
+    arguments_from_config(config.model_copy(update={"deepspeed": read_deepspeed("configs/deepspeed/zero2.json")}))
+
+
+def test_classes_and_names_that_yaml_would_change_survive(tmp_path: Path) -> None:
+    for name in ("no", "1", "1e3", "a: b", "# c", "null"):
+        write_pictures(tmp_path / "on" / name, 3)
+    first = write_first_run([tmp_path / "on"], tmp_path / "run.yaml")
+    [(name, task)] = load_config(first.file).tasks.items()
+    assert name == "on"
+    assert open_source(task.train_source, tmp_path / "on").classes == ["# c", "1", "1e3", "a: b", "no", "null"]

@@ -1,0 +1,179 @@
+"""What is recognised in folders that are less tidy, and what is said about data that is not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from allinone_ds.errors import DataError
+from allinone_ds.init.recognise import recognise
+from tests.init.layouts import (
+    coco_official,
+    folders_plain,
+    folders_split,
+    maps_binary,
+    maps_cityscapes,
+    picture,
+    voc_official,
+    write_coco,
+    write_maps,
+    write_pictures,
+    yolo_roboflow,
+)
+
+
+def only(root: Path):
+    [task] = recognise(root).values()
+    return task
+
+
+def test_class_folders_may_lie_deeper(tmp_path: Path) -> None:
+    for j, name in enumerate(("pie", "soup")):  # Food-101
+        write_pictures(tmp_path / "food" / "images" / name, 3, 10 * j)
+    (tmp_path / "food" / "meta").mkdir()
+    (tmp_path / "food" / "meta" / "train.txt").write_text("pie/p0\n")
+    assert only(tmp_path / "food").train == {"format": "class_folders", "images": "images"}
+    folders_split(tmp_path / "zip" / "inner" / "deeper")
+    (tmp_path / "zip" / "__MACOSX").mkdir()
+    (tmp_path / "zip" / "README.md").touch()
+    task = only(tmp_path / "zip")
+    assert (task.train["images"], task.test["images"]) == ("inner/deeper/train", "inner/deeper/val")
+
+
+def test_a_part_without_classes_is_left_out_and_named(tmp_path: Path) -> None:
+    for j, name in enumerate(("n01440764", "n01443537")):
+        write_pictures(tmp_path / "train" / name, 3, 10 * j, ".JPEG")
+    write_pictures(tmp_path / "val", 4, 70, ".JPEG")
+    task = only(tmp_path)
+    assert task.train["images"] == "train" and task.test is None
+    assert task.notes == ["val has no folder per class and is not used"]
+
+
+def test_folders_called_train_beside_other_classes_are_classes(tmp_path: Path) -> None:
+    for j, name in enumerate(("bus", "car", "train")):
+        write_pictures(tmp_path / name, 3, 10 * j)
+    task = only(tmp_path)
+    assert task.train == {"format": "class_folders", "images": "."} and "train count as classes" in task.notes[0]
+
+
+def test_a_table_of_a_competition(tmp_path: Path) -> None:
+    train, test = write_pictures(tmp_path / "train", 6), write_pictures(tmp_path / "test", 4, 90)
+    (tmp_path / "train.csv").write_text("id;label\n" + "".join(f"{n};{i % 2}\n" for i, n in enumerate(train)))
+    (tmp_path / "sample_submission.csv").write_text("id;label\n" + "".join(f"{n};0\n" for n in test))
+    task = only(tmp_path)
+    assert task.train["table"] == "train.csv" and task.train["delimiter"] == ";" and task.test is None
+    assert any("sample_submission.csv lists images, but no column" in note for note in task.notes)
+
+
+def test_tables_of_other_things_are_not_taken_for_classes(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "boxes" / "images", 4)
+    rows = [f"{name},{kind},1,1,5,5" for name in names for kind in "ab"]
+    (tmp_path / "boxes" / "table.csv").write_text("\n".join(["filename,class,xmin,ymin,xmax,ymax", *rows]))
+    with pytest.raises(DataError, match="table.csv is a table of boxes, which is not read"):
+        recognise(tmp_path / "boxes")
+    names = write_pictures(tmp_path / "skin" / "images", 6)
+    rows = [f"{name},{float(i % 3 == 0)},{float(i % 3 == 1)},{float(i % 3 == 2)}" for i, name in enumerate(names)]
+    (tmp_path / "skin" / "table.csv").write_text("\n".join(["image,MEL,NV,BCC", *rows]))
+    with pytest.raises(DataError, match="3 columns of 0 and 1 are several labels per image"):
+        recognise(tmp_path / "skin")
+
+
+def test_coloured_masks_and_lists_of_names_are_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "a" / "images", 4)
+    write_pictures(tmp_path / "a" / "masks", 4)
+    with pytest.raises(DataError, match="masks may hold label maps, but p0.png has colours"):
+        recognise(tmp_path / "a")
+    names = write_pictures(tmp_path / "b" / "images", 4)
+    (tmp_path / "b" / "train.txt").write_text("".join(f"images/{name} cat\n" for name in names))
+    with pytest.raises(DataError, match="train.txt lists images with class names"):
+        recognise(tmp_path / "b")
+
+
+def test_grey_pictures_are_not_label_maps(tmp_path: Path) -> None:
+    images = tmp_path / "segmentation" / "images"
+    images.mkdir(parents=True)
+    for i in range(4):
+        picture(i).convert("L").save(images / f"{i}.png")
+        if i:
+            Image.new("L", (80, 60), 7).save(images / f"{i}.png")  # of one value
+    write_maps(tmp_path / "segmentation" / "masks", [f"{i}.png" for i in range(4)], (0, 255), "_mask")
+    assert only(tmp_path).train == {
+        "format": "label_maps",
+        "images": "segmentation/images",
+        "label_maps": "segmentation/masks",
+        "label_map_suffix": "_mask",
+        "class_ids": [0, 255],
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "classes"),
+    [
+        ((0, 1, 2), {}, ["class_0", "class_1", "class_2"]),
+        ((0, 3, 255), {}, ["class_0", "class_1", "class_2", "class_3"]),
+        ((0, 128), {"class_ids": [0, 128]}, ["class_0", "class_128"]),
+        ((0, 100, 255), {"class_ids": [0, 100]}, ["class_0", "class_100"]),
+        ((1, 2, 3), {"first_id": 1}, ["class_1", "class_2", "class_3"]),
+        ((5,), {"first_id": 5}, ["class_5"]),
+    ],
+)
+def test_ids_of_label_maps(tmp_path: Path, values: tuple, options: dict, classes: list) -> None:
+    write_maps(tmp_path / "masks", write_pictures(tmp_path / "images", 4), values)
+    task = only(tmp_path)
+    assert task.train == {"format": "label_maps", "images": "images", "label_maps": "masks", **options}
+    assert task.classes == classes
+    assert any("255" in note for note in task.notes) == (255 in values)
+
+
+def test_boxes_and_masks_of_the_same_images_are_two_tasks(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "images", 5, suffix=".jpg")
+    write_coco(tmp_path / "boxes.json", names)
+    write_maps(tmp_path / "masks", names)
+    found = recognise(tmp_path)
+    assert {name.rpartition("_")[2]: task.kind for name, task in found.items()} == {
+        "detection": "detection",
+        "segmentation": "segmentation",
+    }
+
+
+def test_a_folder_of_data_sets_gives_one_task_each(tmp_path: Path) -> None:
+    writers = {"a": folders_plain, "b": maps_cityscapes, "c": coco_official, "d": yolo_roboflow, "e": voc_official}
+    for name, write in {**writers, "f": maps_binary}.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy milk")
+    found = recognise(tmp_path)
+    assert [task.kind[:3] for task in found.values()] == ["cla", "seg", "det", "det", "det", "seg"]
+    assert list(found) == ["a", "b", "c", "d", "e", "f"]
+    assert found["d"].train["data"] == "d/data.yaml" and found["b"].train["images"] == "b/leftImg8bit/train"
+    assert "nothing was recognised in notes" in found["a"].notes
+
+
+def test_boxes_of_a_saved_dataset_are_read_in_the_format_that_fits(tmp_path: Path) -> None:
+    import datasets
+
+    names = write_pictures(tmp_path / "pictures", 4)
+    number = datasets.Value("float32")
+    inside = {"bbox": datasets.List(number), "category_id": datasets.Value("int64")}
+    features = datasets.Features({"img": datasets.Image(), "annotations": datasets.List(inside)})
+    boxes = {"pascal": [40.0, 30.0, 70.0, 55.0], "coco": [40.0, 30.0, 20.0, 25.0]}
+    for bbox_format, box in boxes.items():
+        cells = [[{"bbox": box, "category_id": i % 3}] for i in range(4)]
+        content = {"img": [str(tmp_path / "pictures" / name) for name in names], "annotations": cells}
+        datasets.Dataset.from_dict(content, features=features).save_to_disk(str(tmp_path / bbox_format))
+        task = only(tmp_path / bbox_format)
+        assert task.train.get("bbox_format", "coco") == bbox_format and task.classes == [
+            "class_0",
+            "class_1",
+            "class_2",
+        ]
+        assert task.train["columns"] == {"image": "img", "objects": "annotations", "category": "category_id"}
+
+
+def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
+    folders_plain(tmp_path / "pets")
+    (tmp_path / "pets" / "PetImages" / "Cat" / "again").symlink_to(tmp_path / "pets", target_is_directory=True)
+    assert only(tmp_path / "pets").train["images"] == "PetImages"
