@@ -34,8 +34,7 @@ class CachedDataset(SampleDataset):
     def __init__(self, dataset: SampleDataset, max_bytes: int = 2**30):
         self.dataset = dataset
         self.kind, self.classes, self.name = dataset.kind, dataset.classes, dataset.name
-        self.structural, self.in_memory = dataset.structural, dataset.in_memory
-        self.labels = dataset.labels
+        self.structural, self.in_memory, self.labels = dataset.structural, dataset.in_memory, dataset.labels
         self.max_bytes = max_bytes
         self._samples: dict[int, Sample] = {}
         self._bytes = 0

@@ -138,6 +138,7 @@ class CombinedDataset(SampleDataset):
         self.kind, self.classes = datasets[0].kind, datasets[0].classes
         self.name = ", ".join(dataset.name for dataset in datasets)
         self.structural = structural
+        self.in_memory = all(dataset.in_memory for dataset in datasets)
         used = [np.arange(len(d)) for d in datasets] if indices is None else list(indices)
         self._owner = np.repeat(np.arange(len(used)), [len(of_one) for of_one in used])  # (N,), number of the dataset
         self._index = np.concatenate(used).astype(np.int64)  # (N,), index in that dataset
@@ -159,6 +160,12 @@ class CombinedDataset(SampleDataset):
 
     def path(self, index: int) -> str:
         return self.datasets[self._owner[index]].path(int(self._index[index]))
+
+    def encoded(self, index: int) -> bytes | None:
+        return self.datasets[self._owner[index]].encoded(int(self._index[index]))
+
+    def annotation(self, index: int) -> Sample:
+        return self.datasets[self._owner[index]].annotation(int(self._index[index]))
 
     def check(self, index: int) -> list[Problem]:
         return self.datasets[self._owner[index]].check(int(self._index[index]))

@@ -116,7 +116,10 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
     assert isinstance(Extended.validate_python(COCO), SourceConfig)  # the formats of the package remain available
 
 
-NOT_PATHS = {"format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"}
+NOT_PATHS = {
+    *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"),
+    *("image_column", "label_column", "delimiter"),
+}
 """Fields of text that name no file or folder."""
 
 

@@ -212,9 +212,9 @@ class HubDataset(SampleDataset):
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
             self.in_memory = True
-            self._stored = list(self.table[columns.label])
-            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in self._stored]
-            unknown = [(i, v) for i, v in enumerate(self._stored) if not self._is_class(v)]
+            cells = self.table[columns.label]
+            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
+            unknown = [(i, v) for i, v in enumerate(cells) if not self._is_class(v)]
             self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
 
     def __len__(self) -> int:
@@ -247,8 +247,8 @@ class HubDataset(SampleDataset):
             return None
 
     def annotation(self, index: int) -> Sample:
-        if self.kind == "classification" and self._is_class(self._stored[index]):
-            return {"label": self._label_of[self._stored[index]]}
+        if self.labels is not None and self.labels[index] >= 0:
+            return {"label": self.labels[index]}
         if self.kind == "segmentation":
             return {"mask": self.mask(index)}
         columns = self.source.columns

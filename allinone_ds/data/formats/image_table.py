@@ -14,7 +14,7 @@ from allinone_ds.data.formats.class_names import match_classes
 from allinone_ds.data.formats.classified_files import ClassifiedDataset
 from allinone_ds.data.formats.listing import check_listed_files, read_text, require_folder
 from allinone_ds.errors import DataError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.strict import PathText, did_you_mean
 
 
 class ImageTableSource(SourceConfig):
@@ -31,9 +31,9 @@ class ImageTableSource(SourceConfig):
     """
 
     format: Literal["image_table"]
-    images: str
+    images: PathText
     """Folder that the files in the table are relative to."""
-    table: str
+    table: PathText
     """The csv file. Its first line names the columns."""
     image_column: str = "image"
     """Column of the files."""
@@ -62,7 +62,7 @@ class ImageTableSource(SourceConfig):
 
     def _read_rows(self, file: Path) -> tuple[list[str], list[str], list[Problem]]:
         """Return the files, their class names, and the faults of the rows."""
-        reader = csv.DictReader(read_text(file).splitlines(), delimiter=self.delimiter)
+        reader = csv.DictReader(read_text(file, file_names=True).splitlines(), delimiter=self.delimiter)
         for field, column in (("image_column", self.image_column), ("label_column", self.label_column)):
             if column not in (reader.fieldnames or ()):
                 known = did_you_mean(column, reader.fieldnames or ())

@@ -18,7 +18,7 @@ from allinone_ds.data.formats.label_maps import LabelMapsDataset, LabelMapsSourc
 from allinone_ds.data.formats.listing import read_text, require_folder, walk_images
 from allinone_ds.data.images import MISSING_FILE
 from allinone_ds.errors import ConfigError, DataError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.strict import PathText, did_you_mean
 
 
 class VocSource(SourceConfig):
@@ -31,17 +31,17 @@ class VocSource(SourceConfig):
     """
 
     format: Literal["voc"]
-    path: str
+    path: PathText
     """Folder that contains the other folders."""
     split: str | None = None
     """Name of a list in ImageSets/Main, or in ImageSets/Segmentation: train, val, trainval or test; null: all files."""
     kind: Literal["detection", "segmentation"] = "detection"
     """detection: boxes of `annotations`; segmentation: label maps in `label_maps`, in which 255 is ignored."""
-    images: str = "JPEGImages"
+    images: PathText = "JPEGImages"
     """Folder of the images below `path`."""
-    annotations: str = "Annotations"
+    annotations: PathText = "Annotations"
     """Folder of the XML files below `path`."""
-    label_maps: str = "SegmentationClass"
+    label_maps: PathText = "SegmentationClass"
     """Folder of the label maps below `path`."""
     classes: ClassNames | None = None
     """Class names, or a text file with one name per line. Segmentation: in the order of the ids, the background first.
@@ -51,6 +51,14 @@ class VocSource(SourceConfig):
     def _plain_name(self) -> VocSource:
         if self.split is not None and self.split != os.path.basename(self.split):
             raise ConfigError(f"split = '{self.split}': give the name of a list, for example train")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> VocSource:
+        """Refuse the folder of the other kind, which would change nothing."""
+        option, kind = ("label_maps", "segmentation") if self.kind == "detection" else ("annotations", "detection")
+        if getattr(self, option) != type(self).model_fields[option].default:
+            raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
@@ -67,7 +75,7 @@ class VocSource(SourceConfig):
         if not file.is_file():
             known = [path.stem for path in lists.glob("*.txt") if "_" not in path.stem]
             raise DataError(f"{file}: list is missing; {did_you_mean(str(self.split), known)}")
-        lines = [line.strip() for line in read_text(file).splitlines()]
+        lines = [line.strip() for line in read_text(file, file_names=True).splitlines()]
         names = [re.sub(r"\s+-?[01]$", "", line) for line in lines if line]
         if not names:
             raise DataError(f"{file}: is empty; write one name per line")

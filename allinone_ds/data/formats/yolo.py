@@ -17,11 +17,19 @@ from torchvision import tv_tensors
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.boxes import detection_fields
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.listing import check_listed_files, is_image, list_files, read_text, walk_images
+from allinone_ds.data.formats.listing import (
+    check_listed_files,
+    is_image,
+    list_files,
+    read_text,
+    unread_files,
+    walk_files,
+    walk_images,
+)
 from allinone_ds.data.formats.masks import validate_class_ids
-from allinone_ds.data.images import read_image
+from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import ConfigError, DataError
-from allinone_ds.strict import did_you_mean
+from allinone_ds.strict import PathText, did_you_mean, expand_path
 
 BACKGROUND = "background"
 """Class of the pixels outside all outlines."""
@@ -42,11 +50,11 @@ class YoloSource(SourceConfig):
     """
 
     format: Literal["yolo"]
-    data: str | None = None
+    data: PathText | None = None
     """The data.yaml, with `names`, `path` and a key per split."""
     split: str = "train"
     """Key of data.yaml: train, val or test."""
-    images: str | list[str] | None = None
+    images: PathText | list[PathText] | None = None
     """Instead of `data`: folders of images, or text files with one image per line."""
     classes: ClassNames | None = None
     """Class names in the order of the ids, or a text file with one name per line; null: those of data.yaml or of the
@@ -124,6 +132,9 @@ class YoloDataset(SampleDataset):
         self._label_of = [label_of[len(names) - ids + i] for i in range(ids)]
         self.files = sorted(dict.fromkeys(file for place in places for file in _images(place, base)))
         self.structural += [p for p in check_listed_files(Path(), self.files) if p.level == "error"]
+        for place in places:
+            if place.is_dir():
+                self.structural += unread_files(place, walk_files(place))
         self._read_labels(whole_folders=all(place.is_dir() for place in places))
 
     def __len__(self) -> int:
@@ -139,11 +150,24 @@ class YoloDataset(SampleDataset):
         sample: Sample = {"image": image, "path": path, "index": index}
         if self.kind == "segmentation":
             return {**sample, "mask": tv_tensors.Mask(torch.from_numpy(self._mask(index, size)))}
+        boxes, labels = self._boxes(index, size)
+        return {**sample, **detection_fields(boxes, labels, np.zeros(len(boxes), dtype=bool), size)}
+
+    def annotation(self, index: int) -> Sample:
+        size = image_size(self.path(index))
+        if size is None:
+            return super().annotation(index)
+        if self.kind == "segmentation":
+            return {"mask": self._mask(index, size)}
+        boxes, labels = self._boxes(index, size)
+        return {"boxes": boxes, "labels": labels, "size": size}
+
+    def _boxes(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes (n, 4) XYXY in pixels and the labels (n,) of an image of size (H, W)."""
         rows = [_box(outline) for _, outline in self._objects[index]]
         scale = np.array([size[1], size[0]] * 2, dtype=np.float64)
         boxes = (np.array(rows, dtype=np.float64).reshape(-1, 4) * scale).astype(np.float32)
-        labels = np.array([label for label, _ in self._objects[index]], dtype=np.int64)
-        return {**sample, **detection_fields(boxes, labels, np.zeros(len(rows), dtype=bool), size)}
+        return boxes, np.array([label for label, _ in self._objects[index]], dtype=np.int64)
 
     def _mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """Return the mask uint8 (H, W) with the outlines of an image filled, the largest first."""
@@ -307,7 +331,7 @@ def _names(content: dict[str, Any], file: Path) -> list[str] | None:
 def _dataset_root(content: dict[str, Any], file: Path) -> Path:
     """Return the folder that the splits are relative to: `path` beside data.yaml, or else the folder of data.yaml."""
     given = content.get("path")
-    folder = file.parent if given is None else file.parent / str(given)
+    folder = file.parent if given is None else file.parent / expand_path(str(given))
     return folder if folder.is_dir() else file.parent
 
 
@@ -320,7 +344,7 @@ def _places(content: dict[str, Any], file: Path, split: str) -> list[Path]:
     base = _dataset_root(content, file)
     places = []
     for item in [given] if isinstance(given, str) else given:
-        place = base / str(item)
+        place = base / expand_path(str(item))
         if not place.exists() and str(item).startswith("../"):  # exports are written for a folder deeper
             place = base / str(item)[3:]
         places.append(Path(os.path.normpath(place)))
@@ -337,6 +361,6 @@ def _images(place: Path, base: Path) -> list[str]:
     if place.suffix != ".txt":
         found = "it is a file" if place.exists() else "it does not exist"
         raise DataError(f"{place}: must be a folder of images or a txt file of paths, {found}; correct the path")
-    lines = [line.strip() for line in read_text(place).splitlines()]
+    lines = [line.strip() for line in read_text(place, file_names=True).splitlines()]
     folders = {line: place.parent if line.startswith("./") else base for line in lines}
     return [os.path.normpath(folders[line] / line) for line in lines if is_image(line)]
