@@ -125,7 +125,7 @@ class Agreement:
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
         """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
-        own = torch.tensor(numbers)
+        own = torch.tensor(numbers, device="cpu")
         every = [torch.empty_like(own) for _ in range(self.world)]
         if self.world == 1:
             return [numbers]
@@ -138,7 +138,7 @@ class Agreement:
 
     def union(self, flags: list[bool]) -> list[bool]:
         """Return the element-wise `or` of every rank's flags. Collective."""
-        votes = torch.tensor(flags, dtype=torch.int32)
+        votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
         if self.world > 1:
             self._wait(dist.all_reduce(votes, dist.ReduceOp.MAX, self.group, async_op=True), WITHIN_STEP)
         return [bool(vote) for vote in votes]
@@ -147,7 +147,7 @@ class Agreement:
         self._count += 1
         self._doing = doing
         code = 0 if state else zlib.crc32(doing.encode())
-        extremes = torch.tensor([code, -code, state, -state])
+        extremes = torch.tensor([code, -code, state, -state], device="cpu")
         self._wait(dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group, async_op=True), seconds)
         if extremes[0] == -extremes[1] and extremes[2] == -extremes[3]:
             self._disagreed = ""
