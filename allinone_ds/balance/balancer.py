@@ -344,7 +344,7 @@ class TaskBalancer:
 
     def _agree(self, doing: str) -> None:
         if self._agreement:
-            self._agreement.check(doing, within_step=bool(self._ran))
+            self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
 
     def _grouped_between_steps(self, method: str) -> GroupedCombiner:
         if not isinstance(self._combiner, GroupedCombiner):
