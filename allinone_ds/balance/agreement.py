@@ -168,9 +168,9 @@ class Agreement:
 
     def _wait(self, work: Any, seconds: float) -> None:
         """Wait for a message, but not for ranks that have left or ended, or do not come for so long."""
-        number, start, warned = self._count, time.monotonic(), False
+        number, waited, warned = self._count, 0.0, False
         while self._is_pending(work, number, f"waits at {self._doing}"):
-            waited = time.monotonic() - start
+            waited += POLL  # not by a clock, so that a suspended job can go on
             if self._has(number, "gone", "lost") or waited > seconds:
                 raise self._loss(number, f"waits at {self._doing}")
             if waited > WARNING and not warned:
