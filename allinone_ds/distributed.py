@@ -75,11 +75,11 @@ def watched_waits(wait: Callable[[Any], None]) -> Iterator[None]:
         wait(work if _has_timeout(work) else _ThreadedWork(lambda: original(work)))
         return True
 
-    dist.Work.wait = watched
+    dist.Work.wait = watched  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        dist.Work.wait = original
+        dist.Work.wait = original  # type: ignore[method-assign]
 
 
 def _has_timeout(work: Any) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterable
 from datetime import timedelta
@@ -44,17 +45,16 @@ class Agreement:
 
     Attributes:
         lost: why the ranks cannot be brought together again; None while they can.
-        raised: the last error that all ranks know of.
     """
 
     def __init__(self) -> None:
         self.rank, self.world = rank(), world_size()
         self.group: Any = cpu_group(apart="balancer")
         self.lost: str | None = None
-        self.raised: BalancerError | None = None
+        self._raised: weakref.ref[BalancerError] | None = None  # its traceback holds tensors
         self._doing = "the construction of the balancer"
         self._disagreed = ""  # the message of the last exchange, if it raised
-        self._waited = False  # inside a collective operation that has not ended
+        self._waits = 0  # the exchange that this rank has been waiting for, as the store has it
         self._count = 0  # exchanges so far, the same on all ranks
         self._store: Any = None
         if self.world > 1:
@@ -76,6 +76,10 @@ class Agreement:
             raise self._known(self.lost)
         seconds = WITHIN_STEP if within_step else BETWEEN_STEPS
         self._exchange(doing, READY, GRACE if self._disagreed else seconds)
+
+    def knows(self, error: BaseException) -> bool:
+        """Return whether it is the last error that was raised here, so that the other ranks need not be told."""
+        return self._raised is not None and self._raised() is error
 
     def fail(self, doing: str, inside: bool) -> str | None:
         """Take part in the next exchange as a rank that failed, and wait for the others for a short time.
@@ -113,19 +117,15 @@ class Agreement:
         number, seen = self._count + 1, 0
         doing = f"in a collective operation after {self._doing}"
         while self._is_pending(work, number, doing):
-            self._store.set(f"{number}/waits{self.rank}", "")
-            self._waited = True
             stuck = self._has(number, "failed", "gone", "lost") or not self._busy(number)
             seen = seen + 1 if stuck else 0
             if seen == _SETTLED:
                 raise self._loss(number, doing)
-        if self._waited:
-            self._waited = False
-            self._store.delete_key(f"{number}/waits{self.rank}")
+        self._wait_for(0)
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
         """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
-        own = torch.tensor(numbers)
+        own = torch.tensor(numbers, device="cpu")
         every = [torch.empty_like(own) for _ in range(self.world)]
         if self.world == 1:
             return [numbers]
@@ -138,7 +138,7 @@ class Agreement:
 
     def union(self, flags: list[bool]) -> list[bool]:
         """Return the element-wise `or` of every rank's flags. Collective."""
-        votes = torch.tensor(flags, dtype=torch.int32)
+        votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
         if self.world > 1:
             self._wait(dist.all_reduce(votes, dist.ReduceOp.MAX, self.group, async_op=True), WITHIN_STEP)
         return [bool(vote) for vote in votes]
@@ -147,7 +147,7 @@ class Agreement:
         self._count += 1
         self._doing = doing
         code = 0 if state else zlib.crc32(doing.encode())
-        extremes = torch.tensor([code, -code, state, -state])
+        extremes = torch.tensor([code, -code, state, -state], device="cpu")
         self._wait(dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group, async_op=True), seconds)
         if extremes[0] == -extremes[1] and extremes[2] == -extremes[3]:
             self._disagreed = ""
@@ -160,18 +160,17 @@ class Agreement:
             )
         if extremes[2] == FAILED:
             raise self._known(
-                f"not every rank can go on ({texts}); the gradient of the task is dropped on all ranks: run it again "
-                "on all of them, or let the error end the run"
+                f"not every rank can go on ({texts}); what it ran is dropped on all ranks: run it again on all of "
+                "them, or let the error end the run"
             )
         self.lost = _lost(texts)
         raise self._known(self.lost)
 
     def _wait(self, work: Any, seconds: float) -> None:
         """Wait for a message, but not for ranks that have left or ended, or do not come for so long."""
-        number, start, warned = self._count, time.monotonic(), False
+        number, waited, warned = self._count, 0.0, False
         while self._is_pending(work, number, f"waits at {self._doing}"):
-            self._store.set(f"{number}/waits{self.rank}", "")
-            waited = time.monotonic() - start
+            waited += POLL  # not by a clock, so that a suspended job can go on
             if self._has(number, "gone", "lost") or waited > seconds:
                 raise self._loss(number, f"waits at {self._doing}")
             if waited > WARNING and not warned:
@@ -180,7 +179,13 @@ class Agreement:
 
     def _busy(self, number: int) -> list[int]:
         """Return the ranks that neither wait for others nor have failed."""
-        return [r for r in range(self.world) if not self._has(number, f"waits{r}", str(r))]
+        return [r for r in range(self.world) if not (self._waits_for(number, r) or self._has(number, str(r)))]
+
+    def _waits_for(self, number: int, r: int) -> bool:
+        try:
+            return self._store.check([f"waits{r}"]) and self._store.get(f"waits{r}") == str(number).encode()
+        except RuntimeError:  # the process with the store has ended
+            return True
 
     def _warn(self, number: int) -> None:
         """Let the first rank that waits warn of those that it waits for."""
@@ -198,8 +203,16 @@ class Agreement:
         except RuntimeError as error:
             if work.is_completed():  # a connection was closed
                 raise self._loss(number, doing) from error
+            self._wait_for(number)
             return True
         return False
+
+    def _wait_for(self, number: int) -> None:
+        """Publish that this rank waits before or in an exchange; 0: that it does not wait."""
+        if number != self._waits:
+            self._waits = number
+            with contextlib.suppress(RuntimeError):  # the process with the store has ended
+                self._store.set(f"waits{self.rank}", str(number))
 
     def _has(self, number: int, *events: str) -> bool:
         """Return whether one of the events has happened to a rank before or in an exchange."""
@@ -214,8 +227,9 @@ class Agreement:
             self._store.set(f"{self._count + 1}/{event}", "")
 
     def _known(self, message: str) -> BalancerError:
-        self._disagreed, self.raised = message, BalancerError(message)
-        return self.raised
+        error = BalancerError(message)
+        self._disagreed, self._raised = message, weakref.ref(error)
+        return error
 
     def _texts(self, own: list[int]) -> str:
         """Return what each rank does, after an exchange in which all of them took part. Collective."""

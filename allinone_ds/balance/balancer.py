@@ -66,8 +66,9 @@ class TaskBalancer:
             the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
-        check_ranks: compare the task on all ranks before it runs (one CPU message of 32 bytes per task), so that ranks
-            in different tasks are an error and not a hang. With parallel="tasks" they compare once per step always.
+        check_ranks: before each collective operation of a step, compare what the ranks do (CPU messages of 32 bytes:
+            K + 2 per task with K micro-steps, 3 under ZeRO-0 and 1), so that a rank in a different task, or with an
+            error, is an error on all ranks and not a hang. With parallel="tasks" they compare in the step, always.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
             out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
@@ -141,7 +142,6 @@ class TaskBalancer:
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
         adapter.discard()  # gradients of steps that the engine took without a balancer
-        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._running: RunningTask | None = None
         self._clear()
 
@@ -206,8 +206,7 @@ class TaskBalancer:
 
         Raises:
             BalancerError: wrong task, number of micro-steps or nesting; ranks in different tasks, or one that failed.
-                The gradient of the task is dropped, those of tasks already done stay, and the task can run again.
-                (norm="delayed": all tasks of the step are dropped and must run again.)
+                The task's gradient is dropped, those of others stay, and it can run again (norm="delayed": all must).
         """
         refuse_task(name, self.groups, self._combiner.tasks, self._running)
         asked = self._agreement if self.parallel == "data" else None
@@ -362,7 +361,7 @@ class TaskBalancer:
 
     def _agree(self, doing: str) -> None:
         if self._agreement:
-            self._agreement.check(doing, within_step=bool(self._ran))
+            self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
 
     def _grouped_between_steps(self, method: str) -> GroupedCombiner:
         if not isinstance(self._combiner, GroupedCombiner):
@@ -430,4 +429,5 @@ class TaskBalancer:
         self._combiner.watch = self._watches(self._steps)
         self._heads.clear()
         self._weighting_before = self.weighting.state_dict()
-        self._ran, self._running = {}, None
+        self._running = None
+        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

@@ -257,7 +257,7 @@ def tell_failure(error: BaseException, agreement: Agreement | None, place: str, 
         place: such as "task 'det'".
         inside: whether other ranks may be in a collective operation that this rank has left.
     """
-    if agreement is None or agreement.raised is error:
+    if agreement is None or agreement.knows(error):
         return
     text = str(error).split("\n")[0][:200]
     others = agreement.fail(f"left {place} with {type(error).__name__}{f': {text}' if text else ''}", inside)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer, Weighting
 from allinone_ds.balance import agreement
+from allinone_ds.errors import BalancerError
 from tests.balance.engines import CASES, make_engine, run_task, toy
 from tests.launcher import join_ranks
 
@@ -153,6 +155,23 @@ def leaves(balancer: TaskBalancer, mine: bool) -> None:
     step_of(balancer, ("seg", "cls"))
 
 
+def stays_away(balancer: TaskBalancer, mine: bool) -> None:
+    """A rank that is busy elsewhere; the others warn, and give up after a time."""
+    agreement.WARNING, agreement.WITHIN_STEP = 0.3, 1.0
+    run_task(balancer, "det")
+    while mine and not _file(0).exists():
+        time.sleep(0.05)
+    if not mine:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                run_task(balancer, "seg")
+            except BalancerError as error:
+                for warning in caught:
+                    error.add_note(str(warning.message))
+                raise
+
+
 class RaisesOnce(Weighting):
     """Raises on one rank."""
 
@@ -188,7 +207,7 @@ LOOPS = {
     "too few micro-steps": too_few, "too many micro-steps": too_many, "other micro-steps": other_micro_steps,
     "other order": other_order, "skips a task": skips_task, "steps early": steps_early, "partial step": partial_step,
     "steps inside": steps_inside, "abandons": abandons, "detaches": detaches, "leaves": leaves,
-    "a weighting that raises": weighting, "thaws": thaws,
+    "stays away": stays_away, "a weighting that raises": weighting, "thaws": thaws,
 }  # fmt: skip
 
 

@@ -31,11 +31,17 @@ LOOPS = {
     "abandons": (*DIFFERENT, "task 'seg'", "task 'det'"),
     "detaches": (*LOST, "has left the loop", "task 'seg'"),
     "leaves": (*LOST, "no answer", "task 'seg'"),
+    "stays away": (
+        *LOST,
+        "rank 0: waits at task 'seg'",
+        "rank 0 has waited for 0 s at task 'seg'",
+        "not there: rank 1",
+    ),
     "a weighting that raises": ("left balancer.step() with ZeroDivisionError: of the weighting",),
     "thaws": ("left balancer.step() with BalancerError: parameter 'backbone.frozen.weight'",),
 }
 """Loop -> what every rank must read, in the error or in a note on it."""
-LEFT = ("detaches", "leaves")
+LEFT = ("detaches", "leaves", "stays away")
 """Loops whose last rank ends without an error."""
 RUNS = [
     *((loop, "zero2 fp32", "exact", 2, texts) for loop, texts in LOOPS.items()),
