@@ -123,7 +123,7 @@ class HeadUse:
     def begin(self, task: str) -> None:
         """Record gradients from now on for `task`."""
         self.task, self._used[task] = task, set()
-        self._guard.in_step = True
+        self._guard.begin_task()
 
     def end(self, keep: bool) -> None:
         """Stop recording; forget the task's gradients unless `keep`."""
@@ -131,6 +131,7 @@ class HeadUse:
             del self._used[self.task]
             self._guard.forget_stray()
         self.task = None
+        self._guard.end_task()
 
     def clear(self) -> None:
         """Forget all tasks."""
