@@ -80,7 +80,7 @@ class TaskBalancer:
         skipped_steps: task -> number of steps that left it out because it was not finite.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used; the message says what is allowed.
+        TypeError, ValueError: an argument that cannot be used, or that differs between ranks.
         UnsupportedEngine: an engine kind or setting that is not served.
 
     Example:

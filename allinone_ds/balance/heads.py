@@ -124,7 +124,7 @@ class HeadUse:
         """Record gradients from now on for `task`, beside those of its earlier micro-steps."""
         self.task = task
         self._used.setdefault(task, set())
-        self._guard.in_step = True
+        self._guard.begin_task()
 
     def end(self, keep: bool) -> None:
         """Stop recording; forget the task's gradients unless `keep`."""
@@ -132,6 +132,7 @@ class HeadUse:
             del self._used[self.task]
             self._guard.forget_stray()
         self.task = None
+        self._guard.end_task()
 
     def divide(self, joint: str, tasks: Sequence[str]) -> None:
         """Give each of several tasks what was recorded for all of them under one name."""

@@ -43,7 +43,9 @@ class EngineGuard:
             self._guard(owner, "zero_grad", f"{name}.zero_grad", "nothing: every step begins without gradients", True)
         self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True)
         base = engine.basic_optimizer
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in _trainable(engine)]
+        self._params = [param for param in engine.module.parameters() if param.requires_grad]
+        self._kept: list[Parameter] | None = None
+        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params]
         if isinstance(base, Optimizer):
             self._hooks.append(base.register_step_pre_hook(lambda *_: self._check("optimizer.step", step)))
 
@@ -75,6 +77,14 @@ class EngineGuard:
             param.grad = None
             raise self._error(self._stray)
 
+    def begin_task(self) -> None:
+        """Watch the gradients that micro-steps leave on parameters, until `end_task`."""
+        self.in_step, self._kept = True, []
+
+    def end_task(self) -> None:
+        """Watch them no longer: what a task has left may be removed."""
+        self._kept = None
+
     def forget_stray(self) -> None:
         """Go on after gradients of a different backward, which have been dropped."""
         self._stray = None
@@ -84,15 +94,22 @@ class EngineGuard:
         """Allow every call inside this block.
 
         Raises:
-            error: a different backward has left gradients.
+            error: a different backward has left gradients, or those of an earlier micro-step are gone.
         """
         if self._stray is not None:
             raise self._error(self._stray)
+        if any(param.grad is None for param in self._kept or ()):
+            raise self._error(
+                "gradients of an earlier micro-step of this task are gone, as after zero_grad() of the module; a block "
+                "begins without gradients, so remove the call"
+            )
         self._open = True
         try:
             yield
         finally:
             self._open = False
+        if self._kept is not None:
+            self._kept = [param for param in self._params if param.grad is not None]
 
     def remove(self) -> None:
         """Restore the methods, and remove the hooks."""
@@ -100,7 +117,3 @@ class EngineGuard:
             delattr(owner, method)
         for hook in self._hooks:
             hook.remove()
-
-
-def _trainable(engine: Any) -> list[Parameter]:
-    return [param for param in engine.module.parameters() if param.requires_grad]

@@ -166,6 +166,23 @@ def disturbed_step(balancer, step: int, where: str, norm: str, call: Callable, m
     balancer.step()
 
 
+def check_gradients_of_earlier_micro_steps_may_not_be_removed() -> None:
+    """`module.zero_grad()` between micro-steps: an error where they are on the parameters, without effect elsewhere."""
+    for case, norm in (("zero0 fp32", "exact"), ("zero1 fp32", "exact"), ("zero2 fp32", "exact"),
+                       ("zero3 fp32", "exact"), ("zero2 fp32", "sketch")):  # fmt: skip
+        wanted = train(case, norm, 1)[0]
+        engine = make_engine(case, "adamw")
+        balancer = make_balancer(engine, norm=norm)
+        kept = case in ("zero0 fp32", "zero1 fp32") or norm != "exact"
+        step = partial(disturbed_step, balancer, 0, "inside", norm, lambda engine: engine.module.zero_grad())
+        if kept:
+            step("gradients of an earlier micro-step of this task are gone")
+            assert largest_change(wanted, weights(engine)) < (1e-6 if norm == "exact" else 1e-3), (case, norm)
+        finish(balancer)
+        if not kept:
+            assert largest_change(wanted, train(case, norm, 1, lambda e: e.module.zero_grad())[0]) < 1e-6, case
+
+
 def check_zero_grad_and_loading_are_allowed_between_steps() -> None:
     for case in KINDS:
         engine = make_engine(case)
