@@ -88,24 +88,33 @@ def check_checkpoint(model: torch.nn.Module, checkpoint: Path) -> None:
         checkpoint: folder of the checkpoint.
 
     Raises:
-        ConfigError: names the tasks whose heads differ.
+        ConfigError: says what is missing, or names the tasks whose heads differ.
     """
     if not (checkpoint / "latest").is_file():
         raise ConfigError(
             f"{checkpoint} holds only weights (trainer.save_only_model), from which training cannot resume; choose a "
             f"different checkpoint, or start a new run with a different output_dir and model.start_from={checkpoint}"
         )
+    check_model(model, checkpoint)
+
+
+def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a different model, as its model.safetensors or its ZeRO shards show.
+
+    Raises:
+        ConfigError: names the tasks whose heads differ.
+    """
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = model.state_dict().keys()
+    names = set(model.state_dict())
     if (checkpoint / WEIGHTS_FILE).is_file():
         with safe_open(checkpoint / WEIGHTS_FILE, "pt") as weights:
             saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     elif (shards := shards_of(checkpoint)) is not None:  # ZeRO-3 that did not gather its weights
         saved = {name: tuple(shape) for name, shape in SavedShards(shards).shapes.items()}
-        names = {name for name, value in model.named_parameters() if value.requires_grad} | (names & saved.keys())
+        names = {name for name, value in model.named_parameters() if value.requires_grad}
     else:
         return
-    own = {name: tuple(whole_shape(tensors[name])) for name in names}
+    own = {name: tuple(whole_shape(tensors[name])) for name in tensors if name in names}
     if own == saved:
         return
     raise ConfigError(
