@@ -42,7 +42,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
-    check_checkpoint(engine.module, checkpoint)
+    check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
     manifest = read_manifest(checkpoint)
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
@@ -80,26 +80,25 @@ def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
         group["lr"] = rate
 
 
-def check_checkpoint(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuse a checkpoint from which training cannot resume: of a different model, or without optimizer state.
-
-    Args:
-        model: the model of the run; it may be on the meta device.
-        checkpoint: folder of the checkpoint.
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds only weights.
 
     Raises:
-        ConfigError: says what is missing, or names the tasks whose heads differ.
+        ConfigError: says what to do instead.
     """
     if not (checkpoint / "latest").is_file():
         raise ConfigError(
             f"{checkpoint} holds only weights (trainer.save_only_model), from which training cannot resume; choose a "
             f"different checkpoint, or start a new run with a different output_dir and model.start_from={checkpoint}"
         )
-    check_model(model, checkpoint)
 
 
 def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
     """Refuse a checkpoint of a different model, as its model.safetensors or its ZeRO shards show.
+
+    Args:
+        model: the model of the run; it may be on the meta device.
+        checkpoint: folder of the checkpoint.
 
     Raises:
         ConfigError: names the tasks whose heads differ.

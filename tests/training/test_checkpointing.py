@@ -17,7 +17,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.training import load_checkpoint as loading
 from allinone_ds.training import save_checkpoint as saving
 from allinone_ds.training.ema import AverageWeights
-from allinone_ds.training.load_checkpoint import best_checkpoint, check_checkpoint, check_model
+from allinone_ds.training.load_checkpoint import best_checkpoint, check_model, check_resumable
 from allinone_ds.training.run import _last_evaluation, _warn_at_start
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
@@ -70,12 +70,11 @@ def test_a_different_model_is_named(tmp_path: Path, heads: dict, backbone: dict,
 
 
 def test_a_checkpoint_of_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
-    model = tiny_model()
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file(tiny_model().state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=f"save_only_model.*model.start_from={tmp_path}"):
-        check_checkpoint(model, tmp_path)
+        check_resumable(tmp_path)
     (tmp_path / "latest").write_text("global_step2")
-    check_checkpoint(model, tmp_path)
+    check_resumable(tmp_path)
 
 
 def test_shards_without_gathered_weights_tell_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
