@@ -166,7 +166,8 @@ class DurableTrainer(Trainer):
         initialized = super()._init_training_state(*args, **kwargs)
         if self._resumed is not None:
             self.state.best_model_checkpoint = best_checkpoint(self._resumed) or self.state.best_model_checkpoint
-            saved = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+            callbacks: Any = self.state.stateful_callbacks
+            saved = callbacks.get(EarlyStoppingCallback.__name__)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, dict):
                     vars(callback).update(saved["attributes"])  # the evaluations that did not improve

@@ -20,7 +20,7 @@ from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of, to_device
 from allinone_ds.evaluation.metrics import flatten
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.pictures import collect_drawings
@@ -96,14 +96,15 @@ class AllInOneTrainer(DurableTrainer):
         balancer_options: Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        known = set(model.tasks)  # type: ignore[arg-type]
+        known_tasks = tasks_of(model)
+        known = set(known_tasks)
         wrong = sorted(known ^ set(train_dataset)) + sorted(set(eval_dataset or {}) - known)
         if wrong:
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
         require_launcher()
-        raise_all(argument_problems(args, {name: model.tasks[name] for name in eval_dataset or {}}))  # type: ignore[index]
+        raise_all(argument_problems(args, {name: known_tasks[name] for name in eval_dataset or {}}))
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +118,7 @@ class AllInOneTrainer(DurableTrainer):
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = TBGC() if weighting is None else weighting
         self._shared: Any = "backbone"
+        self._first_head = next(iter(known_tasks))
         self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
         if self.weighting_unused:
             self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
@@ -302,6 +304,10 @@ class AllInOneTrainer(DurableTrainer):
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None
         return self._streaks.step(self.balancer, step)
+
+    def _get_learning_rate(self) -> float:
+        # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor
+        return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # the method of Trainer synchronizes with the device in every step
