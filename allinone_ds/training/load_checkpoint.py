@@ -125,8 +125,8 @@ def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
         changed = sorted(trained ^ saved_trained.keys())
         was, now = ("frozen", "trained") if changed[0] in trained else ("trained", "frozen")
         raise ConfigError(
-            f"{checkpoint} cannot be resumed: {len(changed)} parameters were {was} there and are {now} in this run, the "
-            f"first is {changed[0]}; use the same model.freeze, or start a new run with a different output_dir and "
+            f"{checkpoint} cannot be resumed: {len(changed)} parameters were {was} there and are {now} in this run, "
+            f"the first is {changed[0]}; use the same model.freeze, or start a new run with a different output_dir and "
             f"model.start_from={checkpoint}"
         )
     if own == saved:

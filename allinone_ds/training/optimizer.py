@@ -65,8 +65,8 @@ def parameter_groups(
 
     Returns:
         Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume may
-        change them.
+        `params`, `lr` and `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume
+        may change them.
 
     Raises:
         ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
