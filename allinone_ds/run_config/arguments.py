@@ -352,7 +352,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
     if config.epochs is not None:
         if "max_steps" in trainer:
             raise ConfigError(
-                f"trainer.max_steps with epochs = {config.epochs}: both set the run's length; set one of them to null"
+                f"trainer.max_steps with epochs = {config.epochs}: both set the length of the run; set one to null"
             )
         trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
     return AllInOneArguments(

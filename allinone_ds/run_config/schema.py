@@ -93,7 +93,7 @@ class TaskConfig(Strict):
     """Images per evaluation batch and rank; None is `batch_size`."""
     micro_steps: PositiveInt = 1
     """Micro-batches per optimizer step and rank."""
-    lr_factor: NonNegativeFloat = 1.0
+    lr_factor: PositiveFloat = 1.0
     """Learning rate of the head divided by `trainer.learning_rate`."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the head; None is `trainer.weight_decay`."""

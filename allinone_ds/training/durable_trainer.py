@@ -15,7 +15,7 @@ from allinone_ds.run_folder.background_saver import BackgroundSaver
 from allinone_ds.run_folder.checkpoints import check_resume, clear_unfinished, parse_resume, step_of
 from allinone_ds.run_folder.collective import choose_checkpoint, find_faults, lock_run
 from allinone_ds.run_folder.event_log import RunCallback
-from allinone_ds.training.load_checkpoint import best_checkpoint, load_engine
+from allinone_ds.training.load_checkpoint import best_checkpoint, check_resumable, load_engine
 from allinone_ds.training.save_checkpoint import save_checkpoint, save_weights
 from allinone_ds.training.signals import StopOnSignal
 from allinone_ds.training.stall_watch import StallWatch
@@ -82,6 +82,8 @@ class DurableTrainer(Trainer):
             self._resumed, warnings = choose_checkpoint(resume_from, run)
             for message in warnings:
                 self.warn(step_of(str(self._resumed)), message)
+            if self._resumed is not None:
+                check_resumable(self._resumed)
         if self.args.should_save:
             clear_unfinished(run)
         self.stop_signal.listen()
@@ -172,7 +174,8 @@ class DurableTrainer(Trainer):
         initialized = super()._init_training_state(*args, **kwargs)
         if self._resumed is not None:
             self.state.best_model_checkpoint = best_checkpoint(self._resumed) or self.state.best_model_checkpoint
-            saved = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+            callbacks: Any = self.state.stateful_callbacks
+            saved = callbacks.get(EarlyStoppingCallback.__name__)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, dict):
                     vars(callback).update(saved["attributes"])  # the evaluations that did not improve

@@ -15,7 +15,7 @@ from allinone_ds.run_folder.manifest import read_manifest
 from allinone_ds.run_folder.names import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import shards_of
 from allinone_ds.training.save_checkpoint import loop_file
-from allinone_ds.zero.checkpoint.layout import SavedShards, read_file
+from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
 from allinone_ds.zero.params import whole_shape
@@ -42,7 +42,7 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
-    check_checkpoint(engine.module, checkpoint)
+    check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
     manifest = read_manifest(checkpoint)
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
@@ -70,18 +70,36 @@ def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
     trainer._load_optimizer_and_scheduler(str(checkpoint))
     loaded = trainer.lr_scheduler.state_dict().get("base_lrs")
     if configured != loaded:
+        largest = f"their maximum is {max(loaded):g}, this run is configured with {max(configured):g}"
+        if max(loaded) == max(configured):
+            pairs = zip(trainer.deepspeed.optimizer.param_groups, loaded, configured, strict=True)
+            largest = next(
+                f"{g.get('name', 'a group')} has {old:g}, not {new:g}" for g, old, new in pairs if old != new
+            )
         trainer.warn(
             trainer.state.global_step,
-            f"the learning rates of {checkpoint.name} are kept: their maximum is {max(loaded):g}, this run is "
-            f"configured with {max(configured):g}. To change them, start a new run with a different output_dir and "
-            f"model.start_from={checkpoint}",
+            f"the learning rates of {checkpoint.name} are kept: {largest}. To change them, start a new run with a "
+            f"different output_dir and model.start_from={checkpoint}",
         )
     for group, rate in zip(trainer.deepspeed.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
 
 
-def check_checkpoint(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuse a checkpoint from which training cannot resume: of a different model, or without optimizer state.
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse a checkpoint that holds only weights.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    if not (checkpoint / "latest").is_file():
+        raise ConfigError(
+            f"{checkpoint} holds only weights (trainer.save_only_model), from which training cannot resume; choose a "
+            f"different checkpoint, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
+
+
+def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a different model, as its model.safetensors or its ZeRO shards show.
 
     Args:
         model: the model of the run; it may be on the meta device.
@@ -90,22 +108,27 @@ def check_checkpoint(model: torch.nn.Module, checkpoint: Path) -> None:
     Raises:
         ConfigError: names the tasks whose heads differ.
     """
-    if not (checkpoint / "latest").is_file():
-        raise ConfigError(
-            f"{checkpoint} holds only weights (trainer.save_only_model), from which training cannot resume; choose a "
-            f"different checkpoint, or start a new run with a different output_dir and model.start_from={checkpoint}"
-        )
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = model.state_dict().keys()
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    shards = shards_of(checkpoint)
+    saved_trained = None if shards is None else trained_shapes(shards)
+    names = set(model.state_dict())
     if (checkpoint / WEIGHTS_FILE).is_file():
         with safe_open(checkpoint / WEIGHTS_FILE, "pt") as weights:
             saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    elif (shards := shards_of(checkpoint)) is not None:  # ZeRO-3 that did not gather its weights
-        saved = {name: tuple(shape) for name, shape in SavedShards(shards).shapes.items()}
-        names = {name for name, value in model.named_parameters() if value.requires_grad} | (names & saved.keys())
+    elif saved_trained is not None:  # ZeRO-3 that did not gather its weights
+        saved, names = saved_trained, trained | (names & saved_trained.keys())
     else:
         return
-    own = {name: tuple(whole_shape(tensors[name])) for name in names}
+    own = {name: tuple(whole_shape(tensors[name])) for name in tensors if name in names}
+    if own == saved and saved_trained is not None and trained != saved_trained.keys():
+        changed = sorted(trained ^ saved_trained.keys())
+        was, now = ("frozen", "trained") if changed[0] in trained else ("trained", "frozen")
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed: {len(changed)} parameters were {was} there and are {now} in this run, "
+            f"the first is {changed[0]}; use the same model.freeze, or start a new run with a different output_dir and "
+            f"model.start_from={checkpoint}"
+        )
     if own == saved:
         return
     raise ConfigError(

@@ -64,8 +64,8 @@ def parameter_groups(
 
     Returns:
         Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`. Heads come first, those without a factor before the others: Trainer logs the
-        learning rate of the first group, which is then `learning_rate`.
+        `params`, `lr` and `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume
+        may change them.
 
     Raises:
         ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
@@ -108,4 +108,4 @@ def parameter_groups(
         decay = 0.0 if name in exempt else decays.get(component.removeprefix("head/"), weight_decay)
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
-    return sorted(groups.values(), key=lambda g: (g["name"].startswith("backbone"), g["lr"] != learning_rate))
+    return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))

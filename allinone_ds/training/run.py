@@ -96,6 +96,12 @@ def _train(
         balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), *callbacks],
     )
+    if trainer.weighting_unused:
+        trainer.warn(
+            0,
+            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
+            "gradient, and the logged norms are those of the heads",
+        )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
     result = trainer.train(resume_from_checkpoint=resume_from)
@@ -177,12 +183,6 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             0,
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
-        )
-    if trainer.weighting_unused:
-        trainer.warn(
-            0,
-            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
-            "gradient, and the logged norms are those of the heads",
         )
     for part in data.values():
         for problem in part.dataset.structural[:_MAX_WARNINGS]:

@@ -20,7 +20,7 @@ from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import evaluate_tasks, to_device
+from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of, to_device
 from allinone_ds.evaluation.metrics import Evaluation, flatten
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
@@ -114,16 +114,17 @@ class AllInOneTrainer(DurableTrainer):
         balancer_options: Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        known = set(model.tasks)  # type: ignore[arg-type]
+        known_tasks = tasks_of(model)
+        known = set(known_tasks)
         wrong = sorted(known ^ set(train_dataset)) + sorted(set(eval_dataset or {}) - known)
         if wrong:
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
         require_launcher()
-        raise_all(argument_problems(args, {name: model.tasks[name] for name in eval_dataset or {}}))  # type: ignore[index]
-        counted = use_frequencies(dict(model.tasks), {task: data.dataset for task, data in train_dataset.items()})  # type: ignore[arg-type]
-        settle_direction(args, dict(model.tasks), set(eval_dataset or {}))  # type: ignore[arg-type]
+        raise_all(argument_problems(args, {name: known_tasks[name] for name in eval_dataset or {}}))
+        counted = use_frequencies(known_tasks, {task: data.dataset for task, data in train_dataset.items()})
+        settle_direction(args, known_tasks, set(eval_dataset or {}))
         weighting = TBGC() if weighting is None else weighting
         self._gaps: list[str] = []
         self.run_files = find_callback(callbacks, RunFiles)
@@ -148,6 +149,7 @@ class AllInOneTrainer(DurableTrainer):
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
         self.weighting = weighting
         self._shared: Any = "backbone"
+        self._first_head = next(iter(known_tasks))
         self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
         if self.weighting_unused:
             self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
@@ -348,6 +350,10 @@ class AllInOneTrainer(DurableTrainer):
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None
         return self._streaks.step(self.balancer, step)
+
+    def _get_learning_rate(self) -> float:
+        # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor
+        return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # the method of Trainer synchronizes with the device in every step

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from allinone_ds.data.base import Problem
 from allinone_ds.data.schedule import Schedule
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.training import load_checkpoint as loading
 from allinone_ds.training import save_checkpoint as saving
 from allinone_ds.training.ema import AverageWeights
-from allinone_ds.training.load_checkpoint import best_checkpoint, check_model
+from allinone_ds.training.load_checkpoint import best_checkpoint, check_model, check_resumable
 from allinone_ds.training.run import _last_evaluation, _warn_at_start
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
@@ -66,6 +67,40 @@ def test_a_different_model_is_named(tmp_path: Path, heads: dict, backbone: dict,
         assert word in str(error.value)
     save_file(tiny_model({"det": LIGHT["det"]}).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="task 'seg' is not in the checkpoint; task 'cls' is not in the checkpoint"):
+        check_model(model, tmp_path)
+
+
+def test_a_checkpoint_of_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    save_file(tiny_model().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"save_only_model.*model.start_from={tmp_path}"):
+        check_resumable(tmp_path)
+    (tmp_path / "latest").write_text("global_step2")
+    check_resumable(tmp_path)
+
+
+def test_shards_without_gathered_weights_tell_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+    monkeypatch.setattr(loading, "shards_of", lambda checkpoint: checkpoint / "global_step2")
+    monkeypatch.setattr(loading, "trained_shapes", lambda folder: shapes)
+    check_model(model, tmp_path)
+    with pytest.raises(ConfigError, match="the backbone differs"):
+        check_model(tiny_model(hidden_size=16), tmp_path)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_a_checkpoint_of_other_frozen_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: bool
+) -> None:
+    model = tiny_model()
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+    monkeypatch.setattr(loading, "shards_of", lambda checkpoint: checkpoint / "global_step2")
+    monkeypatch.setattr(loading, "trained_shapes", lambda folder: shapes)
+    if gathered:
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+    check_model(model, tmp_path)
+    freeze_backbone(model.backbone, 1)
+    with pytest.raises(ConfigError, match="parameters were trained there and are frozen in this run.*model.freeze"):
         check_model(model, tmp_path)
 
 

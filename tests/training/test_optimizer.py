@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.training.optimizer import parameter_groups
 from tests.tiny import tiny_model
@@ -96,3 +97,20 @@ def test_a_parameter_outside_backbone_and_tasks_is_refused() -> None:
     model.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="extra.weight"):
         parameter_groups(model, 1.0, 0.0, 0.1)
+
+
+def test_a_task_has_its_own_rate_and_decay_and_the_order_stays() -> None:
+    model = tiny_model()
+    plain = parameter_groups(model, 1.0, 0.5, backbone_lr_factor=0.1)
+    groups = parameter_groups(
+        model, 1.0, 0.5, 0.1, head_lr_factor={"det": 3.0, "cls": 0.5}, head_weight_decay={"seg": 0.0, "cls": 0.2}
+    )
+    assert [group["name"] for group in groups] == [group["name"] for group in plain]
+    rates = {group["name"].split("/")[1]: group["lr"] for group in groups if group["name"].startswith("head")}
+    assert rates == {"det": 3.0, "seg": 1.0, "cls": 0.5}
+    decays = {group["name"]: group["weight_decay"] for group in groups}
+    assert decays["head/seg/decay"] == 0 and decays["head/cls/decay"] == 0.2 and decays["head/det/decay"] == 0.5
+    assert all(decay == 0 for name, decay in decays.items() if name.endswith("no_decay"))
+    assert {g["lr"] for g in groups if g["name"].startswith("backbone")} == {0.1}
+    with pytest.raises(ConfigError, match="'dett'.*did you mean 'det'"):
+        parameter_groups(model, 1.0, 0.5, 0.1, head_lr_factor={"dett": 2.0})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from allinone_ds import cli
+from allinone_ds.errors import ConfigError
+from allinone_ds.training.start.arguments import require_launcher
 from allinone_ds.training.start.run_check import check_run
 from tests.launcher import run_ranks
 from tests.training.wrong_runs import WRONG
@@ -63,3 +66,14 @@ def test_a_loss_that_fails_on_the_data_is_found(home: Path) -> None:
     assert len(problems) == 1 and "tasks.cls, loss" in problems[0] and "IndexError: no such target" in problems[0]
     _, problems = check_run(home / "tiny.yaml", ["tasks.cls.augment=[{RandomCrop: {size: -1}}]"], ranks=1)
     assert len(problems) == 1 and "tasks.cls.augment" in problems[0]
+
+
+def test_a_script_without_a_launcher_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="torchrun --nproc_per_node N SCRIPT.py"):
+        require_launcher()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    require_launcher()

@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
@@ -14,6 +15,8 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
@@ -59,7 +62,7 @@ def require_launcher() -> None:
 
 
 def _evaluation_problems(args: AllInOneArguments, evaluated: Mapping[str, Task]) -> list[str]:
-    strategy = args.eval_strategy.value
+    strategy = str(IntervalStrategy(args.eval_strategy).value)
     if strategy != "no" and not evaluated:
         return [
             f"trainer.eval_strategy = '{strategy}' without test data: set tasks.NAME.test (eval_dataset of "
@@ -91,31 +94,33 @@ def metric_names(evaluated: Mapping[str, Task]) -> set[str] | None:
 def _schedule_problems(args: AllInOneArguments) -> list[str]:
     """Build the optimizer and its schedule for one weight."""
     weight = torch.nn.Parameter(torch.zeros(8, 8))
+    optim, kind = str(OptimizerNames(args.optim).value), SchedulerType(args.lr_scheduler_type)
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
     problems = []
     try:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
         if any(word in cls.__name__ for word in _REFUSED):
             problems.append(
-                f"trainer.optim = '{args.optim.value}': {cls.__name__} cannot be balanced, it changes gradients "
+                f"trainer.optim = '{optim}': {cls.__name__} cannot be balanced, it changes gradients "
                 "itself; use an element-wise one such as adamw_torch or sgd"
             )
         else:
             optimizer = cls([weight], **options)
     except Exception as error:  # packages that are not installed, and values that the optimizer refuses
-        options = f", trainer.optim_args = {args.optim_args!r}" if args.optim_args else ""
-        problems.append(f"trainer.optim = '{args.optim.value}'{options}: {' '.join(str(error).split())}")
-    kind, options = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
-    where = f"trainer.lr_scheduler_kwargs = {options!r} with lr_scheduler_type = '{kind.value}'"
-    make = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind])
+        given = f", trainer.optim_args = {args.optim_args!r}" if args.optim_args else ""
+        problems.append(f"trainer.optim = '{optim}'{given}: {' '.join(str(error).split())}")
+    settings: Any = args.lr_scheduler_kwargs or {}
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    where = f"trainer.lr_scheduler_kwargs = {settings!r} with lr_scheduler_type = '{kind.value}'"
+    make = inspect.signature(schedule)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in make.parameters.values())
     allowed = set(make.parameters) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-    unknown = [key for key in options if key not in allowed and not takes_any]
+    unknown = [key for key in settings if key not in allowed and not takes_any]
     problems += [f"{where}: it has no argument '{key}'; {did_you_mean(key, allowed)}" for key in unknown]
     if not unknown:
         try:
             warmup = args.get_warmup_steps(args.max_steps)
-            get_scheduler(kind, optimizer, warmup, args.max_steps, scheduler_specific_kwargs=options or None)
+            get_scheduler(kind, optimizer, warmup, args.max_steps, scheduler_specific_kwargs=settings or None)
         except Exception as error:
             problems.append(f"{where}: {error}; its arguments: {', '.join(sorted(allowed)) or 'none'}")
     return problems
@@ -124,7 +129,8 @@ def _schedule_problems(args: AllInOneArguments) -> list[str]:
 def _tracker_problems(args: AllInOneArguments) -> list[str]:
     problems = []
     installed = {*get_available_reporting_integrations(), "flyte"}
-    for name in args.report_to:
+    trackers: Any = args.report_to or []
+    for name in trackers:
         try:
             get_reporting_integration_callbacks([name])
         except ValueError as error:

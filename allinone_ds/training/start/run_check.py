@@ -27,7 +27,7 @@ from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
-from allinone_ds.training.load_checkpoint import check_checkpoint
+from allinone_ds.training.load_checkpoint import check_model, check_resumable
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.start.arguments import argument_problems
 from allinone_ds.training.start.callbacks import configured_callbacks
@@ -234,7 +234,8 @@ def _check_folders(found: list[str], config: RunConfig, model: nn.Module) -> Non
         return
     if resume_from:
         checkpoint = checkpoints(config.run_dir)[-1] if resume_from is True else Path(resume_from)
-        _collect(found, lambda: check_checkpoint(model, checkpoint))
+        _collect(found, lambda: check_resumable(checkpoint))
+        _collect(found, lambda: check_model(model, checkpoint))
     elif config.model.start_from is not None:
         source = config.model.start_from
         _collect(found, lambda: start_from(model, source))  # type: ignore[arg-type]

@@ -139,6 +139,19 @@ class SavedShards:
         return [files[rank] for rank in sorted(files)]
 
 
+def trained_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that was trained, by name, from the file of one rank.
+
+    Args:
+        folder: with the files of all ranks, ZeRO stage 1, 2 or 3.
+    """
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        file = min(folder.glob("zero_pp_rank_*_model_states.pt"))
+    groups: Shapes = read_file(file)["param_shapes"]
+    return {name: tuple(shape) for named in groups for name, shape in named.items()}
+
+
 def read_file(file: str | Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
     """Return the content of a checkpoint file, without running code from it.
 
