@@ -17,7 +17,7 @@ from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.init.found_task import FoundTask
 from allinone_ds.init.recognise import recognise
 from allinone_ds.init.run_file import SPLIT, PlannedTask, run_file
-from allinone_ds.init.settings import Machine, input_size, machine_settings, steps_for, typical_size
+from allinone_ds.init.settings import Machine, input_size, machine_settings, small_objects, steps_for, typical_size
 from allinone_ds.run_config.schema import load_config
 
 
@@ -108,5 +108,7 @@ def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, l
         image_size=input_size(size, machine.sides[task.kind], machine.patch),
         batch_size=min(machine.batches[task.kind], len(train)),
     )
+    if task.kind == "detection":
+        task.notes += small_objects(train, planned.image_size)
     faults = dict.fromkeys(str(p) for dataset in (train, test) for p in dataset.structural)
     return planned, list(faults)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from allinone_ds import cli
 from allinone_ds.data.sources import open_source
@@ -24,6 +25,7 @@ from tests.init.layouts import (
     maps_two_folders,
     picture,
     voc_official,
+    write_coco,
     write_maps,
     write_pictures,
 )
@@ -119,6 +121,16 @@ def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None
     assert not (tmp_path / "run.yaml").exists()
     with pytest.raises(DataError, match="is not a folder"):
         write_first_run([tmp_path / "nowhere"], tmp_path / "run.yaml")
+
+
+def test_objects_that_resizing_hides_are_said(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "far" / "images", 4)
+    write_coco(tmp_path / "far" / "boxes.json", names, width=800)
+    for name in names:
+        Image.new("RGB", (800, 600)).save(tmp_path / "far" / "images" / name)
+    first = write_first_run([tmp_path / "far"], tmp_path / "far.yaml")
+    said = "of 3 objects that were looked at are smaller than 8 pixels when images are resized to 96 x 128"
+    assert said in first.tasks["far"].found.notes[0] and "NOT SURE: 3 of 3 objects" in first.file.read_text()
 
 
 def test_the_file_for_a_gpu_is_valid(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
+from allinone_ds.data.combination import combine
+from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
 from allinone_ds.init.recognise import recognise
 from tests.init.layouts import (
@@ -171,6 +174,27 @@ def test_boxes_of_a_saved_dataset_are_read_in_the_format_that_fits(tmp_path: Pat
             "class_2",
         ]
         assert task.train["columns"] == {"image": "img", "objects": "annotations", "category": "category_id"}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "classes"),
+    [((0, 1), {}, ["class_0", "class_1"]), ((0, 255), {"class_ids": [0, 255]}, ["background", "foreground"])],
+)
+def test_label_maps_of_a_saved_dataset(tmp_path: Path, values: tuple, options: dict, classes: list) -> None:
+    import datasets
+
+    names = write_pictures(tmp_path / "images", 3)
+    write_maps(tmp_path / "maps", names, values)
+    content = {
+        "image": [str(tmp_path / "images" / n) for n in names],
+        "mask": [str(tmp_path / "maps" / n) for n in names],
+    }
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(str(tmp_path / "saved"))
+    task = only(tmp_path / "saved")
+    assert {key: task.train[key] for key in options} == options and task.classes == classes
+    dataset = open_source(combine(TypeAdapter(Source).validate_python(task.train), classes), tmp_path / "saved")
+    assert set(dataset[0]["mask"].unique().tolist()) == {0, 1}
 
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:

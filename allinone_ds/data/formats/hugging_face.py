@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
@@ -20,7 +20,13 @@ from allinone_ds.data.formats.boxes import (
     outside_reason,
 )
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
+from allinone_ds.data.formats.masks import (
+    check_mask_size,
+    check_numbering,
+    ids_to_labels,
+    single_class_warning,
+    validate_class_ids,
+)
 from allinone_ds.data.images import read_image, read_label_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import Strict, did_you_mean
@@ -78,6 +84,13 @@ class DatasetsSource(SourceConfig):
     """Segmentation: value of the pixels without a class."""
     first_id: int = Field(0, ge=0)
     """Segmentation: id of the first class; 1 if 0 stands for pixels without a class (with `ignore_index: 0`)."""
+    class_ids: list[NonNegativeInt] | None = None
+    """Segmentation: id of each class where they do not count up, as in `label_maps`."""
+
+    @model_validator(mode="after")
+    def _one_numbering(self) -> DatasetsSource:
+        check_numbering(self.class_ids, self.first_id)
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
         import datasets
@@ -158,7 +171,7 @@ class HubDataset(SampleDataset):
         self._label_of: dict[Any, int] = {**label_of, **{name: label_of[i] for i, name in enumerate(stored)}}
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
-            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index)
+            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
@@ -199,7 +212,8 @@ class HubDataset(SampleDataset):
 
     def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
         stored = read_label_map(path, _file_bytes(cell, path))
-        return ids_to_labels(stored, path, self._labels, self.source.ignore_index, self.source.first_id)
+        source = self.source
+        return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
     def _objects(self, cell: Any, size: tuple[int, int], path: str) -> Sample:
         """Return boxes, labels and crowd flags of one row; `cell` is a dict of lists or a list of dicts."""

@@ -121,6 +121,9 @@ def _masks(tree: FileTree, base: str, images: str, path: str) -> list[FoundTask]
             tree.remarks.append(str(error))
             return []
     count = max(values - {255}, default=0) + 1
+    if count == 1:
+        tree.remarks.append(f"the label maps in {folder} hold no class but 0; read them with the format label_maps")
+        return []
     found = find_names(tree, count)
     if found is not None:
         classes, notes = found[1], [f"the class names are those in {found[0]}; check their order"]
