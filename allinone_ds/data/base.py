@@ -130,7 +130,7 @@ class SampleDataset(Dataset[Sample]):
     """Classification: the label of each sample, if known without reading it; a split then holds per class."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def draw_parts(self) -> tuple[Part, ...]:
         """The samples that are drawn with different weights, in their order; together they are all samples."""
         return (Part(len(self), len(self)),)
 
