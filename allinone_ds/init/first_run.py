@@ -45,7 +45,7 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         gpu: whether the run is for a machine with a GPU; None: whether this one has one.
 
     Raises:
-        ConfigError: `output` exists, or two data sets have the same name.
+        ConfigError: `output` exists or cannot be written, or two data sets have the same name.
         DataError: a folder holds nothing that is recognised, or data that cannot be opened.
 
     Example::
@@ -77,8 +77,11 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         ["allinone-ds init", *map(str, folders), *([] if output.name == "run.yaml" else ["--output", str(output)])]
     )
     text = run_file(name or "run", str(root), tasks, machine, gpu, steps, command, str(output))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}; choose a different file") from None
     load_config(output)
     return FirstRun(output, tasks, problems)
 

@@ -103,6 +103,8 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run.yaml exists and is not overwritten; choose a different --output"):
         write_first_run([tmp_path / "pets"], output)
     assert output.read_text() == "mine"
+    with pytest.raises(ConfigError, match="below.yaml: cannot be written: .*; choose a different file"):
+        write_first_run([tmp_path / "pets"], output / "below.yaml")
 
 
 def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None:

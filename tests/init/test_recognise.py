@@ -14,16 +14,22 @@ from allinone_ds.errors import DataError
 from allinone_ds.init.recognise import recognise
 from tests.init.layouts import (
     coco_official,
+    coco_one_json,
     folders_plain,
     folders_split,
+    lists,
     maps_binary,
     maps_cityscapes,
+    maps_two_folders,
     picture,
+    table,
+    voc_kaggle,
     voc_official,
     write_coco,
     write_maps,
     write_pictures,
     yolo_roboflow,
+    yolo_without_yaml,
 )
 
 
@@ -153,6 +159,27 @@ def test_a_folder_of_data_sets_gives_one_task_each(tmp_path: Path) -> None:
     assert list(found) == ["a", "b", "c", "d", "e", "f"]
     assert found["d"].train["data"] == "d/data.yaml" and found["b"].train["images"] == "b/leftImg8bit/train"
     assert "nothing was recognised in notes" in found["a"].notes
+
+
+@pytest.mark.parametrize(
+    "write", [maps_two_folders, yolo_without_yaml, coco_one_json, voc_kaggle, table, lists, folders_split]
+)
+def test_two_data_sets_of_one_layout_are_not_mixed(tmp_path: Path, write) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    found = recognise(tmp_path)
+    assert list(found) == ["a", "b"]
+    for name, task in found.items():
+        keys = ("path",) if "path" in task.train else ("images", "annotations", "label_maps", "list", "table")
+        places = [task.train[key] for key in keys if key in task.train]
+        assert places and all(Path(place).parts[0] == name for place in places)
+
+
+def test_label_maps_below_their_images_are_named(tmp_path: Path) -> None:
+    write_maps(tmp_path / "masks", write_pictures(tmp_path, 4, suffix=".jpg"))
+    with pytest.raises(DataError, match=r"label maps and images lie inside each other \(., masks\)"):
+        recognise(tmp_path)
 
 
 def test_boxes_of_a_saved_dataset_are_read_in_the_format_that_fits(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from allinone_ds.data.images import read_label_map
 from allinone_ds.errors import BrokenSample
-from allinone_ds.init.file_tree import FileTree, common_folder, part_of
+from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.names import find_names, numbered
 
@@ -34,6 +34,10 @@ def find(tree: FileTree) -> list[FoundTask]:
     stored: list[str] = []
     for part, found in groups.items():
         images, maps = (common_folder(folders) for folders in zip(*found, strict=True))
+        if common_folder([images, maps]) in (images, maps):
+            where = f"{images or '.'}, {maps or '.'}"
+            tree.remarks.append(f"label maps and images lie inside each other ({where}); give each a folder of its own")
+            return []
         ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
         sources[part] = {"format": "label_maps", "images": tree.reference(images), "label_maps": tree.reference(maps)}
         sources[part] |= {k: v for k, v in zip(("image_suffix", "label_map_suffix"), ends, strict=True) if v}
@@ -60,7 +64,7 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
                 continue
             ends = _endings(tree.images_in(other), tree.images_in(folder))
             if ends is not None:
-                shared = len(os.path.commonpath([os.path.join("/", p) for p in (other, folder)]))
+                shared = nearness(other, folder)
                 same_name = os.path.basename(other) == os.path.basename(folder)
                 rated.append((same_name, shared, other))
         if rated:
