@@ -65,6 +65,8 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         for task_name, task in recognise(folder, name).items():
             if task_name in found:
                 raise ConfigError(f"two data sets give the task name '{task_name}'; rename one of their folders")
+            for value in (str(root), *task.train.values(), *(task.test or {}).values()):
+                _require_utf8(value)
             found[task_name] = task
     tasks: dict[str, PlannedTask] = {}
     problems: list[str] = []
@@ -79,11 +81,17 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
     text = run_file(name or "run", str(root), tasks, machine, gpu, steps, command, str(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8, in comments
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}; choose a different file") from None
     load_config(output)
     return FirstRun(output, tasks, problems)
+
+
+def _require_utf8(path: object) -> None:
+    """Raise a `DataError` for a path that a YAML file cannot hold."""
+    if isinstance(path, str) and path.encode("utf-8", "replace") != os.fsencode(path):
+        raise DataError(f"{path!r}: the name is not UTF-8, which a YAML file cannot hold; rename the folder")
 
 
 def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, list[str]]:

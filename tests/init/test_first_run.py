@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -123,6 +124,19 @@ def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None
     assert not (tmp_path / "run.yaml").exists()
     with pytest.raises(DataError, match="is not a folder"):
         write_first_run([tmp_path / "nowhere"], tmp_path / "run.yaml")
+
+
+def test_names_that_are_not_utf8_are_kept_or_refused(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for j, part in enumerate((name, "bar")):
+        write_pictures(tmp_path / "places" / part, 3, 10 * j)
+    first = write_first_run([tmp_path / "places"], tmp_path / "run.yaml")
+    [task] = load_config(first.file).tasks.values()
+    config = load_config(first.file)
+    assert open_source(task.train_source, config.data_root).classes == ["bar", name]
+    (tmp_path / "places").rename(tmp_path / name)
+    with pytest.raises(DataError, match="the name is not UTF-8, which a YAML file cannot hold; rename the folder"):
+        write_first_run([tmp_path / name], tmp_path / "other.yaml")
 
 
 def test_objects_that_resizing_hides_are_said(tmp_path: Path) -> None:
