@@ -134,7 +134,7 @@ class SampleDataset(Dataset[Sample]):
     """The source and the root folder that `open_source` opened the dataset from; None: it was made otherwise."""
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def draw_parts(self) -> tuple[Part, ...]:
         """The samples that are drawn with different weights, in their order; together they are all samples."""
         return (Part(len(self), len(self)),)
 

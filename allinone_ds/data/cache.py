@@ -40,8 +40,8 @@ class CachedDataset(SampleDataset):
         self._bytes = 0
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.dataset.parts
+    def draw_parts(self) -> tuple[Part, ...]:
+        return self.dataset.draw_parts
 
     def random_index(self) -> int:
         return self.dataset.random_index()

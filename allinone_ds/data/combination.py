@@ -123,7 +123,7 @@ class CombinedDataset(SampleDataset):
         >>> photos = ClassifiedDataset("photos", Path("/photos"), ["1.png", "2.png"], [0, 1], ["cat", "dog"])
         >>> drawings = ClassifiedDataset("drawings", Path("/drawings"), ["1.png"], [1], ["cat", "dog"])
         >>> dataset = CombinedDataset([photos, drawings], weights=[1, 4])
-        >>> len(dataset), dataset.path(2), dataset.labels, [part.per_epoch for part in dataset.parts]
+        >>> len(dataset), dataset.path(2), dataset.labels, [part.per_epoch for part in dataset.draw_parts]
         (3, '/drawings/1.png', [0, 1, 1], [2, 4])
     """
 
@@ -148,11 +148,11 @@ class CombinedDataset(SampleDataset):
         else:
             per_epoch = [max(round(w * len(u)), 1) if len(u) else 0 for w, u in zip(weights, used, strict=True)]
             self._parts = tuple(Part(len(u), n, selection) for u, n in zip(used, per_epoch, strict=True))
-        if all(dataset.labels is not None for dataset in datasets):
+        if self.kind == "classification" and all(dataset.labels is not None for dataset in datasets):
             self.labels = [self.datasets[d].labels[i] for d, i in self._places()]  # type: ignore[index]
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def draw_parts(self) -> tuple[Part, ...]:
         return self._parts
 
     def __len__(self) -> int:
@@ -201,10 +201,11 @@ def _part_of_split(
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # {file: (dataset, index) of its samples}
     strata: dict[tuple[int, int], list[str]] = defaultdict(list)  # {(dataset, class): files}
     for number, dataset in enumerate(datasets):
+        labels = dataset.labels if dataset.kind == "classification" else None
         for index in range(len(dataset)):
             file = dataset.path(index).removeprefix(f"{root}{os.sep}")
             if file not in places:
-                strata[number, -1 if dataset.labels is None else dataset.labels[index]].append(file)
+                strata[number, -1 if labels is None else labels[index]].append(file)
             places[file].append((number, index))
     tested: set[str] = set()
     single: list[str] = []

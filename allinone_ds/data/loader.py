@@ -204,12 +204,17 @@ def train_loader(
         if task not in data:
             raise ValueError(f"the schedule has task '{task}', data has {sorted(data)}; give both the same tasks")
         given = data[task]
-        found = (len(given.dataset), given.batch_size, given.micro_steps, *given.dataset.parts)
-        planned = (schedule.sizes[task], *schedule.batch[task], *schedule.parts[task])
+        found = (len(given.dataset), given.batch_size, given.micro_steps)
+        planned = (schedule.sizes[task], *schedule.batch[task])
         if found != planned:
             raise ValueError(
-                f"task '{task}': (samples, batch_size, micro_steps, parts) are {found} in data, "
+                f"task '{task}': (samples, batch_size, micro_steps) are {found} in data, "
                 f"{planned} in the schedule; construct the schedule with the numbers of the data"
+            )
+        if given.dataset.draw_parts != schedule.parts[task]:
+            raise ValueError(
+                f"task '{task}': its dataset has sources with weights that the schedule does not have; construct the "
+                "schedule with parts={task: dataset.draw_parts}"
             )
     cached = {task: replace(d, dataset=CachedDataset(d.dataset)) if d.cache else d for task, d in data.items()}
     if share is None:

@@ -110,3 +110,13 @@ def part_of(path: str) -> Part | None:
 def common_folder(folders: Iterable[str]) -> str:
     """Return the deepest folder that contains all folders; they are relative, and "" is the root."""
     return os.path.commonpath([os.path.join("/", folder) for folder in folders])[1:]
+
+
+def nearness(folder: str, other: str) -> int:
+    """Return how many folders the paths of two folders share, from the root on.
+
+    Example:
+        >>> nearness("a/images", "a/labels"), nearness("a/images", "b")
+        (1, 0)
+    """
+    return len([name for name in common_folder([folder, other]).split(os.sep) if name])

@@ -17,7 +17,7 @@ from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.init.found_task import FoundTask
 from allinone_ds.init.recognise import recognise
 from allinone_ds.init.run_file import SPLIT, PlannedTask, run_file
-from allinone_ds.init.settings import Machine, input_size, machine_settings, steps_for, typical_size
+from allinone_ds.init.settings import Machine, input_size, machine_settings, small_objects, steps_for, typical_size
 from allinone_ds.run_config.schema import load_config
 
 
@@ -45,7 +45,7 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         gpu: whether the run is for a machine with a GPU; None: whether this one has one.
 
     Raises:
-        ConfigError: `output` exists, or two data sets have the same name.
+        ConfigError: `output` exists or cannot be written, or two data sets have the same name.
         DataError: a folder holds nothing that is recognised, or data that cannot be opened.
 
     Example::
@@ -65,6 +65,8 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         for task_name, task in recognise(folder, name).items():
             if task_name in found:
                 raise ConfigError(f"two data sets give the task name '{task_name}'; rename one of their folders")
+            for value in (str(root), *task.train.values(), *(task.test or {}).values()):
+                _require_utf8(value)
             found[task_name] = task
     tasks: dict[str, PlannedTask] = {}
     problems: list[str] = []
@@ -77,10 +79,19 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         ["allinone-ds init", *map(str, folders), *([] if output.name == "run.yaml" else ["--output", str(output)])]
     )
     text = run_file(name or "run", str(root), tasks, machine, gpu, steps, command, str(output))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8, in comments
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}; choose a different file") from None
     load_config(output)
     return FirstRun(output, tasks, problems)
+
+
+def _require_utf8(path: object) -> None:
+    """Raise a `DataError` for a path that a YAML file cannot hold."""
+    if isinstance(path, str) and path.encode("utf-8", "replace") != os.fsencode(path):
+        raise DataError(f"{path!r}: the name is not UTF-8, which a YAML file cannot hold; rename the folder")
 
 
 def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, list[str]]:
@@ -108,5 +119,7 @@ def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, l
         image_size=input_size(size, machine.sides[task.kind], machine.patch),
         batch_size=min(machine.batches[task.kind], len(train)),
     )
+    if task.kind == "detection":
+        task.notes += small_objects(train, planned.image_size)
     faults = dict.fromkeys(str(p) for dataset in (train, test) for p in dataset.structural)
     return planned, list(faults)

@@ -10,7 +10,8 @@ from allinone_ds.data.images import image_size
 from allinone_ds.errors import BrokenSample
 
 _SAMPLES = 200  # images whose size is read
-_DECODED = 20  # of them at most, if they have no file of their own
+_DECODED = 20  # images that are decoded at most
+_VISIBLE = 8  # pixels of the shorter side, below which an object is hardly learned
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,29 @@ def input_size(size: tuple[int, int], longest: int, patch: int) -> tuple[int, in
     limit = longest // patch * patch
     height, width = (min(max(round(side * scale / patch), 2) * patch, limit) for side in size)
     return height, width
+
+
+def small_objects(dataset: SampleDataset, target: tuple[int, int]) -> list[str]:
+    """Return a note if many objects are hardly visible after resizing.
+
+    Args:
+        dataset: a detection dataset; some of its images are decoded.
+        target: (H, W) that images are resized to.
+    """
+    sides: list[float] = []
+    for index in range(0, len(dataset), max(len(dataset) // _DECODED, 1)):
+        try:
+            sample = dataset[index]
+        except BrokenSample:
+            continue
+        H, W = sample["image"].shape[-2:]
+        sizes = (sample["boxes"][:, 2:] - sample["boxes"][:, :2]).tolist()
+        sides += [min(w * target[1] / W, h * target[0] / H) for w, h in sizes]
+    small = sum(side < _VISIBLE for side in sides)
+    if 4 * small < len(sides) or not small:
+        return []
+    share = f"{small} of {len(sides)} objects that were looked at are smaller than {_VISIBLE} pixels"
+    return [f"{share} when images are resized to {target[0]} x {target[1]}; enlarge image_size to find them"]
 
 
 def steps_for(samples: int, batch: int, machine: Machine, epochs: int = 30) -> int:

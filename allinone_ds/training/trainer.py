@@ -159,7 +159,7 @@ class AllInOneTrainer(DurableTrainer):
             sizes={task: len(data.dataset) for task, data in train_dataset.items()},
             batch={task: (data.batch_size, data.micro_steps) for task, data in train_dataset.items()},
             world_size=args.world_size,
-            parts={task: data.dataset.parts for task, data in train_dataset.items()},
+            parts={task: data.dataset.draw_parts for task, data in train_dataset.items()},
         )
         parallel = self.balancer_options.get("parallel", "data")
         groups = groups_for(parallel, self.balancer_options.get("groups"), self.schedule.tasks, args.world_size)

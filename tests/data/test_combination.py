@@ -92,7 +92,7 @@ def weighted(weights=(1, 3, 0.5), sizes=(6, 2, 8)) -> CombinedDataset:
 
 
 def schedule_of(dataset, batch=(2, 1), world_size=1, seed=0) -> Schedule:
-    return Schedule(seed, {"t": len(dataset)}, {"t": batch}, world_size, {"t": dataset.parts})
+    return Schedule(seed, {"t": len(dataset)}, {"t": batch}, world_size, {"t": dataset.draw_parts})
 
 
 def test_every_sample_is_drawn_as_often_as_the_weight_says():
@@ -142,7 +142,7 @@ def test_a_change_of_weight_or_split_changes_the_basis_that_a_resume_compares():
 
 def test_further_samples_follow_the_weights():
     dataset = weighted((1, 30, 0.001), (6, 2, 8))
-    assert [part.per_epoch for part in dataset.parts] == [6, 60, 1]
+    assert [part.per_epoch for part in dataset.draw_parts] == [6, 60, 1]
     torch.manual_seed(0)
     drawn = Counter(CachedDataset(dataset).random_index() for _ in range(2000))
     assert 0.86 < (drawn[6] + drawn[7]) / 2000 < 0.93 and 0.07 < sum(drawn[i] for i in range(6)) / 2000 < 0.12
@@ -157,7 +157,7 @@ def test_loaders_resume_in_the_middle_of_a_weighted_epoch(tmp_path):
     two = [source({**FOLDERS, "images": "a"}), source({**FOLDERS, "images": "b", "weight": 2.5})]
     dataset = open_source(combine(two, split=Split(test=0.2)), tmp_path)
     data = {"t": TaskData(dataset, eval_transform((8, 8)), ClassificationTask.collate, 2, 2, cache=True)}
-    schedule = Schedule(3, {"t": len(dataset)}, {"t": (2, 2)}, 1, {"t": dataset.parts})
+    schedule = Schedule(3, {"t": len(dataset)}, {"t": (2, 2)}, 1, {"t": dataset.draw_parts})
 
     def batches(start, workers=0):
         steps = train_loader(data, schedule, 0, start, 9, workers)
@@ -167,7 +167,7 @@ def test_loaders_resume_in_the_middle_of_a_weighted_epoch(tmp_path):
     assert sorted(resumed) == [5, 6, 7, 8]
     for step, values in resumed.items():
         assert all(torch.equal(a, b) for a, b in zip(values, whole[step], strict=True))
-    with pytest.raises(ValueError, match="parts"):
+    with pytest.raises(ValueError, match=r"parts=\{task: dataset.draw_parts\}"):
         train_loader(data, Schedule(3, {"t": len(dataset)}, {"t": (2, 2)}, 1), 0, 0, 9)
 
 

@@ -128,6 +128,19 @@ def test_the_card_says_what_how_good_and_on_what(tmp_path: Path) -> None:
     assert "| cls | top1 | 0.5000 |" in card and 'task="det"' in card
 
 
+def test_the_card_lists_every_source_and_the_split(tmp_path: Path) -> None:
+    lists = [
+        {"format": "image_list", "images": f"{name}/images", "list": f"{name}/list.txt"} for name in ("day", "night")
+    ]
+    lists[1]["weight"] = 3
+    untrained_run(tmp_path, heads={"cls": {"train": lists, "test": None, "split": {"test": 0.2, "seed": 4}}})
+    export_run(tmp_path)
+    card = (tmp_path / "export" / "tasks" / "cls" / "README.md").read_text()
+    assert "| cls | train | image_list | images `day/images`, list `day/list.txt` |" in card
+    assert "| cls | train | image_list | weight `3.0`, images `night/images`, list `night/list.txt` |" in card
+    assert "| cls | test | split | 20% of the train data, seed 4 |" in card
+
+
 def test_a_run_that_has_not_ended_gives_its_last_checkpoint_and_says_so(tmp_path: Path) -> None:
     model = untrained_run(tmp_path)
     last = tmp_path / "checkpoint-7"

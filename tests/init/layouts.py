@@ -30,8 +30,8 @@ def box(i: int) -> list[int]:
     return [5 + i % 7, 4 + i % 5, 20 + i % 3, 16]
 
 
-def write_coco(file: Path, names: list[str], classes: tuple[str, ...] = ("cat", "dog")) -> None:
-    H, W = SIZE
+def write_coco(file: Path, names: list[str], classes: tuple[str, ...] = ("cat", "dog"), width: int = SIZE[1]) -> None:
+    H, W = SIZE[0] * width // SIZE[1], width
     content = {
         "images": [{"id": i, "file_name": n, "height": H, "width": W} for i, n in enumerate(names)],
         "annotations": [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from allinone_ds import cli
 from allinone_ds.data.sources import open_source
@@ -24,6 +26,7 @@ from tests.init.layouts import (
     maps_two_folders,
     picture,
     voc_official,
+    write_coco,
     write_maps,
     write_pictures,
 )
@@ -101,6 +104,8 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run.yaml exists and is not overwritten; choose a different --output"):
         write_first_run([tmp_path / "pets"], output)
     assert output.read_text() == "mine"
+    with pytest.raises(ConfigError, match="below.yaml: cannot be written: .*; choose a different file"):
+        write_first_run([tmp_path / "pets"], output / "below.yaml")
 
 
 def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None:
@@ -119,6 +124,29 @@ def test_a_folder_of_something_else_is_described(tmp_path: Path, capsys) -> None
     assert not (tmp_path / "run.yaml").exists()
     with pytest.raises(DataError, match="is not a folder"):
         write_first_run([tmp_path / "nowhere"], tmp_path / "run.yaml")
+
+
+def test_names_that_are_not_utf8_are_kept_or_refused(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for j, part in enumerate((name, "bar")):
+        write_pictures(tmp_path / "places" / part, 3, 10 * j)
+    first = write_first_run([tmp_path / "places"], tmp_path / "run.yaml")
+    [task] = load_config(first.file).tasks.values()
+    config = load_config(first.file)
+    assert open_source(task.train_source, config.data_root).classes == ["bar", name]
+    (tmp_path / "places").rename(tmp_path / name)
+    with pytest.raises(DataError, match="the name is not UTF-8, which a YAML file cannot hold; rename the folder"):
+        write_first_run([tmp_path / name], tmp_path / "other.yaml")
+
+
+def test_objects_that_resizing_hides_are_said(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "far" / "images", 4)
+    write_coco(tmp_path / "far" / "boxes.json", names, width=800)
+    for name in names:
+        Image.new("RGB", (800, 600)).save(tmp_path / "far" / "images" / name)
+    first = write_first_run([tmp_path / "far"], tmp_path / "far.yaml")
+    said = "of 3 objects that were looked at are smaller than 8 pixels when images are resized to 96 x 128"
+    assert said in first.tasks["far"].found.notes[0] and "NOT SURE: 3 of 3 objects" in first.file.read_text()
 
 
 def test_the_file_for_a_gpu_is_valid(tmp_path: Path) -> None:

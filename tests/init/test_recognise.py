@@ -6,21 +6,30 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
+from allinone_ds.data.combination import combine
+from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
 from allinone_ds.init.recognise import recognise
 from tests.init.layouts import (
     coco_official,
+    coco_one_json,
     folders_plain,
     folders_split,
+    lists,
     maps_binary,
     maps_cityscapes,
+    maps_two_folders,
     picture,
+    table,
+    voc_kaggle,
     voc_official,
     write_coco,
     write_maps,
     write_pictures,
     yolo_roboflow,
+    yolo_without_yaml,
 )
 
 
@@ -152,6 +161,27 @@ def test_a_folder_of_data_sets_gives_one_task_each(tmp_path: Path) -> None:
     assert "nothing was recognised in notes" in found["a"].notes
 
 
+@pytest.mark.parametrize(
+    "write", [maps_two_folders, yolo_without_yaml, coco_one_json, voc_kaggle, table, lists, folders_split]
+)
+def test_two_data_sets_of_one_layout_are_not_mixed(tmp_path: Path, write) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    found = recognise(tmp_path)
+    assert list(found) == ["a", "b"]
+    for name, task in found.items():
+        keys = ("path",) if "path" in task.train else ("images", "annotations", "label_maps", "list", "table")
+        places = [task.train[key] for key in keys if key in task.train]
+        assert places and all(Path(place).parts[0] == name for place in places)
+
+
+def test_label_maps_below_their_images_are_named(tmp_path: Path) -> None:
+    write_maps(tmp_path / "masks", write_pictures(tmp_path, 4, suffix=".jpg"))
+    with pytest.raises(DataError, match=r"label maps and images lie inside each other \(., masks\)"):
+        recognise(tmp_path)
+
+
 def test_boxes_of_a_saved_dataset_are_read_in_the_format_that_fits(tmp_path: Path) -> None:
     import datasets
 
@@ -171,6 +201,27 @@ def test_boxes_of_a_saved_dataset_are_read_in_the_format_that_fits(tmp_path: Pat
             "class_2",
         ]
         assert task.train["columns"] == {"image": "img", "objects": "annotations", "category": "category_id"}
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "classes"),
+    [((0, 1), {}, ["class_0", "class_1"]), ((0, 255), {"class_ids": [0, 255]}, ["background", "foreground"])],
+)
+def test_label_maps_of_a_saved_dataset(tmp_path: Path, values: tuple, options: dict, classes: list) -> None:
+    import datasets
+
+    names = write_pictures(tmp_path / "images", 3)
+    write_maps(tmp_path / "maps", names, values)
+    content = {
+        "image": [str(tmp_path / "images" / n) for n in names],
+        "mask": [str(tmp_path / "maps" / n) for n in names],
+    }
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(str(tmp_path / "saved"))
+    task = only(tmp_path / "saved")
+    assert {key: task.train[key] for key in options} == options and task.classes == classes
+    dataset = open_source(combine(TypeAdapter(Source).validate_python(task.train), classes), tmp_path / "saved")
+    assert set(dataset[0]["mask"].unique().tolist()) == {0, 1}
 
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:

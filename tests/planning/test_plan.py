@@ -48,6 +48,8 @@ def test_classes_that_the_file_expects_are_taken_where_the_data_is_not(file: Pat
     kernels = {
         count: plan_run(load_config(file, expects), 8, {"cls": count}).parameters["head cls"] for count in (196, 197)
     }
+    listed = plan_run(load_config(file, ["tasks.cls.classes=[a,b,c]"]), 8, {"det": 45, "seg": 2})
+    assert listed.notes == notes and listed.parameters["head cls"] < kernels[196]
     plain = plan_run(load_config(file, expects), 8).parameters["head cls"]
     assert plain == kernels[196] != kernels[197]
 

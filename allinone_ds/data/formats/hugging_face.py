@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
@@ -21,7 +21,13 @@ from allinone_ds.data.formats.boxes import (
     outside_reason,
 )
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
+from allinone_ds.data.formats.masks import (
+    check_mask_size,
+    check_numbering,
+    ids_to_labels,
+    single_class_warning,
+    validate_class_ids,
+)
 from allinone_ds.data.images import image_size, read_image, read_label_map
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.strict import PathText, Strict, did_you_mean
@@ -82,16 +88,24 @@ class DatasetsSource(SourceConfig):
     """Id of the first class in a column of numbers or a label map; 1 with `ignore_index: 0` if 0 stands for pixels
     without a class."""
 
+    class_ids: list[NonNegativeInt] | None = None
+    """Segmentation: id of each class where they do not count up, as in `label_maps`."""
+
     @model_validator(mode="after")
     def _refuse_unused(self) -> DatasetsSource:
         """Refuse options of other kinds, which would change nothing."""
-        for option, kind in {"bbox_format": "detection", "ignore_index": "segmentation"}.items():
+        for option, kind in {
+            "bbox_format": "detection",
+            "ignore_index": "segmentation",
+            "class_ids": "segmentation",
+        }.items():
             if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
                 raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
         used = _COLUMNS[self.kind]
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+        check_numbering(self.class_ids, self.first_id)
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
@@ -207,7 +221,7 @@ class HubDataset(SampleDataset):
         self._label_of: dict[Any, int] = {**by_id, **{name: label_of[i] for i, name in enumerate(stored)}}
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
-            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index)
+            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
         if source.kind == "classification":
@@ -271,7 +285,8 @@ class HubDataset(SampleDataset):
 
     def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
         stored = read_label_map(path, _file_bytes(cell, path))
-        return ids_to_labels(stored, path, self._labels, self.source.ignore_index, self.source.first_id)
+        source = self.source
+        return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
     def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""

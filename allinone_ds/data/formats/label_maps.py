@@ -16,9 +16,15 @@ from torchvision import tv_tensors
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
 from allinone_ds.data.formats.listing import is_image, require_folder, unread_files, unused_images, walk_files
-from allinone_ds.data.formats.masks import check_mask_size, ids_to_labels, single_class_warning, validate_class_ids
+from allinone_ds.data.formats.masks import (
+    check_mask_size,
+    check_numbering,
+    ids_to_labels,
+    single_class_warning,
+    validate_class_ids,
+)
 from allinone_ds.data.images import read_image, read_label_map
-from allinone_ds.errors import ConfigError, DataError
+from allinone_ds.errors import DataError
 from allinone_ds.strict import PathText
 
 
@@ -53,8 +59,7 @@ class LabelMapsSource(SourceConfig):
 
     @model_validator(mode="after")
     def _one_numbering(self) -> LabelMapsSource:
-        if self.class_ids is not None and self.first_id:
-            raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
+        check_numbering(self.class_ids, self.first_id)
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> LabelMapsDataset:

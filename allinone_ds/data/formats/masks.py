@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from allinone_ds.data.base import IGNORE, Problem
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, ConfigError, DataError
 
 _EXAMINED = 8  # label maps that `single_class_warning` reads
 
@@ -36,6 +36,12 @@ def validate_class_ids(
             f"{name}: {classes} classes with ids from {first_id}, and ignore_index {ignore_index}; "
             "give 1 to 255 classes, and an ignore_index that is not a class id"
         )
+
+
+def check_numbering(class_ids: Sequence[int] | None, first_id: int) -> None:
+    """Raise a `ConfigError` if a source gives both the ids of its classes and the first of them."""
+    if class_ids is not None and first_id:
+        raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
 
 
 def ids_to_labels(

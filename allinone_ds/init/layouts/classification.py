@@ -11,7 +11,7 @@ from typing import Any
 from allinone_ds.data.formats.image_table import sort_key
 from allinone_ds.data.formats.listing import is_image, read_text
 from allinone_ds.errors import DataError
-from allinone_ds.init.file_tree import FileTree, part_of
+from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.names import find_names
 
@@ -171,7 +171,7 @@ def _folder_of(tree: FileTree, names: list[str], beside: str, suffix: str = "") 
     hits: Counter[str] = Counter()
     for folder in {beside, os.path.dirname(beside), "", *tree.folders()}:
         hits[folder] = sum(os.path.normpath(os.path.join(folder, name + suffix)) in tree.known for name in names)
-    best = max(hits, key=lambda folder: (hits[folder], folder == beside))
+    best = max(hits, key=lambda folder: (hits[folder], folder == beside, nearness(folder, beside)))
     return best if 2 * hits[best] > len(names) else None
 
 

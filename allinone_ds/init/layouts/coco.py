@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from allinone_ds.init.file_tree import FileTree, part_of
+from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 
 _TRIED = 50  # file names of a json that are looked up
@@ -61,5 +61,7 @@ def _images_folder(tree: FileTree, images: list[Any], beside: str) -> str | None
     for name in names:
         for folder in {beside, os.path.dirname(beside), "", *tree.folders()}:
             hits[folder] += os.path.normpath(os.path.join(folder, name)) in tree.known
-    best = max(hits, key=lambda folder: (hits[folder], part_of(folder) == part_of(beside)), default=None)
+    best = max(
+        hits, key=lambda f: (hits[f], part_of(f) == part_of(beside), nearness(f, beside)), default=None
+    )  # equal names occur in several folders
     return best if best is not None and hits[best] else None

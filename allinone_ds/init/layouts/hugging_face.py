@@ -14,6 +14,7 @@ from allinone_ds.data.images import read_label_map
 from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.label_maps import numbering
 from allinone_ds.init.layouts.names import numbered
 
 _ROWS = 200  # rows that are looked into
@@ -137,13 +138,12 @@ def _segmentation(table: Any, image: str, maps: str) -> tuple[str, dict[str, Any
             values |= set(np.unique(read_label_map(maps, _bytes(cell))).tolist())
         except (BrokenSample, OSError):
             continue
-    ids = sorted(values - {255}) or [0]
-    notes = ["the class names are not in the dataset; replace the numbered names in `classes`"]
+    options, ids, notes = numbering(values)
+    notes.append("the class names are not in the dataset; replace the names in `classes`")
     if len(table) > _ROWS:
         notes.append(f"the values of {_ROWS} of {len(table)} label maps were read; others may hold further classes")
-    first = {"first_id": ids[0]} if ids[0] > 0 else {}
-    columns = _columns(image=(image, "image"), label_map=(maps, "label"))
-    return "segmentation", {**columns, **first}, numbered(range(ids[0], ids[-1] + 1)), notes
+    classes = ["background", "foreground"] if values == {0, 255} else numbered(ids)
+    return "segmentation", {**_columns(image=(image, "image"), label_map=(maps, "label")), **options}, classes, notes
 
 
 def _box_format(table: Any, image: str, boxes: list[list[list[float]]]) -> tuple[str, bool]:

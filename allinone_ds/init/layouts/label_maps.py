@@ -11,7 +11,7 @@ from PIL import Image
 
 from allinone_ds.data.images import read_label_map
 from allinone_ds.errors import BrokenSample
-from allinone_ds.init.file_tree import FileTree, common_folder, part_of
+from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.names import find_names, numbered
 
@@ -34,6 +34,10 @@ def find(tree: FileTree) -> list[FoundTask]:
     stored: list[str] = []
     for part, found in groups.items():
         images, maps = (common_folder(folders) for folders in zip(*found, strict=True))
+        if common_folder([images, maps]) in (images, maps):
+            where = f"{images or '.'}, {maps or '.'}"
+            tree.remarks.append(f"label maps and images lie inside each other ({where}); give each a folder of its own")
+            return []
         ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
         sources[part] = {"format": "label_maps", "images": tree.reference(images), "label_maps": tree.reference(maps)}
         sources[part] |= {k: v for k, v in zip(("image_suffix", "label_map_suffix"), ends, strict=True) if v}
@@ -60,7 +64,7 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
                 continue
             ends = _endings(tree.images_in(other), tree.images_in(folder))
             if ends is not None:
-                shared = len(os.path.commonpath([os.path.join("/", p) for p in (other, folder)]))
+                shared = nearness(other, folder)
                 same_name = os.path.basename(other) == os.path.basename(folder)
                 rated.append((same_name, shared, other))
         if rated:
@@ -141,27 +145,8 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str
             notes.append(str(error))
     if len(read) < len(files):
         notes.append(f"the values of {len(read)} of {len(files)} label maps were read; others may hold further classes")
-    ids = sorted(values - {255})
-    if 255 in values and ids != [0]:
-        notes.append("pixels of 255 are read as pixels without a class")
-    if values == {0, 255}:
-        ids = [0, 255]
-        options: dict[str, Any] = {"class_ids": ids}
-        notes.append(
-            "the label maps hold 0 and 255: these are two classes, background and foreground; 255 is not ignored"
-        )
-    elif not ids:
-        options, ids = {}, [0]
-        notes.append("the label maps hold no class, only 255, which is ignored")
-    elif ids[0] > 0 and ids == list(range(ids[0], ids[-1] + 1)):
-        options = {"first_id": ids[0]}
-    elif ids[-1] + 1 > 2 * len(ids) + 8:
-        options = {"class_ids": ids}
-        notes.append(f"the class ids have gaps: {', '.join(map(str, ids[:12]))}{', ...' if len(ids) > 12 else ''}")
-    else:
-        if len(ids) <= ids[-1]:
-            notes.append(f"no label map holds {sorted(set(range(ids[-1] + 1)) - set(ids))}; they count as classes")
-        options, ids = {}, list(range(ids[-1] + 1))
+    options, ids, more = numbering(values)
+    notes += more
     if values == {0, 255}:
         return options, ["background", "foreground"], notes
     found = find_names(tree, len(ids))
@@ -169,3 +154,32 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str
         return options, found[1], [*notes, f"the class names are those in {found[0]}; check their order"]
     notes.append("no file with class names was found; replace the numbered names in `classes`")
     return options, numbered(ids), notes
+
+
+def numbering(values: set[int]) -> tuple[dict[str, Any], list[int], list[str]]:
+    """Return options of a source, the ids of the classes in their order, and notes, for the values in label maps.
+
+    Example:
+        >>> numbering({0, 255})[:2], numbering({1, 2, 3})[:2], numbering({0, 2, 255})[:2]
+        (({'class_ids': [0, 255]}, [0, 255]), ({'first_id': 1}, [1, 2, 3]), ({}, [0, 1, 2]))
+    """
+    ids = sorted(values - {255})
+    notes = []
+    if values == {0, 255}:
+        notes.append(
+            "the label maps hold 0 and 255: these are two classes, background and foreground; 255 is not ignored"
+        )
+        return {"class_ids": [0, 255]}, [0, 255], notes
+    if 255 in values:
+        notes.append("pixels of 255 are read as pixels without a class")
+    if not ids:
+        return {}, [0], [*notes, "the label maps hold no class"]
+    if ids[0] > 0 and ids == list(range(ids[0], ids[-1] + 1)):
+        return {"first_id": ids[0]}, ids, notes
+    if ids[-1] + 1 > 2 * len(ids) + 8:
+        notes.append(f"the class ids have gaps: {', '.join(map(str, ids[:12]))}{', ...' if len(ids) > 12 else ''}")
+        return {"class_ids": ids}, ids, notes
+    absent = sorted(set(range(ids[-1] + 1)) - set(ids))
+    if absent:
+        notes.append(f"no label map holds {', '.join(map(str, absent))}; they count as classes")
+    return {}, list(range(ids[-1] + 1)), notes

@@ -12,7 +12,7 @@ import numpy as np
 from allinone_ds.data.formats.listing import read_text
 from allinone_ds.data.images import read_label_map
 from allinone_ds.errors import BrokenSample, DataError
-from allinone_ds.init.file_tree import FileTree, part_of
+from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.names import find_names, numbered
 
@@ -80,7 +80,10 @@ def _images_folder(tree: FileTree, annotations: str) -> str | None:
     hits: Counter[str] = Counter()
     for folder in tree.folders():
         hits[folder] = len(tried & {os.path.splitext(name)[0] for name in tree.images_in(folder)})
-    best = max(hits, key=lambda folder: (hits[folder], part_of(folder) == part_of(annotations), folder == annotations))
+    best = max(
+        hits,
+        key=lambda f: (hits[f], part_of(f) == part_of(annotations), f == annotations, nearness(f, annotations)),
+    )
     return best if hits[best] else None
 
 
@@ -121,6 +124,9 @@ def _masks(tree: FileTree, base: str, images: str, path: str) -> list[FoundTask]
             tree.remarks.append(str(error))
             return []
     count = max(values - {255}, default=0) + 1
+    if count == 1:
+        tree.remarks.append(f"the label maps in {folder} hold no class but 0; read them with the format label_maps")
+        return []
     found = find_names(tree, count)
     if found is not None:
         classes, notes = found[1], [f"the class names are those in {found[0]}; check their order"]

@@ -64,6 +64,9 @@ def _of_folders(tree: FileTree) -> list[FoundTask]:
             largest = max([largest, *(i for of_file in ids for i in of_file or [])])
     if not folders or largest < 0:
         return []
+    if any(len(of_part) > 1 and not common_folder(of_part) for of_part in folders.values()):
+        tree.remarks.append(f"YOLO labels in several folders: {', '.join(sum(folders.values(), [])[:5])}")
+        return []  # each may be a data set of its own
     parts = {
         part: {"format": "yolo", "images": tree.reference(common_folder(of_part))} for part, of_part in folders.items()
     }
