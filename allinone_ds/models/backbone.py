@@ -224,7 +224,7 @@ class Backbone(nn.Module):
         if self.hierarchical:
             resized = [self._at_stride(level, step) for level, (_, step) in zip(maps, self._levels, strict=True)]
             maps = (torch.cat(resized, dim=1),)  # (B, C, H / stride, W / stride)
-        return BackboneOutput(feature_maps=maps)
+        return BackboneOutput(feature_maps=maps)  # type: ignore[arg-type]
 
     def refuses(self, size: tuple[int, int]) -> str | None:
         """Return why the net does not take images of (H, W) pixels, None if it does."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from allinone_ds.balance.options import config_from_weighting
 from allinone_ds.data.augmentation.transforms import SampleTransform, eval_transform
+from allinone_ds.data.base import SourceConfig
 from allinone_ds.data.loader import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
@@ -54,7 +55,7 @@ def script_run_files(
             "`eval`, `export` and `load` cannot build the model"
         ]
     gaps: list[str] = []
-    roots = [data.dataset.opened_from[1] for data in train_data.values() if _opened(data)]
+    roots = [opened[1] for data in train_data.values() if (opened := _opened_from(data)) is not None]
     root = Path(os.path.abspath(roots[0])) if roots else Path(".")
     tasks = {}
     for name, task in model.tasks.items():
@@ -111,15 +112,16 @@ def _task(task: Task) -> dict[str, Any]:
     }
 
 
-def _opened(data: TaskData) -> bool:
-    return getattr(data.dataset, "opened_from", None) is not None  # a script may give any dataset of torch
+def _opened_from(data: TaskData) -> tuple[SourceConfig, Path] | None:
+    return getattr(data.dataset, "opened_from", None)  # a script may give any dataset of torch
 
 
 def _source(data: TaskData, root: Path) -> dict[str, Any]:
     """Return the source that opens the data again, or one that says why none does."""
-    if not _opened(data):
+    opened = _opened_from(data)
+    if opened is None:
         return _unknown(data, "it was not opened by allinone_ds.data.open_source")
-    source, own_root = data.dataset.opened_from  # type: ignore[misc]
+    source, own_root = opened
     if Path(os.path.abspath(own_root)) != root:
         return _unknown(data, "its root folder is not that of the first task")
     return source.model_dump(mode="json", exclude_unset=True)

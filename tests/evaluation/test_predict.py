@@ -199,6 +199,13 @@ def test_a_task_with_a_slash_in_its_name_has_a_file(tmp_path: Path) -> None:
     assert [file.name for file in written] == ["x-a%2Fb.png", "x.json"]
 
 
+def test_a_folder_that_cannot_be_written_is_named(predictor: Predictor, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match="--output .*out: cannot be written to: File exists"):
+        predict_images(predictor, [tmp_path / "a.png"], tmp_path / "out")
+
+
 def test_progress_counts_every_input(predictor: Predictor, tmp_path: Path) -> None:
     for i in range(9):
         photo(tmp_path / "in" / f"{i}.png", i)
