@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from allinone_ds.data.base import Expect, Part, Problem, Sample, SampleDataset, SourceConfig
-from allinone_ds.data.formats.class_names import ClassNames, read_classes
+from allinone_ds.data.formats.common.class_names import ClassNames, read_classes
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import DataError
 from allinone_ds.strict import Strict
@@ -119,7 +119,7 @@ class CombinedDataset(SampleDataset):
         structural: faults found when the datasets were opened.
 
     Example:
-        >>> from allinone_ds.data.formats.classified_files import ClassifiedDataset
+        >>> from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
         >>> photos = ClassifiedDataset("photos", Path("/photos"), ["1.png", "2.png"], [0, 1], ["cat", "dog"])
         >>> drawings = ClassifiedDataset("drawings", Path("/drawings"), ["1.png"], [1], ["cat", "dog"])
         >>> dataset = CombinedDataset([photos, drawings], weights=[1, 4])

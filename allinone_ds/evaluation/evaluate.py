@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allinone_ds.data.loader import TaskData, eval_loader
+from allinone_ds.data.loading.loader import TaskData, eval_loader
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.selection import main_value, score

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from allinone_ds.data.formats.listing import is_image
+from allinone_ds.data.formats.common.listing import is_image
 
 Part = Literal["train", "val", "test"]
 

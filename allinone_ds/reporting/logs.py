@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.report import StepReport
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.distributed import all_reduce, cpu_group, gather_objects
 from allinone_ds.errors import DataError
 from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares

@@ -12,9 +12,9 @@ from torchvision.transforms.v2 import functional as F
 
 from allinone_ds.data.augmentation.transforms import eval_transform, train_transform
 from allinone_ds.data.base import Sample, SampleDataset
-from allinone_ds.data.further_samples import FurtherSamples
-from allinone_ds.data.random_state import own_random_state, seed_all
-from allinone_ds.data.schedule import Draw, Schedule
+from allinone_ds.data.loading.further_samples import FurtherSamples
+from allinone_ds.data.loading.random_state import own_random_state, seed_all
+from allinone_ds.data.loading.schedule import Draw, Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.run_config.schema import RunConfig

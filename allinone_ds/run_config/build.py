@@ -10,7 +10,7 @@ from allinone_ds.data.augmentation.transforms import eval_transform, train_trans
 from allinone_ds.data.base import SampleDataset, raise_problems
 from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
 from allinone_ds.data.inspection.targets import target_problems
-from allinone_ds.data.loader import TaskData
+from allinone_ds.data.loading.loader import TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel

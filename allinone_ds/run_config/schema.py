@@ -24,7 +24,7 @@ from allinone_ds.data.augmentation.branches import Augment, AugmentConfig
 from allinone_ds.data.augmentation.transforms import train_transform
 from allinone_ds.data.base import SourceConfig
 from allinone_ds.data.combination import Split, combine
-from allinone_ds.data.formats.class_names import ClassNames
+from allinone_ds.data.formats.common.class_names import ClassNames
 from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig

@@ -17,8 +17,8 @@ from allinone_ds.run_folder.collective import choose_checkpoint, find_faults, lo
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.training.load_checkpoint import best_checkpoint, check_resumable, load_engine
 from allinone_ds.training.save_checkpoint import save_checkpoint, save_weights
-from allinone_ds.training.signals import StopOnSignal
-from allinone_ds.training.stall_watch import StallWatch
+from allinone_ds.training.watch.signals import StopOnSignal
+from allinone_ds.training.watch.stall_watch import StallWatch
 
 
 class DurableTrainer(Trainer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,30 +16,27 @@ from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
-from allinone_ds.data.loader import StepBatch, TaskData, train_loader
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of, to_device
-from allinone_ds.evaluation.metrics import Evaluation, flatten
+from allinone_ds.evaluation.evaluate import tasks_of, to_device
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.pictures import collect_drawings, worst_images
 from allinone_ds.reporting.progress import PrintProgress
-from allinone_ds.reporting.trackers import LOWEST, use_own_trackers
+from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_config.run_files import RunFiles
 from allinone_ds.run_config.script_run import script_run_files
-from allinone_ds.run_folder.checkpoints import step_of
 from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
-from allinone_ds.training.durable_trainer import DurableTrainer
 from allinone_ds.training.ema import AverageWeights, ShardEMA
+from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.load_checkpoint import read_loop_state
-from allinone_ds.training.nonfinite import NonFiniteStreaks
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.out_of_memory import out_of_memory
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
 from allinone_ds.training.warm_start import StartReport
+from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
+from allinone_ds.training.watch.out_of_memory import out_of_memory
 from allinone_ds.zero.params import cast_unpartitioned
 
 
@@ -51,7 +47,7 @@ class EpochFromStep(TrainerCallback):
         state.epoch = state.global_step / state.max_steps
 
 
-class AllInOneTrainer(DurableTrainer):
+class AllInOneTrainer(EvaluatingTrainer):
     """Trains an `AllInOneModel` on all its tasks with balanced task gradients.
 
     A training step runs the micro-steps of every task and then one optimizer step. Callbacks, logs, learning rate
@@ -178,8 +174,6 @@ class AllInOneTrainer(DurableTrainer):
             args.max_broken_images,
         )
         self.add_callback(StartReport(self, counted))
-        self.details: dict[tuple[str, int], Mapping[str, Any]] = {}
-        self._evaluation_warnings: set[str] = set()
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -255,12 +249,6 @@ class AllInOneTrainer(DurableTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate is for language models
-
-    @property
-    def test_data(self) -> dict[str, TaskData]:
-        """{task: evaluation data}, empty if there is none."""
-        data: Any = self.eval_dataset
-        return data or {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         for gap in self._gaps:
@@ -370,80 +358,3 @@ class AllInOneTrainer(DurableTrainer):
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
-
-    # ---- evaluation ----
-
-    def evaluate(
-        self,
-        eval_dataset: Mapping[str, TaskData] | None = None,  # type: ignore[override]
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate every task that has data. Collective.
-
-        Args:
-            eval_dataset: {task: evaluation data}; None uses that of the constructor.
-            ignore_keys: not used; Trainer passes it.
-            metric_key_prefix: prefix of all names.
-
-        Returns:
-            PREFIX_TASK_METRIC per task and metric, PREFIX_TASK_samples, PREFIX_score (the mean of the tasks' main
-            metrics) and PREFIX_runtime in seconds.
-        """
-        data: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or {}
-        start = time.perf_counter()
-        evaluation = evaluate_tasks(
-            self._evaluable_model(),
-            data,
-            self.args.device,
-            self.args.dataloader_num_workers,
-            around=self.balancer.evaluation if self.balancer else None,
-        )
-        self._keep_details(metric_key_prefix, evaluation)
-        metrics = flatten(evaluation, metric_key_prefix)
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.log(dict(metrics))
-        if metric_key_prefix == "eval":  # trackers show predictions of the trained weights, not of averaged ones
-            self._show_predictions(data)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _keep_details(self, prefix: str, evaluation: Evaluation) -> None:
-        """Keep what was found for each class, and warn once of what makes the metrics misleading."""
-        step, best = self.state.global_step, self.state.best_model_checkpoint
-        steps = {step, step_of(best)} if best else {step}
-        self.details = {key: found for key, found in self.details.items() if key[1] in steps}
-        self.details[prefix, step] = evaluation.details
-        for message in evaluation.warnings:
-            if message not in self._evaluation_warnings:
-                self._evaluation_warnings.add(message)
-                self.warn(step, message)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: the predictions of different tasks have no common shape."""
-        raise NotImplementedError(
-            "AllInOneTrainer.predict is not supported: use evaluate() for metrics, `allinone-ds predict RUN IMAGE...` "
-            "for pictures and JSON, or allinone_ds.load(FOLDER) for predictions of an exported model (docs/export.md)"
-        )
-
-    def _show_predictions(self, data: Mapping[str, TaskData]) -> None:
-        """Send a few drawn predictions of every task, and its worst, to the trackers, which every rank has alike."""
-        if self.trackers:
-            draws, model = self.is_world_process_zero(), self._evaluable_model()
-            pictures = collect_drawings(model, data, self.args.device, 4, draws)
-            worst = worst_images(self.details["eval", self.state.global_step])
-            lowest = collect_drawings(model, data, self.args.device, 4, draws, worst)
-            pictures |= {f"{task}/{LOWEST}": drawn for task, drawn in lowest.items()}
-            for tracker in self.trackers if draws else []:
-                tracker.show(pictures, self.state.global_step)
-
-    def _evaluable_model(self) -> nn.Module:
-        if self.deepspeed is not None:
-            return self.deepspeed
-        if self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise RuntimeError(
-                "the model is partitioned by ZeRO-3 and has no engine before train(): call train() first, or evaluate "
-                "a saved run with `allinone-ds eval RUN`"
-            )
-        module: Any = self.model
-        return module.to(self.args.device)

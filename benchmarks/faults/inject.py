@@ -91,7 +91,8 @@ def exhaust_memory(rank: int, by_hand: bool) -> None:
 
 def count_reads(file: Path) -> None:
     """Add a line to a file for each image that is decoded."""
-    from allinone_ds.data.formats import classified_files, coco, label_maps
+    from allinone_ds.data.formats import coco, label_maps
+    from allinone_ds.data.formats.common import classified_files
 
     for module in (classified_files, coco, label_maps):
 

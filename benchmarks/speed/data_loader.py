@@ -35,8 +35,8 @@ def open_task(task: str, root: Path, branch: str | None = None) -> tuple[Any, An
 
     from allinone_ds.data.augmentation.transforms import train_transform
     from allinone_ds.data.demo import DemoData
-    from allinone_ds.data.loader import TaskData
-    from allinone_ds.data.schedule import Schedule
+    from allinone_ds.data.loading.loader import TaskData
+    from allinone_ds.data.loading.schedule import Schedule
     from allinone_ds.data.sources import Source, open_source
     from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.tasks import task_class
@@ -53,8 +53,8 @@ def transform_directly(task: str, root: Path, branch: str, positions: range, out
     """Read and transform samples of the schedule, one after another; put the seconds taken into the queue `out`."""
     import torch
 
-    from allinone_ds.data.further_samples import FurtherSamples
-    from allinone_ds.data.random_state import seed_all
+    from allinone_ds.data.loading.further_samples import FurtherSamples
+    from allinone_ds.data.loading.random_state import seed_all
 
     torch.set_num_threads(1)
     data, schedule = open_task(task, root, branch)
@@ -89,7 +89,7 @@ def direct(task: str, root: Path, branch: str, images: int, cores: int) -> float
 
 def loader(task: str, root: Path, branch: str, images: int, cores: int) -> float:
     """Return the images per second of the train loader, after each worker's first steps."""
-    from allinone_ds.data.loader import train_loader
+    from allinone_ds.data.loading.loader import train_loader
 
     data, schedule = open_task(task, root, branch)
     steps, first = images // data.batch_size, -(-WARM_UP * cores // data.batch_size)

@@ -3,7 +3,7 @@
 import torch
 
 from allinone_ds.data.base import SampleDataset
-from allinone_ds.data.cache import CachedDataset
+from allinone_ds.data.loading.cache import CachedDataset
 
 
 class Counting(SampleDataset):

@@ -6,7 +6,7 @@ import pytest
 
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.check import check_sources
-from allinone_ds.data.formats.classified_files import ClassifiedDataset
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from tests.data.tiny_sets import COCO, COUNT, FOLDERS, errors, source, write_images
 
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from allinone_ds.data.augmentation.transforms import eval_transform
-from allinone_ds.data.cache import CachedDataset
 from allinone_ds.data.check import check_sources
 from allinone_ds.data.combination import CombinedDataset, Split, combine
-from allinone_ds.data.formats.classified_files import ClassifiedDataset
-from allinone_ds.data.further_samples import FurtherSamples
-from allinone_ds.data.loader import TaskData, train_loader
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
+from allinone_ds.data.loading.cache import CachedDataset
+from allinone_ds.data.loading.further_samples import FurtherSamples
+from allinone_ds.data.loading.loader import TaskData, train_loader
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import DataError
 from allinone_ds.tasks.classification import ClassificationTask

@@ -6,8 +6,8 @@ from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.transforms import stack_images, train_transform
 from allinone_ds.data.base import SampleDataset
-from allinone_ds.data.loader import TaskData, train_loader
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.loader import TaskData, train_loader
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import BrokenSample, DataError
 
 SIZE = (24, 32)

@@ -17,8 +17,8 @@ from torchvision import tv_tensors
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images, train_transform
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.formats.image_list import ImageListSource
-from allinone_ds.data.loader import TaskData, eval_loader, train_loader
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.loader import TaskData, eval_loader, train_loader
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.tasks.detection import DetectionTask

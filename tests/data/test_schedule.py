@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.schedule import Schedule
 
 SHAPES = [  # N samples, batch size B, K micro-steps, R ranks
     (12, 2, 1, 1),

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from allinone_ds.data.base import SourceConfig
 from allinone_ds.data.check import check_sources
-from allinone_ds.data.formats.classified_files import ClassifiedDataset
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from allinone_ds.data.sources import SOURCE_CLASSES, open_source, source_type
 from allinone_ds.errors import DataError
 from tests.data.tiny_sets import CLASSES, COCO, COUNT, FOLDERS, HEIGHT, LIST, MAPS, WIDTH, opened, source, write_images

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allinone_ds.balance.report import StepReport
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import DataError
 from allinone_ds.reporting.logs import TaskLogs
 

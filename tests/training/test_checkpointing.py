@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allinone_ds.data.base import Problem
-from allinone_ds.data.schedule import Schedule
+from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.training import load_checkpoint as loading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from allinone_ds.training.out_of_memory import out_of_memory
+from allinone_ds.training.watch.out_of_memory import out_of_memory
 
 
 def test_out_of_memory_names_what_to_change() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 from types import SimpleNamespace
 
-from allinone_ds.training.signals import StopOnSignal
+from allinone_ds.training.watch.signals import StopOnSignal
 
 
 def test_a_signal_saves_and_stops_unless_the_run_is_over() -> None:

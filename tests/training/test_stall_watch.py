@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from allinone_ds.training.stall_watch import StallWatch
+from allinone_ds.training.watch.stall_watch import StallWatch
 
 
 def watch(rank: int, seen: dict[int, list], answered: float = 100.0) -> StallWatch:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from allinone_ds.data.base import Problem, SourceConfig
-from allinone_ds.data.formats.class_names import match_classes
-from allinone_ds.data.formats.classified_files import ClassifiedDataset
-from allinone_ds.data.formats.listing import (
+from allinone_ds.data.formats.common.class_names import match_classes
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
+from allinone_ds.data.formats.common.listing import (
     is_folder,
     is_image,
     require_folder,

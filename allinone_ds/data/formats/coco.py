@@ -11,15 +11,15 @@ from typing import Any, Literal
 import numpy as np
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
-from allinone_ds.data.formats.boxes import (
+from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
     are_fractions,
     boxes_outside,
     detection_fields,
     outside_reason,
 )
-from allinone_ds.data.formats.class_names import match_classes
-from allinone_ds.data.formats.listing import check_listed_files, read_text, require_folder
+from allinone_ds.data.formats.common.class_names import match_classes
+from allinone_ds.data.formats.common.listing import check_listed_files, read_text, require_folder
 from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import PathText

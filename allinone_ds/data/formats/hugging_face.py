@@ -13,15 +13,15 @@ from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
-from allinone_ds.data.formats.boxes import (
+from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
     are_fractions,
     boxes_outside,
     detection_fields,
     outside_reason,
 )
-from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.masks import (
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
     ids_to_labels,

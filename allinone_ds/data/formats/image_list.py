@@ -11,9 +11,9 @@ from typing import Literal
 from pydantic import Field
 
 from allinone_ds.data.base import Problem, SourceConfig
-from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.classified_files import ClassifiedDataset
-from allinone_ds.data.formats.listing import check_listed_files, read_text, require_folder
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
+from allinone_ds.data.formats.common.listing import check_listed_files, read_text, require_folder
 from allinone_ds.strict import PathText
 
 

@@ -14,9 +14,9 @@ from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
-from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.listing import is_image, require_folder, unread_files, unused_images, walk_files
-from allinone_ds.data.formats.masks import (
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.listing import is_image, require_folder, unread_files, unused_images, walk_files
+from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
     ids_to_labels,

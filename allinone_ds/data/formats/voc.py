@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 from pydantic import model_validator
 
 from allinone_ds.data.base import Problem, SampleDataset, SourceConfig
-from allinone_ds.data.formats.class_names import ClassNames, read_classes
 from allinone_ds.data.formats.coco import CocoDataset, CocoSource
+from allinone_ds.data.formats.common.class_names import ClassNames, read_classes
+from allinone_ds.data.formats.common.listing import read_text, require_folder, walk_images
 from allinone_ds.data.formats.label_maps import LabelMapsDataset, LabelMapsSource
-from allinone_ds.data.formats.listing import read_text, require_folder, walk_images
 from allinone_ds.data.images import MISSING_FILE
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText, did_you_mean

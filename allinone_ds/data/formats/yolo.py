@@ -15,9 +15,9 @@ from pydantic import model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
-from allinone_ds.data.formats.boxes import detection_fields
-from allinone_ds.data.formats.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.listing import (
+from allinone_ds.data.formats.common.boxes import detection_fields
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.listing import (
     check_listed_files,
     is_image,
     list_files,
@@ -26,7 +26,7 @@ from allinone_ds.data.formats.listing import (
     walk_files,
     walk_images,
 )
-from allinone_ds.data.formats.masks import validate_class_ids
+from allinone_ds.data.formats.common.masks import validate_class_ids
 from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText, did_you_mean, expand_path

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from allinone_ds.data.formats.common.listing import is_image, read_text
 from allinone_ds.data.formats.image_table import sort_key
-from allinone_ds.data.formats.listing import is_image, read_text
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from allinone_ds.data.formats.listing import read_text
+from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from allinone_ds.data.formats.listing import read_text
+from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.data.images import read_label_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.init.file_tree import FileTree, nearness, part_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from allinone_ds.data.formats.listing import read_text
+from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.data.formats.yolo import YoloSource, label_path
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, common_folder, part_of

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.data.augmentation.transforms import eval_transform, normalize, train_transform
 from allinone_ds.data.base import SampleDataset
-from allinone_ds.data.further_samples import FurtherSamples
+from allinone_ds.data.loading.further_samples import FurtherSamples
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
 from allinone_ds.model import AllInOneModel

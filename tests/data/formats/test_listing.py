@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from allinone_ds.data.formats.listing import walk_files
+from allinone_ds.data.formats.common.listing import walk_files
 from allinone_ds.errors import DataError
 from tests.data.tiny_sets import (
     CLASSES,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from allinone_ds.data.loader import EvalBatch, StepBatch
-from allinone_ds.data.workers.packing import Packed, pack, unpack
+from allinone_ds.data.loading.loader import EvalBatch, StepBatch
+from allinone_ds.data.loading.workers.packing import Packed, pack, unpack
 
 BOXES = tv_tensors.BoundingBoxes(torch.rand(3, 4), format="XYXY", canvas_size=(24, 32))
 

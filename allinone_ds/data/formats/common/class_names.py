@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from allinone_ds.data.formats.listing import read_text
+from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.errors import DataError, printable
 from allinone_ds.strict import PathText, did_you_mean
 

@@ -15,7 +15,7 @@ class FurtherSamples:
         max_broken: number of samples that may be unreadable in a row.
 
     Example:
-        >>> from allinone_ds.data.formats.classified_files import ClassifiedDataset
+        >>> from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
         >>> broken = []
         >>> draw = FurtherSamples(ClassifiedDataset("cats", "/data", ["1.png"], [0], ["cat"]), broken, max_broken=0)
         >>> draw()

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from allinone_ds.data.augmentation.transforms import SampleTransform
 from allinone_ds.data.base import Sample, SampleDataset
-from allinone_ds.data.cache import CachedDataset
-from allinone_ds.data.further_samples import FurtherSamples, too_many_broken
-from allinone_ds.data.random_state import own_random_state, seed_all
-from allinone_ds.data.schedule import Draw, Schedule
-from allinone_ds.data.workers.packing import pack, unpack
+from allinone_ds.data.loading.cache import CachedDataset
+from allinone_ds.data.loading.further_samples import FurtherSamples, too_many_broken
+from allinone_ds.data.loading.random_state import own_random_state, seed_all
+from allinone_ds.data.loading.schedule import Draw, Schedule
+from allinone_ds.data.loading.workers.packing import pack, unpack
 from allinone_ds.errors import BrokenSample, DataError
 
 Batch = dict[str, Any]

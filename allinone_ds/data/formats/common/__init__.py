@@ -1,0 +1,1 @@
+"""What several formats share: class names, boxes, masks, lists of files."""
