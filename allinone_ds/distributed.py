@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_cpu_groups: dict[bool, tuple[Any, Any]] = {}
+_cpu_groups: dict[str, tuple[Any, Any]] = {}
 """`apart` of `cpu_group` -> (the default group at that time, the group)."""
 
 
@@ -28,17 +31,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def cpu_group(apart: bool = False) -> Any:
+def cpu_group(apart: str = "") -> Any:
     """Return a gloo process group of all ranks for small CPU messages, which never wait for an accelerator. Collective.
 
     The first call creates the group; later calls return the same one until `leave`.
 
     Args:
-        apart: return a second group that the training step never uses, for a thread that runs at the same time.
+        apart: name of a group of its own, for a thread that runs at the same time, or for messages that must never meet
+            those of other code when ranks are out of step; empty: the group that all others share.
 
     Returns:
         The group. None, which stands for the default group, on a single rank, and if the default group is gloo and
-        `apart` is False.
+        `apart` is empty.
     """
     if world_size() == 1 or (not apart and dist.get_backend() == "gloo"):
         return None
@@ -48,6 +52,72 @@ def cpu_group(apart: bool = False) -> Any:
         group = dist.new_group(backend="gloo")
         _cpu_groups[apart] = default, group
     return group
+
+
+@contextlib.contextmanager
+def watched_waits(wait: Callable[[Any], None]) -> Iterator[None]:
+    """Wait with `wait` for the collective operations that this thread runs inside this block, if gloo runs them.
+
+    gloo waits on the CPU until a timeout of half an hour. NCCL only puts work on a stream, so that a rank goes on to
+    its next message on the CPU in any case.
+
+    Args:
+        wait: gets a `torch.distributed.Work`; returns when it is done, or raises.
+    """
+    if world_size() == 1 or dist.get_backend() != "gloo":
+        yield
+        return
+    original, thread = dist.Work.wait, threading.get_ident()
+
+    def watched(work: Any, *timeout: Any, **options: Any) -> bool:
+        if timeout or options or threading.get_ident() != thread:
+            return original(work, *timeout, **options)
+        wait(work if _has_timeout(work) else _ThreadedWork(lambda: original(work)))
+        return True
+
+    dist.Work.wait = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        dist.Work.wait = original  # type: ignore[method-assign]
+
+
+def _has_timeout(work: Any) -> bool:
+    """Return whether a wait can end before the work: not that of gloo's reduce-scatter, which has no future either."""
+    try:
+        work.get_future()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _ThreadedWork:
+    """Work whose own wait has no timeout, so that a thread waits for it."""
+
+    def __init__(self, wait: Callable[[], Any]):
+        self._wait = wait
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Raise unless the work is done in time."""
+        self._thread.join(timeout.total_seconds())
+        if self._thread.is_alive():
+            raise RuntimeError("the work is not done")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the work is done or has failed."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._wait()
+        except BaseException as error:
+            self._error = error
 
 
 def leave() -> None:

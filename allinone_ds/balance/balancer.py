@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,26 +14,24 @@ from torch.nn import Module, Parameter
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, task_names
+from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
 from allinone_ds.balance.measure import measure_tasks
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.running_task import RunningTask
+from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
 from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.distributed import rank, world_size
+from allinone_ds.distributed import rank, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
-from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
 from allinone_ds.zero.support import checked_release, refuse_unsupported
 from allinone_ds.zero.traces import ParameterTraces
-
-_STEP = "balancer.step()"
 
 
 class TaskBalancer:
@@ -64,8 +64,9 @@ class TaskBalancer:
             the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
-        check_ranks: compare the task on all ranks before it runs (one CPU message of 32 bytes per task), so that ranks
-            in different tasks are an error and not a hang. With parallel="tasks" they compare once per step always.
+        check_ranks: before each collective operation of a step, compare what the ranks do (CPU messages of 32 bytes:
+            K + 2 per task with K micro-steps, 3 under ZeRO-0 and 1), so that a rank in a different task, or with an
+            error, is an error on all ranks and not a hang. With parallel="tasks" they compare in the step, always.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
             out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
@@ -115,10 +116,9 @@ class TaskBalancer:
         refuse_unsupported(engine, allow_gradient_clipping)
         backbone = agreed_backbone(engine.module, shared, options)
         check_options(norm, sketch_size, parallel, cosines_every, nonfinite)
-        self.weighting = as_weighting(weighting)
+        self.engine, self.weighting = engine, as_weighting(weighting)
         self.weighting.check_tasks(names)
         self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
-        self.engine = engine
         self._adapter = open_engine(engine, backbone)
         error = combination_error(
             norm, parallel, self.weighting, self._adapter.stage, self._adapter.keeps_local_gradients
@@ -130,7 +130,8 @@ class TaskBalancer:
             run_self_test(engine, TaskBalancer, norm, parallel)
         self.groups = groups_for(parallel, groups, names, world_size())
         apart = parallel == "tasks"
-        self._agreement = Agreement((*names, _STEP)) if check_ranks or apart else None
+        self._agreement = Agreement() if check_ranks or apart else None
+        self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
         self._combiner = choose_combiner(
             self._adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
         )
@@ -140,7 +141,6 @@ class TaskBalancer:
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(names, 0)
         self._adapter.discard()  # gradients of steps that the engine took without a balancer
-        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank
         self._running: RunningTask | None = None
         self._clear()
 
@@ -204,22 +204,17 @@ class TaskBalancer:
             micro_steps: number of micro-batches that the task's gradient is the mean of.
 
         Raises:
-            BalancerError: wrong task, number of micro-steps or nesting, or ranks in different tasks. The gradient of
-                the task is dropped, those of tasks already done stay, and the task can run again. (norm="delayed":
-                all tasks of the step are dropped and must run again.)
+            BalancerError: wrong task, number of micro-steps or nesting; ranks in different tasks, or one that failed.
+                The task's gradient is dropped, those of others stay, and it can run again (norm="delayed": all must).
         """
         running = self._enter(name, micro_steps)
-        try:
+        restore = partial(self.weighting.load_state_dict, self.weighting.state_dict())
+        with undone_after_error(running.fail, self._leave_task, self._combiner.drop, restore), self._watched():
             with self._trace(name, keep=True):
                 yield
-            running.check_complete()
+            running.end()
             with torch.no_grad():
                 self._combiner.add(name, running.loss)
-        except BaseException as error:
-            self._running = None
-            self._heads.end(keep=False)
-            self._drop(error)
-            raise
         self._heads.end(keep=True)
         self._running = None
         self._ran[name] = micro_steps
@@ -235,65 +230,52 @@ class TaskBalancer:
             loss: scalar, mean over the micro-batch of this rank.
 
         Raises:
-            BalancerError: outside a task, one micro-step too many, or a loss that is not a scalar with a graph.
+            BalancerError: outside a task, one micro-step too many, a loss that is not a scalar with a graph, an earlier
+                backward of the task failed, or ranks do not run the same backward.
         """
         if self._running is None:
             raise BalancerError("balancer.backward() outside a task; use it inside `with balancer.task(name):`")
-        scaled = self._running.scaled(loss)
+        scaled, last = self._running.scaled(loss), self._running.next_is_last
         self._combiner.before_backward()
-        self._adapter.set_reduces(self._combiner.reduces(self._running.next_is_last))
-        with self._guard.allowed():
+        with self._running.micro_step(scaled, self._combiner.communicates(last)), self._guard.allowed():
+            self._adapter.set_reduces(self._combiner.reduces(last))
             self._adapter.backward(scaled)
-        self._running.count()
 
     def step(self, require_all: bool = True) -> StepReport:
         """Add the tasks' scaled gradients and take the engine's optimizer step. Collective.
 
         Heads of tasks that did not run, or were left out because they were not finite, do not move at all: no momentum,
-        no weight decay. When every task is left out the optimizer does not step.
+        no weight decay. When every task is left out the optimizer does not step. After an error in the step itself, as
+        of the weighting, all tasks must run again.
 
         Args:
             require_all: refuse a step in which a task never ran; False allows a partial step.
 
         Raises:
-            BalancerError: inside a task, or tasks are missing.
+            BalancerError: inside a task, tasks are missing, or ranks do not all take this step.
             NonFinite: a task was not finite and `nonfinite` is "stop"; every rank raises it.
         """
         if self._running is not None:
             raise BalancerError(f"balancer.step() inside task '{self._running.name}'; leave its block first")
-        self._heads.check_trainable()
-        names = self.groups.tasks
+        own = ", ".join(self._combiner.tasks) if self.parallel == "data" else "its tasks"
+        self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
         ran = self._combiner.agree(self._ran)
-        missing = [task for task in names if task not in ran]
-        if missing and (require_all or len(missing) == len(names)):
-            raise BalancerError(
-                f"balancer.step() before task(s) {', '.join(missing)} ran (ran: {', '.join(ran) or 'none'}); run every "
-                "task, or ask for a partial step of at least one task with require_all=False"
-            )
-        if self._agreement and self.parallel == "data":
-            self._agreement.check(_STEP, -len(missing) - 1)
+        missing = [task for task in self.groups.tasks if task not in ran]
+        refuse_missing(missing, ran, require_all)
         try:
-            with torch.no_grad():
-                result = self._combiner.finish()
-        except BaseException as error:
-            self._drop(error)
+            with self._stepping(inside=False):
+                self._heads.check_trainable()
+                with torch.no_grad():
+                    result = self._combiner.finish()
+                if self._traces:
+                    self._traces.partition()
+                if result.skipped and self.nonfinite == "stop":
+                    raise NonFinite(result.skipped)
+                self._agree("the optimizer step")
+            with self._stepping(inside=True):
+                return self._take_step(result, missing)
+        finally:
             self._clear()
-            raise
-        if self._traces:
-            self._traces.partition()
-        if result.skipped and self.nonfinite == "stop":
-            self._clear()
-            raise NonFinite(result.skipped)
-        for task in result.skipped:
-            self.skipped_steps[task] += 1
-        applied = result.usable and (self.nonfinite == "skip_task" or not result.skipped)
-        if applied:
-            self._engine_step(result.overflow, left_out={*missing, *result.skipped})
-        overflow = result.overflow or self._adapter.overflow
-        watched = self._watches(self._steps)
-        self._steps += 1
-        self._clear()
-        return result.report(overflow, applied and not overflow, watched)
 
     def abandon(self) -> None:
         """Forget the tasks of this step that have run; no weight changes, and every task can run again.
@@ -303,7 +285,8 @@ class TaskBalancer:
         """
         if self._running is not None:
             raise BalancerError(f"balancer.abandon() inside task '{self._running.name}'; leave its block first")
-        self._combiner.drop()
+        self._combiner.reset()
+        self._restore_weighting()
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +307,11 @@ class TaskBalancer:
         self._combiner.load_state_dict(state["combiner"])
 
     def detach(self) -> None:
-        """Give the engine its own `backward` and `step` back; the balancer can no longer be used."""
+        """Give the engine its own `backward` and `step` back; the balancer can no longer be used.
+
+        Other ranks that wait for this one in a task or a step raise a `BalancerError` that names it.
+        """
+        self._leave()
         if self._traces:
             self._traces.partition()
         self._combiner.close()
@@ -339,36 +326,55 @@ class TaskBalancer:
     def _trace(self, key: Hashable, keep: bool = False) -> contextlib.AbstractContextManager[None]:
         return self._traces.use(key, keep) if self._traces else contextlib.nullcontext()
 
+    def _leave_task(self) -> None:
+        self._running = None
+        self._heads.end(keep=False)
+
+    @contextlib.contextmanager
+    def _stepping(self, inside: bool) -> Iterator[None]:
+        tell = partial(tell_failure, agreement=self._agreement, place="balancer.step()", inside=inside)
+        with undone_after_error(tell, self._combiner.reset, self._restore_weighting), self._watched():
+            yield
+
+    def _restore_weighting(self) -> None:
+        self.weighting.load_state_dict(self._weighting_before)
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        return watched_waits(self._agreement.wait) if self._agreement else contextlib.nullcontext()
+
+    def _agree(self, doing: str) -> None:
+        if self._agreement:
+            self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
+
     def _grouped_between_steps(self, method: str) -> GroupedCombiner:
         if not isinstance(self._combiner, GroupedCombiner):
             raise BalancerError(f"{method}() is for parallel='tasks'; here every rank runs every task")
         if self._running is not None or self._combiner.tasks:
             raise BalancerError(f"{method}() in the middle of a step; call it after balancer.step()")
+        self._agree(f"balancer.{method}()")
         return self._combiner
 
     def _enter(self, name: str, micro_steps: int) -> RunningTask:
-        if self._running is not None:
-            raise BalancerError(f"task '{name}' begins inside task '{self._running.name}'; tasks run one after another")
-        if name not in self.groups.tasks:
-            raise BalancerError(f"unknown task '{name}'; {did_you_mean(str(name), self.groups.tasks)}")
-        if name not in self.tasks:
-            raise BalancerError(
-                f"task '{name}' runs on rank(s) {list(self.groups.ranks[name])}, this is rank {rank()}; loop over "
-                "balancer.tasks, which are those of this rank"
-            )
-        if name in self._combiner.tasks:
-            raise BalancerError(
-                f"task '{name}' runs a second time in this step; call balancer.step() first, or give it more "
-                "micro_steps"
-            )
-        running = RunningTask(name, micro_steps, self.engine.device)
-        if self._agreement and self.parallel == "data":
-            self._agreement.check(name, micro_steps)
+        refuse_task(name, self.groups, self._combiner.tasks, self._running)
+        asked = self._agreement if self.parallel == "data" else None
+        running = RunningTask(name, micro_steps, self.engine.device, asked, self._adapter.stage == 3)
+        running.begin(first=not self._ran)
         self._combiner.begin(name)
         self._heads.begin(name)
         self._running = running
         self._adapter.set_reduces(self._combiner.reduces(running.next_is_last))
         return running
+
+    def _take_step(self, result: Combined, missing: Sequence[str]) -> StepReport:
+        for task in result.skipped:
+            self.skipped_steps[task] += 1
+        applied = result.usable and (self.nonfinite == "skip_task" or not result.skipped)
+        if applied:
+            self._engine_step(result.overflow, left_out={*missing, *result.skipped})
+        overflow = result.overflow or self._adapter.overflow
+        watched = self._watches(self._steps)
+        self._steps += 1
+        return result.report(overflow, applied and not overflow, watched)
 
     def _engine_step(self, overflow: bool, left_out: set[str]) -> None:
         self._combiner.hand_over(overflow)
@@ -382,13 +388,6 @@ class TaskBalancer:
         with torch.no_grad(), self._guard.allowed(), self._adapter.unmoved(self._heads.unused(flags)):
             self._adapter.step()
 
-    def _drop(self, error: BaseException) -> None:
-        """Drop the current gradient after an error, which stays the one that the user sees."""
-        try:
-            self._combiner.drop()
-        except Exception as cleanup:
-            error.add_note(f"dropping the gradient failed as well: {cleanup!r}")
-
     def _watches(self, step: int) -> bool:
         return self._cosines_every > 0 and step % self._cosines_every == 0
 
@@ -396,4 +395,6 @@ class TaskBalancer:
         self._combiner.clear()
         self._combiner.watch = self._watches(self._steps)
         self._heads.clear()
-        self._ran, self._running = {}, None
+        self._weighting_before = self.weighting.state_dict()
+        self._running = None
+        self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

@@ -139,6 +139,8 @@ def check_options(
     Raises:
         ConfigError: names the option, its value and what is allowed.
     """
+    if nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if parallel not in PARALLEL:
         raise ConfigError(f"parallel = {parallel!r}; {did_you_mean(str(parallel), PARALLEL)}")
     if nonfinite not in NONFINITE:

@@ -43,7 +43,7 @@ class BackgroundSaver:
     """
 
     def __init__(self) -> None:
-        self.group: Any = cpu_group(apart=True)
+        self.group: Any = cpu_group(apart="saver")
         pinned = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(

@@ -6,8 +6,8 @@ the record, and every parameter is then fetched when it is needed. Coordinators 
 parameters in flight and hold nothing after a backward, so each task can have its own.
 
 A coordinator releases weights after their last use in its trace, though the next task needs the same backbone, which no
-optimizer step has moved. It does not release a parameter while any name is in the parameter's `ds_active_sub_modules`,
-which is how weights are kept until `partition`. So a step gathers the weights once, not once per micro-step.
+optimizer step has moved. The coordinators here can keep weights until `partition`, so that a step gathers them once,
+not once per micro-step. Weights that `GatheredParameters` partitions in between are gathered again when needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,27 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from allinone_ds.zero.releases import RELEASES_LEFTOVERS
 
-_KEPT = "kept until the step"
+
+class _Coordinator(PartitionedParameterCoordinator):
+    """A coordinator that can keep weights gathered.
+
+    Attributes:
+        keeps: whether it does.
+    """
+
+    keeps = False
+
+    def _PartitionedParameterCoordinator__release_param(self, param: Any, *options: Any) -> None:
+        if not self.keeps:
+            super()._PartitionedParameterCoordinator__release_param(param, *options)
+
+    def release_and_reset_all(self, module: Any) -> None:
+        """Release all weights, also where it keeps them: a checkpoint is saved in the middle of a step."""
+        keeps, self.keeps = self.keeps, False
+        try:
+            super().release_and_reset_all(module)
+        finally:
+            self.keeps = keeps
 
 
 class ParameterTraces:
@@ -34,7 +54,7 @@ class ParameterTraces:
 
     def __init__(self, engine: Any):
         self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
-        self._of: dict[Hashable, PartitionedParameterCoordinator] = {}
+        self._of: dict[Hashable, _Coordinator] = {}
         self._params: list[Any] = [] if self._offload is None else list(self._offload.module.parameters())
 
     @property
@@ -60,11 +80,9 @@ class ParameterTraces:
         if self._offload is None:
             yield
             return
-        kept = self._params if keep and self.keeps else []
-        for param in kept:
-            param.ds_active_sub_modules.add(_KEPT)
         before = self._offload.param_coordinator
         mine = self._of.pop(key, None) or self._new()
+        mine.keeps = keep and self.keeps
         self._offload.param_coordinator = mine
         try:
             yield
@@ -72,23 +90,21 @@ class ParameterTraces:
         except BaseException:  # after an error the trace is recorded again
             if RELEASES_LEFTOVERS:
                 mine.release_backward_leftovers()
+            for param in self._params:
+                param.ds_active_sub_modules.clear()  # of modules whose forward or backward did not end
             raise
         finally:
             self._offload.param_coordinator = before
-            for param in kept:
-                param.ds_active_sub_modules.discard(_KEPT)
 
     def partition(self) -> None:
         """Partition all gathered parameters, before an optimizer step that would not update a gathered copy."""
         gathered = [p for p in self._params if p.ds_status == ZeroParamStatus.AVAILABLE and not p.ds_persist]
-        for param in gathered:
-            param.ds_active_sub_modules.clear()  # a pass that raised leaves its modules there
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
 
-    def _new(self) -> PartitionedParameterCoordinator:
+    def _new(self) -> _Coordinator:
         like = self._offload
-        return PartitionedParameterCoordinator(
+        return _Coordinator(
             prefetch_bucket_sz=like._prefetch_bucket_sz,
             max_reuse_distance_in_numel=like._max_reuse_distance_in_numel,
             max_available_parameters_in_numel=like._max_available_parameters_in_numel,

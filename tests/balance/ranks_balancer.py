@@ -14,6 +14,7 @@ from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
+    ranks_error_paths,
     ranks_gradients,
     ranks_habits,
     ranks_local_norms,
@@ -234,7 +235,7 @@ def all_checks(world: int) -> dict:
         checks["local_weights"] = partial(
             ranks_local_norms.check_weights_follow_the_reported_factors, ("zero1 fp32", "zero3 fp32")
         )
-    return checks
+    return checks | ranks_error_paths.all_paths(world)
 
 
 def _all_in(names: dict) -> dict:

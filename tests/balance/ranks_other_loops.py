@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -256,3 +257,114 @@ def check_the_backbone_may_be_given_as_a_module() -> None:
     engine = make_engine()
     raises(ValueError, "do not belong", lambda: TaskBalancer(engine, toy.TASKS, nn.Linear(2, 2), TBGC()))
     engine.destroy()
+
+
+def _hooked_run(norm: str, before: bool, hook=None) -> list[dict[str, float]]:
+    """Return the norms of three steps with `hook` on all parameters, registered before or after the balancer.
+
+    A second hook is registered for the second step alone.
+    """
+    engine = make_engine("zero2 fp32", lr=0.0)
+    params = [p for p in engine.module.parameters() if p.requires_grad]
+    if hook and before:
+        _ = [param.register_hook(hook) for param in params]
+    balancer = make_balancer(engine, Sum(), norm=norm)
+    if hook and not before:
+        _ = [param.register_hook(hook) for param in params]
+    found = []
+    for step in range(3):
+        further = engine.module.backbone.stem.weight.register_hook(lambda g: 3 * g) if hook and step == 1 else None
+        report = run_step(balancer)
+        if further is not None:
+            further.remove()
+        found.append({**{t: float(n) for t, n in report.norms.items()},
+                      **{f"{t} whole": float(n) for t, n in report.whole_norms.items()}})  # fmt: skip
+    finish(balancer)
+    return found
+
+
+def check_norms_count_what_hooks_of_the_user_do() -> None:
+    """Also those that were registered after the balancer, or between two steps."""
+    for hook in (lambda g: 5 * g, lambda g: g.clamp(-1e-3, 1e-3)):
+        wanted = _hooked_run("exact", True, hook)
+        plain = _hooked_run("exact", True)
+        assert abs(wanted[0]["seg"] / plain[0]["seg"] - 1) > 0.1, "the hook matters"
+        assert abs(wanted[1]["seg"] / wanted[0]["seg"] - 1) > 1e-3, "and so does the one of the second step"
+        for norm in ("exact", "sketch", "delayed"):
+            for before in (True, False):
+                for step, (one, other) in enumerate(zip(wanted, _hooked_run(norm, before, hook), strict=True)):
+                    for key in one:
+                        assert abs(one[key] / other[key] - 1) < 1e-3, (norm, before, step, key, one, other)
+
+
+def check_hooks_of_modules_count() -> None:
+    """A full backward hook changes what flows into earlier layers, in every norm."""
+    results = []
+    for norm in ("exact", "delayed"):
+        engine = make_engine("zero2 fp32", lr=0.0)
+        balancer = make_balancer(engine, Sum(), norm=norm)
+        layer = engine.module.backbone.blocks[1]
+        layer.register_full_backward_hook(lambda module, ingoing, outgoing: tuple(4 * g for g in ingoing))
+        run_step(balancer)
+        results.append({t: float(n) for t, n in run_step(balancer).norms.items()})
+        finish(balancer)
+    assert all(abs(results[0][task] / results[1][task] - 1) < 1e-3 for task in toy.TASKS), results
+
+
+def check_post_accumulate_hooks_are_refused_where_tasks_share_a_gradient() -> None:
+    engine = make_engine("zero2 fp32")
+    balancer = make_balancer(engine, norm="delayed")
+    run_step(balancer)
+    handle = engine.module.backbone.stem.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+    raises(BalancerError, "'backbone.stem.weight' has a hook", lambda: run_task(balancer, "det"))
+    handle.remove()
+    assert run_step(balancer).applied
+    balancer.detach()
+    engine.module.backbone.stem.weight.register_post_accumulate_grad_hook(lambda p: None)
+    raises(BalancerError, "'backbone.stem.weight' has a hook", lambda: make_balancer(engine, norm="delayed"))
+    make_balancer(engine, norm="exact").detach()
+    engine.destroy()
+
+
+def check_parameters_can_be_gathered_inside_a_task() -> None:
+    """To read them and to change them, as with plain DeepSpeed; a later gather in the same step sees the change."""
+    case = "zero3 fp32"
+    for place in ("before the forward", "between forward and backward", "after the backward", "after an error"):
+        for modifier in (None, 0):
+            norms = []
+            for inside in (False, True):
+                engine = make_engine(case, lr=0.0)
+                balancer = make_balancer(engine, Sum())
+                stem = engine.module.backbone.stem.weight
+
+                def gather(engine=engine, stem=stem, modifier=modifier):
+                    params = [stem, *engine.module.heads["seg"].parameters()]
+                    with deepspeed.zero.GatheredParameters(params, modifier_rank=modifier):
+                        assert tuple(stem.shape) == (13, 9)
+                        if modifier is not None and dist.get_rank() == modifier:
+                            stem.data.mul_(1.5)
+
+                run_task(balancer, "det")
+                if place == "after an error":
+                    handle = engine.module.backbone.blocks[0].register_forward_hook(lambda *_: 1 / 0)
+                    raises(ZeroDivisionError, "", lambda balancer=balancer: run_task(balancer, "cls"))
+                    handle.remove()
+                    gather()
+                if not inside and place == "before the forward":
+                    gather()
+                x = toy.inputs("seg", 0, 0, dist.get_rank()).float()
+                with balancer.task("seg"):
+                    if inside and place == "before the forward":
+                        gather()
+                    loss = engine("seg", x, True)
+                    if inside and place == "between forward and backward" and modifier is None:
+                        gather()
+                    balancer.backward(loss)
+                    if inside and place == "after the backward":
+                        gather()
+                if not inside and place == "after the backward":
+                    gather()
+                run_task(balancer, "cls")
+                norms.append({task: float(norm) for task, norm in balancer.step().norms.items()})
+                finish(balancer)
+            assert all(abs(norms[0][t] / norms[1][t] - 1) < 1e-6 for t in toy.TASKS), (place, modifier, norms)

@@ -114,9 +114,17 @@ class Combiner(ABC):
         """Return whether the engine reduces gradients in a micro-step that is, or is not, the last of its task."""
         return last
 
+    def communicates(self, last: bool) -> bool:
+        """Return whether a backward that is, or is not, the last of its task is a collective operation."""
+        return self.reduces(last) or self.adapter.stage >= 2
+
     def drop(self) -> None:
         """Forget the gradient of the current task."""
         self.adapter.discard()
+
+    def reset(self) -> None:
+        """Forget every gradient of the step, wherever it was given up."""
+        self.drop()
 
     def agree(self, micro_steps: Mapping[str, int]) -> tuple[str, ...]:
         """Return the tasks that ran in this step, on any rank.
@@ -236,9 +244,12 @@ class Combiner(ABC):
 
         They are those of rank 0, since a method may draw at random or iterate.
         """
-        factors = self.weighting.factors(record).to(self.adapter.compute_device, torch.float32)
-        if self.world > 1:
-            dist.broadcast(factors, 0)
+        factors = torch.full((len(record.tasks),), torch.nan, device=self.adapter.compute_device)
+        try:
+            factors.copy_(self.weighting.factors(record))
+        finally:  # a rank whose weighting raises does not leave the others waiting
+            if self.world > 1:
+                dist.broadcast(factors, 0)
         return self._finite(dict(zip(record.tasks, factors, strict=True)))
 
     def _finite(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from allinone_ds.balance.combiners.exact import exact_combiner
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
+from allinone_ds.errors import BalancerError
 from allinone_ds.zero.engines.base import EngineAdapter
 
 
@@ -34,11 +35,13 @@ class DelayedCombiner(LocalCombiner):
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
         super().__init__(adapter, weighting, size, order)
         self._next: dict[str, Tensor] = {}  # factors for the next step; empty: it must be exact
+        self._before: dict[str, Tensor] = {}  # factors that this step was planned with
         self._exact: Combiner | None = exact_combiner(adapter, weighting, order)
         self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
         self._losses: dict[str, Tensor] = {}
         self._task: str | None = None
         self._hooks = [p.register_hook(partial(self._scale, i)) for i, p in enumerate(self.local.params)]
+        self._refuse_post_accumulate_hooks()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -59,11 +62,36 @@ class DelayedCombiner(LocalCombiner):
         self._sketches[task] = torch.zeros(2, self.sketcher.size, device=self.sketcher.device)
 
     def before_backward(self) -> None:
+        self._refuse_post_accumulate_hooks()
         if self._exact:
             self._exact.before_backward()
+            return
+        for index, (param, hook) in enumerate(zip(self.local.params, self._hooks, strict=True)):
+            if next(reversed(param._backward_hooks or {}), None) != hook.id:
+                hook.remove()  # the user has registered a hook since, which would change what has been measured
+                self._hooks[index] = param.register_hook(partial(self._scale, index))
+
+    def _refuse_post_accumulate_hooks(self) -> None:
+        """Raise if a parameter has a hook that would get the sum of the scaled tasks in place of its own gradient."""
+        for index, param in enumerate(self.local.params):
+            if self.local.has_post_accumulate_hook(index):
+                names = {id(p): name for name, p in self.adapter.engine.module.named_parameters()}
+                raise BalancerError(
+                    f"parameter '{names[id(param)]}' has a hook of register_post_accumulate_grad_hook; with "
+                    "norm='delayed' it would get the scaled sum of all tasks so far: use register_hook, or norm='exact'"
+                )
 
     def reduces(self, last: bool) -> bool:
         return self._exact.reduces(last) if self._exact else False
+
+    def communicates(self, last: bool) -> bool:
+        return self._exact.communicates(last) if self._exact else super().communicates(last)
+
+    def reset(self) -> None:
+        self._task, self._next = None, dict(self._before)
+        super().reset()
+        if self._exact:
+            self._exact.reset()
 
     def _scale(self, index: int, gradient: Tensor) -> Tensor | None:
         """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
@@ -134,7 +162,7 @@ class DelayedCombiner(LocalCombiner):
     def _choose(self) -> None:
         """Decide whether the next step uses the factors that are known, or is exact."""
         self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting, self.order)
-        self.factors = dict(self._next)
+        self.factors, self._before = dict(self._next), dict(self._next)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "next": dict(self._next)}

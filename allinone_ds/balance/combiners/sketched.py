@@ -58,6 +58,12 @@ class LocalCombiner(Combiner):
     def reduces(self, last: bool) -> bool:
         return False
 
+    def communicates(self, last: bool) -> bool:
+        return self.adapter.stage == 3  # which gathers weights
+
+    def reset(self) -> None:
+        self.local.discard()
+
     def _kept_bytes(self, backbones: int) -> int:
         """Return the bytes of one whole gradient, and of further ones of the backbone."""
         shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
@@ -94,12 +100,9 @@ class LocalCombiner(Combiner):
             self.adapter.clear_gradient()
         else:
             self.local.discard()
-        return self._combined(self._flats, skipped, overflow, usable, self.norm_error)
-
-    def clear(self) -> None:
-        super().clear()
-        self._steps += 1
+        self._steps += 1  # not in `clear`, which a single rank may call in `abandon`: all ranks draw the same signs
         self.sketcher.renew(self._steps)
+        return self._combined(self._flats, skipped, overflow, usable, self.norm_error)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self._steps}

@@ -38,7 +38,7 @@ class GroupedCombiner(LocalCombiner):
         norm: "exact" or "sketch".
         size: length k of a sketch; None chooses by the number of parameters.
         groups: which ranks run which task.
-        agreement: between all ranks; its names are `groups.tasks`.
+        agreement: between all ranks.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class GroupedCombiner(LocalCombiner):
             skipped = tuple(task for task in self._ran if task not in factors)
             used = list(factors)
             self.factors.update(factors)
+        self.agreement.check("the sum of the tasks")  # a weighting may have raised on one rank
         self.local.begin()  # a rank whose tasks did not run has not begun
         self._set_local_gradients(used)
         return self._reduced(skipped, overflow, usable=bool(used))

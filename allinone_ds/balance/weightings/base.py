@@ -78,7 +78,10 @@ class Weighting(ABC):
         """Raise a ValueError unless the weighting can serve these tasks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most."""
+        """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most.
+
+        A step that is given up restores it, so `factors` must not change these values in place.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most weightings have no state

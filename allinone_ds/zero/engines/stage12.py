@@ -100,6 +100,13 @@ class Stage12Adapter(EngineAdapter):
         self.optimizer.params_already_reduced = [False] * len(self.optimizer.params_already_reduced)
         self.optimizer._release_ipg_buffers()
 
+    def step(self) -> None:
+        groups = self.optimizer.optimizer.param_groups
+        try:
+            super().step()
+        finally:  # DeepSpeed steps on one group after another, and an optimizer that raises would keep only that one
+            self.optimizer.optimizer.param_groups = groups
+
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.single_partition_of_fp32_groups)
 

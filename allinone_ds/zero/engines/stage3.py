@@ -74,7 +74,10 @@ class Stage3Adapter(EngineAdapter):
 
     def discard(self) -> None:
         self.clear_gradient()
-        self._remove_gradients()
+        self.synchronize()
+        for group in self.optimizer.fp16_groups:
+            for param in group:
+                param.grad = None  # `optimizer.zero_grad` asks a gradient on the CPU for its stream, which raises
         for bucket in self.optimizer.ipg_buckets.values():
             bucket.clear_params()
 
