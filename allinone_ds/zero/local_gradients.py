@@ -62,9 +62,11 @@ class LocalGradients:
             self._open.enter_context(self.adapter.engine.coalesce_grad_reduction())
 
     def has_post_accumulate_hook(self, index: int) -> bool:
-        """Return whether `params[index]` has a hook that runs after accumulation and is not one of DeepSpeed's."""
+        """Return whether the user has registered a hook of `params[index]` that runs after accumulation."""
         hooks = getattr(self.params[index], "_post_accumulate_grad_hooks", None) or {}
-        return any(not getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks.values())
+        return any(
+            not getattr(hook, "__module__", "").startswith(("deepspeed.", "allinone_ds.")) for hook in hooks.values()
+        )
 
     def get(self, index: int) -> Tensor | None:
         """Return this rank's gradient of `params[index]`, of the parameter's whole shape; None when there is none."""

@@ -36,6 +36,14 @@ class _Coordinator(PartitionedParameterCoordinator):
         if not self.keeps:
             super()._PartitionedParameterCoordinator__release_param(param, *options)
 
+    def release_and_reset_all(self, module: Any) -> None:
+        """Release all weights, also where it keeps them: a checkpoint is saved in the middle of a step."""
+        keeps, self.keeps = self.keeps, False
+        try:
+            super().release_and_reset_all(module)
+        finally:
+            self.keeps = keeps
+
 
 class ParameterTraces:
     """The traces of one engine. Does nothing on engines that do not partition parameters.
