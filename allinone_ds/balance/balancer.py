@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from allinone_ds.balance.agreement import Agreement
-from allinone_ds.balance.assignment import TaskGroups, groups_for, task_groups, task_names
+from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.exact import require_exact
-from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
 from allinone_ds.balance.joint.running import joint_tasks
-from allinone_ds.balance.measure import measure_tasks
 from allinone_ds.balance.options import check_options, combination_error
+from allinone_ds.balance.rank_groups import RankGroups
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
 from allinone_ds.balance.self_test import self_test as run_self_test
@@ -36,7 +35,7 @@ from allinone_ds.zero.support import checked_release, refuse_unsupported
 from allinone_ds.zero.traces import ParameterTraces
 
 
-class TaskBalancer:
+class TaskBalancer(RankGroups):
     """Balances the tasks of one optimizer step on a DeepSpeed engine, ZeRO stage 0, 1, 2 or 3.
 
     The gradient of a task is the mean over its micro-steps and over all ranks that run it. Its norm on the backbone is
@@ -149,47 +148,6 @@ class TaskBalancer:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that this rank runs, in the order given: all, unless parallel is "tasks"."""
         return self.groups.of(rank())
-
-    def share(self, task: str, micro_steps: int = 1) -> list[tuple[int, int]]:
-        """Return (micro-step k, rank r) of each micro-batch of a task that this rank runs.
-
-        Where every rank runs every task they are its own: (0, r), (1, r), ... Where tasks run on different ranks, the
-        ranks of a task divide those that all R ranks would have run, so that the samples of a step are the same.
-
-        Args:
-            task: one of `tasks`.
-            micro_steps: of one rank, if every rank ran every task.
-        """
-        return self.groups.share(task, micro_steps, rank())
-
-    def regroup(self, groups: Mapping[str, int | Sequence[int]] | TaskGroups) -> None:
-        """Change which ranks run which task, between steps. Collective.
-
-        Args:
-            groups: as in the constructor.
-
-        Raises:
-            ValueError, BalancerError: invalid groups; in the middle of a step, or parallel is not "tasks".
-        """
-        combiner = self._grouped_between_steps("regroup")
-        new_groups = task_groups(groups, self.groups.tasks, self.groups.world)
-        combiner.regroup(new_groups)
-        self.groups = new_groups
-
-    def measure(self, loss_of: Callable[[str], Tensor], repeats: int = 3) -> dict[str, float]:
-        """Return the seconds of one micro-batch of every task, for `plan_groups`. Collective, between steps.
-
-        No weight changes. Every rank runs every task, also those of other ranks, so give it data of all tasks.
-
-        Args:
-            loss_of: task -> loss of one micro-batch, from a forward of the engine.
-            repeats: micro-batches per task after one to warm up.
-
-        Returns:
-            Task -> seconds of forward and backward: median of the repeats, mean over ranks; the same on all ranks.
-        """
-        self._grouped_between_steps("measure")
-        return measure_tasks(self.groups.tasks, self._combiner, self._guard, loss_of, repeats)
 
     @property
     def extra_bytes(self) -> int:
@@ -362,14 +320,6 @@ class TaskBalancer:
     def _agree(self, doing: str) -> None:
         if self._agreement:
             self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
-
-    def _grouped_between_steps(self, method: str) -> GroupedCombiner:
-        if not isinstance(self._combiner, GroupedCombiner):
-            raise BalancerError(f"{method}() is for parallel='tasks'; here every rank runs every task")
-        if self._running is not None or self._combiner.tasks:
-            raise BalancerError(f"{method}() in the middle of a step; call it after balancer.step()")
-        self._agree(f"balancer.{method}()")
-        return self._combiner
 
     @contextlib.contextmanager
     def _block(self, running: RunningTask) -> Iterator[None]:
