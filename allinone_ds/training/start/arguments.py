@@ -71,20 +71,28 @@ def _evaluation_problems(args: AllInOneArguments, evaluated: Mapping[str, Task])
     metric = args.metric_for_best_model
     if strategy == "no" or metric is None:
         return []
-    names = metric_names(evaluated)
+    names = metric_names(evaluated, args.device)
     if names is None or metric.removeprefix("eval_") in names:
         return []
     return [f"trainer.metric_for_best_model = '{metric}': no such metric; {did_you_mean(metric, names)}"]
 
 
-def metric_names(evaluated: Mapping[str, Task]) -> set[str] | None:
-    """Return the names of the score and all metrics of these tasks in logs, without "eval_"; None: a metric fails."""
+def metric_names(evaluated: Mapping[str, Task], device: torch.device) -> set[str] | None:
+    """Return the names of the score and all metrics of these tasks in logs, without "eval_". Collective.
+
+    Args:
+        evaluated: task -> task.
+        device: device that the ranks exchange metrics on.
+
+    Returns:
+        The names; None if the metric of a task cannot compute without data.
+    """
     names = {"score"}
     for name, task in evaluated.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchmetrics: compute was called before update
-                values = task.metric().compute()
+                values = task.metric().to(device).compute()
         except Exception:  # a metric of the user that cannot compute without data
             return None
         names |= {f"{name}_{key}" for key in values}
