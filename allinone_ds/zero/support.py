@@ -73,8 +73,8 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
         One line per problem, to be put behind the name of the configuration.
 
     Example:
-        >>> config_problems({"zero_optimization": {"stage": 2}, "gradient_allreduce_op": "sum"})
-        [': gradient_allreduce_op = "sum" cannot be balanced; remove the key: a task is a mean over ranks']
+        >>> config_problems({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}})
+        [': NVMe offload cannot be balanced; offload to cpu or not at all']
         >>> config_problems({"zero_optimization": {"stage": 5}})
         ['.zero_optimization.stage = 5: Input should be 0, 1, 2, 3 or 3']
     """

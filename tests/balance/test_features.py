@@ -203,3 +203,11 @@ def test_ranks(tmp_path):
     """DDP and FSDP2, with labels that only some ranks have."""
     for name, problem in run_ranks(Path(__file__).with_name("ranks_features.py"), 2, tmp_path).items():
         assert not problem, f"{name}: {problem}"
+
+
+def test_the_loop_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "joint.md").read_text()
+    code = page.split("## Without DeepSpeed")[1].split("```python")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert set(names["report"].norms) == {"seg", "depth"} and names["report"].applied

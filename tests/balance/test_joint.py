@@ -1,0 +1,25 @@
+"""Joint blocks and counted labels on engines of all ZeRO stages, against float64 on one process."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launcher import run_ranks
+
+
+@pytest.fixture(scope="module", params=[2])
+def results(request, tmp_path_factory) -> dict[str, str]:
+    return run_ranks(Path(__file__).with_name("ranks_joint.py"), request.param, tmp_path_factory.mktemp("joint"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "joint_at_the_backbone_equals_one_process", "joint_at_the_features_equals_one_process",
+        "joint_and_task_blocks_mix", "counts_in_task_blocks_are_means_over_all_labels",
+        "partial_labels_have_the_right_denominator", "a_missing_loss_on_zero3_is_an_error_of_all_ranks",
+        "misuse_of_joint_blocks",
+    ],
+)  # fmt: skip
+def test_joint(results, name):
+    assert not results[name], results[name]
