@@ -264,6 +264,7 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
 def check(args: argparse.Namespace) -> int:
     _quiet()
     from allinone_ds.data.check import check_sources
+    from allinone_ds.run_folder.checkpoints import check_resume, parse_resume
     from allinone_ds.training.launcher import default_ranks
     from allinone_ds.training.start.run_check import check_run
 
@@ -272,6 +273,11 @@ def check(args: argparse.Namespace) -> int:
         console.print(f"error: {mistake}")
     if config is None:
         return ConfigError.exit_code
+    if not parse_resume(config.trainer.get("resume_from_checkpoint")):
+        try:
+            check_resume(False, config.run_dir)
+        except ConfigError as error:  # no error of the file: the run may be the one that is being checked
+            console.print(f"warning: {error}")
     sources, classes_of = {}, {}
     sizes: dict[str, tuple[int, int]] = {}
     for name, task in config.tasks.items():

@@ -49,6 +49,12 @@ def test_a_right_run_has_no_problem_and_writes_nothing(home: Path) -> None:
     assert not (home / "none").exists()
 
 
+def test_a_folder_with_checkpoints_is_a_warning(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    assert cli.main(["check", str(home / "tiny.yaml"), f"output_dir={tmp_path}"]) == 0
+    assert f"warning: {tmp_path} already holds checkpoint-2" in capsys.readouterr().out
+
+
 def test_all_problems_are_in_one_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["tasks.seg.head=foo", "tasks.det.options.bar=1", "tasks.cls.image_size=30", "balancer.max_norn=1"]
     wrong += ["trainer.foo=1", "trainer.logging_steps=0", "trainer.optim_args=x", "trainer.report_to=foo"]

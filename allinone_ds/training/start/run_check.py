@@ -228,11 +228,11 @@ def _loss(head: Task, batch: dict[str, Any], labelled: bool) -> None:
 def _check_folders(found: list[str], config: RunConfig, model: nn.Module) -> None:
     """Check the checkpoint to resume from, or the run to start from, against the model."""
     resume_from = parse_resume(config.trainer.get("resume_from_checkpoint"))
-    before = len(found)
-    _collect(found, lambda: check_resume(resume_from, config.run_dir))
-    if len(found) > before:
-        return
     if resume_from:
+        before = len(found)
+        _collect(found, lambda: check_resume(resume_from, config.run_dir))
+        if len(found) > before:
+            return
         checkpoint = checkpoints(config.run_dir)[-1] if resume_from is True else Path(resume_from)
         _collect(found, lambda: check_resumable(checkpoint))
         _collect(found, lambda: check_model(model, checkpoint))
