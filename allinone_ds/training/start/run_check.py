@@ -79,7 +79,7 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
             tasks[name] = built
     complete = len(tasks) == len(config.tasks)
     if args is not None:
-        evaluated = {name: task for name, task in tasks.items() if config.tasks[name].test is not None}
+        evaluated = {name: task for name, task in tasks.items() if config.tasks[name].test_source is not None}
         found += argument_problems(args, evaluated if complete else None)
     model = _collect(found, lambda: AllInOneModel(backbone, tasks)) if complete else None
     if model is not None and args is not None:
