@@ -43,7 +43,7 @@ def test_programs_reach_what_the_balancer_claims():
     assert {program.options["norm"] for program in programs} == {"exact", "sketch", "delayed"}
     assert {program.options["parallel"] for program in programs} == {"data", "tasks"}
     events = {step["event"]["kind"] for program in programs for step in program.steps if step["event"]}
-    assert events == {"raise", "raise in step", "abandon", "reload", "nan", "evaluate"}
+    assert events == {"raise", "raise on one rank", "raise in step", "abandon", "reload", "nan", "evaluate"}
 
 
 def test_simpler_programs_end():

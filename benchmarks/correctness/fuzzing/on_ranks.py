@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allinone_ds.errors import BalancerError
 from benchmarks.correctness.fuzzing.model import inputs, make_model, param_groups
 from benchmarks.correctness.fuzzing.program import Program
 
@@ -178,8 +179,11 @@ class Run:
                 continue
             if event["kind"] == "evaluate" and task == event["task"]:
                 self._evaluate(index, task)
-            if event["kind"] == "raise" and task == event["task"]:
-                self._expect(lambda t=task, k=micro_steps: self._task(index, step, t, k, place=event["place"]))
+            if event["kind"] in ("raise", "raise on one rank") and task == event["task"]:
+                alone = event["kind"] == "raise on one rank"
+                place = event["place"] if not alone or self.rank == self.program.world - 1 else ""
+                kinds = (Planned,) if place else (BalancerError,)  # which names the rank that failed
+                self._expect(lambda t=task, k=micro_steps, p=place: self._task(index, step, t, k, place=p), kinds)
                 if event["again"] == "step":
                     return self._from_the_start(index, step)
             bad = event["kind"] == "nan" and task == event["task"]
@@ -256,10 +260,10 @@ class Run:
         with torch.no_grad(), self.balancer.evaluation(task):
             self.engine(task, self._inputs(index, task, 7, 0, 2), True)
 
-    def _expect(self, call: Callable[[], Any]) -> None:
+    def _expect(self, call: Callable[[], Any], kinds: tuple[type[Exception], ...] = (Planned,)) -> None:
         try:
             call()
-        except Planned:
+        except kinds:
             return
         raise AssertionError("the error that was planned did not reach the caller")
 

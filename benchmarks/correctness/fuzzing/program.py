@@ -28,7 +28,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
     *({"stage": stage, "dtype": "bf16", "accumulate": "fp32"} for stage in (1, 2, 3)),
     *({"stage": stage, "dtype": "fp16"} for stage in (0, 1, 2, 3)),
 )
-EVENTS = ("raise", "raise in step", "abandon", "reload", "nan", "evaluate")
+EVENTS = ("raise", "raise on one rank", "raise in step", "abandon", "reload", "nan", "evaluate")
 PLACES = ("before the first backward", "after the first backward", "at the end", "in a hook")
 
 
@@ -148,10 +148,14 @@ def _draw_step(rng: random.Random, program: Program) -> dict[str, Any]:
         kind = rng.choice(EVENTS)
         if kind == "nan" and not absent_tasks_are_exact:
             kind = "evaluate"
+        if kind == "raise on one rank" and (program.engine["stage"] == 3 or program.options["parallel"] == "tasks"):
+            kind = "raise"  # under ZeRO-3 the other ranks wait inside a forward, and the job has to start again
         again = "task" if program.options["parallel"] == "tasks" else rng.choice(("task", "step"))
         if program.options["norm"] == "delayed":  # an error drops all tasks of the step
             again = "step"
-        step["event"] = {"kind": kind, "task": rng.choice(tasks), "place": rng.choice(PLACES), "again": again}
+        # an error of one rank inside a backward leaves the others in its reduction, and the job has to start again
+        places = PLACES[:-1] if kind == "raise on one rank" else PLACES
+        step["event"] = {"kind": kind, "task": rng.choice(tasks), "place": rng.choice(places), "again": again}
     return step
 
 
