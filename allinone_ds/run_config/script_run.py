@@ -152,7 +152,8 @@ def _trainer(args: AllInOneArguments) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        value = getattr(args, field.name)
+        # the direction of the best metric follows from the metric, if the script does not choose it
+        value = args.chosen_direction if field.name == "greater_is_better" else getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
         if value == default or (default in (None, "", "none") and not value):
             continue

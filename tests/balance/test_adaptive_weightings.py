@@ -127,7 +127,7 @@ def test_every_named_method_weighs_a_gram_matrix(name: str) -> None:
         ({"name": "gradnorm", "alfa": 1}, "did you mean 'alpha'"),
         ({"name": "gradnorm", "alpha": -1}, "alpha = -1"),
         ({"name": "db_mtl", "beta": 1.0}, "beta = 1.0"),
-        ({"name": "cagrad"}, "'c'"),
+        ({"name": "cagrad"}, "needs the option c"),
         ({"name": "tbgc", "sketchsize": 3}, "did you mean 'sketch_size'"),
         ({"name": "tbgc", "norm": "exakt"}, "norm = 'exakt'; did you mean 'exact'"),
         ({"name": "tbgc", "norm": "delayed", "parallel": "tasks"}, "norm='delayed' with parallel='tasks'"),

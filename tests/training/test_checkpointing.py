@@ -42,10 +42,11 @@ def test_the_metrics_of_the_best_are_those_of_the_checkpoint_that_was_loaded() -
     state = SimpleNamespace(
         best_model_checkpoint="runs/x/checkpoint-2", best_global_step=3, global_step=4, log_history=history
     )
-    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True))
-    assert _last_evaluation(trainer) == {"eval_score": 0.5}  # type: ignore[arg-type]
+    details = {("eval", step): {"det": step} for step in (2, 4)}
+    trainer = SimpleNamespace(state=state, args=SimpleNamespace(load_best_model_at_end=True), details=details)
+    assert _last_evaluation(trainer) == ({"eval_score": 0.5}, {"det": 2})  # type: ignore[arg-type]
     trainer.args.load_best_model_at_end = False
-    assert _last_evaluation(trainer) == {"eval_score": 0.2}  # type: ignore[arg-type]
+    assert _last_evaluation(trainer) == ({"eval_score": 0.2}, {"det": 4})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
