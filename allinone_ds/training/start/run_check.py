@@ -178,7 +178,7 @@ def _check_task(found: list[str], config: RunConfig, name: str, task: TaskConfig
 def _check_samples(
     found: list[str], where: str, task: TaskConfig, part: str, dataset: SampleDataset, head: Task
 ) -> None:
-    """Give the first readable samples to each branch of the augmentation, and the batch to the loss of the head."""
+    """Give the first readable samples to each branch of the augmentation, and a batch to the loss of the head."""
     samples = []
     for index in range(min(len(dataset), 20)):
         try:
@@ -201,17 +201,25 @@ def _check_samples(
             drawn = [transform(sample, FurtherSamples(dataset, [], len(dataset))) for sample in samples]
             step = f"{where}.{part}, collate{branch}"
             batch = collate(drawn)
-            step = f"{where}, loss{branch}"
-            _loss(head, batch, part == "train")
         except Exception as error:  # transforms and tasks, also the user's own, may raise anything
-            text = str(error) if isinstance(error, AllInOneError) else f"{type(error).__name__}: {error}"
-            found.append(f"{step}: fails on {samples[0].get('path', 'the first sample')}: {' '.join(text.split())}")
+            found.append(f"{step}: {_failure(error, samples)}")
             break
+    else:
+        if part == "train":  # one batch, since a large head takes seconds on a CPU
+            try:
+                _loss(head, batch)
+            except Exception as error:
+                found.append(f"{where}, loss{branch}: {_failure(error, samples)}")
     torch.set_rng_state(state)
 
 
-def _loss(head: Task, batch: dict[str, Any], labelled: bool) -> None:
-    """Run the head of a task, on random feature maps, with its loss."""
+def _failure(error: Exception, samples: Sequence[Any]) -> str:
+    text = str(error) if isinstance(error, AllInOneError) else f"{type(error).__name__}: {error}"
+    return f"fails on {samples[0].get('path', 'the first sample')}: {' '.join(text.split())}"
+
+
+def _loss(head: Task, batch: dict[str, Any]) -> None:
+    """Compute the loss of a task, on random feature maps."""
     pixels = batch["pixel_values"]
     if pixels.dtype == torch.uint8:
         pixels = normalize(pixels)
@@ -220,8 +228,8 @@ def _loss(head: Task, batch: dict[str, Any], labelled: bool) -> None:
     features = tuple(torch.randn(shape) for _ in range(head.num_levels))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        outputs = head.train(labelled)(features, pixels, batch.get("labels") if labelled else None)
-    if labelled and (outputs.loss is None or outputs.loss.dim()):
+        loss = head(features, pixels, batch["labels"]).loss
+    if loss is None or loss.dim():
         raise ConfigError("forward with labels must return a scalar `loss`")
 
 
