@@ -42,6 +42,7 @@ EVENTS = {
     "begin": "training begins: `step`, `max_steps`",
     "log": "values of a training log or of an evaluation, see above",
     "warning": "a problem that does not end the run: `message`",
+    "note": "what the run found at its start, such as class frequencies and loaded weights: `message`",
     "end": "training has ended: `step`",
     "stopped": "a signal ended training after a checkpoint: `step`, `signal`",
 }

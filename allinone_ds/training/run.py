@@ -199,4 +199,5 @@ def _last_evaluation(trainer: AllInOneTrainer) -> tuple[dict[str, float], Mappin
     for entry in reversed(state.log_history):
         if entry.get("step") == step and "eval_score" in entry and details is not None:
             return {key: value for key, value in entry.items() if key.startswith("eval_")}, details
-    return trainer.evaluate(), trainer.details["eval", state.global_step]
+    metrics = trainer.evaluate()
+    return metrics, trainer.details.get(("eval", state.global_step), {})

@@ -112,6 +112,7 @@ def score_by_step(scores: dict[int, float], stop_in: int | None, rank: int) -> N
 
     def evaluate(self, *args, **kwargs):
         metrics = {"eval_score": scores[self.state.global_step]}
+        self.details = {("eval", number): {} for number in scores}  # as if no evaluation was before a resume
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

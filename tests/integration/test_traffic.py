@@ -19,6 +19,7 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, load_config
+from allinone_ds.training.start import run_check
 from tests.tiny_run import launch
 
 RUN = "configs/runs/traffic_8gpu.yaml"
@@ -66,8 +67,12 @@ def small(root: Path) -> list[str]:
     return [f"data_root={root}", *counts]
 
 
-def test_check_names_what_is_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", RUN, f"data_root={data}"]) == 1
+def test_check_names_what_is_missing(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_check, "_loss", lambda *_: None)  # takes half a minute
+        assert cli.main(["check", RUN, f"data_root={data}"]) == 1
     said = capsys.readouterr().out
     for count in (6103, 3067, 7000, 1000, 8144, 8041):
         assert f"holds 5 samples, expect.samples is {count}: {count - 5} missing" in said
@@ -96,8 +101,14 @@ def test_samples_are_what_the_folders_hold(data: Path) -> None:
     ],
 )
 def test_ids_with_a_different_start_are_reported(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: str, message: str
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ids: str,
+    message: str,
 ) -> None:
+    monkeypatch.setattr(run_check, "_loss", lambda *_: None)  # takes half a minute, and is tested above
     first, last = ids.split()
     (tmp_path / "list.txt").write_text(f"000000.jpg {first}\n000001.jpg {last}\n")
     overrides = [*small(data), f"tasks.cars.train.list={tmp_path / 'list.txt'}"]
