@@ -61,6 +61,7 @@ TRAINER_NAMES = {
 }
 EVALUATION_NAMES = {
     "eval_TASK_METRIC": "a metric of a task",
+    "eval_TASK_class/CLASS/METRIC": "a metric of one class, in tasks of up to 20 classes",
     "eval_TASK_samples": "samples of the task that were evaluated",
     "eval_TASK_broken": "samples of the task that cannot be read, if there are any",
     "eval_score": "mean of the main metrics of the tasks",
@@ -283,7 +284,8 @@ def logs_page() -> str:
             "",
             *rows("name", EVALUATION_NAMES),
             "`metrics.json` has the last evaluation, the values of the whole training, `steps`, `world_size`",
-            "(ranks) and, with `trainer.load_best_model_at_end`, `best_step`.",
+            "(ranks), `details` (tables per class, confusion matrix, worst images) and, with",
+            "`trainer.load_best_model_at_end`, `best_step`.",
             "",
             "## Events of log.jsonl",
             "",
