@@ -116,7 +116,7 @@ class VideoWriter:
 
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self._container: Any = av.open(str(target), "w")
-        self._stream = self._container.add_stream(codec, rate=rate)
+        self._stream: Any = self._container.add_stream(codec, rate=rate)
         self._stream.pix_fmt = "yuv420p"
         self._size: tuple[int, int] | None = None
 
