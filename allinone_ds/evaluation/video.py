@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class VideoWriter:
         import av
 
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self._container: Any = av.open(str(target), "w")
+        self._container = cast(Any, av.open(str(target), "w"))
         self._stream: Any = self._container.add_stream(codec, rate=rate)
         self._stream.pix_fmt = "yuv420p"
         self._size: tuple[int, int] | None = None
