@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
 from allinone_ds.balance.combiners.exact import require_exact
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
-from allinone_ds.balance.joint.running import joint_tasks
+from allinone_ds.balance.joint.running import JointTasks, joint_tasks
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
 from allinone_ds.balance.report import StepReport
@@ -329,10 +329,9 @@ class TaskBalancer(RankGroups):
         self._running = running
         self._adapter.set_reduces(self._combiner.reduces(running.next_is_last))
         restore = partial(self.weighting.load_state_dict, self.weighting.state_dict())
-        single = len(running.tasks) == 1
-        cleanups = (
-            (self._combiner.drop, restore) if single else (self._combiner.reset, self._restore_weighting, self._clear)
-        )
+        cleanups: tuple[Callable[[], Any], ...] = (self._combiner.drop, restore)
+        if isinstance(running, JointTasks):  # some of its tasks, or micro-steps, are in a sum already
+            cleanups = (self._combiner.reset, self._restore_weighting, self._clear)
         with undone_after_error(running.fail, self._leave_task, *cleanups), self._watched():
             with self._trace(running.name, keep=True):
                 yield

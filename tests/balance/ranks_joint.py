@@ -270,6 +270,38 @@ def check_counts_in_task_blocks_are_means_over_all_labels() -> None:
             finish(balancer)
 
 
+def check_an_error_in_a_joint_block_leaves_nothing_of_it() -> None:
+    """Also in a block of one task, whose first micro-step has been summed already, or whose gradient was taken."""
+    for at in ("backbone", "features"):
+        for names in (("a",), ("a", "b", "c")):
+            for micro_steps in (1, 2):
+                expected, found = (_step_with_joint_block(at, names, micro_steps, fails) for fails in (False, True))
+                off = max(float((expected[n] - value).abs().max()) for n, value in found.items())
+                assert off < 1e-7, (at, names, micro_steps, off)
+
+
+def _step_with_joint_block(at: str, names: tuple[str, ...], micro_steps: int, fails: bool) -> dict[str, Tensor]:
+    """Return the weights after a step, whose block first ends after its first backward if it `fails`."""
+    engine = make_engine(Case("zero2", 2))
+    balancer = TaskBalancer(engine, tuple(TASKS), "backbone", TBGC(max_norm=0.05))
+
+    def run(broken: bool) -> None:
+        with balancer.joint(names, micro_steps, at=at):
+            for k in range(micro_steps):
+                x, chosen = batch(0, k, dist.get_rank(), "all")
+                balancer.backward(engine(x.float(), {t: chosen[t] for t in names}, False))
+                if broken:
+                    raise ZeroDivisionError("planned")
+
+    if fails:
+        raises(ZeroDivisionError, "planned", lambda: run(True))
+    run(False)
+    assert balancer.step(require_all=False).applied
+    weights = {n: whole_master(engine, p) for n, p in engine.module.named_parameters()}
+    finish(balancer)
+    return weights
+
+
 def check_misuse_of_joint_blocks() -> None:
     engine = make_engine(Case("zero2", 2))
     balancer = TaskBalancer(engine, tuple(TASKS), "backbone", TBGC(max_norm=0.05))

@@ -18,7 +18,7 @@ def results(request, tmp_path_factory) -> dict[str, str]:
         "joint_at_the_backbone_equals_one_process", "joint_at_the_features_equals_one_process",
         "joint_and_task_blocks_mix", "counts_in_task_blocks_are_means_over_all_labels",
         "partial_labels_have_the_right_denominator", "a_missing_loss_on_zero3_is_an_error_of_all_ranks",
-        "misuse_of_joint_blocks",
+        "an_error_in_a_joint_block_leaves_nothing_of_it", "misuse_of_joint_blocks",
     ],
 )  # fmt: skip
 def test_joint(results, name):

@@ -1,1 +1,1 @@
-"""Balancing at the features that the heads read: one forward and one backward through the backbone for any T."""
+"""Tasks whose losses come from one forward: balanced at the backbone, or at the features that the heads read."""
