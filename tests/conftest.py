@@ -49,14 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data of the tiny run and its file, tiny.yaml."""
-    folder = tmp_path_factory.mktemp("training")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the data of the tiny run."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
     sizes = DemoSizes(
         detection=(24, TEST_SAMPLES["det"]),
         segmentation=(24, TEST_SAMPLES["seg"]),
         classification=(24, TEST_SAMPLES["cls"]),
     )
-    make_demo_data(folder / "data", sizes=sizes, progress=False)
+    make_demo_data(folder, sizes=sizes, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a test file's own, for its runs, with the data of the tiny run and its file, tiny.yaml."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "data").symlink_to(demo_data)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_run(folder)))
     return folder
