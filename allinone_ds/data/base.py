@@ -20,6 +20,7 @@ Always: `image`, a tv_tensors.Image uint8 (3, H, W), upright; `path`, a str; `in
 Detection: `boxes`, tv_tensors.BoundingBoxes XYXY float32 (n, 4) in pixels; `labels`, long (n,) in 0..K-1; `iscrowd`,
 bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-1 and 255 (ignore).
 Classification: `label`, an int in 0..K-1.
+Of a joint group: `targets`, {task: the keys above of its kind} for the tasks that have a label of the image.
 """
 
 IGNORE = 255
@@ -42,6 +43,8 @@ class Problem(NamedTuple):
     """What is wrong with it and what to do."""
     level: Literal["error", "warning"] = "error"
     """An error stops a run; a warning is only reported."""
+    unlabelled: bool = False
+    """Whether an image has no label, which a joint group with `partial` allows."""
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,8 @@ from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
-from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
+from allinone_ds.data.joint.batches import by_task, task_names
+from allinone_ds.data.loading.loader import Batch, StepBatch, TaskData, train_loader
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of, to_device
@@ -113,15 +114,16 @@ class AllInOneTrainer(EvaluatingTrainer):
     ) -> None:
         known_tasks = tasks_of(model)
         known = set(known_tasks)
-        wrong = sorted(known ^ set(train_dataset)) + sorted(set(eval_dataset or {}) - known)
+        train_data, test_data = by_task(train_dataset), by_task(eval_dataset or {})
+        wrong = sorted(known ^ set(train_data)) + sorted(set(test_data) - known)
         if wrong:
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
         require_launcher()
-        raise_all(argument_problems(args, {name: known_tasks[name] for name in eval_dataset or {}}))
-        counted = use_frequencies(known_tasks, {task: data.dataset for task, data in train_dataset.items()})
-        settle_direction(args, known_tasks, set(eval_dataset or {}))
+        raise_all(argument_problems(args, {name: known_tasks[name] for name in test_data}))
+        counted = use_frequencies(known_tasks, {task: data.dataset for task, data in train_data.items()})
+        settle_direction(args, known_tasks, set(test_data))
         weighting = TBGC() if weighting is None else weighting
         self._gaps: list[str] = []
         self.run_files = find_callback(callbacks, RunFiles)
@@ -166,21 +168,27 @@ class AllInOneTrainer(EvaluatingTrainer):
         ]
         self.own_micro_batches = micro_batches[args.process_index]
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
-        micro_steps = {task: data.micro_steps * args.world_size for task, data in train_dataset.items()}
-        self._label_weights = LabelWeights(known_tasks, micro_steps)
+        self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
+        self.tasks = task_names(train_dataset)
+        self._label_weights = LabelWeights(
+            known_tasks,
+            {task: data.micro_steps * args.world_size for task, data in train_data.items()},
+            {name: joint.tasks for name, joint in self.joint.items()},
+        )
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
         self._logs = TaskLogs(
             self.schedule,
-            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
+            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_data.items()},
             args.device,
             args.max_broken_images,
+            {task: name for name, joint in self.joint.items() for task in joint.tasks},
         )
         self.add_callback(StartReport(self, counted))
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._streaks = NonFiniteStreaks(self.schedule.tasks, args.nonfinite_limit)
+        self._streaks = NonFiniteStreaks(self.tasks, args.nonfinite_limit)
 
     # ---- state of the training loop ----
 
@@ -304,7 +312,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.balancer is None or self.balancer.engine is not model:
             self.balancer = TaskBalancer(
                 model,
-                self.schedule.tasks,
+                self.tasks,
                 self._shared,
                 self.weighting,
                 nonfinite=self.args.nonfinite,
@@ -316,19 +324,19 @@ class AllInOneTrainer(EvaluatingTrainer):
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
-        labels = {task: [batch["labels"] for batch in batches] for task, batches in inputs.batches.items()}
-        weights = self._label_weights.of_step(labels)
-        for task, batches in inputs.batches.items():
-            with self.balancer.task(task, micro_steps=len(batches)):
+        weights = self._label_weights.of_step(inputs.batches)
+        for name, batches in inputs.batches.items():
+            what = f"joint group '{name}'" if name in self.joint else f"task '{name}'"
+            with self._block(name, len(batches)):
                 for number, batch in enumerate(batches, 1):
-                    where = f"step {inputs.step}, task '{task}', micro-step {number} of {len(batches)}"
+                    where = f"step {inputs.step}, {what}, micro-step {number} of {len(batches)}"
                     self.mark(where)
                     try:
-                        outputs = model(task=task, **to_device(batch, self.args.device))
-                        self.balancer.backward(outputs.loss * weights[task][number - 1])
+                        self._micro_step(model, name, batch, weights, number - 1)
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)
-                        explained = out_of_memory(error, where, task, shape, self.args.process_index)
+                        keys = f"{'joint' if name in self.joint else 'tasks'}.{name}"
+                        explained = out_of_memory(error, where, keys, shape, self.args.process_index)
                         if explained is None:
                             raise
                         raise explained from error
@@ -338,7 +346,31 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
         self._logs.add(report)
-        return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
+        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
+
+    def _block(self, name: str, micro_steps: int) -> AbstractContextManager[None]:
+        assert self.balancer is not None
+        if name not in self.joint:
+            return self.balancer.task(name, micro_steps=micro_steps)
+        joint = self.joint[name]
+        # without shared weights there is nothing to balance, and no gradient comes back to the features
+        at = "backbone" if self.weighting_unused else joint.at
+        return self.balancer.joint(joint.tasks, micro_steps=micro_steps, at=at)
+
+    def _micro_step(
+        self, model: nn.Module, name: str, batch: Batch, weights: Mapping[str, Sequence[float] | None], number: int
+    ) -> None:
+        assert self.balancer is not None
+        on_device = to_device(batch, self.args.device)
+        if name not in self.joint:
+            own = weights[name] or [1.0] * (number + 1)
+            self.balancer.backward(model(task=name, **on_device).loss * own[number])
+            return
+        losses = {}
+        for task, outputs in model(task=self.joint[name].tasks, **on_device).items():
+            of_task = weights[task]
+            losses[task] = None if of_task is None else outputs.loss * of_task[number]
+        self.balancer.backward(losses)
 
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None

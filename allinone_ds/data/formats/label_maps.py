@@ -133,7 +133,7 @@ class LabelMapsDataset(SampleDataset):
         for stem in images.keys() - maps.keys():
             wanted = f"{self.maps / stem}{self.source.label_map_suffix}.png"
             reason = f"has no label map {wanted}; add the label map or remove the image"
-            self.structural.append(Problem(str(self.images / images[stem]), reason))
+            self.structural.append(Problem(str(self.images / images[stem]), reason, unlabelled=True))
         for stem in maps.keys() - images.keys():
             wanted = f"{self.images / stem}{self.source.image_suffix}.*"
             reason = f"has no image {wanted}; add the image or remove the label map"
