@@ -61,7 +61,8 @@ class TaskLogs:
         groups: Mapping[str, str] | None = None,
     ) -> None:
         self.schedule = schedule
-        self.tasks = {task: (groups or {}).get(task, task) for task in images}  # -> its name in the schedule
+        members = {name: [task for task, own in (groups or {}).items() if own == name] for name in schedule.tasks}
+        self.tasks = {task: name for name, tasks in members.items() for task in tasks or [name]}  # -> in the schedule
         self.device = device
         self.max_broken_images = max_broken_images
         self.pace = Pace(images, device)

@@ -186,7 +186,7 @@ class GroupSource(SourceConfig):
 
     def open(self, root: Path, classes: Names | None = None) -> JointDataset:  # type: ignore[override]
         given = {task: read_classes(names, root) for task, names in self.classes.items()}
-        names: dict[str, Any] = dict(classes or given)
+        names: dict[str, Any] = {**given, **(classes or {})}
         datasets: list[JointDataset] = []
         for source in self.sources:
             dataset: Any = open_source(source, root, names or None, strict=False)  # type: ignore[arg-type]
