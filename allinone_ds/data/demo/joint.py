@@ -105,7 +105,8 @@ def _write_split(folder: Path, pool: Pool, look: SceneLook, rngs: Rngs, advance:
         for i, rng in enumerate(rngs):
             scene, name = compose_scene(rng, pool, look), f"{i:06d}"
             save_picture(scene.image, folder / "images" / f"{name}.jpg")
-            for kind, values in zip(maps, (scene.label_map, depth_map(scene), *_outlines(scene)), strict=True):
+            pixels: list[NDArray[Any]] = [scene.label_map, depth_map(scene), *_outlines(scene)]
+            for kind, values in zip(maps, pixels, strict=True):
                 Image.fromarray(values).save(folder / kind / f"{name}.png", compress_level=1)
             images.append({"id": i, "file_name": f"{name}.jpg", "width": look.size, "height": look.size})
             objects += [
