@@ -21,8 +21,8 @@ class MetricGain:
     """One metric of one task: the baseline, and the value and gain of each run.
 
     Example:
-        >>> MetricGain("depth", "rmse", greater_is_better=False, baseline=0.5, values=[0.4]).gains
-        [20.0]
+        >>> MetricGain("depth", "rmse", greater_is_better=False, baseline=0.5, values=[0.25]).gains
+        [50.0]
     """
 
     task: str

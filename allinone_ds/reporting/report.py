@@ -11,11 +11,11 @@ import yaml
 
 from allinone_ds.evaluation.metrics import labelled_metrics
 from allinone_ds.reporting.class_tables import class_sections
-from allinone_ds.reporting.html_page import document, figure, image, table
+from allinone_ds.reporting.html.page import document, figure, image, table
+from allinone_ds.reporting.html.transfer import transfer_section
 from allinone_ds.reporting.plots import Lines, describe, evaluation_lines, series, svg
 from allinone_ds.reporting.run_history import Run, read_run
 from allinone_ds.reporting.text import clock
-from allinone_ds.reporting.transfer_section import transfer_section
 from allinone_ds.run_folder.names import PAGE_FILE, REPORT_FILE
 from allinone_ds.strict import dotted_values
 

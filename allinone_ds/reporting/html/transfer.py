@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from allinone_ds.evaluation.transfer import Transfer, read_transfer
-from allinone_ds.reporting.html_page import table
+from allinone_ds.reporting.html.page import table
 from allinone_ds.reporting.run_history import Run
 from allinone_ds.reporting.tables import percent
 
