@@ -42,7 +42,12 @@ _CLEAR = 0.08  # distance from the largest to the next factor of a tint from whi
 
 
 class JointSizes(Strict):
-    """Number of images of the joint demo, and their look."""
+    """Number of images of the joint demo, and their look.
+
+    Example:
+        >>> JointSizes(train=100).look.objects
+        (1, 3)
+    """
 
     train: PositiveInt = 2400
     """Images to train on."""
