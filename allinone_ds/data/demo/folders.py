@@ -31,7 +31,12 @@ TASKS = ("detection", "segmentation", "classification")
 
 
 class DemoSizes(Strict):
-    """Number of images (train, test) per task, and the look of its scenes."""
+    """Number of images (train, test) per task, and the look of its scenes.
+
+    Example:
+        >>> DemoSizes(detection=(100, 10)).detection_look.size
+        48
+    """
 
     detection: tuple[int, int] = (2400, 300)
     segmentation: tuple[int, int] = (2400, 300)
@@ -49,7 +54,12 @@ FULL_SIZES = DemoSizes(detection=(6000, 400), segmentation=(6000, 400), classifi
 
 @dataclass(frozen=True)
 class DemoData:
-    """The folder of the demo data, and its sources."""
+    """The folder of the demo data, and its sources.
+
+    Example:
+        >>> DemoData(Path("data")).sources("detection", "test")["annotations"]
+        'detection/test.json'
+    """
 
     root: Path
     classes: tuple[str, ...] = CLASSES

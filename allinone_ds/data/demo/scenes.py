@@ -44,7 +44,12 @@ Advance = Callable[[], None]
 
 
 class SceneLook(Strict):
-    """Size and content of the scenes of one task."""
+    """Size and content of the scenes of one task.
+
+    Example:
+        >>> SceneLook(objects=(1, 1)).size
+        48
+    """
 
     size: int = Field(default=48, ge=16)
     """Side of the square image in pixels."""
@@ -60,7 +65,13 @@ class SceneLook(Strict):
 
 @dataclass(frozen=True)
 class Scene:
-    """A composed image with its labels; products that are completely hidden are left out."""
+    """A composed image with its labels; products that are completely hidden are left out.
+
+    Example:
+        >>> scene = compose_scene(np.random.default_rng(0), load_pool("train"), SceneLook(objects=(1, 1)))
+        >>> scene.image.shape, len(scene.boxes), int(scene.instances.max())
+        ((48, 48, 3), 1, 1)
+    """
 
     image: Pixels  # (H, W, 3)
     label_map: Pixels  # (H, W): 0 background, class + 1 inside products, 255 where product and background are blended
@@ -73,7 +84,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Pool:
-    """The product tiles and background photos of one split."""
+    """The product tiles and background photos of one split.
+
+    Example:
+        >>> load_pool("test").tiles.shape[1:]
+        (28, 28)
+    """
 
     tiles: Pixels  # (n, 28, 28)
     alphas: Pixels  # (n, 28, 28): 255 inside the product, holes filled
