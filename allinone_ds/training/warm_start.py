@@ -43,7 +43,7 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     state, source = read_weights(folder)
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if not any(is_adapter(name) for name in state):
-        state = {name: state[plain] for name in tensors if (plain := name_without_lora(name)) in state}
+        state |= {name: state.pop(plain) for name in tensors if (plain := name_without_lora(name)) in state}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
     fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
     kept = set(model.state_dict())
