@@ -13,7 +13,9 @@ from allinone_ds.tasks.base import Task
 _NAMED = 4  # classes that a message lists
 
 
-def use_frequencies(tasks: Mapping[str, Task], data: Mapping[str, SampleDataset]) -> list[str]:
+def use_frequencies(
+    tasks: Mapping[str, Task], data: Mapping[str, SampleDataset], stored: dict[str, list[float]] | None = None
+) -> list[str]:
     """Count the classes of the training data for the tasks that need them, and hand the frequencies over.
 
     Every rank reads the same samples, evenly spread over the data, and gets the same result.
@@ -21,16 +23,23 @@ def use_frequencies(tasks: Mapping[str, Task], data: Mapping[str, SampleDataset]
     Args:
         tasks: tasks by name.
         data: task -> training data.
+        stored: task -> frequencies from the start of a run, which are not counted again; those that are counted are
+            added.
 
     Returns:
         One text per task whose classes were counted.
     """
     notes = []
+    stored = {} if stored is None else stored
     for name, task in tasks.items():
+        if name in stored:
+            task.use_frequencies(stored[name])
+            continue
         most = task.samples_to_count()
         counts = _count(task, data[name], most) if most else None
         if counts is not None:
             frequencies, images = counts
+            stored[name] = frequencies
             task.use_frequencies(frequencies)
             order = sorted(range(len(frequencies)), key=lambda k: -frequencies[k])
             named = ", ".join(f"{task.classes[k]} {frequencies[k]:.2%}" for k in order[:_NAMED])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -31,7 +32,7 @@ from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
-from allinone_ds.training.load_checkpoint import read_loop_state
+from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
 from allinone_ds.training.warm_start import StartReport
@@ -119,7 +120,6 @@ class AllInOneTrainer(EvaluatingTrainer):
             )
         require_launcher()
         raise_all(argument_problems(args, {name: known_tasks[name] for name in eval_dataset or {}}))
-        counted = use_frequencies(known_tasks, {task: data.dataset for task, data in train_dataset.items()})
         settle_direction(args, known_tasks, set(eval_dataset or {}))
         weighting = TBGC() if weighting is None else weighting
         self._gaps: list[str] = []
@@ -173,7 +173,9 @@ class AllInOneTrainer(EvaluatingTrainer):
             args.device,
             args.max_broken_images,
         )
-        self.add_callback(StartReport(self, counted))
+        self._frequencies: dict[str, list[float]] = {}
+        self._counted: list[str] = []
+        self.add_callback(StartReport(self, self._counted))
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -191,6 +193,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             "last_logged": self._globalstep_last_logged,
             "nonfinite": self._streaks.state_dict(),
             "data": self.schedule.basis(),
+            "frequencies": self._frequencies,
+            "optim": str(OptimizerNames(self.args.optim).value),
         }
 
     def _load_loop_state(self, state: dict[str, Any]) -> None:
@@ -255,15 +259,29 @@ class AllInOneTrainer(EvaluatingTrainer):
             self.warn(self.state.global_step, gap)
         return super().train(*args, **kwargs)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
+        if self.deepspeed is None:
+            if self._resumed is not None:
+                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                self._frequencies |= saved_frequencies(self._resumed)
+            data: Any = self.train_dataset
+            datasets = {task: of_task.dataset for task, of_task in data.items()}
+            self._counted += use_frequencies(tasks_of(self.model), datasets, self._frequencies)
+        return super()._prepare_for_training(*args, **kwargs)
+
     # ---- one step ----
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the schedule that `lr_scheduler_type` names."""
+        """Create the schedule that `lr_scheduler_type` names, with the rates that it starts from in `base_lrs`."""
         engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
         engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
         if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
             engine_optimizer.defaults = {"lr": self.args.learning_rate}
-        return super().create_scheduler(num_training_steps, optimizer)
+        rates = [group["lr"] for group in engine_optimizer.param_groups]
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        vars(scheduler).setdefault("base_lrs", rates)  # schedules that wait for a plateau keep only the current rates
+        return scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""

@@ -14,7 +14,7 @@ from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
-from allinone_ds.errors import BrokenSample
+from allinone_ds.errors import AllInOneError, BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of R, G, B on the scale 0..1."""
@@ -99,19 +99,20 @@ class SampleTransform:
         only_image = not part
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:
-            if isinstance(step, MultiSampleTransform):
-                if further is None:
-                    name = type(step).__name__
-                    raise ValueError(f"{name} combines several samples; call the transform with `further`")
-                part = step({**part, "image": tv_tensors.Image(image)}, further)
-            else:
-                try:
-                    if only_image or isinstance(step, PIXELS_ONLY):
-                        image = step(image)
-                        continue
-                    part = step({**part, "image": tv_tensors.Image(image)})
-                except (RuntimeError, ValueError) as error:  # for example a padding larger than the image
-                    raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
+            several = isinstance(step, MultiSampleTransform)
+            if several and further is None:
+                name = type(step).__name__
+                raise ValueError(f"{name} combines several samples; call the transform with `further`")
+            try:
+                if not several and (only_image or isinstance(step, PIXELS_ONLY)):
+                    image = step(image)
+                    continue
+                given = {**part, "image": tv_tensors.Image(image)}
+                part = step(given, further) if several else step(given)
+            except AllInOneError:  # of a further sample
+                raise
+            except Exception as error:  # for example a padding larger than the image; transforms may raise anything
+                raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
             image = part.pop("image").as_subclass(Tensor)
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
@@ -126,8 +127,9 @@ class SampleTransform:
 
 def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:
     height, width = image.shape[-2:]
+    said = error if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
     return (
-        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {error}; change the options of "
+        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {said}; change the options of "
         "the transform in 'augment', put a resize before it, or remove the image"
     )
 

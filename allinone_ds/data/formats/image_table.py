@@ -1,20 +1,20 @@
-"""Classification from a csv file with a column of files and a column of class names."""
+"""Classification from a csv file with a column of files, and a column of class names or a column per class."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from allinone_ds.data.base import Problem, SourceConfig
-from allinone_ds.data.formats.common.class_names import match_classes
+from allinone_ds.data.base import Problem, SourceConfig, raise_problems
+from allinone_ds.data.formats.common.class_names import match_classes, sort_key
 from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
-from allinone_ds.data.formats.common.listing import check_listed_files, read_text, require_folder
-from allinone_ds.errors import DataError
-from allinone_ds.strict import PathText, did_you_mean
+from allinone_ds.data.formats.common.listing import check_listed_files, require_folder
+from allinone_ds.data.formats.common.tables import Table
+from allinone_ds.errors import ConfigError, DataError
+from allinone_ds.strict import PathText
 
 
 class ImageTableSource(SourceConfig):
@@ -39,18 +39,30 @@ class ImageTableSource(SourceConfig):
     """Column of the files."""
     label_column: str = "label"
     """Column of the class names. Without `classes` of the task, the classes are numbered in the order of the names."""
+    label_columns: list[str] | None = Field(None, min_length=2)
+    """Instead of `label_column`: one column per class, with 1 in that of the image's class and 0 in the others. The
+    columns name the classes."""
     image_suffix: str = ""
     """What is appended to the files, e.g. ".jpg" if the column holds names without a suffix."""
     delimiter: str = Field(",", min_length=1, max_length=1)
     """Character between the columns."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_label(self) -> ImageTableSource:
+        if self.label_columns is not None and "label_column" in self.model_fields_set:
+            raise ConfigError("'label_column' and 'label_columns' are both set; remove one of them")
+        if self.label_columns is not None and len(set(self.label_columns)) < len(self.label_columns):
+            raise ConfigError("label_columns names a column twice; name each once")
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> ClassifiedDataset:
         file = root / self.table
         folder = root / self.images
         require_folder(folder, "images")
         files, names, structural = self._read_rows(file)
-        found = sorted(set(names), key=sort_key(names))
-        if not found:
+        found = self.label_columns or sorted(set(names), key=sort_key(names))
+        if not names:
+            raise_problems(str(file), structural)
             raise DataError(f"{file}: contains no row with an image and a label; add rows below the header")
         label_of = match_classes(str(file), found, classes)
         label_of_name = {name: label_of[i] for i, name in enumerate(found)}
@@ -62,28 +74,39 @@ class ImageTableSource(SourceConfig):
 
     def _read_rows(self, file: Path) -> tuple[list[str], list[str], list[Problem]]:
         """Return the files, their class names, and the faults of the rows."""
-        reader = csv.DictReader(read_text(file, file_names=True).splitlines(), delimiter=self.delimiter)
-        for field, column in (("image_column", self.image_column), ("label_column", self.label_column)):
-            if column not in (reader.fieldnames or ()):
-                known = did_you_mean(column, reader.fieldnames or ())
-                raise DataError(f"{file}: {field} = '{column}', which is not a column; {known}")
+        table = Table(file, self.delimiter)
+        table.require("image_column", self.image_column)
+        for column in self.label_columns or [self.label_column]:
+            table.require("label_columns" if self.label_columns else "label_column", column)
         files, names, problems = [], [], []
-        for row in reader:
-            image, label = ((row[column] or "").strip() for column in (self.image_column, self.label_column))
+        for line, row in table.rows():
+            image = row[self.image_column]
+            try:
+                label = _class_of(row, self.label_columns) if self.label_columns else row[self.label_column]
+            except ValueError as error:
+                problems.append(Problem(str(file), f"line {line}: {error}"))
+                continue
             if not image or not label:
                 empty = self.label_column if image else self.image_column
-                problems.append(Problem(str(file), f"line {reader.line_num}: column '{empty}' is empty; fill it"))
+                problems.append(Problem(str(file), f"line {line}: column '{empty}' is empty; fill it"))
                 continue
             files.append(image + self.image_suffix)
             names.append(label)
-        return files, names, problems
+        return files, names, [*problems, *table.problems]
 
 
-def sort_key(names: Sequence[str]) -> type[int] | type[str]:
-    """Return by what class names are sorted: as numbers if all of them are numbers.
+def _class_of(row: Mapping[str, str], columns: Sequence[str]) -> str:
+    """Return the column of a row that holds 1.
 
-    Example:
-        >>> sorted(["10", "9"], key=sort_key(["10", "9"]))
-        ['9', '10']
+    Raises:
+        ValueError: it is not exactly one, or a value is neither 0 nor 1.
     """
-    return int if all(name.isdecimal() for name in names) else str
+    value_of = {"1": 1, "1.0": 1, "0": 0, "0.0": 0}
+    wrong = [column for column in columns if row[column] not in value_of]
+    if wrong:
+        raise ValueError(f"column '{wrong[0]}' holds {row[wrong[0]]!r}, allowed are 0 and 1; correct it")
+    chosen = [column for column in columns if value_of[row[column]]]
+    if len(chosen) != 1:
+        shown = ", ".join(chosen[:5]) or "none"
+        raise ValueError(f"{len(chosen)} of the columns of classes hold 1 ({shown}); an image has exactly one class")
+    return chosen[0]

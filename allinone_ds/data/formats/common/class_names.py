@@ -56,3 +56,13 @@ def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) ->
     if unknown:
         raise DataError(f"{name}: class '{unknown[0]}' is not in the train set; {did_you_mean(unknown[0], train)}")
     return {i: id_of[n] for i, n in enumerate(own)}
+
+
+def sort_key(names: Sequence[str]) -> type[int] | type[str]:
+    """Return by what class names are sorted: as numbers if all of them are numbers.
+
+    Example:
+        >>> sorted(["10", "9"], key=sort_key(["10", "9"]))
+        ['9', '10']
+    """
+    return int if all(name.isdecimal() for name in names) else str
