@@ -58,16 +58,16 @@ class ExactCombiner(Combiner):
 
         Args:
             key: under which `accumulate` has summed the micro-steps, if there were several.
-            tasks: task -> its norm at the features, loss and factor, 0-dim.
+            tasks: task -> its loss, norm at the features and factor, 0-dim.
         """
         pieces = self._pieces(key)
         square = square_norm(pieces, self.adapter.device).to(self.adapter.compute_device)
         whole = (square if self.adapter.replicated else all_reduce(square)).sqrt().float()
-        losses = torch.stack([loss for _, loss, _ in tasks.values()])
+        losses = torch.stack([loss for loss, _, _ in tasks.values()])
         usable = torch.isfinite(losses).all()
         if not self.adapter.fp16:
             usable = usable & torch.isfinite(whole)
-        for task, (norm, loss, factor) in tasks.items():
+        for task, (loss, norm, factor) in tasks.items():
             seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
