@@ -153,7 +153,7 @@ def _local_step(way: str, tasks: Sequence[str], model: Any, x: Tensor, y: Mappin
         values = torch.stack(losses(model.features(x)))  # (T,)
         values.backward(IMTLGWeighting()(gram.compute_gramian(values)))
 
-    # after LibMTL, weighting/abstract_weighting.py and architecture/abstract_arch.py: gradients of one task after another
+    # after LibMTL, weighting/abstract_weighting.py and architecture/abstract_arch.py: gradients of one task at a time
     # into a matrix (T, P), or (T, B, N, C) with `rep_grad`, where each head reads a copy of the representation
     def libmtl() -> None:
         values = losses(model.features(x))
