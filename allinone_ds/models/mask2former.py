@@ -176,6 +176,11 @@ class Mask2FormerSegmenter(nn.Module):
         return zero + torch.stack(total).sum()
 
     @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of masks in label maps (B, H, W), one per class of an image: the loss is their mean."""
+        return sum(len(classes) - int(ignore_index in classes) for classes in (image.unique() for image in masks))
+
+    @staticmethod
     def scores(outputs: Any) -> Tensor:
         """Return the score of each class at each cell (B, K, h, w): class times mask probability, summed over queries.
 
@@ -212,10 +217,21 @@ class _Decoders(Mask2FormerPreTrainedModel):
 
 
 class _Criterion(Mask2FormerLoss):
-    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
+    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
+
+    The classification loss of an image is the mean over its queries, as in `transformers`. That of a batch is the mean
+    over images, each counted as often as it has masks, so that the whole loss has one denominator.
+    """
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        total = class_queries_logits.new_zeros(())
+        for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
+            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]
+            total = total + len(classes) * mean
+        return {"loss_cross_entropy": total / sum(len(classes) for classes in class_labels)}
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):

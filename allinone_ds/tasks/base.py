@@ -125,9 +125,9 @@ class Task(nn.Module, ABC):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         """Return the raw predictions, and the loss if labels are given.
 
-        The loss is a mean over the micro-batch of one rank, and a task's gradient is the plain mean of its losses over
-        micro-steps and ranks. Splitting a batch differently therefore leaves the gradient unchanged only where all
-        micro-batches average over equally many items (images, valid pixels, objects).
+        The loss is a sum over the micro-batch of one rank, divided by `count_labels` of it, or by 1 if that is 0. The
+        trainer weights losses so that a task's gradient is the sum over all micro-steps and ranks, divided by the
+        labels of all of them: it does not depend on how the images are divided into micro-batches.
 
         Args:
             features: `num_levels` maps (B, C, H / stride, W / stride), in the dtype of the weights.
@@ -146,6 +146,16 @@ class Task(nn.Module, ABC):
 
         `pixel_values` (B, 3, H, W) are uint8 (`stack_pixels`) or normalised (`stack_images`).
         """
+
+    def count_labels(self, labels: Any) -> int | None:
+        """Return how many things (valid pixels, objects) the loss of a micro-batch is divided by, 1 instead of 0.
+
+        The default, None, stands for the number of images.
+
+        Args:
+            labels: what `collate` returned under "labels", on the CPU.
+        """
+        return None
 
     @abstractmethod
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

@@ -32,6 +32,7 @@ from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
+from allinone_ds.training.label_weights import LabelWeights
 from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
@@ -165,6 +166,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         ]
         self.own_micro_batches = micro_batches[args.process_index]
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
+        micro_steps = {task: data.micro_steps * args.world_size for task, data in train_dataset.items()}
+        self._label_weights = LabelWeights(known_tasks, micro_steps)
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
         self._logs = TaskLogs(
@@ -331,6 +334,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
+        labels = {task: [batch["labels"] for batch in batches] for task, batches in inputs.batches.items()}
+        weights = self._label_weights.of_step(labels)
         for task, batches in inputs.batches.items():
             with self.balancer.task(task, micro_steps=len(batches)):
                 for number, batch in enumerate(batches, 1):
@@ -338,7 +343,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                     self.mark(where)
                     try:
                         outputs = model(task=task, **to_device(batch, self.args.device))
-                        self.balancer.backward(outputs.loss)
+                        self.balancer.backward(outputs.loss * weights[task][number - 1])
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)
                         explained = out_of_memory(error, where, task, shape, self.args.process_index)
