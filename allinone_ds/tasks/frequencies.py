@@ -31,7 +31,10 @@ def use_frequencies(tasks: Mapping[str, Task], data: Mapping[str, SampleDataset]
         counts = _count(task, data[name], most) if most else None
         if counts is not None:
             frequencies, images = counts
-            task.use_frequencies(frequencies)
+            text = task.use_frequencies(frequencies)
+            if text is not None:
+                notes.append(f"{name}: in {images} training images, {text}")
+                continue
             order = sorted(range(len(frequencies)), key=lambda k: -frequencies[k])
             named = ", ".join(f"{task.classes[k]} {frequencies[k]:.2%}" for k in order[:_NAMED])
             absent = sum(frequency == 0 for frequency in frequencies)
@@ -46,7 +49,7 @@ def use_frequencies(tasks: Mapping[str, Task], data: Mapping[str, SampleDataset]
 def _count(task: Task, dataset: SampleDataset, most: int) -> tuple[list[float], int] | None:
     """Return the mean of the samples' class shares and the number of samples; None if no sample has a target."""
     count = min(most, len(dataset))
-    total, images = torch.zeros(len(task.classes), dtype=torch.float64), 0
+    total, images = torch.zeros((), dtype=torch.float64), 0
     for place in range(count):
         try:
             shares = task.class_shares(dataset[place * len(dataset) // count])
