@@ -19,7 +19,9 @@ Sample = dict[str, Any]
 Always: `image`, a tv_tensors.Image uint8 (3, H, W), upright; `path`, a str; `index`, its position in the dataset.
 Detection: `boxes`, tv_tensors.BoundingBoxes XYXY float32 (n, 4) in pixels; `labels`, long (n,) in 0..K-1; `iscrowd`,
 bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-1 and 255 (ignore).
-Classification: `label`, an int in 0..K-1.
+Classification: `label`, an int in 0..K-1. Depth: `depth`, a DenseMap float32 (H, W) above 0. Normals: `normals`, a
+NormalMap float32 (3, H, W) of length 1: x right, y down, z towards the viewer. Both are NaN in pixels without a value.
+Edges and saliency: `edges`, an EdgeMap, and `saliency`, a tv_tensors.Mask, uint8 (H, W): 0, 1 and 255 (ignore).
 """
 
 IGNORE = 255
@@ -119,9 +121,10 @@ class SampleDataset(Dataset[Sample]):
     """
 
     kind: str
-    """What the samples carry: "detection", "segmentation", "classification", or the kind of a custom task."""
+    """What the samples carry: "detection", "segmentation", "classification", "depth", "normals", "edges", "saliency",
+    or the kind of a custom task."""
     classes: list[str]
-    """Class names; a label is an index into this list."""
+    """Class names; a label is an index into this list. Empty for kinds without classes."""
     name: str = "dataset"
     """The file or folder that error messages name."""
     in_memory: bool = False

@@ -275,16 +275,22 @@ class Task(nn.Module, ABC):
     def class_shares(self, sample: Sample) -> Tensor | None:
         """Return which part of a sample's targets each class has (K,), with the sum 1; None for no target.
 
+        A kind without classes returns other numbers of its targets, which `use_frequencies` understands.
+
         Called only with a `samples_to_count` above 0.
         """
         raise NotImplementedError
 
-    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+    def use_frequencies(self, frequencies: Sequence[float]) -> str | None:
         """Set what depends on the frequencies of the classes in the training data, before training begins.
 
         Args:
-            frequencies: K fractions with the sum 1.
+            frequencies: K fractions with the sum 1; in general the mean of `class_shares` over the samples.
+
+        Returns:
+            What the log says of them; None: the frequencies of the classes.
         """
+        return None
 
     def check_test_time(self, options: TestTime) -> None:
         """Check that the task can predict and merge the views; by default it can merge none.

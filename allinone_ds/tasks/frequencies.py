@@ -40,7 +40,10 @@ def use_frequencies(
         if counts is not None:
             frequencies, images = counts
             stored[name] = frequencies
-            task.use_frequencies(frequencies)
+            text = task.use_frequencies(frequencies)
+            if text is not None:
+                notes.append(f"{name}: in {images} training images, {text}")
+                continue
             order = sorted(range(len(frequencies)), key=lambda k: -frequencies[k])
             named = ", ".join(f"{task.classes[k]} {frequencies[k]:.2%}" for k in order[:_NAMED])
             absent = sum(frequency == 0 for frequency in frequencies)
@@ -55,7 +58,7 @@ def use_frequencies(
 def _count(task: Task, dataset: SampleDataset, most: int) -> tuple[list[float], int] | None:
     """Return the mean of the samples' class shares and the number of samples; None if no sample has a target."""
     count = min(most, len(dataset))
-    total, images = torch.zeros(len(task.classes), dtype=torch.float64), 0
+    total, images = torch.zeros((), dtype=torch.float64), 0
     for place in range(count):
         try:
             shares = task.class_shares(dataset[place * len(dataset) // count])

@@ -14,6 +14,7 @@ from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
+from allinone_ds.data.dense_maps import DenseMap, NormalMap
 from allinone_ds.errors import AllInOneError, BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
@@ -21,7 +22,14 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
-_TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
+_TYPES: dict[str, type[tv_tensors.TVTensor]] = {
+    "boxes": tv_tensors.BoundingBoxes,
+    "mask": tv_tensors.Mask,
+    "depth": tv_tensors.Mask,
+    "normals": NormalMap,
+    "edges": tv_tensors.Mask,
+    "saliency": tv_tensors.Mask,
+}
 
 
 class SampleTransform:
@@ -61,7 +69,7 @@ class SampleTransform:
 
         Raises:
             BrokenSample: a transform cannot be applied to the image, for example because the image is too small.
-            TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
+            TypeError: the pixels are not uint8, or a target has a type that does not move as it must.
         """
         if sample["image"].dtype != torch.uint8:
             found = sample["image"].dtype
@@ -70,7 +78,7 @@ class SampleTransform:
             if key in sample and not isinstance(sample[key], kind):
                 raise TypeError(
                     f"sample['{key}'] is a {type(sample[key]).__name__}, which does not move with the pixels; "
-                    f"give a tv_tensors.{kind.__name__}"
+                    f"give a {'' if issubclass(kind, DenseMap) else 'tv_tensors.'}{kind.__name__}"
                 )
         return self._run(self.branches[self.draw()], sample, further)
 

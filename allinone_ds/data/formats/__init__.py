@@ -13,6 +13,7 @@ __getattr__, __all__ = lazy_names(
         "class_folders": ["ClassFoldersSource"],
         "coco": ["CocoSource"],
         "hugging_face": ["DatasetsSource"],
+        "maps.dense_maps": ["DenseMapsSource"],
         "image_list": ["ImageListSource"],
         "image_table": ["ImageTableSource"],
         "label_maps": ["LabelMapsSource"],
