@@ -68,7 +68,7 @@ def evaluate_task(
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
     worst: list[dict[str, Any]] = []
-    counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
+    counts = [0, 0]  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
     for batch in loader:
         pixels = to_device(batch.batch["pixel_values"], device)
@@ -78,9 +78,9 @@ def evaluate_task(
             worst = _worst([*worst, *_scored(task, predictions, batch.samples)])
             if record is not None:
                 record(batch.samples, predictions)
-        counts += torch.tensor([batch.count, len(batch.broken)], device=device)
+        counts = [counts[0] + batch.count, counts[1] + len(batch.broken)]
     values = {key: float(value) for key, value in metric.compute().items()}
-    samples, broken = all_reduce(counts).tolist()
+    samples, broken = all_reduce(torch.tensor(counts, device=device)).tolist()
     worst = _worst([image for of_rank in gather_objects(worst) for image in of_rank])
     found = task.details(metric) | ({"worst": worst} if worst else {})
     values |= found.pop("metrics", {})

@@ -307,6 +307,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,
             )
+            self.stop_signal.travel_with(self.balancer)
         if self._resumed is not None:
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
