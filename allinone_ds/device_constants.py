@@ -28,7 +28,7 @@ def constant(values: Sequence[Any], like: Tensor, dtype: torch.dtype = torch.flo
     return torch.tensor(values, dtype=dtype, device=like.device)  # a tracer must not meet a tensor of an earlier call
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a CPU tensor on a device, copied without a wait for what the device still does."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allinone_ds.data.loading.ahead import to_device
 from allinone_ds.data.loading.loader import TaskData, eval_loader
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
@@ -19,17 +20,6 @@ from allinone_ds.tasks.details import Details
 
 WORST = 8
 """Images with the lowest scores that an evaluation remembers per task."""
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a nested batch with its tensors on a device; dtypes do not change."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def tasks_of(model: Any) -> dict[str, Task]:

@@ -21,7 +21,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import ModelOutput
 
-from allinone_ds.device_constants import constant, to_device
+from allinone_ds.device_constants import constant, copied_to
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
@@ -156,10 +156,10 @@ class Mask2FormerSegmenter(nn.Module):
         if not used:
             return zero
         device = masks.device
-        ids = to_device(torch.tensor([k for classes in classes_of for k in classes]), device)
+        ids = copied_to(torch.tensor([k for classes in classes_of for k in classes]), device)
         class_labels = list(ids.split([len(classes_of[i]) for i in used]))
         if len(used) < len(classes_of):
-            rows = to_device(torch.tensor(used), device)
+            rows = copied_to(torch.tensor(used), device)
             masks, known = masks[rows], known[rows]
             class_logits, mask_logits = ([value[rows] for value in values] for values in (class_logits, mask_logits))
         labels = [(m[None] == classes[:, None, None]).float() for m, classes in zip(masks, class_labels, strict=True)]

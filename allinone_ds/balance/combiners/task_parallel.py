@@ -15,7 +15,7 @@ from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.device_constants import to_device
+from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import BalancerError
 from allinone_ds.zero.engines.base import EngineAdapter
@@ -206,7 +206,7 @@ class GroupedCombiner(LocalCombiner):
         assert self._gram is not None
         gram = self._gram
         if len(used) < len(self._ran):
-            rows = to_device(torch.tensor([self._ran.index(task) for task in used]), gram.device)
+            rows = copied_to(torch.tensor([self._ran.index(task) for task in used]), gram.device)
             gram = gram[rows][:, rows]
         return self._factors_of(self._joint_record(used, gram))
 
