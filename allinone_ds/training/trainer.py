@@ -17,10 +17,11 @@ from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
+from allinone_ds.data.loading.ahead import ahead
 from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import tasks_of, to_device
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
@@ -35,11 +36,11 @@ from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights
 from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
-from allinone_ds.zero.params import cast_unpartitioned
+from allinone_ds.zero.params import cast_unpartitioned, move_buffers
 
 
 class EpochFromStep(TrainerCallback):
@@ -144,6 +145,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
+            move_buffers(model, args.device)
         self.weighting = weighting
         self._shared: Any = "backbone"
         self._first_head = next(iter(known_tasks))
@@ -245,6 +247,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             self.state.max_steps,
             self.args.dataloader_num_workers,
             self.args.max_broken_images,
+            self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             share=self.own_micro_batches,
         )
 
@@ -258,7 +261,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in self._gaps:
+        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
             self.warn(self.state.global_step, gap)
         return super().train(*args, **kwargs)
 
@@ -328,6 +331,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,
             )
+            self.stop_signal.travel_with(self.balancer)
         if self._resumed is not None:
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
@@ -336,13 +340,14 @@ class AllInOneTrainer(EvaluatingTrainer):
         self._logs.add_broken(inputs.broken)
         labels = {task: [batch["labels"] for batch in batches] for task, batches in inputs.batches.items()}
         weights = self._label_weights.of_step(labels)
+        copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for task, batches in inputs.batches.items():
             with self.balancer.task(task, micro_steps=len(batches)):
                 for number, batch in enumerate(batches, 1):
                     where = f"step {inputs.step}, task '{task}', micro-step {number} of {len(batches)}"
                     self.mark(where)
                     try:
-                        outputs = model(task=task, **to_device(batch, self.args.device))
+                        outputs = model(task=task, **next(copies))
                         self.balancer.backward(outputs.loss * weights[task][number - 1])
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)

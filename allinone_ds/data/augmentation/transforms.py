@@ -15,12 +15,15 @@ from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
 from allinone_ds.data.base import Sample
 from allinone_ds.data.dense_maps import DenseMap, NormalMap
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import AllInOneError, BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of R, G, B on the scale 0..1."""
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
+
+_MEAN_255, _STD_255 = (torch.tensor(values).mul_(255).tolist() for values in (MEAN, STD))
 
 _TYPES: dict[str, type[tv_tensors.TVTensor]] = {
     "boxes": tv_tensors.BoundingBoxes,
@@ -203,9 +206,9 @@ def normalize(images: Tensor) -> Tensor:
         >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
         tensor([-2.1179, -2.0357, -1.8044])
     """
-    mean = torch.tensor(MEAN, device=images.device).mul_(255).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).mul_(255).view(1, 3, 1, 1)
-    return images.as_subclass(Tensor).to(torch.float32).sub_(mean).div_(std)
+    images = images.as_subclass(Tensor)
+    mean, std = (constant(values, images).view(1, 3, 1, 1) for values in (_MEAN_255, _STD_255))
+    return images.to(torch.float32).sub_(mean).div_(std)
 
 
 def stack_pixels(samples: Sequence[Sample]) -> Tensor:
