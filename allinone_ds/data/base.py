@@ -19,7 +19,9 @@ Sample = dict[str, Any]
 Always: `image`, a tv_tensors.Image uint8 (3, H, W), upright; `path`, a str; `index`, its position in the dataset.
 Detection: `boxes`, tv_tensors.BoundingBoxes XYXY float32 (n, 4) in pixels; `labels`, long (n,) in 0..K-1; `iscrowd`,
 bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-1 and 255 (ignore).
-Classification: `label`, an int in 0..K-1.
+Classification: `label`, an int in 0..K-1. Retrieval: `label`, an int that stands for an identity.
+Attributes: `attributes`, float32 (A,) of 1 (present), 0 (absent) and NaN (no label). Regression: `value`, float64 (C,),
+NaN where there is no value.
 """
 
 IGNORE = 255
@@ -119,7 +121,7 @@ class SampleDataset(Dataset[Sample]):
     """
 
     kind: str
-    """What the samples carry: "detection", "segmentation", "classification", or the kind of a custom task."""
+    """What the samples carry: a key of `allinone_ds.tasks.TASKS`, or the kind of a custom task."""
     classes: list[str]
     """Class names; a label is an index into this list."""
     name: str = "dataset"

@@ -12,6 +12,9 @@ from allinone_ds.tasks.base import Task
 from allinone_ds.tasks.classification import ClassificationTask
 from allinone_ds.tasks.detection import DetectionTask
 from allinone_ds.tasks.segmentation import SegmentationTask
+from allinone_ds.tasks.vectors.attributes import AttributesTask
+from allinone_ds.tasks.vectors.regression import RegressionTask
+from allinone_ds.tasks.vectors.retrieval import RetrievalTask
 
 if TYPE_CHECKING:
     from allinone_ds.models.backbone import Backbone
@@ -20,6 +23,9 @@ TASKS: dict[str, type[Task]] = {
     "detection": DetectionTask,
     "segmentation": SegmentationTask,
     "classification": ClassificationTask,
+    "attributes": AttributesTask,
+    "regression": RegressionTask,
+    "retrieval": RetrievalTask,
 }
 """Class of each task kind. A new kind needs one more line here and nothing elsewhere in the package."""
 
