@@ -162,18 +162,30 @@ class Mask2FormerSegmenter(nn.Module):
             {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _UNKNOWN_LOGIT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
         ]
+        return zero + self.matched_loss(layers, labels, class_labels)
+
+    def matched_loss(
+        self, layers: list[dict[str, Tensor]], mask_labels: list[Tensor], class_labels: list[Tensor]
+    ) -> Tensor:
+        """Return the loss of all layers' predictions, each matched with the masks of its image.
+
+        Args:
+            layers: for each layer {"class_queries_logits": (B, Q, K + 1), "masks_queries_logits": (B, Q, h, w)}.
+            mask_labels: for each image float (n, H, W).
+            class_labels: for each image (n,).
+        """
         weights = {
             "loss_cross_entropy": self.config.class_weight,
             "loss_mask": self.config.mask_weight,
             "loss_dice": self.config.dice_weight,
         }
         # Built per call: as part of the model its buffer would be cast to bfloat16.
-        criterion = _Criterion(self.config, weights).to(masks.device)
+        criterion = _Criterion(self.config, weights).to(layers[-1]["class_queries_logits"].device)
         parts = criterion(
-            **layers[-1], mask_labels=labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
+            **layers[-1], mask_labels=mask_labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
         )
         total = [value * weight for name, weight in weights.items() for key, value in parts.items() if name in key]
-        return zero + torch.stack(total).sum()
+        return torch.stack(total).sum()
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
@@ -215,7 +227,7 @@ class _Criterion(Mask2FormerLoss):
     """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        return torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
+        return torch.tensor(float(max(sum(len(classes) for classes in class_labels), 1)), device=device)
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):

@@ -11,6 +11,8 @@ from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
 from allinone_ds.tasks.classification import ClassificationTask
 from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.tasks.objects.instances import InstancesTask
+from allinone_ds.tasks.objects.keypoints import KeypointsTask
 from allinone_ds.tasks.segmentation import SegmentationTask
 from allinone_ds.tasks.vectors.attributes import AttributesTask
 from allinone_ds.tasks.vectors.regression import RegressionTask
@@ -26,6 +28,8 @@ TASKS: dict[str, type[Task]] = {
     "attributes": AttributesTask,
     "regression": RegressionTask,
     "retrieval": RetrievalTask,
+    "keypoints": KeypointsTask,
+    "instances": InstancesTask,
 }
 """Class of each task kind. A new kind needs one more line here and nothing elsewhere in the package."""
 

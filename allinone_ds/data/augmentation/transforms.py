@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
+from allinone_ds.data.augmentation.objects import OF_OBJECTS
 from allinone_ds.data.base import Sample
 from allinone_ds.errors import BrokenSample
 
@@ -21,15 +22,21 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
-_TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
+_TYPES = {
+    "boxes": tv_tensors.BoundingBoxes,
+    "mask": tv_tensors.Mask,
+    "masks": tv_tensors.Mask,
+    "keypoints": tv_tensors.KeyPoints,
+}
 
 
 class SampleTransform:
     """Applies the transforms of one branch to a sample, then resizes it to a fixed size.
 
-    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels` and `iscrowd`. Every
-    other `tv_tensors` of the sample (a `Mask` of depths, `KeyPoints`) moves with the pixels; all else does not change.
-    Pixels stay uint8.
+    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels`, `iscrowd`, keypoints
+    and masks. Keypoints outside of the image are no longer visible, and a mirrored image swaps those of left and right.
+    Every other `tv_tensors` of the sample (a `Mask` of depths) moves with the pixels; all else does not change. Pixels
+    stay uint8.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
@@ -94,7 +101,7 @@ class SampleTransform:
         part: Sample = {
             key: value
             for key, value in sample.items()
-            if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+            if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
         }
         only_image = not part
         image: Tensor = sample["image"].as_subclass(Tensor)

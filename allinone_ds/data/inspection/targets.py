@@ -132,6 +132,20 @@ def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     )
 
 
+def _points(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
+    """Count the visible points of the objects that are no crowds."""
+    kept = list(samples)
+    found = _boxes(kept, image_size)
+    visible = [np.asarray(s["visible"]) > 0 for s in kept]
+    count = sum(int(v.sum()) for v in visible)
+    without = sum(int((~v.any(axis=1)).sum()) for v in visible if v.ndim == 2 and v.shape[1])
+    objects = sum(len(v) for v in visible)
+    if found.usable and not count:
+        return found._replace(usable=0, none=f"none of {objects} objects has a visible point")
+    text = f"{without} of {objects} objects have no visible point, of which only the boxes are learned{{seen}}"
+    return found._replace(warnings=[*found.warnings, *([text] if 2 * without > objects else [])])
+
+
 def _masks(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     used: set[int] = set()
     empty = read = 0
@@ -207,6 +221,8 @@ _COUNTS: dict[str, Callable[[Iterable[Sample], tuple[int, int]], _Found | None]]
     "detection": _boxes,
     "segmentation": _masks,
     "classification": _labels,
+    "instances": _boxes,
+    "keypoints": _points,
     "retrieval": _identities,
     "attributes": lambda samples, size: _columns(samples, "attributes", "label"),
     "regression": lambda samples, size: _columns(samples, "value", "value"),
