@@ -22,7 +22,7 @@ bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-
 Classification: `label`, an int in 0..K-1. Retrieval: `label`, an int that stands for an identity.
 Attributes: `attributes`, float32 (A,) of 1 (present), 0 (absent) and NaN (no label). Regression: `value`, float64 (C,),
 NaN where there is no value. Instances: the keys of detection, and `masks`, a tv_tensors.Mask uint8 (n, H, W) of 0 and 1.
-Keypoints: the keys of detection; `keypoints`, tv_tensors.KeyPoints (n, P, 2) of x, y in pixels; `visible`, uint8 (n, P)
+Keypoints: the keys of detection; `keypoints`, `augmentation.objects.Points` (n, P, 2) of x, y in pixels; `visible`, uint8 (n, P)
 of 0 (no label), 1 (hidden) and 2; `area` of the objects, float32 (n,) in squared pixels of the original image;
 `mirrored`, long (n, P), the order of the points in a mirrored image; `corner`, see `augmentation.objects.corner`.
 """

@@ -105,9 +105,7 @@ class ImageTableSource(SourceConfig):
             all_classes = list(found if classes is None else classes)
         structural += check_listed_files(root / self.images, files)
         labels = [place[name] for name in names]
-        return ClassifiedDataset(
-            table.name, root / self.images, files, labels, all_classes, structural, kind=self.kind
-        )
+        return ClassifiedDataset(table.name, root / self.images, files, labels, all_classes, structural, kind=self.kind)
 
     def _labelled_rows(self, table: Table) -> tuple[list[str], list[str], list[Problem]]:
         """Return the files, their class names, and the faults of the rows."""

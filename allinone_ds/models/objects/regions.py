@@ -115,7 +115,9 @@ class RegionDetector(nn.Module):
         if self.detector is not None:
             self.detector.image_size = size
 
-    def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any, region_loss: Any) -> RegionOutput:
+    def forward(
+        self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any, region_loss: Any
+    ) -> RegionOutput:
         """Return the predictions, in training only if no labels are given, and the loss if labels are given.
 
         Args:
@@ -209,7 +211,7 @@ def heatmap_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor
     """
     points = [target["keypoints"].reshape(len(target["boxes"]), maps.shape[1], 3) for target in labels]
     every = [torch.arange(len(boxes), device=maps.device) for boxes in regions]
-    return keypointrcnn_loss(maps, list(regions), points, every)
+    return keypointrcnn_loss(maps.contiguous(), list(regions), points, every)
 
 
 def decode_heatmaps(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,9 @@ class _ArcFaceEmbedding(nn.Module):
         known = labels != IGNORED
         with torch.autocast(pooled.device.type, enabled=False):
             _, logits = self.arcface(pooled, labels.clamp(min=0) if self.training else None)
-            return embeddings, F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / known.sum().clamp(min=1)
+            return embeddings, F.cross_entropy(
+                logits, labels, ignore_index=IGNORED, reduction="sum"
+            ) / known.sum().clamp(min=1)
 
 
 class _PairEmbedding(nn.Module):

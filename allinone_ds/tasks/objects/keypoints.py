@@ -86,7 +86,9 @@ class KeypointsTask(Task):
         P = len(self.points)
         self.sigmas = self.options.sigmas or default_sigmas(self.points)
         if len(self.sigmas) != P:
-            raise ConfigError(f"tasks.{name}.options.sigmas: has {len(self.sigmas)} numbers for {P} points; give one per point")
+            raise ConfigError(
+                f"tasks.{name}.options.sigmas: has {len(self.sigmas)} numbers for {P} points; give one per point"
+            )
         self.whole_image = self.options.regions == "image"
         if self.whole_image and len(self.classes) > 1:
             raise ConfigError(f"tasks.{name}.options.regions: 'image' finds one object of one class, the data has "
@@ -128,7 +130,11 @@ class KeypointsTask(Task):
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:
         """Return the image of a sample without any object."""
-        return {**empty_objects(sample), "keypoints": torch.zeros(0, 0, 2), "visible": torch.zeros(0, 0, dtype=torch.uint8)}
+        return {
+            **empty_objects(sample),
+            "keypoints": torch.zeros(0, 0, 2),
+            "visible": torch.zeros(0, 0, dtype=torch.uint8),
+        }
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

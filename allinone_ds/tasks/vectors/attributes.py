@@ -198,7 +198,9 @@ class AttributesTask(Task):
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the names of the attributes that are present, and all scores."""
-        scores = {name: round(score, 4) for name, score in zip(self.classes, prediction["scores"].tolist(), strict=True)}
+        scores = {
+            name: round(score, 4) for name, score in zip(self.classes, prediction["scores"].tolist(), strict=True)
+        }
         return {"present": [name for name, score in scores.items() if score >= self.shown_score], "scores": scores}
 
     @staticmethod
@@ -257,9 +259,13 @@ class AttributesMetric:
         present, absent = (target == 1), (target == 0)
         said = scores >= self.threshold
         tp, fp, missed = (said & present).sum(0), (said & absent).sum(0), (~said & present).sum(0)
-        ap = multilabel_average_precision(
-            scores, target, num_labels=scores.shape[1], average="none", ignore_index=_UNKNOWN, validate_args=False
-        ).double().reshape(-1)
+        ap = (
+            multilabel_average_precision(
+                scores, target, num_labels=scores.shape[1], average="none", ignore_index=_UNKNOWN, validate_args=False
+            )
+            .double()
+            .reshape(-1)
+        )
         some = present.any(0)
         self._columns = {
             "ap": torch.where(some, ap, float("nan")),

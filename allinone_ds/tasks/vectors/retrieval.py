@@ -139,7 +139,9 @@ class RetrievalTask(Task):
         lines = [f"embedding of {len(values)} numbers"]
         if sample is not None:
             label = int(sample["label"])
-            lines.append(f"identity: {self.classes[label] if label < len(self.classes) else f'{label}, not in training'}")
+            lines.append(
+                f"identity: {self.classes[label] if label < len(self.classes) else f'{label}, not in training'}"
+            )
         return caption(drawn, lines)
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:

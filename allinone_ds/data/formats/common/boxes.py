@@ -66,4 +66,3 @@ def detection_fields(
         "iscrowd": torch.from_numpy(crowd[keep]),
         **{key: select(value, kept) for key, value in (more or {}).items()},
     }
-

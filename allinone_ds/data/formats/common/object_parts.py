@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as rle
-from torchvision import tv_tensors
 
+from allinone_ds.data.augmentation.objects import Points
 from allinone_ds.data.base import Problem, Sample
 from allinone_ds.data.formats.common.boxes import BOX_TOLERANCE
 from allinone_ds.data.formats.common.points import mirrored_order, order_of_pairs
@@ -92,7 +92,9 @@ class PointNames:
         counts = {len(points) for points in names if points}
         if len(counts) > 1:
             shown = ", ".join(f"{(c or {}).get('name')} {len(n)}" for c, n in zip(categories, names, strict=True) if n)
-            raise DataError(f"{source}: categories have different numbers of keypoints ({shown}); use one task per number")
+            raise DataError(
+                f"{source}: categories have different numbers of keypoints ({shown}); use one task per number"
+            )
         self.source, self.pairs = source, pairs
         self.count: int | None = counts.pop() if counts else None
         self.names = names
@@ -107,7 +109,9 @@ class PointNames:
         rows = []
         for own in self.names:
             points = own or [str(n) for n in range(P)]
-            rows.append(mirrored_order(points) if self.pairs is None else order_of_pairs(self.pairs, points, self.source))
+            rows.append(
+                mirrored_order(points) if self.pairs is None else order_of_pairs(self.pairs, points, self.source)
+            )
         return np.array(rows, dtype=np.int64).reshape(len(self.names), P)
 
     def warning(self) -> Problem | None:
@@ -166,7 +170,7 @@ def keypoint_fields(points: np.ndarray, area: np.ndarray, orders: np.ndarray, si
     """
     visible = np.where(points_outside(points, size), 0, points[..., 2]).astype(np.uint8)
     return {
-        "keypoints": tv_tensors.KeyPoints(torch.from_numpy(points[..., :2].copy()), canvas_size=size),
+        "keypoints": Points(torch.from_numpy(points[..., :2].copy()), canvas_size=size),
         "visible": torch.from_numpy(visible),
         "area": torch.from_numpy(area),
         "mirrored": torch.from_numpy(orders),

@@ -89,7 +89,7 @@ def _json_lines(file: Path, text: str) -> Table:
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number}: is not valid json ({error.msg}); write it again") from None
         if not isinstance(record, dict):
-            raise DataError(f"{file}, line {number}: must be a json object, for example {{\"image\": \"1.jpg\"}}")
+            raise DataError(f'{file}, line {number}: must be a json object, for example {{"image": "1.jpg"}}')
         records.append(record)
         lines.append(number)
     names = list(dict.fromkeys(name for record in records for name in record))
