@@ -14,7 +14,7 @@ SIDE = 64
 SHAPES = {
     # tip, left, tail, right, in units of the size, pointing up
     "dart": ((0.0, -1.0), (-0.75, 0.8), (0.0, 0.25), (0.75, 0.8)),
-    "kite": ((0.0, -0.9), (-0.6, -0.1), (0.0, 1.0), (0.6, -0.1)),
+    "kite": ((0.0, -0.8), (-0.6, -0.35), (0.0, 1.05), (0.6, -0.35)),
 }
 POINTS = ["tip", "left_corner", "tail", "right_corner"]
 COLORS = {"red": (220, 60, 50), "green": (60, 190, 80), "blue": (70, 90, 230)}
@@ -88,7 +88,7 @@ def _scene(random: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any
         outline = (np.array(list(SHAPES.values())[label]) * size) @ turn.T + centre  # (4, 2)
         color = str(random.choice(list(COLORS)))
         colors.add(color)
-        draw.polygon([tuple(p) for p in outline], fill=COLORS[color])
+        draw.polygon([tuple(p - 0.5) for p in outline], fill=COLORS[color])  # Pillow counts from centres of pixels
         low, high = outline.min(0), outline.max(0)
         x, y = outline.T
         area = abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.roi_heads import keypointrcnn_loss
 from torchvision.ops import roi_align
 from transformers.utils import ModelOutput
 
@@ -202,41 +201,55 @@ def mask_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor:
 
 
 def heatmap_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor:
-    """Return the mean cross-entropy of the visible points over the cells of their heatmaps, as Keypoint R-CNN.
+    """Return the mean divergence of the visible points' heatmaps from a Gaussian of one cell around the point.
+
+    Points outside of their region do not count.
 
     Args:
         maps: (N, P, S, S) logits, one map per point.
         regions: for each image (n, 4) XYXY in pixels of the network's input.
         labels: for each image {"keypoints": (n, P, 3)}: x, y, visibility.
     """
-    points = [target["keypoints"].reshape(len(target["boxes"]), maps.shape[1], 3) for target in labels]
-    every = [torch.arange(len(boxes), device=maps.device) for boxes in regions]
-    return keypointrcnn_loss(maps.contiguous(), list(regions), points, every)
+    N, P, S, _ = maps.shape
+    points = torch.cat([target["keypoints"].reshape(len(target["boxes"]), P, 3) for target in labels])  # (N, P, 3)
+    boxes = torch.cat(list(regions))[:, None]  # (N, 1, 4)
+    place = (points[..., :2] - boxes[..., :2]) / (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-6) * S  # in cells
+    counted = (points[..., 2] > 0) & (place >= 0).all(-1) & (place <= S).all(-1)
+    cells = torch.arange(S, device=maps.device) + 0.5
+    along = ((cells - place[..., None]).square() * -0.5).softmax(-1)  # (N, P, 2, S)
+    target = (along[:, :, 1, :, None] * along[:, :, 0, None, :]).flatten(2)  # (N, P, S * S)
+    each = F.kl_div(maps.flatten(2).log_softmax(-1), target, reduction="none").sum(-1)
+    return torch.where(counted, each, each * 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def decode_heatmaps(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the points (n, P, 2) in pixels and their scores (n, P): the probability at and beside the peak.
 
-    The position is the centre of mass of the peak and its two neighbours, along each side.
+    A parabola through the logits of the peak and its two neighbours, along each side, gives the position within the
+    cell, exactly if the heatmap is a Gaussian (https://arxiv.org/abs/1910.06278).
 
     Args:
         maps: logits (n, P, S, S).
         boxes: (n, 4) XYXY of the regions in pixels.
     """
     n, P, S, _ = maps.shape
-    heat = F.pad(maps.float().flatten(2).softmax(-1).view(n, P, S, S), (1, 1, 1, 1))  # (n, P, S + 2, S + 2)
-    peak = heat.flatten(2).argmax(-1)  # (n, P) in the padded map
-    flat = heat.flatten(2)
+    logits = maps.float().flatten(2).log_softmax(-1)
+    peak = logits.argmax(-1)  # (n, P)
+    x, y = peak % S, peak // S
 
-    def at(shift: int) -> Tensor:
-        return flat.gather(2, (peak + shift)[..., None])[..., 0]
+    def at(right: int, down: int) -> Tensor:
+        """Return the logits (n, P) beside the peak; outside of the map those of the other side."""
+        column, row = x + right, y + down
+        column = torch.where((column < 0) | (column >= S), x - right, column)
+        row = torch.where((row < 0) | (row >= S), y - down, row)
+        return logits.gather(2, (row * S + column)[..., None])[..., 0]
 
-    left, right, above, below, middle = at(-1), at(1), at(-S - 2), at(S + 2), at(0)
-    x = peak % (S + 2) - 1 + 0.5 + (right - left) / (left + middle + right)
-    y = peak // (S + 2) - 1 + 0.5 + (below - above) / (above + middle + below)
-    sides = (boxes[:, 2:] - boxes[:, :2])[:, None]  # (n, 1, 2)
-    points = boxes[:, None, :2] + torch.stack([x, y], dim=-1) / S * sides
-    return points, left + right + above + below + middle
+    middle, sides = at(0, 0), [(at(-1, 0), at(1, 0)), (at(0, -1), at(0, 1))]
+    within = [(after - before) / (2 * (2 * middle - before - after)).clamp(min=1e-6) for before, after in sides]
+    cell = torch.stack([x, y], dim=-1) + 0.5 + torch.stack(within, dim=-1).clamp(-0.5, 0.5)
+    points = boxes[:, None, :2] + cell / S * (boxes[:, 2:] - boxes[:, :2])[:, None]
+    score = middle.exp() + sum(before.exp() + after.exp() for before, after in sides)
+    return points, score.clamp(max=1.0)
 
 
 def paste_masks(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
