@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
+from allinone_ds.data.augmentation.objects import OF_OBJECTS
 from allinone_ds.data.base import Sample
 from allinone_ds.data.dense_maps import DenseMap, NormalMap
 from allinone_ds.device_constants import constant
@@ -28,6 +29,8 @@ _MEAN_255, _STD_255 = (torch.tensor(values).mul_(255).tolist() for values in (ME
 _TYPES: dict[str, type[tv_tensors.TVTensor]] = {
     "boxes": tv_tensors.BoundingBoxes,
     "mask": tv_tensors.Mask,
+    "masks": tv_tensors.Mask,
+    "keypoints": tv_tensors.KeyPoints,
     "depth": tv_tensors.Mask,
     "normals": NormalMap,
     "edges": tv_tensors.Mask,
@@ -38,9 +41,10 @@ _TYPES: dict[str, type[tv_tensors.TVTensor]] = {
 class SampleTransform:
     """Applies the transforms of one branch to a sample, then resizes it to a fixed size.
 
-    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels` and `iscrowd`. Every
-    other `tv_tensors` of the sample (a `Mask` of depths, `KeyPoints`) moves with the pixels; all else does not change.
-    Pixels stay uint8.
+    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels`, `iscrowd`, keypoints
+    and masks. Keypoints outside of the image are no longer visible, and a mirrored image swaps those of left and right.
+    Every other `tv_tensors` of the sample (a `Mask` of depths) moves with the pixels; all else does not change. Pixels
+    stay uint8.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
@@ -105,7 +109,7 @@ class SampleTransform:
         part: Sample = {
             key: value
             for key, value in sample.items()
-            if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+            if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
         }
         only_image = not part
         image: Tensor = sample["image"].as_subclass(Tensor)
