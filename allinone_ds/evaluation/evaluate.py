@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from allinone_ds.data.joint.batches import views_of
+from allinone_ds.data.loading.ahead import to_device
 from allinone_ds.data.loading.loader import EvalBatch, TaskData, eval_loader
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
@@ -20,17 +21,6 @@ from allinone_ds.tasks.details import Details
 
 WORST = 8
 """Images with the lowest scores that an evaluation remembers per task."""
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a nested batch with its tensors on a device; dtypes do not change."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def tasks_of(model: Any) -> dict[str, Task]:
@@ -114,7 +104,7 @@ class _Found:
         self.task, self.record = task, record
         self.metric = task.metric().to(device)
         self.worst: list[dict[str, Any]] = []
-        self.counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
+        self.device, self.counts = device, [0, 0]  # samples, unreadable ones
 
     def add(self, predictions: Sequence[Prediction], samples: Sequence[Sample], broken: int) -> None:
         """Add a batch: the predictions, the samples as they were read, and the number of unreadable ones."""
@@ -123,12 +113,12 @@ class _Found:
             self.worst = _worst([*self.worst, *_scored(self.task, predictions, samples)])
             if self.record is not None:
                 self.record(samples, predictions)
-        self.counts += torch.tensor([len(samples), broken], device=self.counts.device)
+        self.counts = [self.counts[0] + len(samples), self.counts[1] + broken]
 
     def compute(self, details: dict[str, Details] | None) -> dict[str, float]:
         """Return the metrics over all ranks, and add what was found for each class to `details`. Collective."""
         values = {key: float(value) for key, value in self.metric.compute().items()}
-        samples, broken = all_reduce(self.counts).tolist()
+        samples, broken = all_reduce(torch.tensor(self.counts, device=self.device)).tolist()
         worst = _worst([image for of_rank in gather_objects(self.worst) for image in of_rank])
         found = self.task.details(self.metric) | ({"worst": worst} if worst else {})
         values |= found.pop("metrics", {})

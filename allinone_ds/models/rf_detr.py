@@ -18,6 +18,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrScaleProjector,
 )
 
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
@@ -174,7 +175,7 @@ class RFDetrDetector(nn.Module):
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Return boxes (B, Q, 4) XYXY in pixels of the network's input and scores (B, Q, K) of all queries."""
-        limit = outputs.pred_boxes.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        limit = constant([self.image_size[1], self.image_size[0]] * 2, outputs.pred_boxes)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * limit
         return boxes.clamp(min=0).minimum(limit), outputs.logits.sigmoid()
 
@@ -189,7 +190,7 @@ class RFDetrDetector(nn.Module):
             target_sizes=[self.image_size] * len(outputs.logits),
             top_k=self.max_detections,
         )
-        limit = outputs.logits.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        limit = constant([self.image_size[1], self.image_size[0]] * 2, outputs.logits)
         for prediction in predictions:
             prediction["boxes"] = prediction["boxes"].clamp(min=0).minimum(limit)
         return predictions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from allinone_ds.data.base import Sample
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict, did_you_mean, explain
 from allinone_ds.tasks.details import Details
+from allinone_ds.tasks.frequencies import count_classes
 from allinone_ds.tasks.test_time import TestTime, View
 
 _ERRORS = re.compile(r"(loss|error|err|mse|mae|mape|epe|rel|distance|nll|perplexity)(_|\b|$)")
@@ -77,6 +78,8 @@ class Task(nn.Module, ABC):
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
     shown_score: float | None = None
     """Predictions with a lower score are neither drawn nor written to JSON; None: predictions have no such score."""
+    frequencies: list[float] | None = None
+    """What `use_frequencies` received at the start of training; None: nothing was counted."""
 
     def __init__(
         self,
@@ -284,22 +287,40 @@ class Task(nn.Module, ABC):
         return None
 
     def samples_to_count(self) -> int:
-        """Return how many training samples to read for `use_frequencies`; 0, the default: the task needs none."""
+        """Return how many training samples to read for `use_samples`; 0, the default: the task needs none."""
         return 0
 
-    def class_shares(self, sample: Sample) -> Tensor | None:
-        """Return which part of a sample's targets each class has (K,), with the sum 1; None for no target.
+    def use_samples(self, samples: Iterable[Sample]) -> str | None:
+        """Set what depends on the training data, before training begins.
 
-        Called only with a `samples_to_count` above 0.
+        The default counts the classes for `use_frequencies`. Called only with a `samples_to_count` above 0.
+
+        Args:
+            samples: as many training samples, evenly spread over the data, the same on every rank.
+
+        Returns:
+            What was found, for the log; None if no sample has a target.
+        """
+        return count_classes(self, samples)
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        """Return which part of a sample's targets each class has (K,); None for no target.
+
+        The sum is 1, unless the classes do not exclude each other; then NaN stands for an unknown one. A kind without
+        classes returns other numbers of its targets, which `use_frequencies` understands.
         """
         raise NotImplementedError
 
-    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+    def use_frequencies(self, frequencies: Sequence[float]) -> str | None:
         """Set what depends on the frequencies of the classes in the training data, before training begins.
 
         Args:
-            frequencies: K fractions with the sum 1.
+            frequencies: K fractions, the means of `class_shares`.
+
+        Returns:
+            What the log says of them; None: the frequencies of the classes.
         """
+        return None
 
     def check_test_time(self, options: TestTime) -> None:
         """Check that the task can predict and merge the views; by default it can merge none.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from allinone_ds.balance.balancer import TaskBalancer
+from allinone_ds.data.loading.loader import Joint
 from allinone_ds.distributed import cpu_group, world_size
 from allinone_ds.tasks import Task
 
@@ -84,3 +88,47 @@ class LabelWeights:
         images = batch["labelled"][task] if joint else 1  # without a group, as many in every micro-batch
         count = self.tasks[task].count_labels(labels) if images else 0
         return images if count is None else int(count), images
+
+
+def block(
+    balancer: TaskBalancer, name: str, joint: Joint | None, micro_steps: int, frozen: bool
+) -> AbstractContextManager[None]:
+    """Return the balancer's block of a task or joint group.
+
+    Args:
+        balancer: of the run.
+        name: of the task or group.
+        joint: settings of the group; None: it is a task.
+        micro_steps: number of micro-batches.
+        frozen: whether no weight is shared. Nothing is balanced then, and no gradient comes back to the features.
+    """
+    if joint is None:
+        return balancer.task(name, micro_steps=micro_steps)
+    return balancer.joint(joint.tasks, micro_steps=micro_steps, at="backbone" if frozen else joint.at)
+
+
+def losses_of(
+    model: nn.Module,
+    name: str,
+    joint: Joint | None,
+    batch: Mapping[str, Any],
+    weights: Mapping[str, Sequence[float] | None],
+    number: int,
+) -> Any:
+    """Return the weighted loss of a micro-batch, of a joint group task -> loss, None for a task without labels.
+
+    Args:
+        model: the DeepSpeed engine.
+        name: of the task or group.
+        joint: settings of the group; None: it is a task.
+        batch: the micro-batch on the model's device.
+        weights: what `LabelWeights.of_step` returned.
+        number: of the micro-batch, from 0.
+    """
+    if joint is None:
+        return model(task=name, **batch).loss * (weights[name] or ())[number]
+    losses = {}
+    for task, outputs in model(task=joint.tasks, **batch).items():
+        own = weights[task]
+        losses[task] = None if own is None else outputs.loss * own[number]
+    return losses

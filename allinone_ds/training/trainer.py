@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.joint.batches import by_task, task_names
-from allinone_ds.data.loading.loader import Batch, StepBatch, TaskData, train_loader
+from allinone_ds.data.loading.ahead import ahead
+from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import tasks_of, to_device
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
@@ -32,14 +34,14 @@ from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
-from allinone_ds.training.label_weights import LabelWeights
-from allinone_ds.training.load_checkpoint import read_loop_state
+from allinone_ds.training.label_weights import LabelWeights, block, losses_of
+from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
-from allinone_ds.zero.params import cast_unpartitioned
+from allinone_ds.zero.params import cast_unpartitioned, move_buffers
 
 
 class EpochFromStep(TrainerCallback):
@@ -122,7 +124,6 @@ class AllInOneTrainer(EvaluatingTrainer):
             )
         require_launcher()
         raise_all(argument_problems(args, {name: known_tasks[name] for name in test_data}))
-        counted = use_frequencies(known_tasks, {task: data.dataset for task, data in train_data.items()})
         settle_direction(args, known_tasks, set(test_data))
         weighting = TBGC() if weighting is None else weighting
         self._gaps: list[str] = []
@@ -146,6 +147,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
+            move_buffers(model, args.device)
         self.weighting = weighting
         self._shared: Any = "backbone"
         self._first_head = next(iter(known_tasks))
@@ -184,7 +186,9 @@ class AllInOneTrainer(EvaluatingTrainer):
             args.max_broken_images,
             {task: name for name, joint in self.joint.items() for task in joint.tasks},
         )
-        self.add_callback(StartReport(self, counted))
+        self._frequencies: dict[str, list[float]] = {}
+        self._counted: list[str] = []
+        self.add_callback(StartReport(self, self._counted))
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
@@ -202,6 +206,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             "last_logged": self._globalstep_last_logged,
             "nonfinite": self._streaks.state_dict(),
             "data": self.schedule.basis(),
+            "frequencies": self._frequencies,
+            "optim": str(OptimizerNames(self.args.optim).value),
         }
 
     def _load_loop_state(self, state: dict[str, Any]) -> None:
@@ -249,6 +255,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             self.state.max_steps,
             self.args.dataloader_num_workers,
             self.args.max_broken_images,
+            self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             share=self.own_micro_batches,
         )
 
@@ -262,19 +269,33 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in self._gaps:
+        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
             self.warn(self.state.global_step, gap)
         return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
+        if self.deepspeed is None:
+            if self._resumed is not None:
+                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                self._frequencies |= saved_frequencies(self._resumed)
+            data: Any = self.train_dataset
+            datasets = {task: of_task.dataset for task, of_task in by_task(data).items()}
+            self._counted += use_frequencies(tasks_of(self.model), datasets, self._frequencies)
+        return super()._prepare_for_training(*args, **kwargs)
 
     # ---- one step ----
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the schedule that `lr_scheduler_type` names."""
+        """Create the schedule that `lr_scheduler_type` names, with the rates that it starts from in `base_lrs`."""
         engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
         engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
         if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
             engine_optimizer.defaults = {"lr": self.args.learning_rate}
-        return super().create_scheduler(num_training_steps, optimizer)
+        rates = [group["lr"] for group in engine_optimizer.param_groups]
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        vars(scheduler).setdefault("base_lrs", rates)  # schedules that wait for a plateau keep only the current rates
+        return scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
@@ -318,6 +339,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,
             )
+            self.stop_signal.travel_with(self.balancer)
         if self._resumed is not None:
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
@@ -325,17 +347,20 @@ class AllInOneTrainer(EvaluatingTrainer):
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         weights = self._label_weights.of_step(inputs.batches)
+        copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for name, batches in inputs.batches.items():
-            what = f"joint group '{name}'" if name in self.joint else f"task '{name}'"
-            with self._block(name, len(batches)):
+            joint = self.joint.get(name)
+            what = f"task '{name}'" if joint is None else f"joint group '{name}'"
+            with block(self.balancer, name, joint, len(batches), frozen=self.weighting_unused):
                 for number, batch in enumerate(batches, 1):
                     where = f"step {inputs.step}, {what}, micro-step {number} of {len(batches)}"
                     self.mark(where)
                     try:
-                        self._micro_step(model, name, batch, weights, number - 1)
+                        losses = losses_of(model, name, joint, next(copies), weights, number - 1)
+                        self.balancer.backward(losses)
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)
-                        keys = f"{'joint' if name in self.joint else 'tasks'}.{name}"
+                        keys = f"{'joint' if joint else 'tasks'}.{name}"
                         explained = out_of_memory(error, where, keys, shape, self.args.process_index)
                         if explained is None:
                             raise
@@ -347,30 +372,6 @@ class AllInOneTrainer(EvaluatingTrainer):
         report = self._step(inputs.step)
         self._logs.add(report)
         return torch.stack([loss.float() for loss in report.losses.values()]).sum()
-
-    def _block(self, name: str, micro_steps: int) -> AbstractContextManager[None]:
-        assert self.balancer is not None
-        if name not in self.joint:
-            return self.balancer.task(name, micro_steps=micro_steps)
-        joint = self.joint[name]
-        # without shared weights there is nothing to balance, and no gradient comes back to the features
-        at = "backbone" if self.weighting_unused else joint.at
-        return self.balancer.joint(joint.tasks, micro_steps=micro_steps, at=at)
-
-    def _micro_step(
-        self, model: nn.Module, name: str, batch: Batch, weights: Mapping[str, Sequence[float] | None], number: int
-    ) -> None:
-        assert self.balancer is not None
-        on_device = to_device(batch, self.args.device)
-        if name not in self.joint:
-            own = weights[name] or [1.0] * (number + 1)
-            self.balancer.backward(model(task=name, **on_device).loss * own[number])
-            return
-        losses = {}
-        for task, outputs in model(task=self.joint[name].tasks, **on_device).items():
-            of_task = weights[task]
-            losses[task] = None if of_task is None else outputs.loss * of_task[number]
-        self.balancer.backward(losses)
 
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None
