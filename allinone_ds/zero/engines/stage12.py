@@ -91,6 +91,14 @@ class Stage12Adapter(EngineAdapter):
         for group, flat in enumerate(flats):
             self.optimizer.averaged_gradients[group] = as_partition(flat)
 
+    def reduce_accumulated(self) -> None:
+        self.set_reduces(True)
+        if self.stage == 2:  # every backward has reduced its part
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            return
+        with self.engine.coalesce_grad_reduction():  # reduces what is there when it ends
+            pass
+
     def discard(self) -> None:
         self.clear_gradient()
         self.begin_task()
