@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.reporting.class_tables import class_tables
-from allinone_ds.reporting.tables import metrics_table, plan_tables
+from allinone_ds.reporting.tables import metrics_table, plan_tables, transfer_tables
 from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
@@ -259,6 +259,35 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
         )
     _run(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
     return folder
+
+
+def transfer(args: argparse.Namespace) -> int:
+    from allinone_ds.reporting.report import write_report
+    from allinone_ds.run_config.yaml_files import read_yaml
+    from allinone_ds.run_folder.names import TRANSFER_FILE
+
+    config = Path(args.config)
+    folder = config if config.is_dir() else _folder_of(read_yaml(args.config, args.overrides))
+    with console.status("reading the run"):
+        _quiet()
+        from allinone_ds.evaluation.baselines import compare_runs, plan_baselines, read_metrics
+
+        ranks = args.nproc or int(read_metrics(folder).get("world_size", 1))
+        baselines = plan_baselines(folder)
+    for number, baseline in enumerate(baselines, 1):
+        state = "trained before" if baseline.done else "resumes" if baseline.begun else "trains"
+        console.print(f"{number}/{len(baselines)}  {baseline.task} alone: {state}, {baseline.folder}")
+        if not baseline.done:
+            resume = ["--resume"] if baseline.begun else []
+            _run(str(baseline.file), resume, read_yaml(baseline.file), ranks)
+    with console.status("comparing"):
+        found = compare_runs([folder, *args.others])
+    for part in transfer_tables(found):
+        console.print(part)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(f"{'comparison':12} {folder / TRANSFER_FILE}\n{'report':12} {write_report([folder])}")
+    return 0
 
 
 def check(args: argparse.Namespace) -> int:

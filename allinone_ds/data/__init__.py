@@ -22,6 +22,7 @@ __getattr__, __all__ = lazy_names(
         "loading.cache": ["CachedDataset"],
         "check": ["check_sources"],
         "combination": ["CombinedDataset", "CombinedSource", "Split", "combine"],
+        "formats.box_table": ["BoxTableSource"],
         "formats.class_folders": ["ClassFoldersSource"],
         "formats.common.classified_files": ["ClassifiedDataset"],
         "formats.coco": ["CocoDataset", "CocoSource"],

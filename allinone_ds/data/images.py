@@ -110,9 +110,35 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
     if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise BrokenSample(
             path,
-            f"is an image of mode {mode}; a label map has one channel of class ids (png of mode L, P or I;16)",
+            f"is an image of mode {mode}; a label map has one channel of class ids (png of mode L, P or I;16); if its "
+            "colours are the classes, set class_colors of label_maps",
         )
     return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def read_color_map(path: str) -> np.ndarray:
+    """Read a label map whose colours are the classes; an alpha channel is left out.
+
+    Args:
+        path: the file.
+
+    Returns:
+        int32 (H, W): red * 65536 + green * 256 + blue of each pixel
+
+    Raises:
+        BrokenSample: the file is missing or truncated, or its channels do not have 8 bits.
+    """
+    data = _read_bytes(path)
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            values = _channels(picture)
+            wide = values.dtype != np.uint8 or _is_wide_colour(picture, data)
+    except Exception as error:  # decoders raise many types of errors on broken files
+        raise BrokenSample(path, _decoding_reason(error)) from None
+    if wide:
+        raise BrokenSample(path, "has channels of more than 8 bits; a label map of colours has 8 bits per channel")
+    red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
 
 
 def read_map(path: str, data: bytes | None = None) -> np.ndarray:

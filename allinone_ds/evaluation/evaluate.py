@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allinone_ds.data.loading.ahead import to_device
 from allinone_ds.data.loading.loader import TaskData, eval_loader
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
@@ -19,17 +20,6 @@ from allinone_ds.tasks.details import Details
 
 WORST = 8
 """Images with the lowest scores that an evaluation remembers per task."""
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a nested batch with its tensors on a device; dtypes do not change."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def tasks_of(model: Any) -> dict[str, Task]:
@@ -68,7 +58,7 @@ def evaluate_task(
     task = tasks_of(model)[name]
     metric = task.metric().to(device)
     worst: list[dict[str, Any]] = []
-    counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
+    counts = [0, 0]  # samples, unreadable ones
     loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
     for batch in loader:
         pixels = to_device(batch.batch["pixel_values"], device)
@@ -78,9 +68,9 @@ def evaluate_task(
             worst = _worst([*worst, *_scored(task, predictions, batch.samples)])
             if record is not None:
                 record(batch.samples, predictions)
-        counts += torch.tensor([batch.count, len(batch.broken)], device=device)
+        counts = [counts[0] + batch.count, counts[1] + len(batch.broken)]
     values = {key: float(value) for key, value in metric.compute().items()}
-    samples, broken = all_reduce(counts).tolist()
+    samples, broken = all_reduce(torch.tensor(counts, device=device)).tolist()
     worst = _worst([image for of_rank in gather_objects(worst) for image in of_rank])
     found = task.details(metric) | ({"worst": worst} if worst else {})
     values |= found.pop("metrics", {})

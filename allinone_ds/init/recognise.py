@@ -8,7 +8,7 @@ from pathlib import Path
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask
-from allinone_ds.init.layouts import classification, coco, hugging_face, label_maps, voc, yolo
+from allinone_ds.init.layouts import classification, coco, hugging_face, label_maps, tables, voc, yolo
 
 FINDERS = {
     "`datasets`: a folder of save_to_disk, parquet files, or images with metadata.csv or metadata.jsonl that names "
@@ -17,10 +17,11 @@ FINDERS = {
         yolo.find,
     "Pascal VOC: XML files in Annotations and images in JPEGImages, lists in ImageSets": voc.find,
     "COCO: a json with the lists images, annotations (with bbox) and categories, and the images": coco.find,
-    "label maps: a folder of images and a folder of png files of the same names, whose pixels are class ids":
-        label_maps.find,
+    "label maps: a folder of images and a folder of png files of the same names, whose pixels are class ids, or whose "
+    "colours are classes": label_maps.find,
     "a list: a txt file with `file class-id` per line, and the images": classification.find_lists,
-    "a table: a csv file with a column of files and a column of classes, and the images": classification.find_tables,
+    "a table: a csv file with a column of files and a column of classes, a column of 0 and 1 per class, or the corners "
+    "of a box per row; and the images": tables.find,
     "class folders: one folder of images per class, also below train/ and test/": classification.find_class_folders,
 }  # fmt: skip
 """{what a layout looks like: its recogniser}, in the order in which they are tried."""

@@ -98,6 +98,11 @@ class LogitSegmenter(nn.Module, ABC):
         return out
 
     @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of pixels of label maps (B, H, W) that the loss is the mean of."""
+        return int((masks != ignore_index).sum())
+
+    @staticmethod
     def scores(outputs: Any) -> Tensor:
         """Return scores (B, K, h, w), the largest of which is the predicted class."""
         return outputs.logits

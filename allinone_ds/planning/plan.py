@@ -104,7 +104,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
+    moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
@@ -168,6 +168,6 @@ def _moments(optim: str, notes: list[str]) -> int:
     """Return the number of float32 values that the optimizer keeps per element, in addition to the weight."""
     if optim == "sgd":
         return 0
-    if not optim.startswith("adamw"):
+    if optim != "auto" and not optim.startswith("adamw"):
         notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")
     return 2

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allinone_ds.data.loading.ahead import to_device
 from allinone_ds.data.loading.loader import TaskData
 from allinone_ds.errors import BrokenSample
-from allinone_ds.evaluation.evaluate import tasks_of, to_device
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.run_folder.names import PICTURES
 from allinone_ds.tasks.drawing import to_pil
 

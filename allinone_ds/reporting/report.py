@@ -11,11 +11,13 @@ import yaml
 
 from allinone_ds.evaluation.metrics import labelled_metrics
 from allinone_ds.reporting.class_tables import class_sections
-from allinone_ds.reporting.html_page import document, figure, image, table
+from allinone_ds.reporting.html.page import document, figure, image, table
+from allinone_ds.reporting.html.transfer import transfer_section
 from allinone_ds.reporting.plots import Lines, describe, evaluation_lines, series, svg
-from allinone_ds.reporting.run_history import Run, dotted_values, read_run
+from allinone_ds.reporting.run_history import Run, read_run
 from allinone_ds.reporting.text import clock
 from allinone_ds.run_folder.names import PAGE_FILE, REPORT_FILE
+from allinone_ds.strict import dotted_values
 
 MAX_EVENTS = 50
 """Starts, stops and warnings listed per run, the latest ones."""
@@ -48,7 +50,14 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     target = Path(output) if output is not None else runs[0].folder / REPORT_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
-    sections = [_results(runs), _differences(runs), _events(runs), _plots(runs), _last_values(runs)]
+    sections = [
+        _results(runs),
+        transfer_section(runs),
+        _differences(runs),
+        _events(runs),
+        _plots(runs),
+        _last_values(runs),
+    ]
     sections += [class_sections(runs), _predictions(runs)]
     target.write_text(document(title, [*sections, *(_configuration(run) for run in runs)]))
     return target

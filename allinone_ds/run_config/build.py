@@ -17,6 +17,7 @@ from allinone_ds.model import AllInOneModel
 from allinone_ds.models.architectures import chosen_indices
 from allinone_ds.models.backbone import BackboneConfig, build_backbone, own_fields
 from allinone_ds.models.freezing import freeze_backbone
+from allinone_ds.models.lora import add_lora
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, build_task, task_class
@@ -27,7 +28,7 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks` and `model.freeze` are used.
+        config: configuration of the run; only `tasks`, `model.freeze` and `model.lora` are used.
         facts: backbone configuration and class names.
 
     Raises:
@@ -35,6 +36,8 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """
     backbone = build_backbone(facts.backbone)
     freeze_backbone(backbone, config.model.freeze)
+    if config.model.lora is not None:
+        add_lora(backbone, config.model.lora)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()

@@ -29,6 +29,7 @@ from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.models.freezing import Freeze
+from allinone_ds.models.lora import LoraOptions
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.yaml_files import DEEPSPEED, read_deepspeed, read_yaml
 from allinone_ds.strict import ConfigPath, Strict, check_task_name, did_you_mean, explain
@@ -71,9 +72,19 @@ class ModelConfig(Strict):
     """The shared backbone."""
     freeze: Freeze | None = None
     """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
+    lora: LoraOptions | None = None
+    """Train adapters (LoRA) instead of the backbone's weights, which are frozen; null: train the weights."""
     start_from: ConfigPath | None = None
     """Folder of an earlier run or checkpoint with the same backbone, whose weights the run starts from. The head of a
     task whose name or classes differ starts from random weights."""
+
+    @model_validator(mode="after")
+    def _lora_adapts_something(self) -> ModelConfig:
+        if self.lora is not None and self.freeze is not None:
+            raise ConfigError("'freeze' and 'lora' are both set; remove 'freeze': with adapters all weights are frozen")
+        if self.lora is not None and self.start_from is None and self.backbone.checkpoint is None:
+            raise ConfigError("'lora' would adapt a backbone of random weights; set backbone.checkpoint or start_from")
+        return self
 
 
 class TaskConfig(Strict):

@@ -15,7 +15,12 @@ from allinone_ds.tasks.dense.edges import EdgesTask
 from allinone_ds.tasks.dense.normals import NormalsTask
 from allinone_ds.tasks.dense.saliency import SaliencyTask
 from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.tasks.objects.instances import InstancesTask
+from allinone_ds.tasks.objects.keypoints import KeypointsTask
 from allinone_ds.tasks.segmentation import SegmentationTask
+from allinone_ds.tasks.vectors.attributes import AttributesTask
+from allinone_ds.tasks.vectors.regression import RegressionTask
+from allinone_ds.tasks.vectors.retrieval import RetrievalTask
 
 if TYPE_CHECKING:
     from allinone_ds.models.backbone import Backbone
@@ -28,6 +33,11 @@ TASKS: dict[str, type[Task]] = {
     "normals": NormalsTask,
     "edges": EdgesTask,
     "saliency": SaliencyTask,
+    "attributes": AttributesTask,
+    "regression": RegressionTask,
+    "retrieval": RetrievalTask,
+    "keypoints": KeypointsTask,
+    "instances": InstancesTask,
 }
 """Class of each task kind. A new kind needs one more line here and nothing elsewhere in the package."""
 

@@ -69,6 +69,9 @@ class SegmentationTask(Task):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         return self.segmenter(features, labels, IGNORE)
 
+    def count_labels(self, labels: Any) -> int:
+        return self.segmenter.count_labels(labels, IGNORE)
+
     def samples_to_count(self) -> int:
         segmenter = self.segmenter
         return _COUNTED if isinstance(segmenter, LogitSegmenter) and segmenter.needs_frequencies() else 0

@@ -81,7 +81,8 @@ def _train(
     args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
     classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
     test_data = open_test_data(config, classes)
-    inspect_data(config, train_data, test_data)
+    if not resume_from:
+        inspect_data(config, train_data, test_data)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)

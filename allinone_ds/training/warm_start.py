@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, TrainerCallback
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.models.lora import is_adapter, name_without_lora
 from allinone_ds.models.pretrained import LoadedWeights
 from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_folder.weights import read_weights
@@ -41,10 +42,17 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     _, facts = read_run_files(folder)
     state, source = read_weights(folder)
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if not any(is_adapter(name) for name in state):
+        state |= {name: state.pop(plain) for name in tensors if (plain := name_without_lora(name)) in state}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
     fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
     kept = set(model.state_dict())
-    wrong = [n for n in shapes if n.startswith("backbone.") and n in kept and n not in fits]
+    wrong = [n for n in shapes if n.startswith("backbone.") and n in kept and n not in fits and not is_adapter(n)]
+    if wrong and any(is_adapter(name) for name in state):
+        raise ConfigError(
+            f"model.start_from: the backbone in {source} has LoRA adapters, which this run's model.lora lacks; set the "
+            "same model.lora, or export that run and set model.backbone.checkpoint to its OUTPUT/backbone"
+        )
     if wrong:
         found = tuple(state[wrong[0]].shape) if wrong[0] in state else "absent"
         raise ConfigError(

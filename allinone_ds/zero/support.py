@@ -112,6 +112,8 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (getattr(zero, "zenflow", None) is not None, "ZenFlow", "remove the zenflow section"),
         (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
         (nvme, "NVMe offload", "offload to cpu or not at all"),
+        (float(getattr(zero.offload_optimizer, "ratio", 1.0)) < 1, "offload_optimizer.ratio below 1",
+         "a part of the gradient would be on the CPU and a part on the accelerator; remove the key"),
         (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
         (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),

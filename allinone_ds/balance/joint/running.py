@@ -13,10 +13,10 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.combiners.exact import ExactCombiner
 from allinone_ds.balance.heads import HeadUse
 from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
-from allinone_ds.balance.joint.counts import LabelCounts
+from allinone_ds.balance.joint.counts import LabelCounts, check_counts
 from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.distributed import gather_objects
+from allinone_ds.distributed import rank
 from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.local_gradients import LocalGradients
@@ -50,6 +50,7 @@ class JointTasks(RunningTask):
         self._exact, self._heads = combiner, heads
         self._counts = LabelCounts(len(tasks), micro_steps, agreement)
         self._losses = {task: torch.zeros_like(self.loss) for task in tasks}
+        self._counted = False
 
     def backward(self, loss: Any, count: Any, run: Backward) -> None:
         """Run the backwards of the next micro-step.
@@ -64,6 +65,10 @@ class JointTasks(RunningTask):
         """
         self.check_next()
         check_losses(self.tasks, loss)
+        check_counts(self.tasks, loss, count)
+        if self._done and (count is None) == self._counted:
+            raise BalancerError(f"task '{self.name}': give count in every micro-step of the block, or in none")
+        self._counted = count is not None
         with self.micro_step(communicates=True):
             weights = self._weights(loss, count)
             self._run(loss, weights, count, run)
@@ -76,16 +81,11 @@ class JointTasks(RunningTask):
 
     def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
         """Return what each loss is multiplied by, after the ranks have exchanged what they have. Collective."""
-        numbers = []
-        for task in self.tasks:
-            given = 1 if count is None else count[task]
-            numbers.append(0 if losses[task] is None else given)
-        weights = self._counts.weights(numbers)
-        own = [int(losses[task] is not None) for task in self.tasks]
-        rows = self._agreement.rows(own) if self._agreement else gather_objects(own)
-        self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*rows, strict=True)]
+        numbers = [0 if losses[task] is None else 1 if count is None else count[task] for task in self.tasks]
+        weights = self._counts.weights(numbers, [int(losses[task] is not None) for task in self.tasks])
+        self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*self._counts.flags, strict=True)]
         if self._forwards_communicate:
-            self._refuse_missing_losses(rows)
+            self._refuse_missing_losses(self._counts.flags)
         return dict(zip(self.tasks, weights, strict=True))
 
     def _labelled(self) -> list[str]:
@@ -177,20 +177,18 @@ class JointAtFeatures(JointTasks):
         return self._block.active()
 
     def hand_over(self) -> None:
-        report = self._block.report()
-        if report.tasks:
-            rows = {task: (report.norms[task], report.losses[task], report.scales[task]) for task in report.tasks}
-            self._exact.add_balanced(self.name, rows)
-            self._heads.divide(self.name, report.tasks)
+        found = self._block.means()
+        if found:
+            self._exact.add_balanced(self.name, found)
+            self._heads.divide(self.name, tuple(found))
 
     def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
         self._combiner.begin(self.name)
         self._heads.begin(self.name)
-        scale = self._combiner.adapter.loss_scale
-        labelled = self._labelled()
-        with self._block.micro_step(
-            {t: losses[t] if t in labelled else None for t in self.tasks}, count, scale
-        ) as total:
+        counts = list(zip(*self._counts.rows, strict=True))  # of each task on every rank
+        labels = [(of_ranks[rank()], sum(of_ranks)) for of_ranks in counts]
+        labelled = {task: loss if sum(n) else None for (task, loss), n in zip(losses.items(), counts, strict=True)}
+        with self._block.micro_step(labelled, None, self._combiner.adapter.loss_scale, labels) as total:
             self._average(total, all(self._alike), run)
         if self.micro_steps > 1:
             self._exact.accumulate(self.name)

@@ -54,7 +54,8 @@ PIXELS_ONLY = (
 
 _AUTO = ("AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix")
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_AUTO, ("classification",)),  # torchvision moves the pixels, but not boxes and masks
+    # torchvision moves the pixels, but not boxes and masks
+    **dict.fromkeys(_AUTO, ("classification", "retrieval", "attributes", "regression")),
     "RandomIoUCrop": ("detection",),
     "Mosaic": ("detection", "segmentation"),
     "MixUp": ("detection",),
@@ -130,7 +131,7 @@ def build_transform(
     cls = NAMES[name]
     if kind is not None and kind not in ONLY_FOR.get(name, (kind,)):
         hint = ", or use ColorRandAugment, which moves no pixels" if name in _AUTO else ""
-        supported = " and ".join(ONLY_FOR[name])
+        supported = ", ".join(ONLY_FOR[name][:-1]) + " and " * (len(ONLY_FOR[name]) > 1) + ONLY_FOR[name][-1]
         raise ConfigError(f"{where}: {name} supports only {supported}, the data is {kind}; remove the transform{hint}")
     if kind in NOT_FOR.get(name, ()):
         raise ConfigError(f"{where}: {name} cannot move {kind} correctly; remove the transform")

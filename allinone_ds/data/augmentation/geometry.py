@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from allinone_ds.data.augmentation.objects import OF_OBJECTS, sanitize_objects, select
 from allinone_ds.data.base import IGNORE, Sample
 from allinone_ds.data.dense_maps import empty_value
 
@@ -21,23 +22,25 @@ _PARTS = ("image", "boxes", "labels", "iscrowd", "mask")
 
 
 def sanitize_boxes(sample: Sample, size: tuple[int, int]) -> None:
-    """Cut boxes at the border and drop those with a side below 1 pixel, with their labels, in place.
+    """Cut boxes at the border and drop those with a side below 1 pixel, with all that belongs to them, in place.
 
-    Equal to v2.ClampBoundingBoxes and v2.SanitizeBoundingBoxes, but ten times as fast.
+    Equal to v2.ClampBoundingBoxes and v2.SanitizeBoundingBoxes, but ten times as fast. Keypoints and masks are put
+    right by `sanitize_objects`.
 
     Args:
-        sample: has `boxes`, and may have `labels` and `iscrowd`.
+        sample: has `boxes`, and may have other keys of `OF_OBJECTS`.
         size: (H, W) of its image.
     """
     boxes = sample["boxes"].as_subclass(Tensor).clone()  # (n, 4) XYXY
     boxes[:, 0::2].clamp_(0, size[1])
     boxes[:, 1::2].clamp_(0, size[0])
-    keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)  # (n,)
+    boxes, keep = sanitize_objects(sample, boxes, size)
+    keep &= ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)  # (n,)
     if not bool(keep.all()):
         boxes = boxes[keep]
-        for key in ("labels", "iscrowd"):
+        for key in OF_OBJECTS:
             if key in sample:
-                sample[key] = sample[key][keep]
+                sample[key] = select(sample[key], keep)
     sample["boxes"] = _boxes(boxes, size)
 
 

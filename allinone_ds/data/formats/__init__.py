@@ -9,6 +9,7 @@ from allinone_ds._lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "box_table": ["BoxTableSource"],
         "class_folders": ["ClassFoldersSource"],
         "coco": ["CocoSource"],
         "hugging_face": ["DatasetsSource"],

@@ -70,7 +70,7 @@ def turned_problems(dataset: SampleDataset, turned: Sequence[str]) -> list[Probl
         dataset: the dataset.
         turned: its images that `is_turned` found.
     """
-    if not turned or dataset.kind == "classification":
+    if not turned or dataset.kind in ("classification", "attributes", "regression", "retrieval"):
         return []
     reason = (
         f"{len(turned)} of {len(dataset)} images are turned by 180 degrees or mirrored by their EXIF orientation "
