@@ -19,12 +19,12 @@ Sample = dict[str, Any]
 Always: `image`, a tv_tensors.Image uint8 (3, H, W), upright; `path`, a str; `index`, its position in the dataset.
 Detection: `boxes`, tv_tensors.BoundingBoxes XYXY float32 (n, 4) in pixels; `labels`, long (n,) in 0..K-1; `iscrowd`,
 bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-1 and 255 (ignore).
-Classification: `label`, an int in 0..K-1. Retrieval: `label`, an int that stands for an identity.
-Attributes: `attributes`, float32 (A,) of 1 (present), 0 (absent) and NaN (no label). Regression: `value`, float64 (C,),
-NaN where there is no value. Instances: the keys of detection, and `masks`, a tv_tensors.Mask uint8 (n, H, W) of 0 and 1.
-Keypoints: the keys of detection; `keypoints`, `augmentation.objects.Points` (n, P, 2) of x, y in pixels; `visible`, uint8 (n, P)
-of 0 (no label), 1 (hidden) and 2; `area` of the objects, float32 (n,) in squared pixels of the original image;
-`mirrored`, long (n, P), the order of the points in a mirrored image; `corner`, see `augmentation.objects.corner`.
+Classification: `label`, an int in 0..K-1. Retrieval: `label`, an int that stands for an identity. Attributes:
+`attributes`, float32 (A,) of 1 (present), 0 (absent) and NaN (no label). Regression: `value`, float64 (C,), NaN where
+there is no value. Instances: the keys of detection, and `masks`, a tv_tensors.Mask uint8 (n, H, W) of 0 and 1.
+Keypoints: the keys of detection; `keypoints`, `augmentation.objects.Points` (n, P, 2) of x, y in pixels; `visible`,
+uint8 (n, P) of 0 (no label), 1 (hidden) and 2; `area` of the objects, float32 (n,) in squared pixels of the original
+image; `mirrored`, long (n, P), the order of the points in a mirrored image; `corner`, see `augmentation.objects`.
 """
 
 IGNORE = 255
