@@ -102,7 +102,7 @@ def broken_task(case: str) -> list[str]:
 def check_gradients_of_a_broken_backward_are_dropped_after_their_reduction() -> None:
     with without_waits():
         assert any("zero_ at allinone_ds/zero/engines/stage3.py" in f for f in broken_task(CASE_3))
-    for case in ("zero1 fp32 overlap=1 contiguous=1", "zero2 fp32 overlap=1 contiguous=1"):
+    for case in (CASE_3, "zero1 fp32 overlap=1 contiguous=1", "zero2 fp32 overlap=1 contiguous=1"):
         assert not broken_task(case)
 
 
@@ -123,6 +123,7 @@ def overflow() -> list[str]:
 def check_zero3_sees_an_overflow_that_is_shown_to_it() -> None:
     with without_waits():
         assert any("allinone_ds/zero/engines/stage3.py" in f for f in overflow())
+    assert not overflow()
 
 
 def restored() -> list[str]:
@@ -146,6 +147,7 @@ def restored() -> list[str]:
 def check_restored_weights_reach_the_next_forward() -> None:
     with without_waits():
         assert any("allinone_ds/zero/engines/base.py" in f for f in restored())
+    assert not restored()
 
 
 def step(balancer) -> None:
