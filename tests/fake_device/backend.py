@@ -127,6 +127,7 @@ def _kernel(op: Any, args: Any, kwargs: Any) -> Any:
         (written if alias is not None and alias.is_write else read).extend(tensors)
     hosts = {id(tensor): on_host(tensor) for tensor in (*written, *read)}
     devices = {id(hosts[id(tensor)]): tensor for tensor in (*written, *read)}
+    args = tuple(_tensor(a, value) for a, value in zip(schema.arguments, args, strict=False))
     cpu_args, cpu_kwargs = tree_map_only(Tensor, lambda t: hosts.get(id(t), t), (args, kwargs))
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = "cpu"
@@ -139,6 +140,13 @@ def _kernel(op: Any, args: Any, kwargs: Any) -> Any:
     if schema.name.startswith(_WAITS):
         record.wait(schema.name.removeprefix("aten::"))
     return tree_map_only(Tensor, lambda t: devices[id(t)], result)
+
+
+def _tensor(argument: Any, value: Any) -> Any:
+    """Return a number as the tensor that it was, where an operator takes only tensors."""
+    if isinstance(argument.type, torch.TensorType) and isinstance(value, int | float):
+        return torch.tensor(value)
+    return value
 
 
 def _follow(tensor: Tensor, host: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.cuda._sanitizer import StreamSynchronizations
 
 ROOT = Path(__file__).parents[2]
 OWNERS = ("allinone_ds", "benchmarks", "tests", "deepspeed", "transformers", "torchvision", "torchmetrics", "scipy",
-          "accelerate")  # fmt: skip
+          "accelerate", "torchjd", "pytorch_metric_learning")  # fmt: skip
 """Packages that an event can belong to: the one whose code called torch."""
 
 
