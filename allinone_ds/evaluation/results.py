@@ -26,6 +26,7 @@ class Results:
     Args:
         folder: the folder; it is created.
         tasks: the tasks by name.
+        every: of a video, each `every`-th frame is added; the written video has the speed of the original.
 
     Attributes:
         written: the files written for single inputs, in the order of the inputs.
@@ -39,8 +40,8 @@ class Results:
             results.add_image(Input(Path("a.jpg"), "a"), image, {"det": predictor.predict(image, "det")[0]})
     """
 
-    def __init__(self, folder: Path, tasks: Mapping[str, Task]) -> None:
-        self.folder, self.tasks = folder, dict(tasks)
+    def __init__(self, folder: Path, tasks: Mapping[str, Task], every: int = 1) -> None:
+        self.folder, self.tasks, self.every = folder, dict(tasks), every
         self.written: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,8 @@ class Results:
             if name not in self._videos:
                 target = picture.with_suffix(".mp4")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._videos[name] = self._open.enter_context(VideoWriter(target, frame_rate(item.file)))
+                rate = frame_rate(item.file) / self.every
+                self._videos[name] = self._open.enter_context(VideoWriter(target, rate))
                 self.written.append(target)
             self._videos[name].add(to_pil(task.draw(frame.image, predictions[name])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from transformers.utils import ModelOutput
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions, ClassWeights
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
 
@@ -59,6 +61,9 @@ class Mask2FormerOptions(Strict):
     """Points per mask at which matching and losses are computed."""
     no_object_weight: float = Field(0.1, gt=0)
     """Weight of the class "no object" in the classification loss."""
+    class_weights: ClassWeights = None
+    """Weight of each class in the classification loss, in the order of the classes; "balanced": 1 / (K * frequency) of
+    the masks in its training data, one per image and class; None: all 1."""
 
 
 @dataclass
@@ -119,9 +124,18 @@ class Mask2FormerSegmenter(nn.Module):
             no_object_weight=options.no_object_weight,
             num_labels=num_classes,  # type: ignore[call-arg]
         )
+        self.class_loss = ClassLoss(num_classes, ClassLossOptions(class_weights=options.class_weights))
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
         self.net = _Decoders(self.config, num_classes)
+
+    def needs_frequencies(self) -> bool:
+        """Return whether `use_frequencies` would change something."""
+        return self.class_loss.balanced
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set balanced class weights from the frequencies of the classes among the masks of the training data."""
+        self.class_loss.use_frequencies(frequencies)
 
     def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> ModelOutput:
         """Return the raw predictions, and the loss if label maps are given.
@@ -169,6 +183,8 @@ class Mask2FormerSegmenter(nn.Module):
         }
         # Built per call: as part of the model its buffer would be cast to bfloat16.
         criterion = _Criterion(self.config, weights).to(masks.device)
+        if self.class_loss.weights is not None:
+            criterion.empty_weight[:-1] = criterion.empty_weight.new_tensor(self.class_loss.weights)
         parts = criterion(
             **layers[-1], mask_labels=labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
         )
@@ -212,7 +228,17 @@ class _Decoders(Mask2FormerPreTrainedModel):
 
 
 class _Criterion(Mask2FormerLoss):
-    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
+    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
+
+    With class weights, the classification loss is divided as without them, so that a mask of weight w counts as w.
+    """
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        found = super().loss_labels(class_queries_logits, class_labels, indices)  # divided by the sum of the weights
+        matched = torch.cat([labels[j] for labels, (_, j) in zip(class_labels, indices, strict=True)])
+        others = self.eos_coef * (class_queries_logits.shape[:2].numel() - len(matched))
+        factor = (self.empty_weight[matched].sum() + others) / (len(matched) + others)
+        return {name: value * factor for name, value in found.items()}
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         return torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
