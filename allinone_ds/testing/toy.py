@@ -6,7 +6,7 @@ the last micro-step only. `allinone_ds.testing.reference` computes what any engi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,16 @@ class Backbone(nn.Module):
         return self.frozen(x)
 
 
+def _unmarked(features: Tensor, task: str) -> Tensor:
+    return features
+
+
 class ToyModel(nn.Module):
-    """`forward(task, x, last)` returns the task's loss, a mean over the batch."""
+    """`forward(task, x, last)` returns the task's loss, a mean over the batch; of several tasks, task -> loss.
+
+    Attributes:
+        mark: called with what a head reads and its task; `allinone_ds.task_features`, where that is balanced.
+    """
 
     def __init__(self, checkpointing: bool = False, width: int = 13, depth: int = 3):
         super().__init__()
@@ -57,9 +65,16 @@ class ToyModel(nn.Module):
         outputs = {"det": 5, "seg": 11, "cls": 3}
         self.heads = nn.ModuleDict({task: nn.Linear(width, count) for task, count in outputs.items()})
         self.late = nn.Linear(width, 2)  # the seg task uses it in its last micro-step only
+        self.mark: Callable[[Tensor, str], Tensor] = _unmarked
 
-    def forward(self, task: str, x: Tensor, last: bool = False) -> Tensor:
+    def forward(self, task: str | Sequence[str], x: Tensor, last: bool = False) -> Any:
         features = self.backbone(x)
+        if isinstance(task, str):
+            return self.loss(task, self.mark(features, task), last)
+        return {name: self.loss(name, self.mark(features, name), last) for name in task}
+
+    def loss(self, task: str, features: Tensor, last: bool = False) -> Tensor:
+        """Return the loss of one task from what its head reads."""
         loss = _mean_square(self.heads[task](features))
         if task == "seg" and last:
             loss = loss + _mean_square(self.late(features))
