@@ -46,9 +46,9 @@ def self_test(
         BalancerError: the difference is above 1e-4 (fp32) or 0.1 (16-bit weights or autocast).
     """
     at = "features" if norm == "features" else "backbone"
-    lr = toy.rate({"name": "tbgc", "heads": "none"}) if at == "features" else _LR  # heads keep their raw gradient
+    head_lr = toy.RAW_RATE if at == "features" else None  # heads keep their raw gradient
     model, before, reference = (toy.make_model(width=4, depth=1) for _ in range(3))  # small: a sketch of it is exact
-    test_engine = engine_like(engine, model.float(), toy.param_groups(model), lr)
+    test_engine = engine_like(engine, model.float(), toy.param_groups(model, head_lr=head_lr), _LR)
     dtype = next(test_engine.module.parameters()).dtype
     balancer = balancer_class(
         test_engine, toy.TASKS, "backbone", TBGC(max_norm=0.1), norm=norm, parallel=parallel, self_test=False
@@ -56,8 +56,8 @@ def self_test(
     test_engine.module.mark = task_features
     counts = dict.fromkeys(toy.TASKS, micro_steps)
     reports = train(test_engine, balancer, counts, steps)
-    delayed = norm == "delayed"
-    wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, lr=lr, delayed=delayed, at=at)
+    options: dict[str, Any] = {"lr": _LR, "head_lr": head_lr, "delayed": norm == "delayed", "at": at}
+    wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, **options)
     found = compare(whole_weights(test_engine), reports, wanted, before)
     balancer.detach()
     rounds = dtype != torch.float32 or test_engine.torch_autocast_enabled()

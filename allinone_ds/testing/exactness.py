@@ -108,15 +108,18 @@ def run_case(
     counts = dict(zip(toy.TASKS, micro_steps, strict=True))
     if case.joint_at:
         counts = dict.fromkeys(toy.TASKS, micro_steps[-1])
-    lr = toy.rate({**weighting, "heads": "none"} if case.at == "features" else weighting)
+    lr = toy.rate(weighting)
+    head_lr = toy.RAW_RATE if case.at == "features" else None  # their gradient is raw
     model = toy.make_model(checkpointing=case.checkpointing).float()
-    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=lr)
+    optimizer = torch.optim.SGD(toy.param_groups(model, not case.one_group, head_lr), lr=lr)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
     options = {"parallel": "tasks" if case.apart else "data", **({} if case.norm == "exact" else {"norm": case.norm})}
     balancer = make_balancer(engine, weighting, **options)
     reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
     dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
-    wanted = reference_run(weighting, STEPS, counts, world, dtype, lr=lr, joint=bool(case.joint_at), at=case.at)
+    wanted = reference_run(
+        weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at
+    )
     weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
     found = compare(weights, reports, wanted, toy.make_model())
     balancer.detach()

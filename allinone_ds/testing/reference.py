@@ -109,6 +109,7 @@ def reference_run(
     *,
     model: ToyModel | None = None,
     lr: float | None = None,
+    head_lr: float | None = None,
     delayed: bool = False,
     joint: bool = False,
     at: str = "backbone",
@@ -123,6 +124,7 @@ def reference_run(
         dtype: of forward and backward; sums, norms and master weights are float64 always.
         model: to start from; it is trained in place. None: `make_model()`.
         lr: learning rate; None: `rate(weighting)`.
+        head_lr: of the heads, where it differs.
         delayed: factors come from the step before, as with norm="delayed"; the first step is exact.
         joint: all tasks read the data of the first.
         at: "backbone", or "features": balanced there in each micro-step, heads with their raw gradient.
@@ -144,7 +146,8 @@ def reference_run(
                 part = balanced_at_features(model, tasks, weighting, step, micro_steps[tasks[0]], world)
                 total = {name: total.get(name, 0) + part[0].get(name, 0) for name in {**total, **part[0]}}
                 norms, scale = {**norms, **part[1]}, {**scale, **part[2]}
-            master = {name: value - lr * total.get(name, 0) for name, value in master.items()}
+            rates = {name: lr if name.startswith("backbone.") or head_lr is None else head_lr for name in master}
+            master = {name: value - rates[name] * total.get(name, 0) for name, value in master.items()}
             norms_log.append(norms)
             scales_log.append(scale)
             continue

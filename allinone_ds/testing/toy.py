@@ -23,7 +23,11 @@ def rate(weighting: Mapping[str, Any]) -> float:
         or weighting.get("heads") == "none"
         or weighting.get("target", "constant") != "constant"
     )
-    return 1e-5 if raw else 0.05
+    return RAW_RATE if raw else 0.05
+
+
+RAW_RATE = 1e-5
+"""SGD's learning rate where raw gradients reach the weights."""
 
 
 class Backbone(nn.Module):
@@ -105,9 +109,18 @@ def inputs(task: str, step: int, micro_step: int, rank: int) -> Tensor:
     return torch.randn(4, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def param_groups(model: ToyModel, per_head: bool = True) -> list[dict]:
-    """Optimizer groups: the backbone and each head apart, or (per_head=False) everything in one."""
+def param_groups(model: ToyModel, per_head: bool = True, head_lr: float | None = None) -> list[dict]:
+    """Optimizer groups: the backbone and each head apart, or (per_head=False) everything in one.
+
+    Args:
+        model: the model.
+        per_head: whether there is more than one group.
+        head_lr: learning rate of the heads; None: that of the optimizer.
+    """
     if not per_head:
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
     modules = [model.backbone, *model.heads.values(), model.late]
-    return [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+    groups: list[dict] = [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+    for group in groups[1:] if head_lr is not None else []:
+        group["lr"] = head_lr
+    return groups
