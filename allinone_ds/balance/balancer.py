@@ -68,9 +68,10 @@ class TaskBalancer(RankGroups):
             the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
-        check_ranks: before each collective operation of a step, compare what the ranks do (CPU messages of 32 bytes:
-            K + 2 per task with K micro-steps, 3 under ZeRO-0 and 1), so that a rank in a different task, or with an
-            error, is an error on all ranks and not a hang. With parallel="tasks" they compare in the step, always.
+        check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with
+            an error, is an error on all ranks and not a hang. A step with the same tasks, micro-steps and order as the
+            one before sends one message, which travels during the first forward; any other step sends one before each
+            collective operation. With parallel="tasks" they compare in the step, always.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
             out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
@@ -257,7 +258,10 @@ class TaskBalancer(RankGroups):
                     raise NonFinite(result.skipped)
                 self._agree("the optimizer step")
             with self._stepping(inside=True):
-                return self._take_step(result, missing)
+                report = self._take_step(result, missing)
+            if self._agreement:
+                self._agreement.end_step()
+            return report
         finally:
             self._clear()
 
@@ -272,6 +276,16 @@ class TaskBalancer(RankGroups):
         self._combiner.reset()
         self._restore_weighting()
         self._clear()
+
+    def carry(self, numbers: Callable[[], Sequence[int]]) -> None:
+        """Let the messages of `check_ranks` carry what `numbers` returns in each step, equally many on every rank."""
+        if self._agreement:
+            self._agreement.carry = numbers
+
+    @property
+    def carried(self) -> tuple[int, ...] | None:
+        """The largest of each carried number over all ranks, in the last step; None where no message is sent."""
+        return self._agreement.carried if self._agreement else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
@@ -328,11 +342,11 @@ class TaskBalancer(RankGroups):
 
     def _agree(self, doing: str) -> None:
         if self._agreement:
-            self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
+            self._agreement.reach(doing)
 
     @contextlib.contextmanager
     def _block(self, running: RunningTask) -> Iterator[None]:
-        running.begin(first=not self._ran)
+        running.begin()
         self._combiner.begin(running.name)
         self._heads.begin(running.name)
         self._running = running
@@ -387,5 +401,7 @@ class TaskBalancer(RankGroups):
         self._combiner.watch = self._watches(self._steps)
         self._heads.clear()
         self._weighting_before = self.weighting.state_dict()
+        if self._agreement:
+            self._agreement.end_step(complete=False)
         self._running = None
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale_or_zero, square_norm
+from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale, scale_or_zero, square_norm
 from allinone_ds.balance.combiners.base import Combined, Combiner
 from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
@@ -88,7 +88,7 @@ class ExactCombiner(Combiner):
         """Add a gradient that is scaled already to the step's sum, or nothing unless `usable`."""
 
     def finish(self) -> Combined:
-        skipped, overflow = self._verdicts()
+        skipped, overflow, _ = self._verdicts()
         if overflow:  # the engine is told of it together with a gradient
             self._take_left()
         if self._left is not None:
@@ -154,7 +154,8 @@ class StreamingCombiner(ExactCombiner):
             self._sketches[task] = self._sketch(shared).mul_(unit)
         shared_sum, other_sum = self._split(cut(self.flats, self.adapter.pieces))
         on_shard = self.adapter.device
-        shared_factor, on_shard_usable = factor.to(on_shard), usable.to(on_shard)
+        shared_factor, on_shard_usable = torch.stack([factor.float(), usable.float()]).to(on_shard)  # one transfer
+        on_shard_usable = on_shard_usable.bool()
         other_factor = shared_factor if self.weighting.heads == "same" else torch.ones((), device=on_shard)
         add_scaled(shared_sum, shared, shared_factor * unit, on_shard_usable)
         add_scaled(other_sum, other, other_factor * unit, on_shard_usable)
@@ -252,7 +253,7 @@ class KeepingCombiner(ExactCombiner):
         shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
         factor = self.factors[task].to(self.adapter.device)
         for piece in [*shared, *(other if self.weighting.heads == "same" else [])]:
-            piece.mul_(factor)
+            scale(piece, factor)
         return self.flats[task]
 
     def _record(self, used: Sequence[str]) -> StepRecord:

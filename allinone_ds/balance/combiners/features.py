@@ -76,7 +76,7 @@ class FeaturesCombiner(Combiner):
             seen = torch.where(torch.isfinite(whole), record.norms[0], whole)
             self.records[task] = StepRecord((task,), record.gram, seen.view(1), record.losses)
             self.usable[task] = usable[index]
-        skipped, overflow = self._verdicts()
+        skipped, overflow, _ = self._verdicts()
         return self._combined([], skipped, overflow, usable=not skipped)
 
     def hand_over(self, overflow: bool) -> None:

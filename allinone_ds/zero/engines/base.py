@@ -142,9 +142,17 @@ class EngineAdapter(ABC):
         self.set_reduces(True)
         self.engine.allreduce_gradients()
 
-    @abstractmethod
     def discard(self) -> None:
-        """Drop every gradient that the engine holds, at any point of a step."""
+        """Drop every gradient that the engine holds, at any point of a step.
+
+        A backward that raised may have left reductions on other streams, which would still write to what is dropped.
+        """
+        self.synchronize()
+        self._discard()
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Drop every gradient that the engine holds, with nothing of an earlier backward still running."""
 
     def _remove_gradients(self) -> None:
         """Remove the gradients of all parameters; the optimizer's own method may be guarded (`EngineGuard`)."""
