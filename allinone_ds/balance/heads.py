@@ -98,10 +98,14 @@ class HeadUse:
 
     Attributes:
         task: the task that runs now; None between tasks.
+        met: tasks whose losses have been seen to come from one forward, in joint blocks.
+        marked: tasks whose losses have been seen to read the features that are marked for them.
     """
 
     def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
         self.task: str | None = None
+        self.met: set[str] = set()
+        self.marked: set[str] = set()
         self._module, self._guard = module, guard
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
         trainable = [p for p in module.parameters() if p.requires_grad]
