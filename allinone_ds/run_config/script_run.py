@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from allinone_ds.balance.options import config_from_weighting
 from allinone_ds.data.augmentation.transforms import SampleTransform, eval_transform
 from allinone_ds.data.base import SourceConfig
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys
