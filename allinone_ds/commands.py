@@ -44,7 +44,8 @@ def init(args: argparse.Namespace) -> int:
     for name, task in first.tasks.items():
         (H, W), (h, w) = task.typical, task.image_size
         console.print(f"{name}: {task.found.kind}, {task.found.layout}")
-        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {len(task.classes)} classes, "
+        classes = f"{len(task.classes)} classes, " if task.classes else ""
+        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {classes}"
                       f"{H} x {W} pixels resized to {h} x {w}")  # fmt: skip
         if task.found.test is None:
             console.print("  there is no test data: a fifth of the images is tested on and not trained on")

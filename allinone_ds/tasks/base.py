@@ -76,6 +76,8 @@ class Task(nn.Module, ABC):
     greater_is_better: ClassVar[Mapping[str, bool]] = {}
     pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
+    has_classes: ClassVar[bool] = True
+    """Whether the data has class names; without, `classes` is empty."""
     shown_score: float | None = None
     """Predictions with a lower score are neither drawn nor written to JSON; None: predictions have no such score."""
     frequencies: list[float] | None = None

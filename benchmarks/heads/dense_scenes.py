@@ -15,10 +15,11 @@ from PIL import Image
 HEIGHT, WIDTH = 64, 80
 FOCAL = 70.0  # pixels
 MILLIMETRES = 1000.0
+_LEAST = 0.01  # fraction of the pixels that are salient
 
 
 def scene(generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return one scene.
+    """Return one scene in which the salient sphere can be seen.
 
     Returns:
         image uint8 (H, W, 3); depth float (H, W) in metres; normals float (H, W, 3): x right, y down, z towards the
@@ -45,12 +46,14 @@ def scene(generator: np.random.Generator) -> dict[str, np.ndarray]:
         seen = (inside > 0) & (hit > 0.3) & (hit < depth)
         depth[seen], surface[seen] = hit[seen], number + 2
         away[seen] = (rays[seen] * hit[seen, None] - centre) / radius
+    if (surface == 2).mean() < _LEAST:
+        return scene(generator)
     light = generator.normal(size=3) * [1, 0.5, 0.5] + [0, -1.2, -1.2]
     light /= np.linalg.norm(light)
     colours = np.repeat(generator.uniform(0.45, 0.95, (6, 1)), 3, axis=1)
     colours[2] = np.roll([0.95, generator.uniform(0.1, 0.5), 0.1], generator.integers(3))
     shade = 0.35 + 0.65 * np.clip(away @ light, 0, 1)
-    image = colours[surface] * shade[..., None] * np.exp(-depth / 8)[..., None]
+    image = colours[surface] * shade[..., None] * np.exp(-depth / 14)[..., None]
     image += generator.normal(scale=0.015, size=image.shape)
     edges = np.zeros(depth.shape, dtype=bool)
     edges[:, 1:] |= surface[:, 1:] != surface[:, :-1]

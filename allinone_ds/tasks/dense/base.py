@@ -45,6 +45,7 @@ class DenseTask(Task):
     """
 
     per_pixel: ClassVar[int] = 1
+    has_classes = False
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
@@ -53,10 +54,11 @@ class DenseTask(Task):
         )
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        out = DenseOutput(maps=self.decoder(features))
+        maps = self.decoder(features)
+        out = DenseOutput(maps=maps)
         if labels is not None:
             with full_precision(pixel_values.device):
-                out.loss = self.loss(resized(out.maps, labels.shape[-2:]), labels)
+                out.loss = self.loss(resized(maps, labels.shape[-2:]), labels)
         return out
 
     @abstractmethod
