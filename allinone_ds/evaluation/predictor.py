@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
-from allinone_ds.data.loading.loader import Joint
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.errors import BrokenSample, ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of
 from allinone_ds.evaluation.inputs import AnyImage, find_inputs, grouped, is_video, open_image
