@@ -25,9 +25,9 @@ NaN where there is no value. Instances: the keys of detection, and `masks`, a tv
 Keypoints: the keys of detection; `keypoints`, `augmentation.objects.Points` (n, P, 2) of x, y in pixels; `visible`,
 uint8 (n, P) of 0 (no label), 1 (hidden) and 2; `area` of the objects, float32 (n,) in squared pixels of the original
 image; `mirrored`, long (n, P), the order of the points in a mirrored image; `corner`, see
-`augmentation.objects.corner`. Depth: `depth`, a DenseMap float32 (H, W) above 0. Normals: `normals`, a NormalMap float32
-(3, H, W) of length 1: x right, y down, z towards the viewer. Both are NaN in pixels without a value. Edges and saliency:
-`edges`, an EdgeMap, and `saliency`, a tv_tensors.Mask, uint8 (H, W): 0, 1 and 255 (ignore).
+`augmentation.objects.corner`. Depth: `depth`, a DenseMap float32 (H, W) above 0. Normals: `normals`, a NormalMap
+float32 (3, H, W) of length 1: x right, y down, z towards the viewer. Both are NaN in pixels without a value. Edges and
+saliency: `edges`, an EdgeMap, and `saliency`, a tv_tensors.Mask, uint8 (H, W): 0, 1 and 255 (ignore).
 """
 
 IGNORE = 255
