@@ -310,10 +310,10 @@ def check(args: argparse.Namespace) -> int:
             console.print(f"warning: {error}")
     sources, classes_of = {}, {}
     sizes: dict[str, tuple[int, int]] = {}
-    for name, task in config.tasks.items():
-        sources[f"{name} train"] = task.train_source
-        sizes |= {f"{name} {part}": task.image_size for part in ("train", "test")}
-        test = task.test_source
+    for name, images in config.images.items():
+        sources[f"{name} train"] = images.train_source
+        sizes |= {f"{name} {part}": images.image_size for part in ("train", "test")}
+        test = images.test_source
         if test is not None:
             sources[f"{name} test"] = test
             classes_of[f"{name} test"] = f"{name} train"

@@ -28,6 +28,7 @@ image; `mirrored`, long (n, P), the order of the points in a mirrored image; `co
 `augmentation.objects.corner`. Depth: `depth`, a DenseMap float32 (H, W) above 0. Normals: `normals`, a NormalMap
 float32 (3, H, W) of length 1: x right, y down, z towards the viewer. Both are NaN in pixels without a value. Edges and
 saliency: `edges`, an EdgeMap, and `saliency`, a tv_tensors.Mask, uint8 (H, W): 0, 1 and 255 (ignore).
+Of a joint group: `targets`, {task: the keys above of its kind} for the tasks that have a label of the image.
 """
 
 IGNORE = 255
@@ -50,6 +51,8 @@ class Problem(NamedTuple):
     """What is wrong with it and what to do."""
     level: Literal["error", "warning"] = "error"
     """An error stops a run; a warning is only reported."""
+    unlabelled: bool = False
+    """Whether an image has no label, which a joint group with `partial` allows."""
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.reason}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,19 @@ _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _NUMPY = b"\x93NUMPY"
 
+_decoded: ContextVar[dict[Any, tv_tensors.Image] | None] = ContextVar("decoded", default=None)
+
+
+@contextlib.contextmanager
+def decoded_once() -> Iterator[None]:
+    """Decode each image file once inside this block, whoever reads it; the readers get the same tensor."""
+    known = _decoded.get()
+    token = _decoded.set({} if known is None else known)
+    try:
+        yield
+    finally:
+        _decoded.reset(token)
+
 
 def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
     """Read an image as upright 8-bit RGB.
@@ -50,6 +66,16 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
         >>> read_image("tiny.ppm", b"P6 2 1 255 " + bytes([255, 0, 0, 0, 0, 255])).tolist()
         [[[255, 0]], [[0, 0]], [[0, 255]]]
     """
+    known = _decoded.get()
+    if known is None:
+        return _read_image(path, data)
+    key = path, data
+    if key not in known:
+        known[key] = _read_image(path, data)
+    return known[key]
+
+
+def _read_image(path: str, data: bytes | None) -> tv_tensors.Image:
     data = _read_bytes(path) if data is None else data
     if data.startswith(_JPEG):
         try:

@@ -83,7 +83,7 @@ def export_run(run: str | Path, output: str | Path | None = None, onnx: bool = F
         done.folders.append(output / ADAPTER)
         merge_lora(model.backbone)
     for name, task in description.tasks.items():
-        part = description.model_copy(update={"tasks": {name: task}})
+        part = description.model_copy(update={"tasks": {name: task}, "joint": {}})
         folder = _write_folder(model, part, origin, output / "tasks" / name, done)
         if onnx:
             write_onnx(model, name, folder / ONNX_FILE)
@@ -103,7 +103,8 @@ def _describe(config: RunConfig, facts: ModelFacts) -> ModelDescription:
         )
         for name, task in config.tasks.items()
     }
-    return ModelDescription(backbone=facts.backbone, tasks=tasks)
+    joint = {name: list(group.tasks) for name, group in config.joint.items()}
+    return ModelDescription(backbone=facts.backbone, tasks=tasks, joint=joint)
 
 
 def _write_folder(

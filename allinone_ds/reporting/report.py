@@ -225,13 +225,13 @@ def _predictions(runs: Sequence[Run]) -> str:
         for number in range(min(PICTURES_ALONE if len(runs) == 1 else PICTURES_BESIDE, most)):
             drawn = {run.label: run.pictures[task][number] for run in runs if number < len(run.pictures.get(task, []))}
             rows.append([_picture(task, number, file, label if len(runs) > 1 else "") for label, file in drawn.items()])
-        if not rows:
+        files = [file for run in runs for file in (*run.pictures.get(task, ()), *run.worst.get(task, ()))]
+        if not rows and (len(runs) > 1 or not files):  # a task of a joint group has only those of low scores
             continue
-        first = next(run.pictures[task][0] for run in runs if run.pictures.get(task))
-        small = " small" if _png_width(first) < 400 else ""
+        small = " small" if _png_width(files[0]) < 400 else ""
         parts.append(f"<h3>{escape(task)}</h3>")
         if len(runs) == 1:
-            parts += [f'<div class="pictures{small}">', *(row[0] for row in rows), "</div>"]
+            parts += [f'<div class="pictures{small}">', *(row[0] for row in rows), "</div>"] if rows else []
             parts += _lowest_scores(runs[0], task, small)
         else:
             parts += [f'<div class="pictures beside{small}">' + "".join(row) + "</div>" for row in rows]

@@ -162,6 +162,21 @@ class Task(nn.Module, ABC):
         """
         return None
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        """Return a sample with the same image whose targets are empty or ignored.
+
+        A joint group needs it for batches in which no image has a label of the task. `forward` must give a finite loss
+        for it that depends on every weight of the head; this loss then counts nothing.
+
+        Args:
+            sample: a transformed sample, which may lack the keys of the kind.
+        """
+        raise ConfigError(
+            "a batch of a joint group has no label of one of its tasks, whose class has no method `unlabelled`; add "
+            "it, see docs/adding-a-task.md"
+        )
+
     @abstractmethod
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return the final prediction of each image, in pixels of the original image.

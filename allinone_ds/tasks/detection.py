@@ -93,6 +93,10 @@ class DetectionTask(Task):
     def count_labels(self, labels: Any) -> int:
         return self.detector.count_labels(labels)
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        return {**sample, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "iscrowd": None}
+
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return for each image "boxes" (n, 4) XYXY, "scores" (n,) and "labels" (n,), best first."""

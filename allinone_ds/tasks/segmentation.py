@@ -89,6 +89,11 @@ class SegmentationTask(Task):
         labels = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples])
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        size = sample["image"].shape[-2:]
+        return {**sample, "mask": torch.full(size, IGNORE, dtype=torch.uint8)}
+
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return for each image a "mask" (H, W) uint8 of class ids."""

@@ -1,10 +1,10 @@
 """Does the light head of every kind of objects and vectors learn from scratch within minutes?
 
-Writes images of coloured darts and kites, trains each run of configs/runs/kinds/ and compares its test metrics with those of
-a predictor that always says the same: the frequency of an attribute, the mean of a number, a random order of
-the images, the whole box as mask, and the mean points of the training data. The last two are given the true boxes.
+Writes images of coloured darts and kites, trains each run of configs/runs/kinds/ on them, and compares its test metrics
+with those of a predictor that always says the same: the frequency of an attribute, the mean of a number, a random order
+of the images, the whole box as mask, and the mean points of the training data. The last two are given the true boxes.
 
-    python -m benchmarks.heads.kinds [--kinds keypoints instances] [--steps 600] [--json FILE]   # 12 minutes on two cores
+    python -m benchmarks.heads.kinds [--kinds keypoints instances] [--steps 600] [--json FILE]   # 15 minutes on 2 cores
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ KINDS: dict[str, tuple[str, list[str], str, dict]] = {
     "binary": ("attributes", CLASSES, "binary", {}),
     "numbers": ("regression", ["x", "y"], "numbers", {}),
     "arcface": ("retrieval", CLASSES, "embedding", {"width": 16}),
-    "triplet": ("retrieval", CLASSES, "embedding", {"width": 16, "loss": "triplet"}),
+    "supcon": ("retrieval", CLASSES, "embedding", {"width": 16, "loss": "supcon"}),
     "heatmap": ("keypoints", CLASSES, "heatmap", {**REGIONS, "points": CORNERS}),
     "heatmap-image": ("keypoints", CLASSES[:1], "heatmap", {**REGIONS, "points": CORNERS, "regions": "image"}),
     "fcos_masks": ("instances", CLASSES, "fcos_masks", REGIONS),

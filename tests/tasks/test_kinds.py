@@ -44,7 +44,7 @@ def test_four_images_are_overfitted_and_found_again(name: str) -> None:
     batch = task.collate(made)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(25 if name == "mask2former" else 60):
         loss = model("it", **batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,7 +88,11 @@ def test_bfloat16_weights_and_images_without_targets_give_a_finite_loss_and_ever
     unlabelled = [type(task).unlabelled({k: s[k] for k in ("image", "path", "index")}) for s in kind_samples()]
     bare = task.collate(unlabelled)
     assert task.count_labels(bare["labels"]) == 0
-    for batch in (bare, task.collate(kind_samples(kind=name)), task.collate([kind_samples(kind=name)[0], unlabelled[1]])):
+    for batch in (
+        bare,
+        task.collate(kind_samples(kind=name)),
+        task.collate([kind_samples(kind=name)[0], unlabelled[1]]),
+    ):
         model.zero_grad()
         loss = model("it", **batch).loss
         assert loss.dtype == torch.float32 and loss.isfinite() and loss.ndim == 0
@@ -128,10 +132,10 @@ def test_graphs_have_the_outputs_of_the_model(name: str, tmp_path: Path) -> None
     pixels = torch.randn(2, 3, *SIZE)
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
     pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
-    if name in ("triplet", "mask2former"):  # the graph of its loss or of its decoders is exported elsewhere
+    if name not in ("numbers", "heatmap", "fcos_masks"):  # the others have no operation that others here lack
         graph = TaskGraph(model, "it")
         graph(pixels)
-        assert graph.names == (["embedding"] if name == "triplet" else ["class_logits", "mask_logits"])
+        assert graph.names == (["class_logits", "mask_logits"] if name == "mask2former" else OUTPUTS[task.kind])
         return
     session = runtime.InferenceSession(write_onnx(model, "it", tmp_path / "it.onnx"))
     assert [output.name for output in session.get_outputs()] == OUTPUTS[task.kind]

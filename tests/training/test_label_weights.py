@@ -81,4 +81,4 @@ def test_tasks_that_count_images_need_no_weights() -> None:
     tasks = dict(tiny_model().tasks)
     weights = LabelWeights(tasks, dict.fromkeys(tasks, 4))
     assert sorted(weights.tasks) == ["det", "seg"]
-    assert weights.of_step({"cls": [torch.zeros(3), torch.zeros(3)]}) == {"cls": [1.0, 1.0]}
+    assert weights.of_step({"cls": [{"labels": torch.zeros(3)}] * 2}) == {"cls": [1.0, 1.0]}

@@ -23,7 +23,8 @@ def squares(gradients: Gradients, device: torch.device) -> Tensor:
         gradients: of the tasks.
         device: of the result when there is nothing to sum.
     """
-    owners, chunks = [], []
+    owners: list[int] = []
+    chunks: list[Tensor] = []
     for task, row in enumerate(gradients):
         for gradient in row:
             parts = () if gradient is None else gradient.reshape(-1).split(CHUNK)
@@ -74,7 +75,8 @@ def scaled_sums(gradients: Gradients, factors: Tensor) -> list[Tensor | None]:
     each = factors.unbind()
     sums: list[Tensor | None] = []
     for level in range(max(map(len, gradients), default=0)):
-        rows = [(t, row[level]) for t, row in enumerate(gradients) if row and row[level] is not None]
+        found = ((task, row[level]) for task, row in enumerate(gradients) if row)
+        rows = [(task, gradient) for task, gradient in found if gradient is not None]
         if not rows:
             sums.append(None)
             continue

@@ -44,7 +44,7 @@ class SampleTransform:
     Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels`, `iscrowd`, keypoints
     and masks. Keypoints outside of the image are no longer visible, and a mirrored image swaps those of left and right.
     Every other `tv_tensors` of the sample (a `Mask` of depths) moves with the pixels; all else does not change. Pixels
-    stay uint8.
+    stay uint8. The targets of all tasks of a joint group move together.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
@@ -81,12 +81,13 @@ class SampleTransform:
         if sample["image"].dtype != torch.uint8:
             found = sample["image"].dtype
             raise TypeError(f"sample['image'] is {found}; give uint8 pixels, which the model normalises later")
-        for key, kind in _TYPES.items():
-            if key in sample and not isinstance(sample[key], kind):
-                raise TypeError(
-                    f"sample['{key}'] is a {type(sample[key]).__name__}, which does not move with the pixels; "
-                    f"give a {'' if issubclass(kind, DenseMap) else 'tv_tensors.'}{kind.__name__}"
-                )
+        for target in (sample, *sample.get("targets", {}).values()):
+            for key, kind in _TYPES.items():
+                if key in target and not isinstance(target[key], kind):
+                    raise TypeError(
+                        f"sample['{key}'] is a {type(target[key]).__name__}, which does not move with the pixels; "
+                        f"give a {'' if issubclass(kind, DenseMap) else 'tv_tensors.'}{kind.__name__}"
+                    )
         return self._run(self.branches[self.draw()], sample, further)
 
     def draw(self) -> str:
@@ -106,12 +107,11 @@ class SampleTransform:
 
     def _run(self, steps: Sequence[v2.Transform], sample: Sample, further: DrawSample | None) -> Sample:
         # v2 is faster on fewer values: no strings and numbers, and a plain tensor where only the pixels change.
-        part: Sample = {
-            key: value
-            for key, value in sample.items()
-            if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
-        }
-        only_image = not part
+        part = _moving(sample)
+        targets = sample.get("targets", {})
+        if targets:
+            part["targets"] = {task: _moving(target) for task, target in targets.items()}
+        only_image = not (any(part["targets"].values()) if targets else part)
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:
             several = isinstance(step, MultiSampleTransform)
@@ -132,12 +132,25 @@ class SampleTransform:
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
             image = part.pop("image").as_subclass(Tensor)
-        if "boxes" in part:
-            sanitize_boxes(part, self.image_size)
+        moved: dict[str, Sample] = part.pop("targets", {})
+        for target in (part, *moved.values()):
+            if "boxes" in target:
+                sanitize_boxes(target, self.image_size)
+        if targets:
+            part["targets"] = {task: {**targets[task], **target} for task, target in moved.items()}
         return {**sample, **part, "image": tv_tensors.Image(image)}
 
     def __repr__(self) -> str:
         return f"SampleTransform({self.branches}, image_size={self.image_size})"
+
+
+def _moving(sample: Sample) -> Sample:
+    """Return what of a sample moves with its pixels, and what is dropped with its boxes."""
+    return {
+        key: value
+        for key, value in sample.items()
+        if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+    }
 
 
 def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:

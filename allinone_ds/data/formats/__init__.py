@@ -17,6 +17,7 @@ __getattr__, __all__ = lazy_names(
         "image_list": ["ImageListSource"],
         "image_table": ["ImageTableSource"],
         "label_maps": ["LabelMapsSource"],
+        "own": ["OwnSource"],
         "script": ["ScriptSource"],
         "voc": ["VocSource"],
         "yolo": ["YoloSource"],

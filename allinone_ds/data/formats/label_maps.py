@@ -64,7 +64,7 @@ class LabelMapsSource(SourceConfig):
     """Id of each class where they do not count up, e.g. [0, 255]; null: they count from `first_id`. An id in this list
     is a class even if it equals `ignore_index`."""
 
-    class_colors: list[Color] | None = Field(None, min_length=1)
+    class_colors: list[Color] | None = Field(default=None, min_length=1)
     """Colour of each class, "#rrggbb" or [red, green, blue], for label maps whose colours are the classes; null: the
     value of a pixel is its class id."""
     ignore_colors: list[Color] = Field(default=[])

@@ -28,9 +28,26 @@ Share = Mapping[str, Sequence[tuple[int, int]]]
 _TERMINATION_DELAY = 60  # seconds that a worker lives on after SIGTERM
 
 
+@dataclass(frozen=True)
+class Joint:
+    """The tasks of a joint group, whose samples have `targets` for them.
+
+    Example:
+        >>> Joint(("seg", "depth"), at="features").tasks
+        ('seg', 'depth')
+    """
+
+    tasks: tuple[str, ...]
+    """Names of the tasks."""
+    at: str = "backbone"
+    """Where their gradients are balanced: "backbone" or "features", see `TaskBalancer.joint`."""
+    test_time: Mapping[str, Any] = field(default_factory=dict)
+    """Task -> views that an evaluation predicts, a `TestTime`."""
+
+
 @dataclass
 class TaskData:
-    """The data of one task.
+    """The data of one task, or of the tasks of one joint group.
 
     Worker processes receive it pickled, so `collate` must be a function of a module or a staticmethod.
 
@@ -67,6 +84,8 @@ class TaskData:
     """Keep decoded samples in memory (see `CachedDataset`)."""
     test_time: Any = None
     """Views that an evaluation predicts, a `TestTime`; None for the image alone."""
+    joint: Joint | None = None
+    """The tasks of a joint group; None: the data is that of one task."""
 
 
 class StepBatch(NamedTuple):

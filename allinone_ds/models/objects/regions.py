@@ -60,8 +60,9 @@ class RegionOutput(ModelOutput):
 class RegionDetector(nn.Module):
     """FCOS, and a tower of convolutions on the regions of its boxes (https://arxiv.org/abs/1703.06870).
 
-    In training the regions are those of the true boxes, moved a little. While a graph is exported, the best locations
-    take the place of the boxes that non-maximum suppression keeps, so that shapes do not depend on values.
+    In training the regions are those of the true boxes, moved a little. While a graph is exported, and in training
+    without labels, the best locations take the place of the boxes that non-maximum suppression keeps, so that shapes do
+    not depend on values.
 
     Args:
         num_classes: K.
@@ -169,7 +170,7 @@ class RegionDetector(nn.Module):
             whole = self._whole(pixels)
             return [{"boxes": whole, "scores": whole.new_ones(1), "labels": label} for _ in range(len(pixels))]
         assert self.detector is not None
-        if not torch.compiler.is_exporting():
+        if not (self.training or torch.compiler.is_exporting()):
             return self.detector.postprocess(detected)
         boxes, scores = self.detector.decode(detected)
         best, labels = scores.max(-1)  # (B, A)

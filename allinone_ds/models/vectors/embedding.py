@@ -42,7 +42,7 @@ class EmbeddingOptions(Strict):
     loss: Literal["arcface", "contrastive", "triplet", "multi_similarity", "ntxent", "supcon"] = "arcface"
     """"arcface" learns a direction for each identity of the training data; the others compare the images of a
     micro-batch, of which some must show one identity, and need the package pytorch-metric-learning."""
-    loss_options: dict[str, float] = Field(default_factory=dict)
+    loss_options: dict[str, float] = {}
     """Numbers for the loss: `margin` in radians and `scale` of arcface (0.3 and 16), otherwise those of its class."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping a pooled feature in training."""

@@ -21,8 +21,8 @@ from allinone_ds.tasks.base import Prediction, Task
 from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.detection_metric import SIZES, image_score, truth_of
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge, enlarge_mask, palette
-from allinone_ds.tasks.objects.coco_metric import IMAGE_LIMIT, CocoMetric
-from allinone_ds.tasks.objects.targets import empty_objects, learned_objects
+from allinone_ds.tasks.objects.coco_metric import IMAGE_LIMIT, CocoMetric, encode
+from allinone_ds.tasks.objects.targets import check_lowest, empty_objects, learned_objects
 from allinone_ds.tasks.test_time import TestTime, View
 from allinone_ds.tasks.vectors.pooling import refuse_windows
 
@@ -162,6 +162,11 @@ class InstancesTask(Task):
                 if isinstance(self.segmenter, RegionDetector):
                     self.segmenter.image_size = before
 
+    def check_threshold(self, threshold: float) -> None:
+        super().check_threshold(threshold)
+        if isinstance(self.segmenter, RegionDetector):
+            check_lowest(self.name, threshold, self.options.score_threshold)
+
     def metric(self) -> CocoMetric:
         return CocoMetric(None, max(self.segmenter.max_detections, IMAGE_LIMIT), self.shown_score)
 
@@ -187,8 +192,6 @@ class InstancesTask(Task):
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the objects, best first: class, score, box (XYXY in pixels) and mask in COCO's run lengths."""
-        from allinone_ds.tasks.objects.coco_metric import encode
-
         keep = prediction["scores"] >= self.shown_score
         rows = zip(*(prediction[key][keep].tolist() for key in ("labels", "scores", "boxes")), strict=True)
         codes = encode(prediction["masks"][keep])

@@ -23,7 +23,7 @@ from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge, palette
 from allinone_ds.tasks.objects.coco_metric import CocoMetric
 from allinone_ds.tasks.objects.points import default_sigmas, has_sides, oks, point_names
-from allinone_ds.tasks.objects.targets import empty_objects, learned_objects
+from allinone_ds.tasks.objects.targets import check_lowest, empty_objects, learned_objects
 from allinone_ds.tasks.test_time import TestTime, View
 from allinone_ds.tasks.vectors.pooling import refuse_windows
 
@@ -204,6 +204,11 @@ class KeypointsTask(Task):
             finally:
                 self.detector.image_size = before
 
+    def check_threshold(self, threshold: float) -> None:
+        super().check_threshold(threshold)
+        if not self.whole_image:
+            check_lowest(self.name, threshold, self.options.score_threshold)
+
     def metric(self) -> CocoMetric:
         return CocoMetric(self.sigmas, max(self.detector.max_detections, _LIMIT), self.shown_score)
 
@@ -211,7 +216,7 @@ class KeypointsTask(Task):
         return metric.details(self.classes) if isinstance(metric, CocoMetric) else {}
 
     def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
-        """Return the mean over the objects of the largest similarity (OKS) of a prediction that is drawn; None: none."""
+        """Return the mean over the objects of the largest similarity (OKS) of a drawn prediction; None: no object."""
         visible = sample["visible"]
         counted = (visible > 0).any(-1)
         if not counted.any():

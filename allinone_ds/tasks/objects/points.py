@@ -15,7 +15,8 @@ PERSON = (
 ).split()
 """The 17 points of a person in COCO."""
 _PERSON_SIGMAS = (
-    0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089
+    0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089,
+    0.089,
 )  # fmt: skip
 _SIGMA = 0.05
 """Tolerance of a point of other objects, relative to the square root of the object's area, if none is given."""

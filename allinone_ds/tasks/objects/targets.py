@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from allinone_ds.data.base import Sample
+from allinone_ds.errors import ConfigError
 
 
 def learned_objects(sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
@@ -27,3 +28,16 @@ def empty_objects(sample: Sample) -> Sample:
     boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(size))  # type: ignore[call-overload]
     nothing = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.long), "iscrowd": torch.zeros(0, dtype=torch.bool)}
     return {**sample, **nothing}
+
+
+def check_lowest(name: str, threshold: float, lowest: float) -> None:
+    """Check that the head keeps boxes of this score.
+
+    Raises:
+        ConfigError: the head drops them.
+    """
+    if threshold < lowest:
+        raise ConfigError(
+            f"threshold {threshold}: the head of '{name}' drops boxes below tasks.{name}.options.score_threshold = "
+            f"{lowest}; give at least {lowest}, or lower the option"
+        )

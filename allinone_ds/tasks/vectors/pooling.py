@@ -50,7 +50,9 @@ class Pooling(nn.Module):
 
 
 def stack_entries(samples: Sequence[Sample], key: str) -> Tensor:
-    """Return the samples' entries (B, C), in float64 so that large numbers keep their digits, NaN for all of a sample that has none of them.
+    """Return the samples' entries, float64 (B, C) so that large numbers keep their digits.
+
+    A sample without any entry gets NaN in all columns.
 
     Args:
         samples: samples with (C,) numbers under `key`; those without any label have (0,).

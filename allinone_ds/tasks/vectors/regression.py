@@ -31,6 +31,7 @@ _COUNTED = 20_000
 """Training images whose numbers are read at the start, for mean and standard deviation."""
 _NAMED = 8
 """Columns that a drawing and the log name."""
+_DIGITS = 53  # bits of the fraction of a float64
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
@@ -87,14 +88,14 @@ class RegressionTask(Task):
         self.output = nn.Linear(self.pooling.width, len(self.classes))
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)
-        # Mean and deviation as the bits of float64: a model in bfloat16 would round floats to 3 digits.
-        self.register_buffer("statistics", torch.zeros(2, len(self.classes), dtype=torch.long))
+        # Mean and deviation, each as integer * 2 ** integer: a model in bfloat16 would round floats to 3 digits.
+        self.register_buffer("statistics", torch.zeros(2, 2, len(self.classes), dtype=torch.long))
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each number in the training data, float64 (C,); 0 and 1 if not known."""
         stored: Any = self.statistics
-        mean, deviation = stored.view(torch.float64).unbind(0)
+        mean, deviation = (stored[:, 0].double() * torch.exp2(stored[:, 1].double())).unbind(0)
         return mean, torch.where(deviation > 0, deviation, 1.0)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
@@ -124,7 +125,9 @@ class RegressionTask(Task):
         count = known.sum(0).clamp(min=1)
         mean = values.nan_to_num(0.0).sum(0) / count
         deviation = ((torch.where(known, values, mean) - mean).square().sum(0) / count).sqrt()
-        self.statistics.copy_(torch.stack([mean, deviation]).view(torch.long))  # type: ignore[operator]
+        fraction, exponent = torch.frexp(torch.stack([mean, deviation]))
+        parts = [(fraction * 2**_DIGITS).long(), exponent.long() - _DIGITS]
+        self.statistics.copy_(torch.stack(parts, dim=1))  # type: ignore[operator]
         named = [f"{name} {m:.6g} and {d:.6g}" for name, m, d in zip(self.classes, mean, deviation, strict=True)]
         more = ", ..." if len(named) > _NAMED else ""
         return f"mean and standard deviation of {len(rows)} training images: {', '.join(named[:_NAMED])}{more}"
@@ -267,6 +270,8 @@ class RegressionMetric:
         constant = [n for n, value in zip(classes, self._columns["r2"].tolist(), strict=True) if math.isnan(value)]
         notes = []
         if constant:
-            notes.append(f"{len(constant)} of {len(classes)} columns have fewer than two different true values, so that "
-                         f"R2 leaves them out ({', '.join(constant[:5])})")  # fmt: skip
+            notes.append(
+                f"{len(constant)} of {len(classes)} columns have fewer than two different true values, so R2 leaves "
+                f"them out ({', '.join(constant[:5])})"
+            )
         return class_details(classes, self._columns) | ({"notes": notes} if notes else {})

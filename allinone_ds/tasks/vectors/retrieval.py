@@ -55,7 +55,8 @@ class RetrievalTask(Task):
 
     Example:
         >>> import torch
-        >>> task = RetrievalTask("face", ["ann", "bob"], channels=8, stride=4, num_levels=1, image_size=(16, 16), width=6)
+        >>> sizes = {"channels": 8, "stride": 4, "num_levels": 1, "image_size": (16, 16)}
+        >>> task = RetrievalTask("face", ["ann", "bob"], **sizes, width=6)
         >>> outputs = task((torch.randn(2, 8, 4, 4),), torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1]))
         >>> outputs.loss.shape, task.predict(outputs, sizes=[(20, 30), (20, 30)])[0]["embedding"].shape
         (torch.Size([]), torch.Size([6]))

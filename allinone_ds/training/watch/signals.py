@@ -72,7 +72,7 @@ class StopOnSignal(TrainerCallback):
         self._received = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        agreed = self._carrier.carried if self._carrier is not None else None
+        agreed: Sequence[int] | None = self._carrier.carried if self._carrier is not None else None
         if agreed is None:
             message = torch.tensor(self._message(), device="cpu")
             agreed = all_reduce(message, dist.ReduceOp.MAX, self._group).tolist()

@@ -41,7 +41,7 @@ def pair_files(
     for stem in of_image.keys() - of_target.keys():
         wanted = f"{targets[0] / stem}{targets[1]}{'.*' if more else '.png'}"
         reason = f"has no {what} {wanted}; add the {what} or remove the image"
-        problems.append(Problem(str(images[0] / of_image[stem]), reason))
+        problems.append(Problem(str(images[0] / of_image[stem]), reason, unlabelled=True))
     for stem in of_target.keys() - of_image.keys():
         wanted = f"{images[0] / stem}{images[1]}.*"
         reason = f"has no image {wanted}; add the image or remove the {what}"

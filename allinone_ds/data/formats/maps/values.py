@@ -104,7 +104,7 @@ def read_values(stored: np.ndarray, kind: str, options: MapValues, path: str) ->
     values = planes.astype(np.float32)
     unknown = np.asarray(~np.isfinite(values).all(axis=0))  # (H, W)
     for number in listed:
-        unknown |= (planes == number).all(axis=0)
+        unknown = unknown | (planes == number).all(axis=0)
     if kind in BINARY_KINDS:
         return _binary(values[0], unknown, options.threshold, path)
     if kind == "depth":
