@@ -19,6 +19,7 @@ from allinone_ds.data.images import image_size, read_image, read_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import PathText
 
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _EXAMINED = 8  # maps that are read when a dataset is opened, if none of those before can be used
 
 
@@ -88,7 +89,15 @@ class DenseMapsDataset(SampleDataset):
         self.pairs, self.structural = pair_files(
             (self.images, source.image_suffix), (self.maps, source.map_suffix), "map", more=(".npy",)
         )
-        self.structural += self._unusable()
+        self.structural += [*self._lossy(), *self._unusable()]
+
+    def _lossy(self) -> list[Problem]:
+        """Return a warning if maps are stored in a format that changes their numbers."""
+        lossy = [name for _, name in self.pairs if os.path.splitext(name)[1].lower() in _LOSSY]
+        if not lossy:
+            return []
+        reason = f"{len(lossy)} of {len(self)} maps are stored in a format that changes their numbers ({lossy[0]}); "
+        return [Problem(self.name, reason + "write png, tiff or npy files", "warning")]
 
     def _unusable(self) -> list[Problem]:
         """Return an error if none of some maps can be used: then a key of the source is wrong, not a file."""

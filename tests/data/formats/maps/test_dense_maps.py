@@ -232,6 +232,13 @@ def test_options_that_cannot_work_are_refused_when_the_file_is_read(kind: str, o
     assert message in explain(raised.value, RunConfig, "x.yaml")
 
 
+def test_files_that_change_the_numbers_are_a_warning(tmp_path: Path) -> None:
+    root = write(tmp_path, np.full((16, 16), 50, np.uint8), ".jpg")
+    for i in range(COUNT):
+        Image.new("RGB", (16, 16)).save(root / "images" / f"{i}.png")
+    assert "7 of 7 maps are stored in a format that changes their numbers (0.jpg)" in warnings(config(), root)
+
+
 def test_class_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="depth has no classes"):
         source(config()).open(write(tmp_path, metres()), ["near", "far"])
