@@ -295,5 +295,8 @@ def test_a_column_of_maps(tmp_path: Path, cell: str) -> None:
     assert target_problems(dataset, SIZE) == [] and errors({**options, "scale": 0.001}, root) == []
     with pytest.raises(ValidationError, match="threshold is an option of edges"):
         source({**options, "threshold": 1})
+    for wrong in ({"first_id": 1}, {"classes": ["a"]}):
+        with pytest.raises(ValidationError, match="depth has none; remove them"):
+            source({**options, **wrong})
     with pytest.raises(DataError, match="columns.map = 'map', which is not a column"):
         opened({**options, "columns": {"image": "photo"}}, root)
