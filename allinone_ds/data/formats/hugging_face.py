@@ -84,6 +84,8 @@ class DatasetsSource(MapValues, SourceConfig):
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+        if self.kind in DENSE_KINDS and (self.first_id or self.classes is not None):
+            raise ConfigError(f"first_id and classes number classes, {self.kind} has none; remove them")
         check_numbering(self.class_ids, self.first_id)
         self.refuse_unused(self.kind)
         return self
