@@ -32,8 +32,8 @@ OUTPUTS = {
 
 def build(name: str) -> tuple[Any, Any]:
     model = kind_model(name)
-    task = model.tasks["it"]
-    use_frequencies({"it": task}, {"it": kind_samples(kind=name)})  # type: ignore[dict-item]
+    task = model.tasks[name]
+    use_frequencies({name: task}, {name: kind_samples(kind=name)})  # type: ignore[dict-item]
     return model, task
 
 
@@ -45,7 +45,7 @@ def test_four_images_are_overfitted_and_found_again(name: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(25 if name == "mask2former" else 60):
-        loss = model("it", **batch).loss
+        loss = model(name, **batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -94,7 +94,7 @@ def test_bfloat16_weights_and_images_without_targets_give_a_finite_loss_and_ever
         task.collate([kind_samples(kind=name)[0], unlabelled[1]]),
     ):
         model.zero_grad()
-        loss = model("it", **batch).loss
+        loss = model(name, **batch).loss
         assert loss.dtype == torch.float32 and loss.isfinite() and loss.ndim == 0
         loss.backward()
         without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -107,7 +107,7 @@ def test_a_diverged_backbone_gives_a_non_finite_loss_instead_of_a_crash(name: st
     model, task = build(name)
     batch = task.collate(kind_samples(kind=name))
     batch["pixel_values"] = batch["pixel_values"] * float("nan")
-    assert not model("it", **batch).loss.isfinite()
+    assert not model(name, **batch).loss.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_a_loss_is_a_mean_over_what_is_counted(name: str, count: int) -> None:
     if name in ("binary", "numbers", "arcface"):  # the others add losses with different means
         model.eval()
         parts = [task.collate(made[:1]), task.collate(made[1:])]
-        weighted = [task.count_labels(part["labels"]) * model("it", **part).loss for part in parts]
-        torch.testing.assert_close(model("it", **task.collate(made)).loss, sum(weighted) / count)
+        weighted = [task.count_labels(part["labels"]) * model(name, **part).loss for part in parts]
+        torch.testing.assert_close(model(name, **task.collate(made)).loss, sum(weighted) / count)
 
 
 @EVERY
@@ -133,18 +133,18 @@ def test_graphs_have_the_outputs_of_the_model(name: str, tmp_path: Path) -> None
     runtime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
     pytest.importorskip("onnxscript", reason="needs the extra `onnx`")
     if name not in ("numbers", "heatmap", "fcos_masks"):  # the others have no operation that others here lack
-        graph = TaskGraph(model, "it")
+        graph = TaskGraph(model, name)
         graph(pixels)
         assert graph.names == (["class_logits", "mask_logits"] if name == "mask2former" else OUTPUTS[task.kind])
         return
-    session = runtime.InferenceSession(write_onnx(model, "it", tmp_path / "it.onnx"))
+    session = runtime.InferenceSession(write_onnx(model, name, tmp_path / "it.onnx"))
     assert [output.name for output in session.get_outputs()] == OUTPUTS[task.kind]
     found = session.run(None, {"pixel_values": pixels.numpy()})
     exporting = torch.compiler.is_exporting
     try:
         torch.compiler.is_exporting = lambda: True
         with torch.no_grad():
-            expected = TaskGraph(model, "it")(pixels)
+            expected = TaskGraph(model, name)(pixels)
     finally:
         torch.compiler.is_exporting = exporting
     for theirs, ours in zip(found, expected, strict=True):
@@ -156,11 +156,11 @@ def test_planned_activations_are_near_those_of_a_real_forward(name: str) -> None
     model, task = build(name)
     example = task.example_labels(4)
     with SavedBytes(model) as real:
-        model("it", torch.zeros(4, 3, *SIZE), example)
+        model(name, torch.zeros(4, 3, *SIZE), example)
     with torch.device("meta"):
         empty = kind_model(name)
     notes: list[str] = []
-    assert activation_bytes(empty, {"it": 4}, torch.float32, False, notes)["it"] == pytest.approx(real.bytes, rel=0.15)
+    assert activation_bytes(empty, {name: 4}, torch.float32, False, notes)[name] == pytest.approx(real.bytes, rel=0.15)
     assert bool(notes) == (example is None)
 
 
