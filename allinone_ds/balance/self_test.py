@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from allinone_ds.balance.arithmetic import float32_products
 from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.distributed import world_size
 from allinone_ds.errors import BalancerError
@@ -51,7 +52,8 @@ def self_test(
         test_engine, toy.TASKS, "backbone", TBGC(max_norm=0.1), norm=norm, parallel=parallel, self_test=False
     )
     counts = dict.fromkeys(toy.TASKS, micro_steps)
-    reports = train(test_engine, balancer, counts, steps)
+    with float32_products():  # the limit is that of float32
+        reports = train(test_engine, balancer, counts, steps)
     wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, lr=_LR, delayed=norm == "delayed")
     found = compare(whole_weights(test_engine), reports, wanted, before)
     balancer.detach()

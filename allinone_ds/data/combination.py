@@ -80,7 +80,7 @@ class CombinedSource(SourceConfig):
         indices = None
         structural = [problem for dataset in datasets for problem in dataset.structural]
         if self.split is not None:
-            indices, warnings = _part_of_split(datasets, root, self.split, self.part)
+            indices, warnings = part_of_split(datasets, root, self.split, self.part)
             structural += warnings
         weights = [source.weight for source in self.sources]
         return CombinedDataset(datasets, weights, indices, structural)
@@ -190,7 +190,7 @@ class CombinedDataset(SampleDataset):
         return list(zip(self._owner.tolist(), self._index.tolist(), strict=True))
 
 
-def _part_of_split(
+def part_of_split(
     datasets: Sequence[SampleDataset], root: Path, split: Split, part: str
 ) -> tuple[list[np.ndarray], list[Problem]]:
     """Return the indices of one part of each dataset, and warnings about classes that cannot be divided.

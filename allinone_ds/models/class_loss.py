@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
@@ -87,7 +88,7 @@ class ClassLoss:
             ignore_index: targets of this value do not count.
         """
         smoothing = self.options.label_smoothing if training else 0.0
-        weights = None if self.weights is None else logits.new_tensor(self.weights)
+        weights = None if self.weights is None else constant(self.weights, logits, logits.dtype)
         gamma = self.options.focal_gamma
         if not gamma:
             return F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum",

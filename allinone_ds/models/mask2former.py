@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import ModelOutput
 
+from allinone_ds.device_constants import constant, copied_to
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
@@ -122,6 +124,7 @@ class Mask2FormerSegmenter(nn.Module):
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
         self.net = _Decoders(self.config, num_classes)
+        self._criteria: dict[torch.device, _Criterion] = {}
 
     def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> ModelOutput:
         """Return the raw predictions, and the loss if label maps are given.
@@ -149,17 +152,22 @@ class Mask2FormerSegmenter(nn.Module):
         """
         zero = torch.stack([(value * 0.0).sum() for value in (*class_logits, *mask_logits)]).sum()
         known = masks != ignore_index
-        used = known.flatten(1).any(1).nonzero()[:, 0].tolist()  # images without truth are left out
+        classes_of = _classes_of(masks, known, self.config.num_labels)
+        used = [i for i, classes in enumerate(classes_of) if classes]  # images without truth are left out
         if not used:
             return zero
-        class_labels = [masks[i][known[i]].long().unique() for i in used]
-        labels = [
-            (masks[i][None] == classes[:, None, None]).float() for i, classes in zip(used, class_labels, strict=True)
-        ]
-        unknown = (~known[used])[:, None].float()
+        device = masks.device
+        ids = copied_to(torch.tensor([k for classes in classes_of for k in classes]), device)
+        class_labels = list(ids.split([len(classes_of[i]) for i in used]))
+        if len(used) < len(classes_of):
+            rows = copied_to(torch.tensor(used), device)
+            masks, known = masks[rows], known[rows]
+            class_logits, mask_logits = ([value[rows] for value in values] for values in (class_logits, mask_logits))
+        labels = [(m[None] == classes[:, None, None]).float() for m, classes in zip(masks, class_labels, strict=True)]
+        unknown = (~known)[:, None].float()
         unknown = F.interpolate(unknown, mask_logits[-1].shape[-2:], mode="area") >= 0.5  # (B, 1, h, w)
         layers = [
-            {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _UNKNOWN_LOGIT)}
+            {"class_queries_logits": c, "masks_queries_logits": m.masked_fill(unknown, _UNKNOWN_LOGIT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
         ]
         return zero + self.matched_loss(layers, labels, class_labels)
@@ -179,13 +187,21 @@ class Mask2FormerSegmenter(nn.Module):
             "loss_mask": self.config.mask_weight,
             "loss_dice": self.config.dice_weight,
         }
-        # Built per call: as part of the model its buffer would be cast to bfloat16.
-        criterion = _Criterion(self.config, weights).to(layers[-1]["class_queries_logits"].device)
+        # not a part of the model, in which its buffer would be cast to bfloat16
+        device = layers[-1]["class_queries_logits"].device
+        if device not in self._criteria:
+            self._criteria[device] = _Criterion(self.config, weights).to(device)
+        criterion = self._criteria[device]
         parts = criterion(
             **layers[-1], mask_labels=mask_labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
         )
         total = [value * weight for name, weight in weights.items() for key, value in parts.items() if name in key]
         return torch.stack(total).sum()
+
+    @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of masks in label maps (B, H, W), one per class of an image: the loss is their mean."""
+        return sum(len(classes) - int(ignore_index in classes) for classes in (image.unique() for image in masks))
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
@@ -197,6 +213,20 @@ class Mask2FormerSegmenter(nn.Module):
         return torch.einsum("bqk,bqhw->bkhw", classes, outputs.masks_queries_logits.sigmoid())
 
     probabilities = scores
+
+
+def _classes_of(masks: Tensor, known: Tensor, num_classes: int) -> list[list[int]]:
+    """Return the classes in each label map, ascending; waits for the device once.
+
+    Args:
+        masks: (B, H, W) class ids.
+        known: (B, H, W), whether a pixel counts.
+        num_classes: K.
+    """
+    present = torch.zeros(len(masks), num_classes + 1, dtype=torch.bool, device=masks.device)
+    ids = torch.where(known, masks, num_classes).long().flatten(1)  # (B, H * W)
+    found = present.scatter_(1, ids, True)[:, :num_classes].tolist()
+    return [[k for k, is_there in enumerate(row) if is_there] for row in found]
 
 
 class _Decoders(Mask2FormerPreTrainedModel):
@@ -224,10 +254,26 @@ class _Decoders(Mask2FormerPreTrainedModel):
 
 
 class _Criterion(Mask2FormerLoss):
-    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
+    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
+
+    The classification loss of an image is the mean over its queries, as in `transformers`. That of a batch is the mean
+    over images, each counted as often as it has masks, so that the whole loss has one denominator.
+    """
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        return torch.tensor(float(max(sum(len(classes) for classes in class_labels), 1)), device=device)
+        return torch.full((), float(_things(class_labels)), device=device)
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        total = class_queries_logits.new_zeros(())
+        for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
+            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]
+            total = total + _things([classes]) * mean
+        return {"loss_cross_entropy": total / _things(class_labels)}
+
+
+def _things(class_labels: Sequence[Tensor]) -> int:
+    """Return what the loss is the mean of: masks, and images without a mask."""
+    return sum(max(len(classes), 1) for classes in class_labels)
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):
@@ -261,7 +307,7 @@ class _Float32DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeform
         weights = self.attention_weights(queries).view(B, N, heads, levels * points)
         with torch.autocast(device.type, enabled=False):
             centers = torch.cat([_cell_centers(H, W, device) for H, W in spatial_shapes_list])  # (N, 2)
-            cells = torch.tensor([(W, H) for H, W in spatial_shapes_list], dtype=torch.float32, device=device)
+            cells = constant([(W, H) for H, W in spatial_shapes_list], hidden_states)
             locations = centers[None, :, None, None, None] + offsets.float() / cells[:, None]
             weights = weights.float().softmax(-1).view(B, N, heads, levels, points)
             sampled = multi_scale_deformable_attention(value.float(), spatial_shapes_list, locations, weights)

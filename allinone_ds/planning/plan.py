@@ -26,6 +26,7 @@ from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.strict import did_you_mean
+from allinone_ds.tasks import task_class
 
 DEFAULT_CLASSES = 100
 """Number of classes of a task whose data cannot be read and for which no number is given."""
@@ -103,7 +104,7 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
+    moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
@@ -149,6 +150,8 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
 
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
     """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
+    if not task_class(config.tasks[name].type).has_classes:
+        return 0
     if name in given:
         return given[name]
     source = config.tasks[name].train_source
@@ -165,6 +168,6 @@ def _moments(optim: str, notes: list[str]) -> int:
     """Return the number of float32 values that the optimizer keeps per element, in addition to the weight."""
     if optim == "sgd":
         return 0
-    if not optim.startswith("adamw"):
+    if optim != "auto" and not optim.startswith("adamw"):
         notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")
     return 2

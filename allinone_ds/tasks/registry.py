@@ -10,6 +10,10 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
 from allinone_ds.tasks.classification import ClassificationTask
+from allinone_ds.tasks.dense.depth import DepthTask
+from allinone_ds.tasks.dense.edges import EdgesTask
+from allinone_ds.tasks.dense.normals import NormalsTask
+from allinone_ds.tasks.dense.saliency import SaliencyTask
 from allinone_ds.tasks.detection import DetectionTask
 from allinone_ds.tasks.objects.instances import InstancesTask
 from allinone_ds.tasks.objects.keypoints import KeypointsTask
@@ -25,6 +29,10 @@ TASKS: dict[str, type[Task]] = {
     "detection": DetectionTask,
     "segmentation": SegmentationTask,
     "classification": ClassificationTask,
+    "depth": DepthTask,
+    "normals": NormalsTask,
+    "edges": EdgesTask,
+    "saliency": SaliencyTask,
     "attributes": AttributesTask,
     "regression": RegressionTask,
     "retrieval": RetrievalTask,

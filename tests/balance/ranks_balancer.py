@@ -14,6 +14,7 @@ from allinone_ds import TBGC, GlobalClip, Sum, TaskBalancer, TaskClip, weighting
 from allinone_ds.balance.options import TORCHJD
 from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
+    ranks_devices,
     ranks_error_paths,
     ranks_gradients,
     ranks_habits,
@@ -212,6 +213,7 @@ def all_checks(world: int) -> dict:
                 )
         checks |= _all_in(globals())
         for module in (
+            ranks_devices,
             ranks_partial_steps,
             ranks_misuse,
             ranks_gradients,

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from allinone_ds.data.augmentation.objects import OF_OBJECTS, sanitize_objects, select
 from allinone_ds.data.base import IGNORE, Sample
+from allinone_ds.data.dense_maps import empty_value
 
 DrawSample = Callable[[], Sample]
 """Returns a further sample of the same dataset, drawn with torch's generator."""
@@ -52,7 +53,7 @@ class LargeScaleJitter(v2.Transform):
     Args:
         size: (H, W) of the result in pixels; one number is a square.
         scale: (least, largest) factor of a uniform draw.
-        fill: value of the pixels that the image does not cover; those of a mask become 255.
+        fill: value of the pixels that the image does not cover; those of a mask become 255, those of a depth NaN.
     """
 
     def __init__(self, size: int | Sequence[int], scale: Sequence[float] = (0.5, 2.0), fill: int = 114):
@@ -77,7 +78,7 @@ class LargeScaleJitter(v2.Transform):
             return F.resized_crop(inpt, top, left, height, width, list(self.size), antialias=True)
         small = F.resize(inpt, [height, width], antialias=True)
         padding = [left, top, self.size[1] - width - left, self.size[0] - height - top]
-        return F.pad(small, padding, fill=IGNORE if isinstance(inpt, tv_tensors.Mask) else self.fill)
+        return F.pad(small, padding, fill=empty_value(inpt, self.fill))
 
 
 class MultiSampleTransform(v2.Transform):

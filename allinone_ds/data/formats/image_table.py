@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from allinone_ds.data.base import Problem, SampleDataset, SourceConfig
-from allinone_ds.data.formats.common.class_names import match_classes, match_identities
+from allinone_ds.data.base import Problem, SampleDataset, SourceConfig, raise_problems
+from allinone_ds.data.formats.common.class_names import match_classes, match_identities, sort_key
 from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from allinone_ds.data.formats.common.listing import check_listed_files, require_folder
 from allinone_ds.data.formats.common.numbered_files import NumberedDataset
 from allinone_ds.data.formats.common.tables import Table, numbers, read_partition, read_table
 from allinone_ds.errors import ConfigError, DataError
-from allinone_ds.strict import PathText, did_you_mean
+from allinone_ds.strict import PathText
 
 
 class ImageTableSource(SourceConfig):
@@ -44,6 +44,9 @@ class ImageTableSource(SourceConfig):
     label_column: str = "label"
     """Classification and retrieval: column of the class names or identities. Without `classes` of the task, they are
     numbered in the order of the names."""
+    label_columns: list[str] | None = Field(None, min_length=2)
+    """Classification: instead of `label_column`, one column per class, with 1 in that of the image's class and 0 in the
+    others. The columns name the classes."""
     columns: list[str] | None = Field(None, min_length=1)
     """Attributes: their columns, null is all but `image_column`. Regression: the columns of the numbers, null is the
     column `value`."""
@@ -64,6 +67,7 @@ class ImageTableSource(SourceConfig):
         """Refuse options of other kinds, which would change nothing."""
         kinds = {
             "label_column": ("classification", "retrieval"),
+            "label_columns": ("classification",),
             "columns": ("attributes", "regression"),
             "absent": ("attributes",),
         }
@@ -73,14 +77,18 @@ class ImageTableSource(SourceConfig):
                                   "remove it, or correct 'kind'")  # fmt: skip
         if (self.partition is None) != (self.part is None):
             raise ConfigError("'partition' and 'part' belong together: a file, and the part of it that is used")
-        if self.columns is not None and len(set(self.columns)) < len(self.columns):
-            raise ConfigError("columns: a column is named twice; name each once")
+        for option in ("columns", "label_columns"):
+            named = getattr(self, option) or ()
+            if len(set(named)) < len(named):
+                raise ConfigError(f"{option}: a column is named twice; name each once")
+        if self.label_columns is not None and "label_column" in self.model_fields_set:
+            raise ConfigError("'label_column' and 'label_columns' are both set; remove one of them")
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         require_folder(root / self.images, "images")
         table = read_table(root / self.table, self.delimiter, self.image_column)
-        self._require_column(table, "image_column", self.image_column)
+        table.require("image_column", self.image_column)
         if len(set(table.names)) < len(table.names):
             twice = next(name for name in table.names if table.names.count(name) > 1)
             raise DataError(f"{table.name}: column '{twice}' stands twice in the header; rename one")
@@ -91,10 +99,12 @@ class ImageTableSource(SourceConfig):
         return self._numbered(root, table, classes)
 
     def _labelled(self, root: Path, table: Table, classes: Sequence[str] | None) -> ClassifiedDataset:
-        self._require_column(table, "label_column", self.label_column)
+        for column in self.label_columns or [self.label_column]:
+            table.require("label_columns" if self.label_columns else "label_column", column)
         files, names, structural = self._labelled_rows(table)
-        found = sorted(set(names), key=sort_key(names))
-        if not found:
+        found = self.label_columns or sorted(set(names), key=sort_key(names))
+        if not names:
+            raise_problems(table.name, structural)
             raise DataError(f"{table.name}: contains no row with an image and a label; add rows below the header")
         if self.kind == "retrieval":
             all_classes = match_identities(table.name, found, classes)
@@ -110,15 +120,21 @@ class ImageTableSource(SourceConfig):
     def _labelled_rows(self, table: Table) -> tuple[list[str], list[str], list[Problem]]:
         """Return the files, their class names, and the faults of the rows."""
         files, names, problems = [], [], []
-        columns = table.column(self.image_column), table.column(self.label_column)
-        for image, label, line in zip(*columns, table.lines, strict=True):
+        if self.label_columns is None:
+            labels: Sequence[str | Problem] = table.column(self.label_column)
+        else:
+            labels = _one_hot(table, self.label_columns)
+        for image, label, line in zip(table.column(self.image_column), labels, table.lines, strict=True):
+            if isinstance(label, Problem):
+                problems.append(label)
+                continue
             if not image or not label:
                 empty = self.label_column if image else self.image_column
                 problems.append(Problem(table.name, f"line {line}: column '{empty}' is empty; fill it"))
                 continue
             files.append(image + self.image_suffix)
             names.append(label)
-        return files, names, problems
+        return files, names, [*problems, *table.too_long()]
 
     def _numbered(self, root: Path, table: Table, classes: Sequence[str] | None) -> NumberedDataset:
         columns = self._number_columns(table)
@@ -157,7 +173,7 @@ class ImageTableSource(SourceConfig):
             return columns
         columns = self.columns or ["value"]
         for column in columns:
-            self._require_column(table, "columns", column)
+            table.require("columns", column)
         return list(columns)
 
     def _from_stored(self, stored: np.ndarray, name: str, structural: list[Problem]) -> np.ndarray:
@@ -178,11 +194,6 @@ class ImageTableSource(SourceConfig):
             raise DataError(f"{table.name}: no image of part '{self.part}' is in the table; correct 'partition'")
         return table._replace(rows=[table.rows[row] for row in rows], lines=[table.lines[row] for row in rows])
 
-    def _require_column(self, table: Table, field: str, column: str) -> None:
-        if column not in table.names:
-            known = did_you_mean(column, table.names)
-            raise DataError(f"{table.name}: {field} = '{column}', which is not a column; {known}")
-
 
 def _no_attribute(values: np.ndarray) -> np.ndarray:
     return ~np.isin(values, (-1, 0, 1))
@@ -192,11 +203,22 @@ def _never(values: np.ndarray) -> np.ndarray:
     return np.zeros(len(values), dtype=bool)
 
 
-def sort_key(names: Sequence[str]) -> type[int] | type[str]:
-    """Return by what class names are sorted: as numbers if all of them are numbers.
+def _one_hot(table: Table, columns: Sequence[str]) -> list[str | Problem]:
+    """Return for each row the column that holds 1, or what is wrong with the row."""
+    found: list[str | Problem] = []
+    for line, cells in zip(table.lines, zip(*map(table.column, columns), strict=True), strict=True):
+        chosen = [column for column, cell in zip(columns, cells, strict=True) if cell in ("1", "1.0")]
+        wrong = [(column, cell) for column, cell in zip(columns, cells, strict=True) if cell not in _ZERO_ONE]
+        if wrong:
+            reason = f"column '{wrong[0][0]}' holds {wrong[0][1]!r}, allowed are 0 and 1; correct it"
+            found.append(Problem(table.name, f"line {line}: {reason}"))
+        elif len(chosen) != 1:
+            shown = ", ".join(chosen[:5]) or "none"
+            reason = f"{len(chosen)} of the columns of classes hold 1 ({shown}); an image has exactly one class"
+            found.append(Problem(table.name, f"line {line}: {reason}"))
+        else:
+            found.append(chosen[0])
+    return found
 
-    Example:
-        >>> sorted(["10", "9"], key=sort_key(["10", "9"]))
-        ['9', '10']
-    """
-    return int if all(name.isdecimal() for name in names) else str
+
+_ZERO_ONE = ("0", "0.0", "1", "1.0")

@@ -1,4 +1,4 @@
-"""Count what can be learned from a dataset: usable boxes, label maps with classes, images per class."""
+"""Count what can be learned from a dataset: usable boxes, label maps with classes, images per class, maps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset
+from allinone_ds.data.inspection import maps
 from allinone_ds.errors import BrokenSample
 
 READ_AT_START = 64
@@ -173,6 +174,16 @@ def _labels(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | 
     return _Found(len(labels), len(labels), "", [], set(labels), "no image has class")
 
 
+def _maps(inspect: Callable[[Iterable[Sample]], maps.Inspected | None]) -> Callable[..., _Found | None]:
+    """Return the count of a kind with a number per pixel and no classes."""
+
+    def count(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | None:
+        found = inspect(samples)
+        return None if found is None else _Found(*found, set(), "")
+
+    return count
+
+
 def _columns(samples: Iterable[Sample], key: str, what: str) -> _Found | None:
     """Count the known entries of tables with one number per class, NaN for an unknown one."""
     rows = [np.asarray(sample[key], dtype=np.float64).reshape(-1) for sample in samples]
@@ -221,6 +232,10 @@ _COUNTS: dict[str, Callable[[Iterable[Sample], tuple[int, int]], _Found | None]]
     "detection": _boxes,
     "segmentation": _masks,
     "classification": _labels,
+    "depth": _maps(maps.depth),
+    "normals": _maps(maps.normals),
+    "edges": _maps(maps.edges),
+    "saliency": _maps(maps.saliency),
     "instances": _boxes,
     "keypoints": _points,
     "retrieval": _identities,

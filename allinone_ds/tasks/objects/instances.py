@@ -84,8 +84,8 @@ class InstancesTask(Task):
 
     @staticmethod
     def count_labels(labels: Any) -> int:
-        """Return the number of objects."""
-        return sum(len(target["labels"]) for target in labels)
+        """Return the number of objects, an image without one counted as one."""
+        return sum(max(len(target["labels"]), 1) for target in labels)
 
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:

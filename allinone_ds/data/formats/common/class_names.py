@@ -58,6 +58,16 @@ def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) ->
     return {i: id_of[n] for i, n in enumerate(own)}
 
 
+def sort_key(names: Sequence[str]) -> type[int] | type[str]:
+    """Return by what class names are sorted: as numbers if all of them are numbers.
+
+    Example:
+        >>> sorted(["10", "9"], key=sort_key(["10", "9"]))
+        ['9', '10']
+    """
+    return int if all(name.isdecimal() for name in names) else str
+
+
 def match_identities(name: str, own: Sequence[str], train: Sequence[str] | None) -> list[str]:
     """Return the identities of a retrieval set by label: those of its train set first, then those it adds.
 

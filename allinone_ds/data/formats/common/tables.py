@@ -14,6 +14,7 @@ import numpy as np
 from allinone_ds.data.base import Problem
 from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.errors import DataError
+from allinone_ds.strict import did_you_mean
 
 JSON_LINES = (".jsonl", ".ndjson")
 """Suffixes of files with one json object per line."""
@@ -43,8 +44,33 @@ class Table(NamedTuple):
         place = self.names.index(name)
         return [row[place].strip() if place < len(row) else "" for row in self.rows]
 
+    def require(self, option: str, column: str) -> None:
+        """Check that there is exactly one column of this name.
 
-def read_table(file: Path, delimiter: str, first_column: str) -> Table:
+        Raises:
+            DataError: names the option of the source.
+        """
+        count = self.names.count(column)
+        if count > 1:
+            raise DataError(f"{self.name}: {option} = '{column}', but {count} columns have this name; rename them")
+        if not count:
+            known = did_you_mean(column, self.names)
+            raise DataError(f"{self.name}: {option} = '{column}', which is not a column; {known}")
+
+    def too_long(self) -> list[Problem]:
+        """Return a fault for each row with more values than there are columns."""
+        count = len(self.names)
+        return [
+            Problem(
+                self.name,
+                f"line {line}: has {len(row)} values for {count} columns; quote values that contain the delimiter",
+            )  # fmt: skip
+            for row, line in zip(self.rows, self.lines, strict=True)
+            if any(row[count:])
+        ]
+
+
+def read_table(file: Path, delimiter: str, first_column: str, columns: Sequence[str] | None = None) -> Table:
     """Read a table.
 
     Args:
@@ -52,9 +78,10 @@ def read_table(file: Path, delimiter: str, first_column: str) -> Table:
         delimiter: character between the columns; a space stands for any number of spaces. Such a file may begin with
             a line that only gives the number of rows, and its first column may lack a name, as in CelebA.
         first_column: name of the first column if it lacks one.
+        columns: names of the columns of a csv file without a header; None: the first line has them.
 
     Raises:
-        DataError: the file is missing, or a line is no json object.
+        DataError: the file is missing, or a line is no csv or no json object.
     """
     text = read_text(file, file_names=True)
     if file.suffix.lower() in JSON_LINES:
@@ -68,13 +95,16 @@ def read_table(file: Path, delimiter: str, first_column: str) -> Table:
             names = [first_column, *names]
         return Table(str(file), names, [row for _, row in numbered[1:]], [number for number, _ in numbered[1:]])
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    names, rows, lines = [], [], []
-    for row in reader:
-        if not names:
-            names = row
-        elif row:
-            rows.append(row)
-            lines.append(reader.line_num)
+    names, rows, lines = list(columns or ()), [], []
+    try:
+        for row in reader:
+            if not names:
+                names = row
+            elif row:
+                rows.append(row)
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{file}: line {reader.line_num + 1}: {error}; write the file again as csv") from None
     return Table(str(file), names, rows, lines)
 
 
