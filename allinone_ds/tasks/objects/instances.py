@@ -34,8 +34,8 @@ class InstancesTask(Task):
     """Predicts a mask, a box and a class for each object.
 
     Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long,
-    "masks": (n, H, W) bool}. Crowds are not targets. Loss: mean over the objects of the micro-batch (over their positive
-    locations for the head `fcos_masks`).
+    "masks": (n, H, W) bool}. Crowds are not targets. Loss: mean over the objects of the micro-batch (over their
+    positive locations for the head `fcos_masks`).
 
     Example:
         >>> import torch

@@ -104,7 +104,7 @@ def test_faults_are_named_with_line_and_column(root, config, text, message):
         ({"kind": "classification", "columns": ["a"]}, "columns is an option of kind attributes and regression"),
         ({"label_column": "x"}, "label_column is an option of kind classification and retrieval"),
         ({"partition": "p.txt"}, "'partition' and 'part' belong together"),
-        ({"columns": ["a", "a"]}, "a column is named twice"),
+        ({"columns": ["a", "a"]}, "columns names a column twice"),
     ],
 )
 def test_options_without_effect_are_refused(config, message):
