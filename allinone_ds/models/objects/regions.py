@@ -258,14 +258,18 @@ def decode_heatmaps(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     peak = logits.argmax(-1)  # (n, P)
     x, y = peak % S, peak // S
 
-    def at(right: int, down: int) -> Tensor:
-        """Return the logits (n, P) beside the peak; outside of the map those of the other side."""
-        column, row = x + right, y + down
-        column = torch.where((column < 0) | (column >= S), x - right, column)
-        row = torch.where((row < 0) | (row >= S), y - down, row)
-        return logits.gather(2, (row * S + column)[..., None])[..., 0]
+    def beside(place: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the logits (n, P) before and after the peak along a side, continued by the Gaussian at the border."""
+        before = logits.gather(2, (peak - step).clamp(min=0)[..., None])[..., 0]
+        after = logits.gather(2, (peak + step).clamp(max=S * S - 1)[..., None])[..., 0]
+        before, after = (
+            torch.where(place == 0, 2 * middle - after - 1, before),
+            torch.where(place == S - 1, 2 * middle - before - 1, after),
+        )
+        return before, after
 
-    middle, sides = at(0, 0), [(at(-1, 0), at(1, 0)), (at(0, -1), at(0, 1))]
+    middle = logits.gather(2, peak[..., None])[..., 0]
+    sides = [beside(x, 1), beside(y, S)]
     within = [(after - before) / (2 * (2 * middle - before - after)).clamp(min=1e-6) for before, after in sides]
     cell = torch.stack([x, y], dim=-1) + 0.5 + torch.stack(within, dim=-1).clamp(-0.5, 0.5)
     points = boxes[:, None, :2] + cell / S * (boxes[:, 2:] - boxes[:, :2])[:, None]
