@@ -114,6 +114,13 @@ def settle_direction(args: Any, tasks: Mapping[str, Task], evaluated: Collection
     if args.metric_for_best_model is None:
         return
     args.greater_is_better = selects_greater(args.metric_for_best_model, tasks, evaluated, args.chosen_direction)
-    if args.lr_scheduler_type == "reduce_lr_on_plateau":  # torch expects a metric that falls
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # both expect a metric that falls
         mode = "max" if args.greater_is_better else "min"
-        args.lr_scheduler_kwargs = {"mode": mode, **(args.lr_scheduler_kwargs or {})}
+        given = args.lr_scheduler_kwargs or {}
+        if given.get("mode", mode) != mode:
+            raise ConfigError(
+                f"trainer.lr_scheduler_kwargs.mode = '{given['mode']}': of '{args.metric_for_best_model}' "
+                f"{'larger' if mode == 'max' else 'smaller'} values are better, so the rate would fall while the model "
+                "improves; remove mode"
+            )
+        args.lr_scheduler_kwargs = {"mode": mode, **given}

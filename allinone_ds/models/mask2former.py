@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,20 +170,38 @@ class Mask2FormerSegmenter(nn.Module):
             {"class_queries_logits": c, "masks_queries_logits": m.masked_fill(unknown, _UNKNOWN_LOGIT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
         ]
+        return zero + self.matched_loss(layers, labels, class_labels)
+
+    def matched_loss(
+        self, layers: list[dict[str, Tensor]], mask_labels: list[Tensor], class_labels: list[Tensor]
+    ) -> Tensor:
+        """Return the loss of all layers' predictions, each matched with the masks of its image.
+
+        Args:
+            layers: for each layer {"class_queries_logits": (B, Q, K + 1), "masks_queries_logits": (B, Q, h, w)}.
+            mask_labels: for each image float (n, H, W).
+            class_labels: for each image (n,).
+        """
         weights = {
             "loss_cross_entropy": self.config.class_weight,
             "loss_mask": self.config.mask_weight,
             "loss_dice": self.config.dice_weight,
         }
         # not a part of the model, in which its buffer would be cast to bfloat16
+        device = layers[-1]["class_queries_logits"].device
         if device not in self._criteria:
             self._criteria[device] = _Criterion(self.config, weights).to(device)
         criterion = self._criteria[device]
         parts = criterion(
-            **layers[-1], mask_labels=labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
+            **layers[-1], mask_labels=mask_labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
         )
         total = [value * weight for name, weight in weights.items() for key, value in parts.items() if name in key]
-        return zero + torch.stack(total).sum()
+        return torch.stack(total).sum()
+
+    @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of masks in label maps (B, H, W), one per class of an image: the loss is their mean."""
+        return sum(len(classes) - int(ignore_index in classes) for classes in (image.unique() for image in masks))
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
@@ -235,10 +254,26 @@ class _Decoders(Mask2FormerPreTrainedModel):
 
 
 class _Criterion(Mask2FormerLoss):
-    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here."""
+    """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
+
+    The classification loss of an image is the mean over its queries, as in `transformers`. That of a batch is the mean
+    over images, each counted as often as it has masks, so that the whole loss has one denominator.
+    """
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        return torch.full((), float(sum(len(classes) for classes in class_labels)), device=device)
+        return torch.full((), float(_things(class_labels)), device=device)
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        total = class_queries_logits.new_zeros(())
+        for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
+            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]
+            total = total + _things([classes]) * mean
+        return {"loss_cross_entropy": total / _things(class_labels)}
+
+
+def _things(class_labels: Sequence[Tensor]) -> int:
+    """Return what the loss is the mean of: masks, and images without a mask."""
+    return sum(max(len(classes), 1) for classes in class_labels)
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):

@@ -26,6 +26,7 @@ from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.strict import did_you_mean
+from allinone_ds.tasks import task_class
 
 DEFAULT_CLASSES = 100
 """Number of classes of a task whose data cannot be read and for which no number is given."""
@@ -149,6 +150,8 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
 
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
     """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
+    if not task_class(config.tasks[name].type).has_classes:
+        return 0
     if name in given:
         return given[name]
     source = config.tasks[name].train_source

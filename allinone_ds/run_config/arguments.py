@@ -348,7 +348,7 @@ def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -
 
     Args:
         config: configuration of the run.
-        samples: task -> number of its training samples.
+        samples: task or joint group -> number of its training samples.
         ranks: number of ranks R.
 
     Example:
@@ -360,8 +360,8 @@ def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -
     if config.epochs is None:
         return None
     [(name, count)] = config.epochs.items()
-    task = config.tasks[name]
-    return math.ceil(count * samples[name] / (task.batch_size * task.micro_steps * ranks))
+    images = config.images[name]
+    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
 
 
 def arguments_from_config(config: RunConfig) -> AllInOneArguments:

@@ -90,6 +90,10 @@ class ClassificationTask(Task):
         labels = torch.tensor([int(sample["label"]) for sample in samples])
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        return {**sample, "label": 0}
+
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return for each image the "label" (int) and the "scores" (K,), the probabilities of all classes."""

@@ -214,4 +214,4 @@ class DurableTrainer(Trainer):
             )
             self.state.best_model_checkpoint = None
             return
-        load_engine(self, best)
+        load_engine(self, best, resume=False)

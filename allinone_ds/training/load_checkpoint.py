@@ -14,6 +14,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.manifest import read_manifest
 from allinone_ds.run_folder.names import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import shards_of
+from allinone_ds.training.optimizer import continue_schedule, group_settings
 from allinone_ds.training.save_checkpoint import loop_file
 from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
@@ -32,16 +33,22 @@ def best_checkpoint(checkpoint: Path) -> str | None:
     return str(best) if best and best.is_dir() else None
 
 
-def load_engine(trainer: Any, checkpoint: Path) -> None:
-    """Load weights, optimizer state, loss scale and learning rate schedule into the engine. Collective.
+def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
+    """Load weights, optimizer state and loss scale into the engine, and continue its schedule. Collective.
 
     A checkpoint of a different number of ranks or a different ZeRO stage is resharded.
+
+    Args:
+        trainer: an AllInOneTrainer with an engine.
+        checkpoint: folder of the checkpoint.
+        resume: whether training continues; False: only the weights are needed.
 
     Raises:
         ConfigError: the checkpoint cannot be resharded: only one of the two is without ZeRO, the models differ, or the
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
+    settings = group_settings(engine.optimizer)
     check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
     manifest = read_manifest(checkpoint)
@@ -61,28 +68,8 @@ def load_engine(trainer: Any, checkpoint: Path) -> None:
             load_resharded(engine, shards)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
-    _load_scheduler(trainer, checkpoint)
-
-
-def _load_scheduler(trainer: Any, checkpoint: Path) -> None:
-    """Load the learning rate schedule; warn if this run is configured with different learning rates."""
-    configured = trainer.lr_scheduler.state_dict().get("base_lrs")
-    trainer._load_optimizer_and_scheduler(str(checkpoint))
-    loaded = trainer.lr_scheduler.state_dict().get("base_lrs")
-    if configured != loaded:
-        largest = f"their maximum is {max(loaded):g}, this run is configured with {max(configured):g}"
-        if max(loaded) == max(configured):
-            pairs = zip(trainer.deepspeed.optimizer.param_groups, loaded, configured, strict=True)
-            largest = next(
-                f"{g.get('name', 'a group')} has {old:g}, not {new:g}" for g, old, new in pairs if old != new
-            )
-        trainer.warn(
-            trainer.state.global_step,
-            f"the learning rates of {checkpoint.name} are kept: {largest}. To change them, start a new run with a "
-            f"different output_dir and model.start_from={checkpoint}",
-        )
-    for group, rate in zip(trainer.deepspeed.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    if resume:
+        continue_schedule(trainer, checkpoint, settings)
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -166,3 +153,26 @@ def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     if new:
         state["logs"]["broken"] = []  # counted on rank 0
     return state
+
+
+def saved_frequencies(checkpoint: Path) -> dict[str, list[float]]:
+    """Return the class frequencies by task that the run was started with; none of a checkpoint that has none."""
+    return read_file(checkpoint / loop_file(0)).get("frequencies", {})
+
+
+def check_optimizer(checkpoint: Path, optim: str) -> None:
+    """Refuse a checkpoint of a different optimizer, whose state would not fit.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        optim: `trainer.optim` of this run.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    saved = read_file(checkpoint / loop_file(0)).get("optim", optim)
+    if saved.removesuffix("_fused") != optim.removesuffix("_fused"):
+        raise ConfigError(
+            f"trainer.optim = '{optim}': {checkpoint} was saved with '{saved}', whose state does not fit; use "
+            f"that, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )

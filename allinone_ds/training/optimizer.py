@@ -1,15 +1,18 @@
-"""Parameter groups of the optimizer. Each has one component (backbone or head), weight decay and learning rate."""
+"""Parameter groups of the optimizer, each of one component, weight decay and learning rate; and its schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
+from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -109,3 +112,80 @@ def parameter_groups(
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
+
+
+_SETTINGS = ("weight_decay", "betas", "eps", "momentum")
+"""Keys of optimizer groups that are settings, not state."""
+_ADAPTIVE = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps", "min_lrs", "max_lrs",
+             "warmup", "smooth", "window_size")  # fmt: skip
+"""Settings of the schedules that follow a metric."""
+
+
+def group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the settings of an optimizer's groups, which loading a checkpoint replaces by those of the checkpoint."""
+    return [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+
+
+def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Continue the schedule of a checkpoint with the learning rates and settings of this run; warn of what differs.
+
+    At step s a group has its configured rate times the configured schedule's factor at s. Of a schedule that follows a
+    metric, the reductions so far are kept.
+
+    Args:
+        trainer: an AllInOneTrainer whose engine has loaded the checkpoint.
+        checkpoint: folder of the checkpoint.
+        settings: `group_settings` of the optimizer before the checkpoint was loaded.
+
+    Raises:
+        ConfigError: the schedule of the checkpoint is of a different kind.
+    """
+    scheduler, groups = trainer.lr_scheduler, trainer.deepspeed.optimizer.param_groups
+    fresh = scheduler.state_dict()
+    saved = torch.load(checkpoint / SCHEDULER_FILE, weights_only=True)
+    if ("lr_lambdas" in saved) != ("lr_lambdas" in fresh) or ("max_lrs" in saved) != ("max_lrs" in fresh):
+        raise ConfigError(
+            f"trainer.lr_scheduler_type = '{getattr(trainer.args.lr_scheduler_type, 'value', '')}': {checkpoint} was "
+            "saved with a schedule of a different kind (one follows a metric, the other the step), whose state does "
+            f"not fit; use the same, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
+    scheduler.load_state_dict(saved)
+    before, rates = saved.get("base_lrs", fresh["base_lrs"]), fresh["base_lrs"]
+    scheduler.base_lrs = list(rates)
+    if isinstance(scheduler, LambdaLR):
+        factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
+        now = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    else:
+        vars(scheduler).update({key: fresh[key] for key in _ADAPTIVE if key in fresh})
+        now = [
+            rate if old == new else rate * new / old if old else new
+            for rate, old, new in zip(scheduler.get_last_lr(), before, rates, strict=True)
+        ]
+    scheduler._last_lr = now
+    changes: dict[str, list[str]] = {}
+    for group, old, rate, new, wanted in zip(groups, before, rates, now, settings, strict=True):
+        group["lr"] = new
+        if "initial_lr" in group:
+            group["initial_lr"] = rate
+        different = {"learning rate": (old, rate)} if old != rate else {}
+        different |= {key: (group[key], value) for key, value in wanted.items() if not _equal(group[key], value)}
+        group.update(wanted)
+        for key, (was, value) in different.items():
+            changes.setdefault(key, []).append(
+                f"of {group.get('name', 'a group')} {_shown(value)} (before: {_shown(was)})"
+            )
+    if changes:
+        step = trainer.state.global_step
+        named = "; ".join(
+            f"{key} {texts[0]}" + (f" and of {len(texts) - 1} further groups" if len(texts) > 1 else "")
+            for key, texts in changes.items()
+        )
+        trainer.warn(step, f"this run continues {checkpoint.name} with other settings from step {step} on: {named}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return tuple(one) == tuple(other) if isinstance(one, list | tuple) else one == other

@@ -17,6 +17,7 @@ from allinone_ds.reporting.report import write_predictions_page, write_report
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
 from allinone_ds.run_config.build import (
     build_model,
+    classes_of,
     inspect_data,
     open_test_data,
     open_train_data,
@@ -79,9 +80,10 @@ def _train(
     train_data = open_train_data(config)
     sizes = {name: len(data.dataset) for name, data in train_data.items()}
     args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
-    classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
+    classes = classes_of(train_data)
     test_data = open_test_data(config, classes)
-    inspect_data(config, train_data, test_data)
+    if not resume_from:
+        inspect_data(config, train_data, test_data)
     model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
     source = None if resume_from else config.model.start_from
     untrained = [] if source is None else start_from(model, source)

@@ -23,3 +23,9 @@ def results(request, tmp_path_factory) -> dict[str, str]:
 )  # fmt: skip
 def test_joint(results, name):
     assert not results[name], results[name]
+
+
+def test_joint_at_the_backbone_equals_torchjd(tmp_path):
+    """On one process, 3 and 5 tasks, five methods."""
+    for name, problem in run_ranks(Path(__file__).with_name("ranks_torchjd.py"), 1, tmp_path).items():
+        assert not problem, f"{name}: {problem}"

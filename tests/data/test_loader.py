@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from allinone_ds.data.augmentation.transforms import eval_transform, stack_images, train_transform
+from allinone_ds.data.augmentation.geometry import MultiSampleTransform
+from allinone_ds.data.augmentation.transforms import SampleTransform, eval_transform, stack_images, train_transform
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.formats.image_list import ImageListSource
 from allinone_ds.data.loading.loader import TaskData, eval_loader, train_loader
@@ -197,8 +199,12 @@ def test_broken_samples_are_also_reported_by_workers():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_broken_samples_in_a_row_end_the_run_with_a_reason(workers):
     data, schedule = one_task(Numbers(10, broken=tuple(range(10))), 2)
-    with pytest.raises(DataError, match=r"task 'n': 4 samples in a row .*is truncated.*max_broken_images"):
+    with pytest.raises(DataError, match=r"task 'n': 4 samples in a row .*is truncated.*max_broken_images") as error:
         list(train_loader(data, schedule, 0, 0, 2, workers, max_broken=3))
+    assert "Traceback" not in str(error.value)
+    with pytest.raises(DataError, match="none of 2 samples can be read") as error:
+        list(eval_loader(Numbers(2, broken=(0, 1)), eval_transform(SIZE), collate, 2, num_workers=workers))
+    assert "Traceback" not in str(error.value)
 
 
 def test_the_first_broken_sample_ends_the_run_if_none_is_allowed():
@@ -347,3 +353,50 @@ def test_what_a_metric_keeps_of_an_evaluation_keeps_no_more():
     for sample in batch.samples:
         assert type(sample["boxes"]) is tv_tensors.BoundingBoxes
         assert sample["boxes"].untyped_storage().nbytes() == sample["boxes"].nbytes
+
+
+class Fragile(MultiSampleTransform):
+    """A step of the user's that cannot handle the image of value 2."""
+
+    def __call__(self, sample, further=None):
+        if sample["image"].max() == 2:
+            raise KeyError("two")
+        return sample
+
+
+class FragileStep(v2.Transform):
+    def forward(self, *inputs):
+        return Fragile()(inputs[0] if isinstance(inputs[0], dict) else {"image": inputs[0]})["image"]
+
+
+def fragile(sample):
+    return eval_transform(SIZE)(Fragile()(sample))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("transform", "says"),
+    [
+        (fragile, "2.png: the transform fragile fails on it: KeyError: 'two'"),
+        (SampleTransform({"all": (1.0, [FragileStep()])}, SIZE), "2.png: FragileStep() cannot be applied"),
+        (
+            SampleTransform({"all": (1.0, [Fragile()])}, SIZE),
+            "cannot be applied to its 16 x 16 pixels (width x height)",
+        ),
+    ],
+)
+def test_any_failure_of_a_transform_is_counted_like_a_broken_image(transform, says, workers):
+    data = {"n": TaskData(Numbers(4), transform, collate, 2)}
+    schedule = Schedule(0, {"n": 4}, {"n": (2, 1)}, 1)
+    steps = list(train_loader(data, schedule, 0, 0, 4, workers, max_broken=3))
+    reported = {line for step in steps for line in step.broken}
+    assert len(reported) == 1 and says in reported.pop()
+    assert 2 not in torch.cat([step.batches["n"][0]["index"] for step in steps]).tolist()
+    with pytest.raises(DataError, match="KeyError: 'two'"):
+        list(train_loader(data, schedule, 0, 0, 4, workers, max_broken=0))
+    if getattr(transform, "branches", None) and isinstance(transform.branches["all"][0], MultiSampleTransform):
+        return  # only for training
+    batches = list(eval_loader(Numbers(4), transform, collate, 2, num_workers=workers))
+    assert [[sample["index"] for sample in batch.samples] for batch in batches] == [[0, 1], [3]]
+    assert [batch.batch["index"].tolist() for batch in batches] == [[0, 1], [3]]
+    assert says in batches[1].broken[0]

@@ -143,6 +143,88 @@ def table(root: Path) -> None:
         writer.writerows((Path(n).stem, ("pug", "boxer", "great dane")[i % 3]) for i, n in enumerate(names))
 
 
+def table_one_hot(root: Path) -> None:
+    """images/*.jpg and truth.csv with a column of 0.0 and 1.0 per class, as in ISIC; one class does not occur."""
+    names = write_pictures(root / "images", 12, suffix=".jpg")
+    rows = [f"{Path(n).stem},{float(i % 2 == 0)},{float(i % 2 == 1)},0.0" for i, n in enumerate(names)]
+    (root / "truth.csv").write_text("\n".join(["image,MEL,NV,BCC", *rows]))
+
+
+# ---- tables of boxes
+
+
+def corners(i: int) -> str:
+    x, y, w, h = box(i)
+    return f"{x},{y},{x + w},{y + h}"
+
+
+def boxes_tensorflow(root: Path) -> None:
+    """{train,test}/*.jpg with labels of the image's size and corners; some images have no box."""
+    for k, part in enumerate(("train", "test")):
+        names = write_pictures(root / part, 6, 50 * k, suffix=".jpg")
+        rows = [f"{n},{SIZE[1]},{SIZE[0]},{('cat', 'dog')[i % 2]},{corners(i)}" for i, n in enumerate(names)]
+        header = "filename,width,height,class,xmin,ymin,xmax,ymax"
+        (root / f"{part}_labels.csv").write_text("\n".join([header, *rows]))
+
+
+def boxes_headless(root: Path) -> None:
+    """images/*.png and a csv without a header, in which an image without objects has an empty row (RetinaNet)."""
+    names = write_pictures(root / "images", 10)
+    rows = [
+        f"images/{n},{corners(i)},{('cat', 'dog')[i % 2]}" if i else f"images/{n},,,,," for i, n in enumerate(names)
+    ]
+    (root / "annotations.csv").write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+
+
+def boxes_one_column(root: Path) -> None:
+    """train/*.jpg and train.csv with "[x, y, w, h]" in one column and no classes, as in Kaggle's wheat."""
+    names = write_pictures(root / "train", 10, suffix=".jpg")
+    rows = [f'{Path(n).stem},{SIZE[1]},{SIZE[0]},"{list(map(float, box(i + k)))}",usask' for i, n in enumerate(names)
+            for k in range(2)]  # fmt: skip
+    (root / "train.csv").write_text("\n".join(["image_id,width,height,bbox,source", *rows]))
+
+
+def boxes_open_images(root: Path) -> None:
+    """data/*.jpg and a csv of fractions with ids of classes, as in Open Images."""
+    names = write_pictures(root / "data", 10, suffix=".jpg")
+    rows = []
+    for i, name in enumerate(names):
+        x, y, w, h = box(i)
+        numbers = (x / SIZE[1], (x + w) / SIZE[1], y / SIZE[0], (y + h) / SIZE[0])
+        rows.append(f"{Path(name).stem},xclick,/m/0{i % 2},1,{','.join(map(str, numbers))},0")
+    header = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded"
+    (root / "annotations-bbox.csv").write_text("\n".join([header, *rows]))
+
+
+# ---- label maps of colours
+
+
+def write_colors(folder: Path, names: list[str], colors: tuple[str, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        drawn = Image.new("RGB", SIZE[::-1], colors[0])
+        for k, color in enumerate(colors):
+            drawn.paste(color, (i % 9, k * 8, SIZE[1], k * 8 + 8))
+        drawn.save(folder / f"{Path(name).stem}.png")
+
+
+def colors_camvid(root: Path) -> None:
+    """{train,val}, {train,val}_labels with RGB masks, and class_dict.csv, with a class Void."""
+    for k, part in enumerate(("train", "val")):
+        names = write_pictures(root / part, 5, 50 * k)
+        write_colors(root / f"{part}_labels", names, ("#404040", "#800040", "#000000"))
+    rows = ["Road,128,0,64", "Sky,128,128,128", "Wall,64,64,64", "Void,0,0,0"]
+    (root / "class_dict.csv").write_text("\n".join(["name,r,g,b", *rows]))
+
+
+def colors_cvat(root: Path) -> None:
+    """JPEGImages, SegmentationClass and SegmentationObject in colours, labelmap.txt."""
+    names = write_pictures(root / "JPEGImages", 10, suffix=".jpg")
+    write_colors(root / "SegmentationClass", names, ("#000000", "#fa3253"))
+    write_colors(root / "SegmentationObject", names, ("#000000", "#800000", "#008000"))
+    (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\ncar:250,50,83::\n")
+
+
 # ---- YOLO and Pascal VOC
 
 
@@ -275,6 +357,13 @@ LAYOUTS = {
     "folders_plain": (folders_plain, "classification", 10, 2, ["Cat", "Dog"]),
     "lists": (lists, "classification", 8, 4, ["small", "large"]),
     "table": (table, "classification", 9, 3, ["boxer", "great dane", "pug"]),
+    "table_one_hot": (table_one_hot, "classification", 10, 2, ["MEL", "NV", "BCC"]),
+    "boxes_tensorflow": (boxes_tensorflow, "detection", 6, 6, ["cat", "dog"]),
+    "boxes_headless": (boxes_headless, "detection", 8, 2, ["cat", "dog"]),
+    "boxes_one_column": (boxes_one_column, "detection", 8, 2, ["object"]),
+    "boxes_open_images": (boxes_open_images, "detection", 8, 2, ["/m/00", "/m/01"]),
+    "colors_camvid": (colors_camvid, "segmentation", 5, 5, ["Road", "Sky", "Wall"]),
+    "colors_cvat": (colors_cvat, "segmentation", 8, 2, ["background", "car"]),
     "yolo_roboflow": (yolo_roboflow, "detection", 5, 5, ["cat", "dog"]),
     "yolo_coco8": (yolo_coco8, "detection", 4, 4, ["cat", "dog"]),
     "yolo_without_yaml": (yolo_without_yaml, "detection", 8, 2, ["cat", "dog", "mouse"]),

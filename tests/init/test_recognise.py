@@ -76,23 +76,52 @@ def test_a_table_of_a_competition(tmp_path: Path) -> None:
     assert any("sample_submission.csv lists images, but no column" in note for note in task.notes)
 
 
-def test_tables_of_other_things_are_not_taken_for_classes(tmp_path: Path) -> None:
+def test_boxes_and_classes_of_tables(tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "boxes" / "images", 4)
     rows = [f"{name},{kind},1,1,5,5" for name in names for kind in "ab"]
     (tmp_path / "boxes" / "table.csv").write_text("\n".join(["filename,class,xmin,ymin,xmax,ymax", *rows]))
-    with pytest.raises(DataError, match="table.csv is a table of boxes, which is not read"):
-        recognise(tmp_path / "boxes")
+    assert only(tmp_path / "boxes").train == {
+        "format": "box_table",
+        "images": "images",
+        "table": "table.csv",
+        "image_column": "filename",
+        "label_column": "class",
+        "box_columns": ["xmin", "ymin", "xmax", "ymax"],
+        "boxes": "xyxy",
+        "fractions": False,
+    }
     names = write_pictures(tmp_path / "skin" / "images", 6)
-    rows = [f"{name},{float(i % 3 == 0)},{float(i % 3 == 1)},{float(i % 3 == 2)}" for i, name in enumerate(names)]
+    rows = [f"{name},{float(i % 3 == 0)},1.0,{float(i % 3 == 2)}" for i, name in enumerate(names)]
     (tmp_path / "skin" / "table.csv").write_text("\n".join(["image,MEL,NV,BCC", *rows]))
     with pytest.raises(DataError, match="3 columns of 0 and 1 are several labels per image"):
         recognise(tmp_path / "skin")
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "kind", "fractions"),
+    [
+        ("file,label,x,y,w,h", "a,60,40,20,20", "xywh", False),
+        ("file,label,Left,Top,Width,Height", "a,60,40,20,20", "xywh", False),
+        ("file,label,x_center,y_center,width,height", "a,0.5,0.5,0.2,0.2", "cxcywh", True),
+        ("file,label,bbox_x1,bbox_y1,bbox_x2,bbox_y2", "a,60,40,80,60", "xyxy", False),
+        ("file,label,bbox", 'a,"[60, 40, 80, 60]"', "xyxy", False),  # beyond the image as a size
+        ("file,label,bbox", 'a,"60 40 20 20"', "xywh", False),
+    ],
+)
+def test_headers_of_boxes(tmp_path: Path, header: str, row: str, kind: str, fractions: bool) -> None:
+    names = write_pictures(tmp_path / "images", 4)
+    (tmp_path / "boxes.csv").write_text("\n".join([header, *(f"{name},{row}" for name in names)]))
+    task = only(tmp_path)
+    assert (task.train["boxes"], task.train["fractions"], task.train["label_column"]) == (kind, fractions, "label")
+    dataset = open_source(TypeAdapter(Source).validate_python(task.train), tmp_path)
+    expected = [32.0, 24.0, 48.0, 36.0] if fractions else [60.0, 40.0, 80.0, 60.0]
+    assert dataset[0]["boxes"].tolist() == [pytest.approx(expected)]
+
+
 def test_coloured_masks_and_lists_of_names_are_named(tmp_path: Path) -> None:
     write_pictures(tmp_path / "a" / "images", 4)
     write_pictures(tmp_path / "a" / "masks", 4)
-    with pytest.raises(DataError, match="masks may hold label maps, but p0.png has colours"):
+    with pytest.raises(DataError, match=r"masks may hold label maps, but p0.png has \d+ colours"):
         recognise(tmp_path / "a")
     names = write_pictures(tmp_path / "b" / "images", 4)
     (tmp_path / "b" / "train.txt").write_text("".join(f"images/{name} cat\n" for name in names))

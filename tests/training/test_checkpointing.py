@@ -19,6 +19,7 @@ from allinone_ds.training import load_checkpoint as loading
 from allinone_ds.training import save_checkpoint as saving
 from allinone_ds.training.ema import AverageWeights
 from allinone_ds.training.load_checkpoint import best_checkpoint, check_model, check_resumable
+from allinone_ds.training.optimizer import continue_schedule, group_settings
 from allinone_ds.training.run import _last_evaluation, _warn_at_start
 from allinone_ds.training.trainer import AllInOneTrainer
 from tests.tiny import LIGHT, tiny_model
@@ -131,32 +132,29 @@ def test_a_different_order_of_data_is_reported(then: Schedule, words: str | None
     assert not messages if words is None else words in messages[0] and "step 5" in messages[0]
 
 
-@pytest.mark.parametrize(("asked", "words"), [(0.5, None), (0.1, "maximum is 0.5, this run is configured with 0.1")])
-def test_learning_rates_that_a_resume_ignores_are_reported(
-    monkeypatch: pytest.MonkeyPatch, asked: float, words: str | None
-) -> None:
+@pytest.mark.parametrize("asked", [0.5, 0.1])
+def test_a_resume_has_the_learning_rates_that_are_asked_for(tmp_path: Path, asked: float) -> None:
     def scheduler(rate: float) -> torch.optim.lr_scheduler.LambdaLR:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 8)
 
+    before = scheduler(0.5)
+    for _ in range(4):
+        before.optimizer.step()
+        before.step()
+    torch.save(before.state_dict(), tmp_path / "scheduler.pt")
     now, messages = scheduler(asked), []
-    monkeypatch.setattr(loading, "check_model", lambda *_: None)
-    monkeypatch.setattr(loading, "own_checkpoint_files", lambda *_: None)
-    monkeypatch.setattr(loading, "read_manifest", lambda *_: {"zero_stage": 0, "world_size": 1})
-    monkeypatch.setattr(loading, "deepspeed_load_checkpoint", lambda *_: None)
     trainer = SimpleNamespace(
-        deepspeed=SimpleNamespace(module=None, zero_optimization_stage=lambda: 0, optimizer=now.optimizer),
-        args=SimpleNamespace(world_size=1),
+        deepspeed=SimpleNamespace(optimizer=now.optimizer),
         state=SimpleNamespace(global_step=4),
         lr_scheduler=now,
-        _load_optimizer_and_scheduler=lambda folder: now.load_state_dict(scheduler(0.5).state_dict()),
         warn=lambda step, message: messages.append(message),
     )
-    loading.load_engine(trainer, Path("run/checkpoint-4"))
-    assert now.optimizer.param_groups[0]["lr"] == 0.5
-    assert (
-        not messages if words is None else words in messages[0] and "model.start_from=run/checkpoint-4" in messages[0]
-    )
+    continue_schedule(trainer, tmp_path, group_settings(now.optimizer))
+    assert now.optimizer.param_groups[0]["lr"] == now.get_last_lr()[0] == asked * 0.5
+    assert now.last_epoch == 4 and bool(messages) == (asked != 0.5)
+    now.step()
+    assert now.optimizer.param_groups[0]["lr"] == asked * 0.375
 
 
 def test_fresh_heads_and_the_first_warnings_of_the_data_are_reported() -> None:

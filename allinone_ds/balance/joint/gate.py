@@ -49,10 +49,11 @@ class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, gate: Gate, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.gate = gate
+        ctx.set_materialize_grads(False)  # the marks give nothing to it
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: None) -> tuple[Tensor | None, ...]:
         return (None, *ctx.gate.combine())
 
 

@@ -123,6 +123,8 @@ class Uncertainty(_PerTask):
         Uncertainty(lr=0.01)
     """
 
+    batched = True
+
     def __init__(self, lr: float = 0.025):
         super().__init__()
         self.lr = _at_least_zero("Uncertainty", "lr", lr)

@@ -22,6 +22,8 @@ class Sum(Weighting):
         Sum()
     """
 
+    batched = True
+
     def factors(self, record: StepRecord) -> Tensor:
         return torch.ones_like(record.whole_norms)
 
@@ -43,6 +45,8 @@ class Static(Weighting):
         >>> Static({"det": 1.0, "seg": 0.25})
         Static(weights={'det': 1.0, 'seg': 0.25})
     """
+
+    batched = True
 
     def __init__(self, weights: Mapping[str, float]):
         good = isinstance(weights, Mapping) and all(0 < float(weight) < math.inf for weight in weights.values())
@@ -138,6 +142,8 @@ class TBGC(Weighting):
         >>> TBGC(max_norm=0.1).factors(record)
         tensor([0.0500])
     """
+
+    batched = True
 
     TARGETS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "max": torch.max, "mean": torch.mean, "median": torch.median, "min": torch.min,

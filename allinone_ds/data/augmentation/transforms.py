@@ -13,9 +13,11 @@ from torchvision.transforms import v2
 from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
+from allinone_ds.data.augmentation.objects import OF_OBJECTS
 from allinone_ds.data.base import Sample
+from allinone_ds.data.dense_maps import DenseMap, NormalMap
 from allinone_ds.device_constants import constant
-from allinone_ds.errors import BrokenSample
+from allinone_ds.errors import AllInOneError, BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
 """ImageNet mean of R, G, B on the scale 0..1."""
@@ -24,15 +26,25 @@ STD = (0.229, 0.224, 0.225)
 
 _MEAN_255, _STD_255 = (torch.tensor(values).mul_(255).tolist() for values in (MEAN, STD))
 
-_TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
+_TYPES: dict[str, type[tv_tensors.TVTensor]] = {
+    "boxes": tv_tensors.BoundingBoxes,
+    "mask": tv_tensors.Mask,
+    "masks": tv_tensors.Mask,
+    "keypoints": tv_tensors.KeyPoints,
+    "depth": tv_tensors.Mask,
+    "normals": NormalMap,
+    "edges": tv_tensors.Mask,
+    "saliency": tv_tensors.Mask,
+}
 
 
 class SampleTransform:
     """Applies the transforms of one branch to a sample, then resizes it to a fixed size.
 
-    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels` and `iscrowd`. Every
-    other `tv_tensors` of the sample (a `Mask` of depths, `KeyPoints`) moves with the pixels; all else does not change.
-    Pixels stay uint8.
+    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels`, `iscrowd`, keypoints
+    and masks. Keypoints outside of the image are no longer visible, and a mirrored image swaps those of left and right.
+    Every other `tv_tensors` of the sample (a `Mask` of depths) moves with the pixels; all else does not change. Pixels
+    stay uint8. The targets of all tasks of a joint group move together.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
@@ -64,17 +76,18 @@ class SampleTransform:
 
         Raises:
             BrokenSample: a transform cannot be applied to the image, for example because the image is too small.
-            TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
+            TypeError: the pixels are not uint8, or a target has a type that does not move as it must.
         """
         if sample["image"].dtype != torch.uint8:
             found = sample["image"].dtype
             raise TypeError(f"sample['image'] is {found}; give uint8 pixels, which the model normalises later")
-        for key, kind in _TYPES.items():
-            if key in sample and not isinstance(sample[key], kind):
-                raise TypeError(
-                    f"sample['{key}'] is a {type(sample[key]).__name__}, which does not move with the pixels; "
-                    f"give a tv_tensors.{kind.__name__}"
-                )
+        for target in (sample, *sample.get("targets", {}).values()):
+            for key, kind in _TYPES.items():
+                if key in target and not isinstance(target[key], kind):
+                    raise TypeError(
+                        f"sample['{key}'] is a {type(target[key]).__name__}, which does not move with the pixels; "
+                        f"give a {'' if issubclass(kind, DenseMap) else 'tv_tensors.'}{kind.__name__}"
+                    )
         return self._run(self.branches[self.draw()], sample, further)
 
     def draw(self) -> str:
@@ -94,43 +107,57 @@ class SampleTransform:
 
     def _run(self, steps: Sequence[v2.Transform], sample: Sample, further: DrawSample | None) -> Sample:
         # v2 is faster on fewer values: no strings and numbers, and a plain tensor where only the pixels change.
-        part: Sample = {
-            key: value
-            for key, value in sample.items()
-            if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
-        }
-        only_image = not part
+        part = _moving(sample)
+        targets = sample.get("targets", {})
+        if targets:
+            part["targets"] = {task: _moving(target) for task, target in targets.items()}
+        only_image = not (any(part["targets"].values()) if targets else part)
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:
-            if isinstance(step, MultiSampleTransform):
-                if further is None:
-                    name = type(step).__name__
-                    raise ValueError(f"{name} combines several samples; call the transform with `further`")
-                part = step({**part, "image": tv_tensors.Image(image)}, further)
-            else:
-                try:
-                    if only_image or isinstance(step, PIXELS_ONLY):
-                        image = step(image)
-                        continue
-                    part = step({**part, "image": tv_tensors.Image(image)})
-                except (RuntimeError, ValueError) as error:  # for example a padding larger than the image
-                    raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
+            several = isinstance(step, MultiSampleTransform)
+            if several and further is None:
+                name = type(step).__name__
+                raise ValueError(f"{name} combines several samples; call the transform with `further`")
+            try:
+                if not several and (only_image or isinstance(step, PIXELS_ONLY)):
+                    image = step(image)
+                    continue
+                given = {**part, "image": tv_tensors.Image(image)}
+                part = step(given, further) if several else step(given)
+            except AllInOneError:  # of a further sample
+                raise
+            except Exception as error:  # for example a padding larger than the image; transforms may raise anything
+                raise BrokenSample(str(sample.get("path", "sample")), _refusal(step, image, error)) from error
             image = part.pop("image").as_subclass(Tensor)
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
             image = part.pop("image").as_subclass(Tensor)
-        if "boxes" in part:
-            sanitize_boxes(part, self.image_size)
+        moved: dict[str, Sample] = part.pop("targets", {})
+        for target in (part, *moved.values()):
+            if "boxes" in target:
+                sanitize_boxes(target, self.image_size)
+        if targets:
+            part["targets"] = {task: {**targets[task], **target} for task, target in moved.items()}
         return {**sample, **part, "image": tv_tensors.Image(image)}
 
     def __repr__(self) -> str:
         return f"SampleTransform({self.branches}, image_size={self.image_size})"
 
 
+def _moving(sample: Sample) -> Sample:
+    """Return what of a sample moves with its pixels, and what is dropped with its boxes."""
+    return {
+        key: value
+        for key, value in sample.items()
+        if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+    }
+
+
 def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:
     height, width = image.shape[-2:]
+    said = error if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
     return (
-        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {error}; change the options of "
+        f"{step} cannot be applied to its {width} x {height} pixels (width x height): {said}; change the options of "
         "the transform in 'augment', put a resize before it, or remove the image"
     )
 

@@ -9,12 +9,15 @@ from allinone_ds._lazy import lazy_names
 __getattr__, __all__ = lazy_names(
     __name__,
     {
+        "box_table": ["BoxTableSource"],
         "class_folders": ["ClassFoldersSource"],
         "coco": ["CocoSource"],
         "hugging_face": ["DatasetsSource"],
+        "maps.dense_maps": ["DenseMapsSource"],
         "image_list": ["ImageListSource"],
         "image_table": ["ImageTableSource"],
         "label_maps": ["LabelMapsSource"],
+        "own": ["OwnSource"],
         "script": ["ScriptSource"],
         "voc": ["VocSource"],
         "yolo": ["YoloSource"],

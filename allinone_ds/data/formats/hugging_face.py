@@ -21,6 +21,7 @@ from allinone_ds.data.formats.common.boxes import (
     outside_reason,
 )
 from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.hub_tables import COLUMNS, Columns, element_of, file_bytes, stored_map
 from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
@@ -28,36 +29,14 @@ from allinone_ds.data.formats.common.masks import (
     single_class_warning,
     validate_class_ids,
 )
+from allinone_ds.data.formats.maps.dense_maps import no_classes
+from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues, as_target, read_values
 from allinone_ds.data.images import image_size, read_image, read_label_map
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
-from allinone_ds.strict import PathText, Strict, did_you_mean
+from allinone_ds.strict import PathText, did_you_mean
 
 
-class Columns(Strict):
-    """Names of the columns. The defaults are those of most datasets on the hub.
-
-    Example:
-        >>> Columns(image="img", label="fine_label").label
-        'fine_label'
-    """
-
-    image: str = "image"
-    """The image, in every kind."""
-    label: str = "label"
-    """Classification: the class, an integer, a ClassLabel or a name."""
-    objects: str = "objects"
-    """Detection: the annotations of one image."""
-    bbox: str = "bbox"
-    """Detection: the box, inside `objects`."""
-    category: str = "category"
-    """Detection: the class of the box, inside `objects`."""
-    iscrowd: str = "iscrowd"
-    """Detection: whether the box is a crowd, inside `objects`. The column is optional."""
-    label_map: str = "label"
-    """Segmentation: the label map, an image of class ids."""
-
-
-class DatasetsSource(SourceConfig):
+class DatasetsSource(MapValues, SourceConfig):
     """A dataset of the `datasets` library.
 
     Example:
@@ -74,7 +53,7 @@ class DatasetsSource(SourceConfig):
     split: str | None = None
     """Split of the dataset, or a part of one such as "train[:80%]"; null is "train", or all of a dataset that was saved
     without splits."""
-    kind: Literal["classification", "detection", "segmentation"]
+    kind: Literal["classification", "detection", "segmentation", "depth", "normals", "edges", "saliency"]
     """What the samples carry."""
     columns: Columns = Columns()
     """Names of the columns."""
@@ -101,11 +80,12 @@ class DatasetsSource(SourceConfig):
         }.items():
             if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
                 raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
-        used = _COLUMNS[self.kind]
+        used = COLUMNS[self.kind]
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
         check_numbering(self.class_ids, self.first_id)
+        self.refuse_unused(self.kind)
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
@@ -157,14 +137,6 @@ class DatasetsSource(SourceConfig):
         return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 
 
-_COLUMNS = {
-    "classification": ("image", "label"),
-    "detection": ("image", "objects", "bbox", "category", "iscrowd"),
-    "segmentation": ("image", "label_map"),
-}
-_SECOND_COLUMN = {"classification": "label", "detection": "objects", "segmentation": "label_map"}
-
-
 class HubDataset(SampleDataset):
     """One split of a `datasets` dataset, whose images are decoded like files.
 
@@ -201,10 +173,12 @@ class HubDataset(SampleDataset):
         self.name = f"{source.path}[{source.split or table.split or 'train'}]"
         self.structural: list[Problem] = []
         columns = source.columns
-        second = _SECOND_COLUMN[source.kind]
+        second = COLUMNS[source.kind][1]
         for role in ("image", second):
             self._require_column(getattr(columns, role), table.features, f"columns.{role}")
         images = [columns.image] + ([columns.label_map] if source.kind == "segmentation" else [])
+        if source.kind in DENSE_KINDS and isinstance(table.features[columns.map], datasets.Image):
+            images.append(columns.map)
         for column in images:
             if not isinstance(table.features[column], datasets.Image):
                 raise DataError(
@@ -213,6 +187,9 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
+        if source.kind in DENSE_KINDS:
+            self.classes = no_classes(self.name, source.kind, read_classes(source.classes, root) or classes)
+            return
         stored = self._stored_names(read_classes(source.classes, root), classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
@@ -238,7 +215,7 @@ class HubDataset(SampleDataset):
         columns = self.source.columns
         row = self.table[index]
         path = self.path(index)
-        image = read_image(path, _file_bytes(row[columns.image], path))
+        image = read_image(path, file_bytes(row[columns.image], path))
         sample: Sample = {"image": image, "path": path, "index": index}
         if self.kind == "classification":
             if not self._is_class(row[columns.label]):
@@ -247,6 +224,10 @@ class HubDataset(SampleDataset):
         elif self.kind == "detection":
             size = (image.shape[1], image.shape[2])
             sample.update(detection_fields(*self._objects(row[columns.objects], size, path), size))
+        elif self.kind in DENSE_KINDS:
+            values = self._values(row[columns.map], path)
+            check_mask_size(values, image, path, "map")
+            sample[self.kind] = as_target(values, self.kind)
         else:
             mask = self._decode_mask(row[columns.label_map], path)
             check_mask_size(mask, image, path)
@@ -256,7 +237,7 @@ class HubDataset(SampleDataset):
     def encoded(self, index: int) -> bytes | None:
         column = self.source.columns.image
         try:
-            return _file_bytes(self.table.select_columns(column)[index][column], self.path(index))
+            return file_bytes(self.table.select_columns(column)[index][column], self.path(index))
         except BrokenSample:
             return None
 
@@ -266,9 +247,12 @@ class HubDataset(SampleDataset):
         if self.kind == "segmentation":
             return {"mask": self.mask(index)}
         columns = self.source.columns
+        if self.kind in DENSE_KINDS:
+            cell = self.table.select_columns(columns.map)[index][columns.map]
+            return {self.kind: self._values(cell, self.path(index))}
         row = self.table[index]
         path = self.path(index)
-        size = image_size(io.BytesIO(_file_bytes(row[columns.image], path)))
+        size = image_size(io.BytesIO(file_bytes(row[columns.image], path)))
         if self.kind != "detection" or size is None:
             return super().annotation(index)
         boxes, labels, crowd = self._objects(row[columns.objects], size, path)
@@ -283,8 +267,11 @@ class HubDataset(SampleDataset):
         column = self.source.columns.label_map
         return self._decode_mask(self.table.select_columns(column)[index][column], self.path(index))
 
+    def _values(self, cell: Any, path: str) -> np.ndarray:
+        return read_values(stored_map(cell, path), self.kind, self.source, path)
+
     def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
-        stored = read_label_map(path, _file_bytes(cell, path))
+        stored = read_label_map(path, file_bytes(cell, path))
         source = self.source
         return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
@@ -334,11 +321,11 @@ class HubDataset(SampleDataset):
         if self.kind == "classification":
             feature = self.table.features[columns.label]
         elif self.kind == "detection":
-            inside = _element(self.table.features[columns.objects])
+            inside = element_of(self.table.features[columns.objects])
             for role in ("bbox", "category"):
                 self._require_column(getattr(columns, role), inside, f"columns.{role}")
-            feature = _element(inside[columns.category])
-        if feature is not None and _element(feature) is not feature or isinstance(feature, Mapping):
+            feature = element_of(inside[columns.category])
+        if feature is not None and element_of(feature) is not feature or isinstance(feature, Mapping):
             column = columns.label if self.kind == "classification" else columns.category
             raise DataError(f"{self.name}: column '{column}' is {feature}; it must hold one class, a number or a name")
         own = getattr(feature, "names", None)
@@ -372,22 +359,3 @@ class HubDataset(SampleDataset):
             f"class {found!r} is not one of the {count} classes; ids are {first}..{first + count - 1} "
             f"(they count from first_id, which is {first})"
         )
-
-
-def _element(feature: Any) -> Any:
-    """Return the element type of a list feature, or the feature itself."""
-    if isinstance(feature, list):
-        return feature[0]
-    return getattr(feature, "feature", feature)
-
-
-def _file_bytes(cell: Any, path: str) -> bytes:
-    """Return the encoded bytes in an undecoded image cell."""
-    if cell is None or (cell.get("bytes") is None and not cell.get("path")):
-        raise BrokenSample(path, "has no image; remove the row")
-    if cell.get("bytes") is not None:
-        return bytes(cell["bytes"])
-    try:
-        return Path(cell["path"]).read_bytes()
-    except OSError as error:
-        raise BrokenSample(path, f"{cell['path']}: cannot be opened: {error.strerror or error}") from None

@@ -17,7 +17,7 @@ from allinone_ds.data.loading.further_samples import FurtherSamples, too_many_br
 from allinone_ds.data.loading.random_state import own_random_state, seed_all
 from allinone_ds.data.loading.schedule import Draw, Schedule
 from allinone_ds.data.loading.workers.packing import pack, unpack
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import AllInOneError, BrokenSample, DataError
 
 Batch = dict[str, Any]
 Collate = Callable[[list[Sample]], Batch]
@@ -28,9 +28,26 @@ Share = Mapping[str, Sequence[tuple[int, int]]]
 _TERMINATION_DELAY = 60  # seconds that a worker lives on after SIGTERM
 
 
+@dataclass(frozen=True)
+class Joint:
+    """The tasks of a joint group, whose samples have `targets` for them.
+
+    Example:
+        >>> Joint(("seg", "depth"), at="features").tasks
+        ('seg', 'depth')
+    """
+
+    tasks: tuple[str, ...]
+    """Names of the tasks."""
+    at: str = "backbone"
+    """Where their gradients are balanced: "backbone" or "features", see `TaskBalancer.joint`."""
+    test_time: Mapping[str, Any] = field(default_factory=dict)
+    """Task -> views that an evaluation predicts, a `TestTime`."""
+
+
 @dataclass
 class TaskData:
-    """The data of one task.
+    """The data of one task, or of the tasks of one joint group.
 
     Worker processes receive it pickled, so `collate` must be a function of a module or a staticmethod.
 
@@ -67,6 +84,8 @@ class TaskData:
     """Keep decoded samples in memory (see `CachedDataset`)."""
     test_time: Any = None
     """Views that an evaluation predicts, a `TestTime`; None for the image alone."""
+    joint: Joint | None = None
+    """The tasks of a joint group; None: the data is that of one task."""
 
 
 class StepBatch(NamedTuple):
@@ -157,9 +176,7 @@ class _StepDataset(Dataset[StepBatch]):
             seed_all(draw.seed)
             try:
                 sample = data.dataset[index]
-                if isinstance(data.transform, SampleTransform):
-                    return data.transform(sample, FurtherSamples(data.dataset, broken, self.max_broken))
-                return data.transform(sample)
+                return _transformed(data.transform, sample, FurtherSamples(data.dataset, broken, self.max_broken))
             except BrokenSample as error:
                 tried.add(index)
                 broken.append(str(error))
@@ -251,30 +268,50 @@ class _EvalDataset(Dataset[EvalBatch]):
         if not 0 <= item < len(self):
             raise IndexError(item)
         samples: list[Sample] = []
+        inputs: list[Sample] = []
         broken: list[str] = []
-        for index in self.indices[item * self.batch_size : (item + 1) * self.batch_size]:
-            try:
-                samples.append(self.dataset[index])
-            except BrokenSample as error:
-                broken.append(str(error))
-        inputs = samples or [self._readable_sample()]
         with own_random_state():
             seed_all(item)
-            batch = self.collate([self.transform(sample) for sample in inputs])
+            for index in self.indices[item * self.batch_size : (item + 1) * self.batch_size]:
+                try:
+                    sample = self.dataset[index]
+                    inputs.append(_transformed(self.transform, sample))
+                except BrokenSample as error:
+                    broken.append(str(error))
+                else:
+                    samples.append(sample)
+            batch = self.collate(inputs or [self._readable_input()])
         return EvalBatch(samples, batch, len(samples), broken)
 
-    def _readable_sample(self) -> Sample:
+    def _readable_input(self) -> Sample:
         """Return any sample for a batch that has none, since every rank must run every forward pass."""
         if self._placeholder is None:
             for index in range(len(self.dataset)):
                 try:
-                    self._placeholder = self.dataset[index]
+                    self._placeholder = _transformed(self.transform, self.dataset[index])
                     break
                 except BrokenSample:
                     continue
             else:
                 raise DataError(f"{self.dataset.name}: none of {len(self.dataset)} samples can be read; repair them")
         return self._placeholder
+
+
+def _transformed(transform: Transform, sample: Sample, further: FurtherSamples | None = None) -> Sample:
+    """Return a transformed sample.
+
+    Raises:
+        BrokenSample: the transform fails on this sample.
+    """
+    if isinstance(transform, SampleTransform):
+        return transform(sample, further)
+    try:
+        return transform(sample)
+    except AllInOneError:
+        raise
+    except Exception as error:  # of the user's own
+        name, path = getattr(transform, "__name__", type(transform).__name__), str(sample.get("path", "sample"))
+        raise BrokenSample(path, f"the transform {name} fails on it: {type(error).__name__}: {error}") from error
 
 
 def eval_loader(
@@ -326,20 +363,41 @@ def eval_loader(
     return _loader(batches, num_workers, False, multiprocessing_context)
 
 
+class _InWorkers(Dataset[Any]):
+    """Returns the errors of a dataset that are written for users; torch would raise tracebacks of workers instead."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> Any:
+        try:
+            return self.dataset[item]
+        except AllInOneError as error:
+            return error
+
+
 class _Loader(DataLoader[Any]):
-    """Unpacks what the workers packed."""
+    """Unpacks what the workers packed, and raises the errors that they met."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not self.num_workers:
-            return super().__iter__()
+        items = super().__iter__()
+        return self._unpacked(items) if self.num_workers else items
+
+    def _unpacked(self, items: Iterator[Any]) -> Iterator[Any]:
         # metrics keep boxes and labels of an evaluation until its end, training keeps nothing
-        copy = isinstance(self.dataset, _EvalDataset)
-        return (unpack(packed, copy) for packed in super().__iter__())
+        copy = isinstance(self.dataset, _InWorkers) and isinstance(self.dataset.dataset, _EvalDataset)
+        for packed in items:
+            if isinstance(item := unpack(packed, copy), AllInOneError):
+                raise item
+            yield item
 
 
 def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: str | None) -> DataLoader[Any]:
     return _Loader(
-        dataset,
+        _InWorkers(dataset) if num_workers else dataset,
         batch_size=None,
         collate_fn=pack if num_workers else _identity,
         num_workers=num_workers,

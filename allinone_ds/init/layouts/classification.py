@@ -1,23 +1,19 @@
-"""Classification: lists of `file class-id`, csv files with a column of labels, and one folder per class."""
+"""Classification: lists of `file class-id`, and one folder per class."""
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
 from typing import Any
 
 from allinone_ds.data.formats.common.listing import is_image, read_text
-from allinone_ds.data.formats.image_table import sort_key
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.names import find_names
 
 _TRIED = 50  # files of a list that are looked up
-_LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed", "name", "y")
-_BOX_COLUMNS = frozenset({"xmin", "x_min", "x1", "bbox", "xmax", "x_max", "x2"})
 _NOT_CLASSES = frozenset({"images", "image", "img", "imgs", "labels", "label", "masks", "mask", "annotations", "gt"})
 
 
@@ -26,7 +22,7 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
     parts: dict[str | None, tuple[dict[str, Any], list[int]]] = {}
     notes = []
     for file in tree.with_suffix(".txt", ".lst"):
-        rows = [line.rsplit(None, 1) for line in _lines(tree, file) if not line.startswith("#")]
+        rows = [line.rsplit(None, 1) for line in lines_of(tree, file) if not line.startswith("#")]
         if not rows or not all(len(r) == 2 and is_image(r[0]) for r in rows):
             continue
         if not all(re.fullmatch(r"\d+", row[1]) for row in rows):
@@ -34,7 +30,7 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
                 f"{file} lists images with class names; a list has ids, a csv file with a header may have names"
             )
             continue
-        folder = _folder_of(tree, [row[0] for row in rows], os.path.dirname(file))
+        folder = folder_of(tree, [row[0] for row in rows], os.path.dirname(file))
         if folder is None:
             notes.append(f"{file} is a list of images and class ids, but its images are not here")
             continue
@@ -68,47 +64,6 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
         notes.append("no file with class names was found; the ids are the names, list them in `classes`")
     classes = found[1] if found else [str(i) for i in range(ids[0], ids[-1] + 1)]
     return [FoundTask("classification", "list of files", train, test[0] if test else None, classes, notes + chosen)]
-
-
-def find_tables(tree: FileTree) -> list[FoundTask]:
-    """Return the task of csv files with a column of images and a column of labels, or nothing."""
-    parts: dict[str | None, dict[str, Any]] = {}
-    notes: list[str] = []
-    for file in tree.with_suffix(".csv", ".tsv"):
-        text = "\n".join(_lines(tree, file))
-        header = text.partition("\n")[0]
-        delimiter = max((",", ";", "\t"), key=header.count)
-        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-        columns = [c for c in (rows[0] if rows else {}) if c is not None]
-        image = _image_column(tree, rows, columns, os.path.dirname(file))
-        if image is None:
-            continue
-        column, folder, suffix = image
-        if _BOX_COLUMNS & {c.lower() for c in columns}:
-            notes.append(f"{file} is a table of boxes, which is not read; convert it to COCO, YOLO or Pascal VOC")
-            continue
-        label, others = _label_column(rows, [c for c in columns if c != column])
-        if label is None:
-            several = (
-                f"; {len(others)} columns of 0 and 1 are several labels per image, which is not read" if others else ""
-            )
-            notes.append(f"{file} lists images, but no column of it looks like classes{several}")
-            continue
-        if part_of(file) in parts:
-            notes.append(f"{file} is one more table of images; it is not used")
-            continue
-        source: dict[str, Any] = {"format": "image_table", "images": tree.reference(folder)}
-        source |= {"table": tree.reference(file), "image_column": column, "label_column": label}
-        source |= {"image_suffix": suffix} if suffix else {}
-        source |= {"delimiter": delimiter} if delimiter != "," else {}
-        parts[part_of(file)] = source
-        if others:
-            notes.append(f"column '{label}' of {file} is taken for the class; others are {', '.join(others)}")
-    if not parts:
-        tree.remarks += notes
-        return []
-    train, test, chosen = choose_parts(parts)
-    return [FoundTask("classification", "csv", train, test, notes=notes + chosen)]
 
 
 def find_class_folders(tree: FileTree) -> list[FoundTask]:
@@ -157,7 +112,7 @@ def _are_classes(tree: FileTree, folder: str) -> bool:
     return all(tree.images_in(os.path.join(folder, name)) for name in names)
 
 
-def _lines(tree: FileTree, file: str) -> list[str]:
+def lines_of(tree: FileTree, file: str) -> list[str]:
     """Return the lines of a text file that are not empty, none if it is no text."""
     try:
         return [line.strip() for line in read_text(tree.root / file).splitlines() if line.strip()]
@@ -165,7 +120,7 @@ def _lines(tree: FileTree, file: str) -> list[str]:
         return []
 
 
-def _folder_of(tree: FileTree, names: list[str], beside: str, suffix: str = "") -> str | None:
+def folder_of(tree: FileTree, names: list[str], beside: str, suffix: str = "") -> str | None:
     """Return the folder that most of the files are relative to; None if fewer than half of them exist."""
     names = names[:: max(len(names) // _TRIED, 1)]
     hits: Counter[str] = Counter()
@@ -173,38 +128,3 @@ def _folder_of(tree: FileTree, names: list[str], beside: str, suffix: str = "") 
         hits[folder] = sum(os.path.normpath(os.path.join(folder, name + suffix)) in tree.known for name in names)
     best = max(hits, key=lambda folder: (hits[folder], folder == beside, nearness(folder, beside)))
     return best if 2 * hits[best] > len(names) else None
-
-
-def _image_column(
-    tree: FileTree, rows: list[dict[str, str]], columns: list[str], beside: str
-) -> tuple[str, str, str] | None:
-    """Return (column, folder, suffix) of the column that names images."""
-    for suffix in ("", ".jpg", ".png", ".jpeg"):
-        for column in columns:
-            names = [row[column] or "" for row in rows]
-            folder = _folder_of(tree, names, beside, suffix) if all(is_image(n + suffix) for n in names[:20]) else None
-            if folder is not None:
-                return column, folder, suffix
-    return None
-
-
-def _label_column(rows: list[dict[str, str]], columns: list[str]) -> tuple[str | None, list[str]]:
-    """Return the column of the classes, and the other columns that could hold them."""
-    possible, flags = [], []
-    for column in columns:
-        values = [row[column] or "" for row in rows]
-        different = set(values)
-        values = [value.removesuffix(".0") for value in values] if different <= {"0.0", "1.0"} else values
-        different = set(values)
-        numbers = all(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
-        if 1 < len(different) <= max(len(rows) // 2, 2) and not numbers:
-            if different <= {"0", "1"} and column.lower() not in _LABEL_COLUMNS:
-                flags.append(column)
-                continue
-            possible.append((column.lower() not in _LABEL_COLUMNS, sort_key(values) is int, column))
-    if len(flags) == 1:
-        possible.append((True, True, flags[0]))
-    if not possible:
-        return None, flags
-    best = min(possible, key=lambda item: item[:2])
-    return best[2], [column for _, _, column in possible if column != best[2]]

@@ -1,4 +1,4 @@
-"""Label maps: a folder of images and a folder of files with one channel of class ids."""
+"""Label maps: a folder of images and a folder of files with one channel of class ids, or with colours."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from allinone_ds.data.images import read_label_map
+from allinone_ds.data.base import IGNORE
+from allinone_ds.data.formats.common.masks import color_text
+from allinone_ds.data.images import read_color_map, read_label_map
 from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
-from allinone_ds.init.layouts.names import find_names, numbered
+from allinone_ds.init.layouts.dense_maps import kind_of
+from allinone_ds.init.layouts.names import find_colors, find_names, numbered
 
 _EXAMINED = 5  # files of a folder by which it counts as one of label maps
 _MOST_IDS = 64  # different values in a small file, above which it is a picture
 _SCANNED = 1000  # label maps whose values are read
+_OBJECTS = ("object", "instance")  # in the names of folders whose label maps number objects
+_NO_CLASS = ("void", "unlabeled", "unlabelled", "ignore", "ignored", "unknown")
 _WORDS = ("mask", "label", "annot", "gt", "seg", "truth", "target")
 _PICTURES = ("images", "image", "img", "imgs", "jpegimages", "photos", "leftimg8bit")
 
@@ -56,7 +61,7 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
     """Return (folder of images, folder of their label maps) of all folders that belong together."""
     folders = [folder for folder in tree.folders() if tree.images_in(folder)]
     maps = [folder for folder in folders if _holds_label_maps(tree, folder)]
-    pairs: list[tuple[str, str]] = []
+    pairs: dict[str, tuple[bool, str]] = {}
     for folder in maps:
         rated = []
         for other in folders:
@@ -68,8 +73,10 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
                 same_name = os.path.basename(other) == os.path.basename(folder)
                 rated.append((same_name, shared, other))
         if rated:
-            pairs.append((max(rated)[2], folder))
-    return pairs
+            images = max(rated)[2]
+            found = any(word in os.path.basename(folder).lower() for word in _OBJECTS), folder
+            pairs[images] = min(pairs.get(images, found), found)  # SegmentationClass, not SegmentationObject
+    return [(images, folder) for images, (_, folder) in pairs.items()]
 
 
 def _holds_label_maps(tree: FileTree, folder: str) -> bool:
@@ -77,28 +84,33 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
     names = [
         name for name in tree.images_in(folder) if name.lower().endswith((".png", ".tif", ".tiff", ".bmp", ".gif"))
     ]
-    if not names:
-        return False
-    if any(name in _PICTURES for name in folder.lower().split(os.sep)):
-        return False
     told = any(word in folder.lower() for word in _WORDS)
+    if not names:
+        if told and tree.images_in(folder):
+            tree.remarks.append(f"{folder} may hold label maps, but JPEG changes their values; write them as png")
+        return False
+    if any(name in _PICTURES for name in folder.lower().split(os.sep)) or kind_of(folder) is not None:
+        return False
     for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
         path = str(tree.root / folder / name)
         try:
-            with Image.open(path) as picture:
-                if picture.mode not in ("1", "L", "P", "I", "I;16"):
-                    if told:
-                        tree.remarks.append(
-                            f"{folder} may hold label maps, but {name} has colours (mode {picture.mode}); a label map "
-                            "has one channel, in which the value of a pixel is its class id"
-                        )
-                    return False
-            values = len(np.unique(read_label_map(path)))
+            colored = _is_colored(path)
+            values = len(np.unique(read_color_map(path) if colored else read_label_map(path)))
         except (OSError, BrokenSample):
             return False
-        if values > (256 if told else _MOST_IDS):
+        if colored and told and values > _MOST_IDS:
+            tree.remarks.append(
+                f"{folder} may hold label maps, but {name} has {values} colours; a label map has one per class, and is "
+                "written without smoothing and without JPEG"
+            )
+        if values > (256 if told and not colored else _MOST_IDS) or (colored and not told):
             return False
     return True
+
+
+def _is_colored(path: str) -> bool:
+    with Image.open(path) as picture:
+        return picture.mode not in ("1", "L", "P", "I", "I;16")
 
 
 def _stem(name: str) -> str:
@@ -138,13 +150,18 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str
     notes = []
     read = files[:: max(len(files) // _SCANNED, 1)]
     values: set[int] = set()
+    colored = any(_is_colored(str(tree.root / file)) for file in read[:_EXAMINED])
     for file in read:
+        path = str(tree.root / file)
         try:
-            values |= set(np.unique(read_label_map(str(tree.root / file))).tolist())
+            values |= set(np.unique(read_color_map(path) if colored else read_label_map(path)).tolist())
         except BrokenSample as error:
             notes.append(str(error))
     if len(read) < len(files):
         notes.append(f"the values of {len(read)} of {len(files)} label maps were read; others may hold further classes")
+    if colored:
+        options, classes, more = _colors(tree, values)
+        return options, classes, notes + more
     options, ids, more = numbering(values)
     notes += more
     if values == {0, 255}:
@@ -154,6 +171,27 @@ def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str
         return options, found[1], [*notes, f"the class names are those in {found[0]}; check their order"]
     notes.append("no file with class names was found; replace the numbered names in `classes`")
     return options, numbered(ids), notes
+
+
+def _colors(tree: FileTree, values: set[int]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return options of the sources, class names, and notes, for the colours in label maps."""
+    found = find_colors(tree, values)
+    if found is None:
+        colors = sorted(values)[:IGNORE]
+        note = f"the label maps have {len(values)} colours, taken for classes; replace their names in `classes`"
+        return {"class_colors": list(map(color_text, colors))}, [f"color_{c:06x}" for c in colors], [note]
+    file, name_of = found
+    notes = [f"colours and class names are those in {file}"]
+    ignored = [color for color, name in name_of.items() if name.lower() in _NO_CLASS]
+    classes = {color: name for color, name in name_of.items() if color not in ignored}
+    options: dict[str, Any] = {"class_colors": list(map(color_text, classes))}
+    if ignored:
+        options["ignore_colors"] = list(map(color_text, ignored))
+        notes.append(f"pixels of {', '.join(name_of[color] for color in ignored)} are read as pixels without a class")
+    absent = [name for color, name in classes.items() if color not in values]
+    if absent:
+        notes.append(f"no label map holds {', '.join(absent)}; they count as classes")
+    return options, list(classes.values()), notes
 
 
 def numbering(values: set[int]) -> tuple[dict[str, Any], list[int], list[str]]:

@@ -133,6 +133,15 @@ class EngineAdapter(ABC):
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
 
+    def reduce_accumulated(self) -> None:
+        """Average, over ranks, what several backwards without a reduction have added up since `begin_task`. Collective.
+
+        It is what the engine's step does where the config has `managed_gradient_accumulation: false`. `gradient` then
+        returns the average, and `step` may follow without `set_gradient`.
+        """
+        self.set_reduces(True)
+        self.engine.allreduce_gradients()
+
     def discard(self) -> None:
         """Drop every gradient that the engine holds, at any point of a step.
 

@@ -97,6 +97,14 @@ class Stage12Adapter(EngineAdapter):
             views = [flat.narrow(0, span.start, span.length) for span in self._spans_by_group[group]]
             self.optimizer.averaged_gradients[group] = as_partition(flat, views)
 
+    def reduce_accumulated(self) -> None:
+        self.set_reduces(True)
+        if self.stage == 2:  # every backward has reduced its part
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            return
+        with self.engine.coalesce_grad_reduction():  # reduces what is there when it ends
+            pass
+
     def _discard(self) -> None:
         self.clear_gradient()
         self.begin_task()

@@ -82,6 +82,10 @@ class Stage3Adapter(EngineAdapter):
         if self.optimizer.overflow:
             self.clear_gradient()
 
+    def reduce_accumulated(self) -> None:
+        self.set_reduces(True)
+        self.optimizer.finalize_gradient_accumulation_boundary()  # every backward has reduced its part
+
     def _discard(self) -> None:
         self.clear_gradient()
         self.synchronize()  # buffers are reused on other streams

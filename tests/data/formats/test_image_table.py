@@ -2,7 +2,7 @@
 
 import pytest
 
-from allinone_ds.errors import DataError
+from allinone_ds.errors import ConfigError, DataError
 from tests.data.tiny_sets import errors, opened, source, warnings, write_images
 
 TABLE = {"format": "image_table", "images": "images", "table": "table.csv"}
@@ -63,4 +63,42 @@ def test_faults_are_named_with_their_line(root):
         opened(TABLE, root)
     (root / "table.csv").write_text("image,breed\n")
     with pytest.raises(DataError, match="label_column = 'label', which is not a column"):
+        opened(TABLE, root)
+
+
+ONE_HOT = {**TABLE, "label_columns": ["cow", "ant", "bee"]}
+
+
+def test_one_column_per_class(root):
+    (root / "table.csv").write_text("image,ant,bee,cow,age\n0.png,1,0,0,3\n1.png,0.0,0.0,1.0,\n2.png,0,1,0,5\n")
+    dataset = opened(ONE_HOT, root)
+    assert dataset.classes == ["cow", "ant", "bee"] and dataset.labels == [1, 0, 2]
+    assert opened(ONE_HOT, root, classes=["bee", "cow", "ant"]).labels == [2, 1, 0]
+    with pytest.raises(DataError, match="label_columns = 'dog', which is not a column"):
+        opened({**ONE_HOT, "label_columns": ["ant", "dog"]}, root)
+
+
+def test_rows_of_no_or_of_several_classes_are_named(root):
+    (root / "table.csv").write_text("image,ant,bee,cow\n0.png,1,0,0\n1.png,0,0,0\n2.png,1,1,0\n3.png,0.3,0.7,0\n")
+    reasons = [p.reason for p in errors(ONE_HOT, root)]
+    assert "line 3: 0 of the columns of classes hold 1 (none)" in reasons[0]
+    assert "line 4: 2 of the columns of classes hold 1 (ant, bee); an image has exactly one class" in reasons[1]
+    assert "line 5: column 'ant' holds '0.3', allowed are 0 and 1" in reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"label_column": "label"}, "both set"), ({"label_columns": ["a", "a"]}, "names a column twice")],
+)
+def test_columns_of_classes_exclude_a_column_of_names(options, words):
+    with pytest.raises((ConfigError, ValueError), match=words):
+        source({**ONE_HOT, **options})
+
+
+def test_a_row_with_too_many_values_and_no_csv_at_all(root):
+    (root / "table.csv").write_text("image,label\n0.png,ant\n1.png,bee,wild\n2.png,cow,\n")
+    [problem] = [p for p in errors(TABLE, root) if "values for" in p.reason]
+    assert problem.reason.startswith("line 3: has 3 values for 2 columns")
+    (root / "table.csv").write_text("image,label\n0.png," + "a" * 200_000 + "\n")
+    with pytest.raises(DataError, match="line 2: field larger than field limit.*write the file again as csv"):
         opened(TABLE, root)

@@ -142,3 +142,68 @@ def test_class_ids_that_do_not_count_up(maps_root):
 def test_class_ids_that_do_not_fit_are_refused(maps_root, options, message):
     with pytest.raises((DataError, BrokenSample, ValueError), match=message):
         opened({**MAPS, **options}, maps_root)[0]
+
+
+COLORS = np.array([[0, 0, 0], [0, 130, 200], [255, 0, 10], [9, 9, 9]], dtype=np.uint8)
+CODED = {**MAPS, "class_colors": ["#000000", [0, 130, 200], "#FF000a"], "ignore_colors": [[9, 9, 9]]}
+
+
+@pytest.fixture
+def colored_root(maps_root):
+    """The label maps of ids in colours, the ignored pixels in grey; and the ids."""
+    ids = {}
+    for file in sorted((maps_root / "maps").iterdir()):
+        ids[file.stem] = np.array(Image.open(file))
+        Image.fromarray(COLORS[np.where(ids[file.stem] == 255, 3, ids[file.stem])]).save(file)
+    return maps_root, ids
+
+
+def test_colours_are_the_classes(colored_root):
+    root, ids = colored_root
+    dataset = opened(CODED, root)
+    for i in range(COUNT):
+        assert np.array_equal(dataset[i]["mask"].numpy(), ids[str(i)])
+    assert dataset[0]["mask"].dtype == torch.uint8 and errors(CODED, root) == []
+    reordered = opened(CODED, root, classes=["cow", "ant", "bee"])  # of a train set
+    expected = np.select([ids["0"] == 0, ids["0"] == 1, ids["0"] == 2], [1, 2, 0], 255)
+    assert np.array_equal(reordered[0]["mask"].numpy(), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_colours_of_other_modes(colored_root, mode):
+    root, ids = colored_root
+    with Image.open(root / "maps" / "0.png") as picture:
+        picture.convert(mode, palette=Image.Palette.ADAPTIVE).save(root / "maps" / "0.png")
+    assert np.array_equal(opened(CODED, root)[0]["mask"].numpy(), ids["0"])
+
+
+def test_colours_that_are_not_listed_are_named(colored_root):
+    root, _ = colored_root
+    Image.new("RGB", (WIDTH, HEIGHT), "#010203").save(root / "maps" / "0.png")
+    with pytest.raises(BrokenSample, match=rf"1 colours .*: #010203 \({WIDTH * HEIGHT} pixels\); list them there"):
+        opened(CODED, root)[0]
+    with pytest.raises(BrokenSample, match="is an image of mode RGB.*set class_colors of label_maps"):
+        opened(MAPS, root)[0]
+
+
+def test_one_colour_and_the_ignored_one_is_a_warning(colored_root):
+    root, _ = colored_root
+    for i in range(COUNT):
+        Image.fromarray(COLORS[np.tile([0, 3], (HEIGHT, WIDTH // 2))]).save(root / "maps" / f"{i}.png")
+    assert "all other pixels are #090909, which is ignored" in warnings(CODED, root)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_colors": ["#000000", "red", "#ff0000"]}, "'red': give a colour as '#rrggbb'"),
+        ({"class_colors": [[0, 0, 256], [1, 1, 1], [2, 2, 2]]}, "give a colour"),
+        ({"class_colors": [[0, 0, 0], [1, 1, 1]]}, "class_colors has 2 colours for 3 classes"),
+        ({"class_colors": ["#000000", [0, 0, 0], "#ff0000"]}, "#000000 is listed more than once"),
+        ({"first_id": 1}, "'first_id' is for label maps of ids"),
+        ({"class_colors": None}, "ignore_colors without class_colors"),
+    ],
+)
+def test_colours_that_do_not_fit_are_refused(maps_root, options, message):
+    with pytest.raises((DataError, ValueError), match=message):
+        opened({**CODED, **options}, maps_root)

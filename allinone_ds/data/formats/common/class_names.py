@@ -56,3 +56,32 @@ def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) ->
     if unknown:
         raise DataError(f"{name}: class '{unknown[0]}' is not in the train set; {did_you_mean(unknown[0], train)}")
     return {i: id_of[n] for i, n in enumerate(own)}
+
+
+def sort_key(names: Sequence[str]) -> type[int] | type[str]:
+    """Return by what class names are sorted: as numbers if all of them are numbers.
+
+    Example:
+        >>> sorted(["10", "9"], key=sort_key(["10", "9"]))
+        ['9', '10']
+    """
+    return int if all(name.isdecimal() for name in names) else str
+
+
+def match_identities(name: str, own: Sequence[str], train: Sequence[str] | None) -> list[str]:
+    """Return the identities of a retrieval set by label: those of its train set first, then those it adds.
+
+    Args:
+        name: the file that error messages name.
+        own: identities of this dataset.
+        train: identities of the train set by label; None for a train set.
+
+    Raises:
+        DataError: an identity is no UTF-8 text.
+
+    Example:
+        >>> match_identities("test", ["ann", "eve"], ["bob", "eve"])
+        ['bob', 'eve', 'ann']
+    """
+    match_classes(name, own, None)
+    return list(dict.fromkeys([*(train or ()), *own]))

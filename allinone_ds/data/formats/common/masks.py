@@ -1,8 +1,9 @@
-"""From the class ids stored in a label map to the mask of a sample."""
+"""From the class ids or colours stored in a label map to the mask of a sample."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,65 @@ def check_numbering(class_ids: Sequence[int] | None, first_id: int) -> None:
     """Raise a `ConfigError` if a source gives both the ids of its classes and the first of them."""
     if class_ids is not None and first_id:
         raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
+
+
+def colors_to_labels(
+    stored: np.ndarray, path: str, labels: np.ndarray, class_colors: Sequence[int], ignored: Sequence[int]
+) -> np.ndarray:
+    """Return the labels of a label map of colours.
+
+    Args:
+        stored: colours (H, W), see `read_color_map`.
+        path: the file that errors name.
+        labels: uint8 (K,), the label of each class in the order of the colours.
+        class_colors: colour of each class.
+        ignored: colours of the pixels without a class.
+
+    Returns:
+        uint8 (H, W), 0..K-1 or 255
+
+    Raises:
+        BrokenSample: a colour stands for nothing.
+    """
+    known = np.array([*class_colors, *ignored])
+    meaning = np.array([*labels, *[IGNORE] * len(ignored)], dtype=np.uint8)
+    order = np.argsort(known)
+    place = order[np.searchsorted(known[order], stored).clip(max=len(known) - 1)]  # (H, W)
+    unknown = known[place] != stored
+    if unknown.any():
+        colors, counts = np.unique(stored[unknown], return_counts=True)
+        most = np.argsort(-counts)[:5]
+        shown = ", ".join(f"{color_text(c)} ({n} pixels)" for c, n in zip(colors[most], counts[most], strict=True))
+        raise BrokenSample(
+            path,
+            f"contains {len(colors)} colours that are neither in class_colors nor in ignore_colors: {shown}; list them "
+            "there, or write the label map again without smoothing and without JPEG",
+        )
+    return meaning[place]
+
+
+def color_number(color: Any) -> Any:
+    """Return a colour, "#rrggbb" or [red, green, blue], as one number; see `read_color_map`.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Example:
+        >>> color_number("#0000ff"), color_number([1, 0, 0])
+        (255, 65536)
+    """
+    if isinstance(color, str) and re.fullmatch("#[0-9a-fA-F]{6}", color):
+        return int(color[1:], 16)
+    if isinstance(color, Sequence) and len(color) == 3 and all(type(c) is int and 0 <= c <= 255 for c in color):
+        return color[0] << 16 | color[1] << 8 | color[2]
+    if type(color) is int and 0 <= color < 1 << 24:  # validated already
+        return color
+    raise ConfigError(f"{color!r}: give a colour as '#rrggbb' in quotes, or as [red, green, blue] of 0..255")
+
+
+def color_text(number: int) -> str:
+    """Return a colour of `color_number` as "#rrggbb"."""
+    return f"#{number:06x}"
 
 
 def ids_to_labels(
@@ -104,17 +164,19 @@ def _numbered(stored: np.ndarray, class_ids: Sequence[int], ignore_index: int, p
     return np.where(known, order[place], -1)
 
 
-def check_mask_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:
-    """Raise a `BrokenSample` if a mask (H, W) differs in size from its image (3, H, W)."""
-    if mask.shape != image.shape[1:]:
+def check_mask_size(mask: np.ndarray, image: torch.Tensor, path: str, what: str = "label map") -> None:
+    """Raise a `BrokenSample` if a mask (..., H, W), which messages call `what`, has not the size of its image."""
+    if mask.shape[-2:] != image.shape[1:]:
         raise BrokenSample(
             path,
-            f"is {mask.shape[1]} x {mask.shape[0]} (width x height), its image is {image.shape[2]} x {image.shape[1]} "
-            "(upright); write the label map in the size of the image",
+            f"is {mask.shape[-1]} x {mask.shape[-2]} (width x height), its image is {image.shape[2]} x "
+            f"{image.shape[1]} (upright); write the {what} in the size of the image",
         )
 
 
-def single_class_warning(dataset: Any, ignore_index: int) -> list[Problem]:
+def single_class_warning(
+    dataset: Any, ignored: int | str, advice: str = "store that class's id instead"
+) -> list[Problem]:
     """Return a warning if the label maps of several classes contain only one class and ignored pixels.
 
     Two classes stored as 0 and 255 look like this. The second class would be ignored, and both loss and mIoU would be
@@ -122,7 +184,8 @@ def single_class_warning(dataset: Any, ignore_index: int) -> list[Problem]:
 
     Args:
         dataset: a dataset whose method `mask` reads the mask of one sample; eight of them are read.
-        ignore_index: stored value of the pixels without a class.
+        ignored: stored value of the pixels without a class.
+        advice: what to do if that value stands for a class.
     """
     found: set[int] = set()
     for index in np.linspace(0, len(dataset) - 1, min(_EXAMINED, len(dataset))).astype(int).tolist():
@@ -132,6 +195,6 @@ def single_class_warning(dataset: Any, ignore_index: int) -> list[Problem]:
         return []
     reason = (
         f"the label maps that were read contain no class but '{dataset.classes[min(found)]}'; all other pixels are "
-        f"{ignore_index}, which is ignored; if {ignore_index} stands for a class, store that class's id instead"
+        f"{ignored}, which is ignored; if {ignored} stands for a class, {advice}"
     )
     return [Problem(dataset.name, reason, "warning")]

@@ -1,0 +1,194 @@
+"""Tables: csv files with a column of images, and columns of labels or of boxes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from allinone_ds.data.formats.common.class_names import sort_key
+from allinone_ds.data.formats.common.listing import is_image
+from allinone_ds.data.images import image_size
+from allinone_ds.init.file_tree import FileTree, part_of
+from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.classification import folder_of, lines_of
+
+_LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed", "name", "y")
+_BOX_LABELS = ("label", "class", "classname", "labelname", "category", "categoryname", "name", "classid", "labelid",
+               "categoryid", "target", "object", "type")  # fmt: skip
+_BOXES = {
+    "xyxy": (("x1", "xmin", "left", "x0"), ("y1", "ymin", "top", "y0"), ("x2", "xmax", "right"),
+             ("y2", "ymax", "bottom")),
+    "cxcywh": (("xcenter", "xc", "cx", "centerx"), ("ycenter", "yc", "cy", "centery"), ("w", "width"),
+               ("h", "height")),
+    "xywh": (("x", "xmin", "x1", "left"), ("y", "ymin", "y1", "top"), ("w", "width"), ("h", "height")),
+}  # fmt: skip
+_BOX_COLUMN = ("bbox", "box", "boundingbox")
+_HEADLESS = ["image", "x1", "y1", "x2", "y2", "label"]
+_FLAGS = frozenset({"0", "1", "0.0", "1.0"})
+_TRIED = 50  # images whose size is read
+
+Rows = list[dict[str, str]]
+
+
+def find(tree: FileTree) -> list[FoundTask]:
+    """Return the task of csv files with a column of images, and columns of labels or of boxes, or nothing."""
+    parts: dict[str, dict[str | None, dict[str, Any]]] = {"detection": {}, "classification": {}}
+    notes: dict[str, list[str]] = {kind: [] for kind in parts}
+    unused = []
+    for file in tree.with_suffix(".csv", ".tsv"):
+        table = _read(tree, file)
+        if table is None:
+            continue
+        rows, source = table
+        kind, options, said = _labels(tree, rows, source)
+        if not kind:
+            unused.append(f"{file} {said[0]}")
+        elif part_of(file) in parts[kind]:
+            notes[kind].append(f"{file} is one more table of images; it is not used")
+        else:
+            parts[kind][part_of(file)] = {**source, **options}
+            notes[kind] += [f"{file}: {text}" for text in said]
+    kind = next((kind for kind, found in parts.items() if found), "")
+    if not kind:
+        tree.remarks += unused
+        return []
+    train, test, chosen = choose_parts(parts[kind])
+    layout = "csv of boxes" if kind == "detection" else "csv"
+    return [FoundTask(kind, layout, train, test, notes=notes[kind] + unused + chosen)]
+
+
+def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
+    """Return the rows of a csv file that names images, and the source without its labels; None if it names none."""
+    text = lines_of(tree, file)
+    header = text[0] if text else ""
+    delimiter = max((",", ";", "\t"), key=header.count)
+    source: dict[str, Any] = {"format": "", "images": "", "table": tree.reference(file)}
+    try:
+        first = next(csv.reader(text[:1], delimiter=delimiter), [])
+        headless = len(first) == len(_HEADLESS) and is_image(first[0]) and all(map(_is_number, first[1:5]))
+        reader = csv.DictReader(text, fieldnames=_HEADLESS if headless else None, delimiter=delimiter)
+        rows = [{name: (row[name] or "").strip() for name in row if name is not None} for row in reader]
+    except csv.Error:
+        return None
+    image = _image_column(tree, rows, list(rows[0]) if rows else [], os.path.dirname(file))
+    if image is None:
+        return None
+    column, folder, suffix = image
+    source |= {"images": tree.reference(folder), "image_column": column}
+    source |= {"columns": _HEADLESS} if headless else {}
+    source |= {"image_suffix": suffix} if suffix else {}
+    source |= {"delimiter": delimiter} if delimiter != "," else {}
+    return rows, source
+
+
+def _labels(tree: FileTree, rows: Rows, source: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the kind of a table's task, options of its source and notes; an empty kind, and why, if it has none."""
+    columns = [column for column in rows[0] if column != source["image_column"]]
+    boxes = _box_columns(columns)
+    if boxes:
+        options, notes = _boxes(tree, rows, source, *boxes)
+        return "detection", {"format": "box_table", **options}, notes
+    label, others, flags = _label_column(rows, columns)
+    if label is not None:
+        notes = [f"column '{label}' is taken for the class; others are {', '.join(others)}"] if others else []
+        return "classification", {"format": "image_table", "label_column": label}, notes
+    if flags and all(sum(float(row[column]) for column in flags) == 1 for row in rows):
+        return "classification", {"format": "image_table", "label_columns": flags}, []
+    several = f"; {len(flags)} columns of 0 and 1 are several labels per image" if flags else ""
+    return "", {}, [f"lists images, but no column of it looks like classes{several}"]
+
+
+def _box_columns(columns: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return what the numbers of boxes are, and the columns that hold them; None if there are none."""
+    plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in columns}
+    plain |= {re.sub("^(bounding|bbox|box)+", "", name): column for name, column in plain.items()}
+    for kind, numbers in _BOXES.items():
+        found = [next((plain[name] for name in names if name in plain), None) for names in numbers]
+        if all(found):
+            return kind, [str(column) for column in found]
+    for column in columns:
+        if re.sub(r"[^a-z0-9]", "", column.lower()) in _BOX_COLUMN:
+            return "", [column]
+    return None
+
+
+def _boxes(
+    tree: FileTree, rows: Rows, source: dict[str, Any], kind: str, columns: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a source of boxes, and notes."""
+    notes = []
+    boxes = []
+    for row in rows:
+        words = re.findall(r"[-+.\deE]+", row[columns[0]]) if len(columns) == 1 else [row[c] for c in columns]
+        if len(words) == 4 and all(map(_is_number, words)):
+            boxes.append(
+                (row[source["image_column"]] + source.get("image_suffix", ""), [float(word) for word in words])
+            )
+    fractions = bool(boxes) and all(max(numbers) <= 1 for _, numbers in boxes)
+    if not kind:
+        ordered = all(x2 > x1 and y2 > y1 for _, (x1, y1, x2, y2) in boxes)
+        kind = "xyxy" if ordered and _outside(tree, source, boxes) else "xywh"
+        notes.append(f"the four numbers in '{columns[0]}' are taken for {kind}; look at them with `preview`")
+    elif kind == "xywh" and fractions:
+        notes.append("x and y are taken for the upper left corner; if they are the centre, set boxes: cxcywh")
+    options: dict[str, Any] = {"box_columns": columns, "boxes": kind, "fractions": fractions}
+    others = [c for c in rows[0] if c not in columns and c != source["image_column"]]
+    plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in others}
+    label = next((plain[name] for name in _BOX_LABELS if name in plain), None)
+    options["label_column"] = label
+    if label is None:
+        notes.append("no column looks like classes: all boxes have one class")
+    return options, notes
+
+
+def _outside(tree: FileTree, source: dict[str, Any], boxes: Sequence[tuple[str, list[float]]]) -> bool:
+    """Return whether boxes lie outside of their images if the last two numbers are their width and height."""
+    for name, (x, y, w, h) in boxes[:: max(len(boxes) // _TRIED, 1)]:
+        size = image_size(str(tree.root / os.path.relpath(source["images"], tree.name or ".") / name))
+        if size is not None and (x + w > size[1] + 1 or y + h > size[0] + 1):
+            return True
+    return False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _image_column(tree: FileTree, rows: Rows, columns: list[str], beside: str) -> tuple[str, str, str] | None:
+    """Return (column, folder, suffix) of the column that names images."""
+    for suffix in ("", ".jpg", ".png", ".jpeg"):
+        for column in columns:
+            names = list(dict.fromkeys(row[column] for row in rows))
+            folder = folder_of(tree, names, beside, suffix) if all(is_image(n + suffix) for n in names[:20]) else None
+            if folder is not None:
+                return column, folder, suffix
+    return None
+
+
+def _label_column(rows: Rows, columns: list[str]) -> tuple[str | None, list[str], list[str]]:
+    """Return the column of the classes, other columns that could hold them, and the columns of only 0 and 1."""
+    possible, flags = [], []
+    for column in columns:
+        values = [row[column] for row in rows]
+        different = set(values)
+        if different <= _FLAGS and column.lower() not in _LABEL_COLUMNS:
+            flags.append(column)
+            continue
+        values = [value.removesuffix(".0") for value in values] if different <= _FLAGS else values
+        different = set(values)
+        numbers = all(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
+        if 1 < len(different) <= max(len(rows) // 2, 2) and not numbers:
+            possible.append((column.lower() not in _LABEL_COLUMNS, sort_key(values) is int, column))
+    if len(flags) == 1 and len({row[flags[0]] for row in rows}) == 2:
+        possible.append((True, True, flags[0]))
+    if not possible:
+        return None, [], flags
+    best = min(possible, key=lambda item: item[:2])
+    return best[2], [column for _, _, column in possible if column != best[2]], flags
