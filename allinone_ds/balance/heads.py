@@ -102,6 +102,7 @@ class HeadUse:
     def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
         self.task: str | None = None
         self._module, self._guard = module, guard
+        self._modules = list(module.modules())
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
         self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
         self._used: dict[str, set[int]] = {}
@@ -113,6 +114,12 @@ class HeadUse:
         Raises:
             BalancerError: names the parameter; its gradient would count as that of a head.
         """
+        if all(
+            param is None or not param.requires_grad or id(param) in self._trainable
+            for module in self._modules
+            for param in module._parameters.values()
+        ):
+            return
         for name, param in self._module.named_parameters():
             if param.requires_grad and id(param) not in self._trainable:
                 raise BalancerError(
