@@ -166,7 +166,7 @@ class Mask2FormerSegmenter(nn.Module):
         """
         zero = torch.stack([(value * 0.0).sum() for value in (*class_logits, *mask_logits)]).sum()
         known = masks != ignore_index
-        classes_of = _classes_of(masks, known, self.config.num_labels)
+        classes_of = _classes_of(masks, known, class_logits[-1].shape[-1] - 1)
         used = [i for i, classes in enumerate(classes_of) if classes]  # images without truth are left out
         if not used:
             return zero
