@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 from transformers.utils import ModelOutput
 
+from allinone_ds.device_constants import constant
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.pyramid import ChannelNorm, Fuse, SimpleFeaturePyramid
 
@@ -170,7 +171,7 @@ class RegionDetector(nn.Module):
 
     def _whole(self, pixels: Tensor) -> Tensor:
         """Return the box of the whole image (1, 4)."""
-        return pixels.new_tensor([[0, 0, self.size[1], self.size[0]]], dtype=torch.float32)
+        return constant([[0, 0, self.size[1], self.size[0]]], like=pixels)
 
     def _training_regions(self, labels: Any) -> list[Tensor]:
         """Return the true boxes of each image (n, 4), their corners moved a little in training."""
