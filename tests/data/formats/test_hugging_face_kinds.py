@@ -19,8 +19,7 @@ IMAGE = {"image": datasets.Image()}
 
 
 def test_attributes_are_the_columns_of_numbers_or_those_named(tmp_path):
-    features = {**IMAGE, "hat": datasets.Value("bool"), "old": datasets.Value("int64")}
-    features |= {"name": datasets.Value("string")}
+    features = {
         **IMAGE,
         "hat": datasets.Value("bool"),
         "old": datasets.Value("int64"),
