@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from allinone_ds import TBGC, TaskBalancer, weighting_from_config
+from allinone_ds import TBGC, TaskBalancer, task_features, weighting_from_config
 from allinone_ds.testing import cases, exactness, toy
 from allinone_ds.zero.params import whole_master
 
@@ -36,8 +36,9 @@ def make_balancer(engine, weighting=None, **options) -> TaskBalancer:
     return TaskBalancer(engine, toy.TASKS, "backbone", weighting or TBGC(0.1), **options)
 
 
-def _from_config(engine, weighting, parallel) -> TaskBalancer:
-    return TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting), parallel=parallel)
+def _from_config(engine, weighting, **options) -> TaskBalancer:
+    engine.module.mark = task_features
+    return TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting), **options)
 
 
 run_case = partial(exactness.run_case, make_balancer=_from_config, whole_master=whole_master)
