@@ -58,7 +58,7 @@ def test_the_time_in_kernels_is_the_union_of_their_ranges() -> None:
 
 def test_our_waits_come_first_and_are_counted() -> None:
     found = {("deepspeed", "deepspeed/a.py:1"): 5, ("allinone_ds", "allinone_ds/b.py:2"): 1}
-    first, *places = rows("step", found)  # type: ignore[arg-type]
+    first, *places = rows("step", found)
     assert (first["ours"], first["all"]) == (1, 6) and places[0]["owner"] == "allinone_ds"
 
 
