@@ -185,19 +185,26 @@ class JointConfig(ImagesConfig):
     def _kind(cls, data: dict[str, Any]) -> str:
         return JOINT
 
-    def settle(self, name: str, classes: dict[str, Any]) -> None:
-        """Take what the rest of the run's configuration says about the group, and check the labels of its sources.
+    def settle(self, name: str, tasks: dict[str, TaskConfig]) -> None:
+        """Take what the rest of the run's configuration says about the group, and check that both fit.
 
         Args:
             name: name of the group.
-            classes: task -> class names, for the tasks that give them.
+            tasks: the tasks of the run by name.
 
         Raises:
-            ConfigError: a source has labels of other tasks.
+            ConfigError: a source has labels of other tasks, or a transform does not support the kind of a task.
         """
-        self._name, self._classes = name, classes
+        own = {task: tasks[task] for task in self.tasks}
+        self._name = name
+        self._classes = {task: keys.classes for task, keys in own.items() if keys.classes is not None}
         for part in (self.train, self.test):
             check_labels(name, self.tasks, _as_list(part))
+        for task, keys in own.items():
+            try:
+                train_transform(self.augment, self.image_size, None if ":" in keys.type else keys.type)
+            except ConfigError as error:
+                raise ConfigError(f"joint.{name}.augment, for the task '{task}': {error}") from error
 
     @property
     def train_source(self) -> GroupSource:
