@@ -42,6 +42,8 @@ class Problem(NamedTuple):
     """What is wrong with it and what to do."""
     level: Literal["error", "warning"] = "error"
     """An error stops a run; a warning is only reported."""
+    unused: frozenset[str] = frozenset()
+    """Images below the folder `file` that are not used, of the warning that says so."""
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.reason}")

@@ -90,7 +90,7 @@ class BoxTableSource(SourceConfig):
             if not any(values):
                 continue
             try:
-                numbers = _numbers(values)
+                numbers = _numbers(values, decimal_comma=self.delimiter != ",")
             except ValueError as error:
                 problems.append(Problem(str(file), f"line {line}: {error}"))
                 continue
@@ -145,15 +145,15 @@ def _image(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
     return {"id": name, "file_name": name, "height": height, "width": width}
 
 
-def _numbers(values: Sequence[str]) -> list[float]:
-    """Return the four numbers of a box.
+def _numbers(values: Sequence[str], decimal_comma: bool) -> list[float]:
+    """Return the four numbers of a box, "1.5" or, where commas do not separate columns, "1,5".
 
     Raises:
         ValueError: says what is wrong with the values.
     """
     words = re.split(r"[\s,;]+", values[0].strip(" []()")) if len(values) == 1 else list(values)
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(word.replace(",", ".") if decimal_comma else word) for word in words]
     except ValueError:
         numbers = []
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
