@@ -1,4 +1,4 @@
-"""The command `allinone-ds`: init, train, demo, eval, predict, export, report, score, check, preview, plan, doctor."""
+"""The command `allinone-ds` and its subcommands."""
 
 from __future__ import annotations
 
@@ -119,6 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=_path, help="A: submission file; B: folder of the new run (default RUN/B)")
     score.add_argument("--nproc", type=_positive, help="B: number of ranks (default: one per GPU, 2 without GPUs)")
     score.set_defaults(run=commands.score)
+
+    transfer = subparsers.add_parser(
+        "transfer", help="train the single-task baselines of a run and compare: gain per task and metric, Delta m"
+    )
+    transfer.add_argument("config", metavar="RUN", help="folder of a run that has ended, or its YAML file")
+    transfer.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides that the run was trained with")
+    transfer.add_argument("--with", type=_path, nargs="+", default=[], metavar="RUN", dest="others",
+                          help="further runs of the same tasks, compared with the same baselines")  # fmt: skip
+    transfer.add_argument("--nproc", type=_positive, help="number of ranks of the baselines (default: as of the run)")
+    transfer.set_defaults(run=commands.transfer)
 
     check = subparsers.add_parser("check", help="report everything that would stop a run: settings, model, data files")
     check.add_argument("config", help="YAML file of the run")

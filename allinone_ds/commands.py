@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.reporting.class_tables import class_tables
-from allinone_ds.reporting.tables import metrics_table, plan_tables
+from allinone_ds.reporting.tables import metrics_table, plan_tables, transfer_tables
 from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
@@ -44,7 +44,8 @@ def init(args: argparse.Namespace) -> int:
     for name, task in first.tasks.items():
         (H, W), (h, w) = task.typical, task.image_size
         console.print(f"{name}: {task.found.kind}, {task.found.layout}")
-        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {len(task.classes)} classes, "
+        classes = f"{len(task.classes)} classes, " if task.classes else ""
+        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {classes}"
                       f"{H} x {W} pixels resized to {h} x {w}")  # fmt: skip
         if task.found.test is None:
             console.print("  there is no test data: a fifth of the images is tested on and not trained on")
@@ -261,6 +262,35 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
     return folder
 
 
+def transfer(args: argparse.Namespace) -> int:
+    from allinone_ds.reporting.report import write_report
+    from allinone_ds.run_config.yaml_files import read_yaml
+    from allinone_ds.run_folder.names import TRANSFER_FILE
+
+    config = Path(args.config)
+    folder = config if config.is_dir() else _folder_of(read_yaml(args.config, args.overrides))
+    with console.status("reading the run"):
+        _quiet()
+        from allinone_ds.evaluation.baselines import compare_runs, plan_baselines, read_metrics
+
+        ranks = args.nproc or int(read_metrics(folder).get("world_size", 1))
+        baselines = plan_baselines(folder)
+    for number, baseline in enumerate(baselines, 1):
+        state = "trained before" if baseline.done else "resumes" if baseline.begun else "trains"
+        console.print(f"{number}/{len(baselines)}  {baseline.task} alone: {state}, {baseline.folder}")
+        if not baseline.done:
+            resume = ["--resume"] if baseline.begun else []
+            _run(str(baseline.file), resume, read_yaml(baseline.file), ranks)
+    with console.status("comparing"):
+        found = compare_runs([folder, *args.others])
+    for part in transfer_tables(found):
+        console.print(part)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print(f"{'comparison':12} {folder / TRANSFER_FILE}\n{'report':12} {write_report([folder])}")
+    return 0
+
+
 def check(args: argparse.Namespace) -> int:
     _quiet()
     from allinone_ds.data.check import check_sources
@@ -280,10 +310,10 @@ def check(args: argparse.Namespace) -> int:
             console.print(f"warning: {error}")
     sources, classes_of = {}, {}
     sizes: dict[str, tuple[int, int]] = {}
-    for name, task in config.tasks.items():
-        sources[f"{name} train"] = task.train_source
-        sizes |= {f"{name} {part}": task.image_size for part in ("train", "test")}
-        test = task.test_source
+    for name, images in config.images.items():
+        sources[f"{name} train"] = images.train_source
+        sizes |= {f"{name} {part}": images.image_size for part in ("train", "test")}
+        test = images.test_source
         if test is not None:
             sources[f"{name} test"] = test
             classes_of[f"{name} test"] = f"{name} train"

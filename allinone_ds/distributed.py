@@ -120,6 +120,23 @@ class _ThreadedWork:
             self._error = error
 
 
+def extend_timeouts(seconds: float) -> None:
+    """Let no process group give up before `seconds`, also those that DeepSpeed created with a default of their own.
+
+    NCCL ends a process whose collective operation takes longer than its group's timeout, by default 10 minutes.
+
+    Args:
+        seconds: the least timeout of every group that exists now.
+    """
+    least = timedelta(seconds=seconds)
+    set_timeout: Any = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
+    for group in list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []:
+        for device in group._device_types:
+            options = getattr(group._get_backend(device), "options", None)
+            if options is not None and options._timeout < least:
+                set_timeout(least, group)
+
+
 def leave() -> None:
     """Destroy the default process group and all groups created from it; without one, do nothing.
 

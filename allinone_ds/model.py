@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
+from allinone_ds.balance.joint.block import task_features
 from allinone_ds.data.augmentation.transforms import normalize
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AllInOneModel(nn.Module):
-    """A shared backbone and one `Task` per task name; a forward runs the backbone and ONE head.
+    """A shared backbone and one `Task` per task name; a forward runs the backbone and ONE head, or those of a group.
 
     The heads are cast to the dtype of the backbone. Under ZeRO-3 with bf16 the backbone is created in bfloat16, and
     DeepSpeed requires a single dtype.
@@ -68,26 +68,47 @@ class AllInOneModel(nn.Module):
                 ) from error
         self.tasks.to(next(backbone.parameters()).dtype)
 
-    def forward(self, task: str, pixel_values: Tensor, labels: Any = None, **_: Any) -> ModelOutput:
-        """Run the backbone and the head of one task.
+    def forward(
+        self,
+        task: str | Sequence[str],
+        pixel_values: Tensor,
+        labels: Any = None,
+        rows: Mapping[str, Tensor | None] | None = None,
+        **_: Any,
+    ) -> Any:
+        """Run the backbone, once, and the head of one task or those of several.
 
         Args:
-            task: name of the task.
+            task: name of the task, or names of several.
             pixel_values: (B, 3, H, W), uint8 images or normalised images of any floating dtype.
-            labels: targets in the form of the task's `collate`; without them there is no loss.
+            labels: targets in the form of the task's `collate`; without them there is no loss. Of several tasks: task
+                -> targets.
+            rows: of several tasks, task -> positions (n,) of the images that the task's head gets; None: all images.
 
         Returns:
-            The task's `ModelOutput`; its `loss` is a float32 scalar if labels were given.
+            The task's `ModelOutput`; its `loss` is a float32 scalar if labels were given. Of several tasks: task ->
+            `ModelOutput`.
 
         Raises:
             KeyError: the model has no task of this name.
         """
-        if task not in self.tasks:
-            raise KeyError(f"unknown task '{task}'; {did_you_mean(str(task), self.tasks.keys())}")
+        names = (task,) if isinstance(task, str) else tuple(task)
+        for name in names:
+            if name not in self.tasks:
+                raise KeyError(f"unknown task '{name}'; {did_you_mean(str(name), self.tasks.keys())}")
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values)
         features = self.backbone(pixel_values).feature_maps
-        return self.tasks[task](features, pixel_values, labels)
+        if isinstance(task, str):
+            return self.tasks[task](task_features(features, task), pixel_values, labels)
+        outputs = {}
+        for name in names:
+            own, pixels = task_features(features, name), pixel_values
+            chosen = None if rows is None else rows[name]
+            if chosen is not None:
+                own, pixels = tuple(level[chosen] for level in own), pixel_values[chosen]
+            outputs[name] = self.tasks[name](own, pixels, None if labels is None else labels[name])
+        return outputs
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -139,3 +139,18 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         else:
             lines.append(f"{where}: '{dotted}' = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)
+
+
+def dotted_values(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys.
+
+    Example:
+        >>> dotted_values({"trainer": {"max_steps": 4}, "name": "demo"})
+        {'trainer.max_steps': 4, 'name': 'demo'}
+    """
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value} if prefix else {}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found.update(dotted_values(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return found

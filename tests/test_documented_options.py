@@ -12,6 +12,7 @@ import yaml
 from allinone_ds import TBGC
 from allinone_ds.balance.options import NORMS, PARALLEL, TORCHJD, WEIGHTINGS, combination_error
 from allinone_ds.data.augmentation.catalog import OWN
+from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues
 from allinone_ds.run_config.schema import TaskConfig
 from allinone_ds.tasks import TASKS
 from allinone_ds.tasks.test_time import TestTime
@@ -31,9 +32,33 @@ def test_every_option_of_every_head() -> None:
         for row in rows("heads.md")
         if len(row) == 4 and re.fullmatch(r"`\w+`", row[1])
     }
-    heads = {name: options for task in TASKS.values() for name, options in task.HEADS.items()}
+    tasks = [task for kind, task in TASKS.items() if kind not in DENSE_KINDS]
+    heads = {name: options for task in tasks for name, options in task.HEADS.items()}
     found = {(name, key): field.default for name, model in heads.items() for key, field in model.model_fields.items()}
     assert documented == found
+
+
+def test_every_option_of_every_head_of_a_kind_with_maps() -> None:
+    documented = {
+        (kind, head, row[2].strip("`")): yaml.safe_load(row[3])
+        for row in rows("heads.md")
+        if len(row) == 5 and re.fullmatch(r"`\w+`", row[2])
+        for kind in row[0].strip("| ").split(", ")
+        for head in re.findall(r"`(\w+)`", row[1])
+    }
+    found = {
+        (kind, head, key): field.default
+        for kind in DENSE_KINDS
+        for head, model in TASKS[kind].HEADS.items()
+        for key, field in model.model_fields.items()
+    }
+    assert documented == found
+
+
+def test_every_key_of_a_map() -> None:
+    keys = [row[0] for row in rows("data-formats.md") if len(row) == 4]
+    documented = [key for cell in keys for key in re.findall(r"`(\w+)`", cell)]
+    assert sorted(documented) == sorted(MapValues.model_fields)
 
 
 def test_every_option_of_the_views() -> None:

@@ -31,7 +31,7 @@ LAYERS = (
     ("testing",),
     ("distributed",),
     ("strict",),
-    ("errors", "_lazy"),
+    ("errors", "_lazy", "device_constants"),
 )
 """From top to bottom; a module imports its own folder and what stands below it."""
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from allinone_ds import errors
 from allinone_ds.balance.options import WEIGHTINGS, BalancerConfig
+from allinone_ds.data.joint.sources import PairedSource
 from allinone_ds.data.sources import SOURCE_CLASSES
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.meters import Pace
@@ -31,7 +32,8 @@ from allinone_ds.tasks import TASKS
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "reference"
 COMMAND = "python -m tools.make_reference"
-TITLES = {"RunConfig": "Top level", "ModelConfig": "model", "BackboneConfig": "model.backbone",
+TITLES = {"JointConfig": "joint.NAME", "PairedSource": "Source of a joint group, format: joint",
+          "RunConfig": "Top level", "ModelConfig": "model", "BackboneConfig": "model.backbone",
           "TaskConfig": "tasks.NAME", "TestTime": "tasks.NAME.test_time", "AugmentConfig": "tasks.NAME.augment",
           "Branch": "tasks.NAME.augment.branches.NAME", "EarlyStopping": "early_stopping",
           "BalancerConfig": "balancer"}  # fmt: skip
@@ -94,6 +96,8 @@ def show_type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         if all(isinstance(arg, type) and arg in SOURCE_CLASSES for arg in map(_plain, args)):
             return f"a [{SOURCES}](#sources)"
+        if PairedSource in map(_plain, args):
+            return f"a [{SOURCES} of a joint group](#source-of-a-joint-group-format-joint)"
         return " or ".join(dict.fromkeys(show_type(arg) for arg in args))
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in args)

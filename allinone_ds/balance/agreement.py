@@ -1,8 +1,11 @@
 """Ranks compare what they are about to do, so that a disagreement or a failure of one of them is an error on all.
 
-Every collective operation of a step follows an exchange of 32 bytes on the CPU. A rank with an error takes part in the
-next exchange too, and says that it failed; ranks that wait for it then raise instead of waiting. Where a rank failed
-inside a collective operation, or ended, the others find out through the store of the process group.
+A step is a sequence of points: the beginning of a task, each collective backward, the end of a task, the optimizer
+step. Ranks exchange small messages on the CPU. In the first step, and in one that goes otherwise than the one before,
+each point is a message that ranks wait for. In all others the first point is the only message: the points of the last
+step, agreed to be those of this one. It is waited for before the first collective operation, and each rank compares its
+later points with the plan by itself. One that differs, or has an error, sends a message, which the others do not answer
+while they wait for it in a collective operation: they find out through the store of the process group.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from allinone_ds.distributed import cpu_group, rank, world_size
 from allinone_ds.errors import BalancerError
@@ -36,8 +42,30 @@ WITHIN_STEP, BETWEEN_STEPS = 600.0, 1800.0
 _ANSWER = 3.0
 """Seconds in which every rank that waits has answered what it waits for."""
 _SETTLED = 4
-"""Looks after which a collective operation does not complete any more, if all ranks wait or one has failed."""
+"""Looks after which a collective operation does not complete any more, if a rank has failed or is elsewhere."""
+_STUCK = 120
+"""Looks after which it does not complete any more though all ranks wait in one, which a slow network may explain."""
 _numbers = itertools.count()
+
+
+@dataclass
+class _Message:
+    """An exchange that this rank has sent.
+
+    Args:
+        doing: what this rank does, for the user.
+        code, state: what is compared.
+        extremes: code, -code, state, -state and the carried numbers, each the largest of all ranks.
+        work: of the all-reduce.
+        seconds: to wait for the other ranks.
+    """
+
+    doing: str
+    code: int
+    state: int
+    extremes: Tensor
+    work: Any
+    seconds: float
 
 
 class Agreement:
@@ -45,6 +73,8 @@ class Agreement:
 
     Attributes:
         lost: why the ranks cannot be brought together again; None while they can.
+        carry: returns numbers that messages carry, equally many on every rank.
+        carried: the largest of each of these numbers over all ranks, in the last message.
     """
 
     def __init__(self) -> None:
@@ -54,9 +84,15 @@ class Agreement:
         self._raised: weakref.ref[BalancerError] | None = None  # its traceback holds tensors
         self._doing = "the construction of the balancer"
         self._disagreed = ""  # the message of the last exchange, if it raised
-        self._waits = 0  # the exchange that this rank has been waiting for, as the store has it
-        self._count = 0  # exchanges so far, the same on all ranks
+        self._waits = ""  # where this rank waits, as the store has it
+        self._count = 0  # messages so far, the same on all ranks
         self._store: Any = None
+        self.carry: Callable[[], Sequence[int]] = tuple
+        self.carried: tuple[int, ...] | None = None
+        self._plan: list[str] = []  # points of the last step; empty: each point is a message
+        self._points: list[str] = []  # of this step, so far
+        self._follows = False  # whether they are those of the plan
+        self._sent: _Message | None = None  # not waited for yet
         if self.world > 1:
             self._store = dist.PrefixStore(f"balancer{next(_numbers)}", dist.distributed_c10d._get_default_store())
 
@@ -70,12 +106,45 @@ class Agreement:
         Raises:
             BalancerError: names every rank and what it does, or the ranks that did not come.
         """
+        if self.world > 1:
+            self._settle()
+            self._send(doing, READY, self._patience(within_step))
+            self._settle()
+
+    def reach(self, doing: str, communicates: bool = True) -> None:
+        """Pass a point of a step, and raise unless all ranks pass it. Collective in a step without a plan.
+
+        Args:
+            doing: as in `check`; what the rank is about to do.
+            communicates: whether a collective operation follows before the next point.
+
+        Raises:
+            BalancerError: as `check`.
+        """
         if self.world == 1:
             return
-        if self.lost is not None:
-            raise self._known(self.lost)
-        seconds = WITHIN_STEP if within_step else BETWEEN_STEPS
-        self._exchange(doing, READY, GRACE if self._disagreed else seconds)
+        first, place = not self._points, len(self._points)
+        self._points.append(doing)
+        if not first:
+            self._settle()
+        if first:
+            self._follows = self._plan[:1] == [doing]
+            self._send(doing, READY, self._patience(within_step=False), self._plan if self._follows else [doing])
+        elif not self._follows or self._plan[place : place + 1] != [doing]:
+            self._follows = False
+            self._send(doing, READY, self._patience(within_step=True))
+        if communicates or not self._follows:
+            self._settle()
+
+    def end_step(self, complete: bool = True) -> None:
+        """Begin a new step: the next one is planned as this one, if this one is complete.
+
+        Args:
+            complete: False after an error, and where the step was given up.
+        """
+        if self._points:
+            self._plan, self._points = self._points if complete else [], []
+            self._follows = False
 
     def knows(self, error: BaseException) -> bool:
         """Return whether it is the last error that was raised here, so that the other ranks need not be told."""
@@ -94,8 +163,12 @@ class Agreement:
         if self.world == 1 or self.lost is not None:
             return self.lost
         try:
+            if self._sent is not None:
+                self._sent.seconds = GRACE
+            self._settle()
             self._publish(doing, "failed")
-            self._exchange(doing, FAILED_INSIDE if inside else FAILED, GRACE)
+            self._send(doing, FAILED_INSIDE if inside else FAILED, GRACE)
+            self._settle()
         except RuntimeError as error:  # a BalancerError, or one of a store whose process has ended
             return str(error)
         return None
@@ -114,23 +187,23 @@ class Agreement:
         Raises:
             BalancerError: names the rank that failed and what it did.
         """
-        number, seen = self._count + 1, 0
-        doing = f"in a collective operation after {self._doing}"
-        while self._is_pending(work, number, doing):
-            stuck = self._has(number, "failed", "gone", "lost") or not self._busy(number)
-            seen = seen + 1 if stuck else 0
-            if seen == _SETTLED:
+        number, apart, together = self._count + 1, 0, 0
+        doing = f"in a collective operation after {self._points[-1] if self._points else self._doing}"
+        while self._is_pending(work, f"{number} inside", number, doing):
+            waiting = [self._waiting(r) for r in range(self.world)]
+            idle = not self._busy(number)
+            apart = apart + 1 if self._has(number, "failed", "gone", "lost") or (idle and str(number) in waiting) else 0
+            together = together + 1 if idle else 0
+            if apart >= _SETTLED or together >= _STUCK:
                 raise self._loss(number, doing)
-        self._wait_for(0)
+        self._wait_for("")
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
         """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
-        own = torch.tensor(numbers, device="cpu")
-        every = [torch.empty_like(own) for _ in range(self.world)]
         if self.world == 1:
             return [numbers]
-        self._wait(dist.all_gather(every, own, group=self.group, async_op=True), WITHIN_STEP)
-        return [row.tolist() for row in every]
+        self._settle()
+        return self._gathered(numbers)
 
     def same(self, flags: list[bool]) -> bool:
         """Return whether every rank passes the same flags. Collective."""
@@ -140,25 +213,61 @@ class Agreement:
         """Return the element-wise `or` of every rank's flags. Collective."""
         votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
         if self.world > 1:
-            self._wait(dist.all_reduce(votes, dist.ReduceOp.MAX, self.group, async_op=True), WITHIN_STEP)
-        return [bool(vote) for vote in votes]
+            self._settle()
+            self._complete(partial(dist.all_reduce, votes, dist.ReduceOp.MAX))
+        return votes.bool().tolist()
 
-    def _exchange(self, doing: str, state: int, seconds: float) -> None:
+    def _gathered(self, numbers: list[int]) -> list[list[int]]:
+        own = torch.tensor(numbers, device="cpu")
+        every = [torch.empty_like(own) for _ in range(self.world)]
+        self._complete(partial(dist.all_gather, every, own))
+        return [row.tolist() for row in every]
+
+    def _complete(self, start: Callable[..., Any]) -> None:
         self._count += 1
-        self._doing = doing
-        code = 0 if state else zlib.crc32(doing.encode())
-        extremes = torch.tensor([code, -code, state, -state], device="cpu")
-        self._wait(dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group, async_op=True), seconds)
-        if extremes[0] == -extremes[1] and extremes[2] == -extremes[3]:
-            self._disagreed = ""
+        self._wait(start(group=self.group, async_op=True), WITHIN_STEP, "failed", "gone", "lost")
+
+    def _patience(self, within_step: bool) -> float:
+        if self.lost is not None:
+            raise self._known(self.lost)
+        return GRACE if self._disagreed else WITHIN_STEP if within_step else BETWEEN_STEPS
+
+    def _send(self, doing: str, state: int, seconds: float, plan: Sequence[str] = ()) -> None:
+        """Send what this rank does, without waiting for the others.
+
+        Args:
+            doing: for the user.
+            state: of this rank.
+            seconds: that `_settle` waits.
+            plan: points that are compared, in place of `doing`.
+        """
+        self._count += 1
+        self._doing = doing if len(plan) < 2 else f"{doing}, then as in the last step"
+        code = 0 if state else zlib.crc32("\n".join(plan or [doing]).encode())
+        extremes = torch.tensor([code, -code, state, -state, *self.carry()], device="cpu")
+        work = dist.all_reduce(extremes, dist.ReduceOp.MAX, self.group, async_op=True)
+        self._sent = _Message(self._doing, code, state, extremes, work, seconds)
+
+    def _settle(self) -> None:
+        """Wait for the message that this rank has sent, if there is one, and raise unless all ranks agree."""
+        if self._sent is None:
             return
-        texts = self._texts([code, state])
-        if extremes[2] == READY:
+        sent, self._sent = self._sent, None
+        self._wait(sent.work, sent.seconds, "gone", "lost")
+        low, high, state, other, *carried = sent.extremes.tolist()
+        if low == -high and state == -other:
+            self._disagreed, self.carried = "", tuple(carried)
+            if sent.state:
+                self.end_step(complete=False)
+            return
+        self.end_step(complete=False)
+        texts = self._texts([sent.code, sent.state])
+        if state == READY:
             raise self._known(
                 f"ranks disagree on what comes next ({texts}); every rank must run the same tasks with the same number "
                 "of micro-steps in the same order: derive the order from (seed, step), not from a rank's own data"
             )
-        if extremes[2] == FAILED:
+        if state == FAILED:
             raise self._known(
                 f"not every rank can go on ({texts}); what it ran is dropped on all ranks: run it again on all of "
                 "them, or let the error end the run"
@@ -166,12 +275,12 @@ class Agreement:
         self.lost = _lost(texts)
         raise self._known(self.lost)
 
-    def _wait(self, work: Any, seconds: float) -> None:
-        """Wait for a message, but not for ranks that have left or ended, or do not come for so long."""
+    def _wait(self, work: Any, seconds: float, *events: str) -> None:
+        """Wait for a message, but not after one of the events, nor for ranks that do not come for so long."""
         number, waited, warned = self._count, 0.0, False
-        while self._is_pending(work, number, f"waits at {self._doing}"):
+        while self._is_pending(work, str(number), number, f"waits at {self._doing}"):
             waited += POLL  # not by a clock, so that a suspended job can go on
-            if self._has(number, "gone", "lost") or waited > seconds:
+            if self._has(number, *events) or waited > seconds:
                 raise self._loss(number, f"waits at {self._doing}")
             if waited > WARNING and not warned:
                 warned = True
@@ -179,13 +288,15 @@ class Agreement:
 
     def _busy(self, number: int) -> list[int]:
         """Return the ranks that neither wait for others nor have failed."""
-        return [r for r in range(self.world) if not (self._waits_for(number, r) or self._has(number, str(r)))]
+        places = (str(number), f"{number} inside", "?")
+        return [r for r in range(self.world) if self._waiting(r) not in places and not self._has(number, str(r))]
 
-    def _waits_for(self, number: int, r: int) -> bool:
+    def _waiting(self, r: int) -> str:
+        """Return where a rank waits: the number of a message, with "inside" a collective operation before it."""
         try:
-            return self._store.check([f"waits{r}"]) and self._store.get(f"waits{r}") == str(number).encode()
+            return self._store.get(f"waits{r}").decode() if self._store.check([f"waits{r}"]) else ""
         except RuntimeError:  # the process with the store has ended
-            return True
+            return "?"
 
     def _warn(self, number: int) -> None:
         """Let the first rank that waits warn of those that it waits for."""
@@ -196,23 +307,23 @@ class Agreement:
                 stacklevel=2,
             )
 
-    def _is_pending(self, work: Any, number: int, doing: str) -> bool:
-        """Wait for a short time; return whether the work is not done."""
+    def _is_pending(self, work: Any, place: str, number: int, doing: str) -> bool:
+        """Wait for a short time; return whether the work is not done, and tell the others where this rank waits."""
         try:
             work.wait(timedelta(seconds=POLL))
         except RuntimeError as error:
             if work.is_completed():  # a connection was closed
                 raise self._loss(number, doing) from error
-            self._wait_for(number)
+            self._wait_for(place)
             return True
         return False
 
-    def _wait_for(self, number: int) -> None:
-        """Publish that this rank waits before or in an exchange; 0: that it does not wait."""
-        if number != self._waits:
-            self._waits = number
+    def _wait_for(self, place: str) -> None:
+        """Publish where this rank waits; empty: that it does not."""
+        if place != self._waits:
+            self._waits = place
             with contextlib.suppress(RuntimeError):  # the process with the store has ended
-                self._store.set(f"waits{self.rank}", str(number))
+                self._store.set(f"waits{self.rank}", place)
 
     def _has(self, number: int, *events: str) -> bool:
         """Return whether one of the events has happened to a rank before or in an exchange."""
@@ -234,11 +345,12 @@ class Agreement:
     def _texts(self, own: list[int]) -> str:
         """Return what each rank does, after an exchange in which all of them took part. Collective."""
         alike: dict[tuple[int, ...], list[int]] = {}
-        for number, row in enumerate(self.rows(own)):
-            key = (number, *row) if row[1] else tuple(row)  # each failure has a text of its own
-            alike.setdefault(key, []).append(number)
-        self._store.set(f"{self._count}/{self.rank}", self._doing)
-        answers = self._answers(self._count, [ranks[0] for ranks in alike.values()])
+        number = self._count
+        for r, row in enumerate(self._gathered(own)):
+            key = (r, *row) if row[1] else tuple(row)  # each failure has a text of its own
+            alike.setdefault(key, []).append(r)
+        self._store.set(f"{number}/{self.rank}", self._doing)
+        answers = self._answers(number, [ranks[0] for ranks in alike.values()])
         return "; ".join(f"{_listed(ranks)}: {answers.get(ranks[0], _SILENT)}" for ranks in alike.values())
 
     def _loss(self, number: int, doing: str) -> BalancerError:
@@ -246,6 +358,7 @@ class Agreement:
 
         All other ranks that wait come here as well.
         """
+        self.end_step(complete=False)
         if self.lost is None:
             try:
                 if not self._has(number, str(self.rank)):

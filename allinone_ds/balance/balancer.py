@@ -16,9 +16,9 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
-from allinone_ds.balance.combiners.exact import require_exact
+from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
-from allinone_ds.balance.joint.running import JointTasks, joint_tasks
+from allinone_ds.balance.joint.running import JointTasks, TaskAtFeatures, joint_tasks
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
 from allinone_ds.balance.report import StepReport
@@ -58,6 +58,9 @@ class TaskBalancer(RankGroups):
             `sketch_size`) before the reduce, one reduce per step; every rank keeps two gradients of the whole model.
             "delayed": factors from the step before, one reduce per step; every rank keeps one gradient of the whole
             model. The first step is then exact, and a step with a task that is not finite is not taken at all.
+            "features": of the gradients at the features that `task_features` marks in the model, scaled there; heads
+            keep their raw gradient, nothing is kept, and gradients add up in the engine as in plain accumulation (one
+            reduce per step under ZeRO-0 and 1). A step with a task that is not finite is not taken at all.
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
@@ -65,9 +68,10 @@ class TaskBalancer(RankGroups):
             the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
-        check_ranks: before each collective operation of a step, compare what the ranks do (CPU messages of 32 bytes:
-            K + 2 per task with K micro-steps, 3 under ZeRO-0 and 1), so that a rank in a different task, or with an
-            error, is an error on all ranks and not a hang. With parallel="tasks" they compare in the step, always.
+        check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with
+            an error, is an error on all ranks and not a hang. A step with the same tasks, micro-steps and order as the
+            one before sends one message, which travels during the first forward; any other step sends one before each
+            collective operation. With parallel="tasks" they compare in the step, always.
         allow_gradient_clipping: let DeepSpeed clip the balanced sum a second time.
         nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
             out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
@@ -164,9 +168,15 @@ class TaskBalancer(RankGroups):
 
         Raises:
             BalancerError: wrong task, number of micro-steps or nesting; ranks in different tasks, or one that failed.
-                The task's gradient is dropped, those of others stay, and it can run again (norm="delayed": all must).
+                The task's gradient is dropped, those of others stay, and it can run again (norm="delayed" and
+                "features": all must).
         """
         refuse_task(name, self.groups, self._combiner.tasks, self._running)
+        if isinstance(self._combiner, FeaturesCombiner):
+            task = TaskAtFeatures(name, micro_steps, self._combiner, self._heads, self._agreement, self.weighting)
+            with self._block(task), task.forwards():
+                yield
+            return
         asked = self._agreement if self.parallel == "data" else None
         with self._block(RunningTask(name, micro_steps, self._combiner, asked)):
             yield
@@ -186,10 +196,10 @@ class TaskBalancer(RankGroups):
             ConfigError: norms are not exact, or tasks run on different ranks; or a weighting that the features cannot
                 serve.
         """
-        combiner, tasks = require_exact(self._combiner, "balancer.joint()"), task_names(names)
+        tasks = task_names(names)
         for name in tasks:
             refuse_task(name, self.groups, self._combiner.tasks, self._running)
-        running = joint_tasks(tasks, micro_steps, at, combiner, self._heads, self._agreement, self.weighting)
+        running = joint_tasks(tasks, micro_steps, at, self._combiner, self._heads, self._agreement, self.weighting)
         with self._block(running), running.forwards():
             yield
 
@@ -248,7 +258,10 @@ class TaskBalancer(RankGroups):
                     raise NonFinite(result.skipped)
                 self._agree("the optimizer step")
             with self._stepping(inside=True):
-                return self._take_step(result, missing)
+                report = self._take_step(result, missing)
+            if self._agreement:
+                self._agreement.end_step()
+            return report
         finally:
             self._clear()
 
@@ -319,11 +332,11 @@ class TaskBalancer(RankGroups):
 
     def _agree(self, doing: str) -> None:
         if self._agreement:
-            self._agreement.check(doing, within_step=bool(self._ran) and self.parallel == "data")
+            self._agreement.reach(doing)
 
     @contextlib.contextmanager
     def _block(self, running: RunningTask) -> Iterator[None]:
-        running.begin(first=not self._ran)
+        running.begin()
         self._combiner.begin(running.name)
         self._heads.begin(running.name)
         self._running = running
@@ -378,5 +391,7 @@ class TaskBalancer(RankGroups):
         self._combiner.watch = self._watches(self._steps)
         self._heads.clear()
         self._weighting_before = self.weighting.state_dict()
+        if self._agreement:
+            self._agreement.end_step(complete=False)
         self._running = None
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

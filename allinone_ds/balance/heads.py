@@ -98,11 +98,16 @@ class HeadUse:
 
     Attributes:
         task: the task that runs now; None between tasks.
+        met: tasks whose losses have been seen to come from one forward, in joint blocks.
+        marked: tasks whose losses have been seen to read the features that are marked for them.
     """
 
     def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
         self.task: str | None = None
+        self.met: set[str] = set()
+        self.marked: set[str] = set()
         self._module, self._guard = module, guard
+        self._modules = list(module.modules())
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
         trainable = [p for p in module.parameters() if p.requires_grad]
         heads = [p for p in trainable if id(p) not in backbone]
@@ -116,6 +121,12 @@ class HeadUse:
         Raises:
             BalancerError: names the parameter; its gradient would count as that of a head.
         """
+        if all(
+            param is None or not param.requires_grad or id(param) in self._trainable
+            for module in self._modules
+            for param in module._parameters.values()
+        ):
+            return
         for name, param in self._module.named_parameters():
             if param.requires_grad and id(param) not in self._trainable:
                 raise BalancerError(

@@ -14,6 +14,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
+from allinone_ds.balance.joint.block import feature_weighting
 from allinone_ds.balance.weightings.adaptive import DBMTL, DWA, FAMO, GradNorm, RandomWeights, Uncertainty
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import TBGC, GlobalClip, Static, Sum, TaskClip
@@ -21,6 +22,7 @@ from allinone_ds.balance.weightings.gram import GramWeighting
 from allinone_ds.balance.weightings.per_task import OfJacobians
 from allinone_ds.errors import ConfigError, UnsupportedEngine
 from allinone_ds.strict import Strict, did_you_mean
+from allinone_ds.zero.releases import COALESCES, MANAGES_ACCUMULATION, RELEASE
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "sum": Sum, "global_clip": GlobalClip, "task_clip": TaskClip, "tbgc": TBGC, "db_mtl": DBMTL, "gradnorm": GradNorm,
@@ -35,7 +37,7 @@ TORCHJD: dict[str, str] = {
 }  # fmt: skip
 """Names of gradient-balancing methods that `torchjd` (the extra `gram`) computes from the tasks' Gram matrix."""
 
-NORMS = ("exact", "sketch", "delayed")
+NORMS = ("exact", "sketch", "delayed", "features")
 PARALLEL = ("data", "tasks")
 NONFINITE = ("skip_task", "skip_step", "stop")
 
@@ -60,7 +62,7 @@ class BalancerConfig(Strict):
     name: str = "tbgc"
     """Name of the weighting: a key of `WEIGHTINGS` or of `TORCHJD`."""
     norm: str = "exact"
-    """Where norms come from: "exact", "sketch" or "delayed"; see `TaskBalancer`."""
+    """Where norms come from: "exact", "sketch", "delayed" or "features"; see `TaskBalancer`."""
     sketch_size: int | None = None
     """Elements of a sketch; None: 65,536, or more for large models."""
     parallel: str = "data"
@@ -166,13 +168,18 @@ def check_options(
         raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if norm not in NORMS:
         raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), NORMS)}")
-    if sketch_size is not None and (norm == "exact" or not isinstance(sketch_size, int) or sketch_size < 1):
+    sketches = norm in ("sketch", "delayed")
+    if sketch_size is not None and (not sketches or not isinstance(sketch_size, int) or sketch_size < 1):
         raise ConfigError(
             f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or an integer of 1 or more with "
             "norm='sketch' or norm='delayed'"
         )
     if not isinstance(cosines_every, int) or cosines_every < 0:
         raise ConfigError(f"cosines_every = {cosines_every!r}; allowed: an integer of 0 (never) or more")
+    if cosines_every and norm == "features":
+        raise ConfigError(
+            f"cosines_every = {cosines_every} with norm='features', where the tasks have one gradient; use another norm"
+        )
 
 
 def combination_error(
@@ -185,7 +192,7 @@ def combination_error(
     """Return the error of options that cannot run together; None when they can.
 
     Args:
-        norm: "exact", "sketch" or "delayed".
+        norm: "exact", "sketch", "delayed" or "features".
         parallel: "data" or "tasks".
         weighting: None leaves it out of the rules.
         stage: ZeRO stage; None leaves the engine out of the rules.
@@ -197,6 +204,8 @@ def combination_error(
             "norm='delayed' with parallel='tasks': tasks on different ranks reduce once per step in any case; use "
             "norm='exact' or norm='sketch'"
         )
+    if norm == "features":
+        return _features_error(parallel, weighting, stage)
     if norm == "sketch" and parallel == "data" and weighting is not None and not weighting.streams:
         return ConfigError(
             f"norm='sketch' cannot serve {weighting!r}, which must see every task before it scales one: T "
@@ -212,6 +221,30 @@ def combination_error(
         return UnsupportedEngine(
             f"{option} cannot run on this engine (ZeRO stage {stage}), which cannot keep gradients on the rank over a "
             "step; use norm='exact' with parallel='data', or ZeRO 1, 2 or 3 (ZeRO-1 in bf16 without fp32 accumulation)"
+        )
+    return None
+
+
+def _features_error(parallel: str, weighting: Weighting | None, stage: int | None) -> ConfigError | None:
+    if parallel == "tasks":
+        return ConfigError(
+            "norm='features' with parallel='tasks': tasks on different ranks have different features; use parallel="
+            "'data', or norm='exact' or norm='sketch'"
+        )
+    if weighting is not None and not weighting.streams:
+        return ConfigError(
+            f"norm='features' cannot serve {weighting!r}, which must see every task before it scales one; use "
+            "balancer.joint(..., at='features') with norm='exact', or a different norm"
+        )
+    if weighting is not None:
+        try:
+            feature_weighting(weighting)
+        except ConfigError as error:
+            return error
+    if stage and not (MANAGES_ACCUMULATION if stage > 1 else COALESCES):
+        return UnsupportedEngine(
+            f"DeepSpeed {RELEASE} cannot finish an accumulation in the step (ZeRO stage {stage}), which norm='features'"
+            " needs; use norm='exact', or DeepSpeed 0.19.4 or newer"
         )
     return None
 

@@ -109,17 +109,14 @@ class RunningTask:
         """Whether the next micro-step is the last."""
         return self._done == self.micro_steps - 1
 
-    def begin(self, first: bool) -> None:
+    def begin(self) -> None:
         """Agree with the other ranks on this task. Collective.
-
-        Args:
-            first: whether it is the first of its step.
 
         Raises:
             BalancerError: ranks are in different tasks, or one has failed.
         """
         if self._agreement:
-            self._agreement.check(f"task '{self.name}', {self.micro_steps} micro-steps", within_step=not first)
+            self._agreement.reach(f"task '{self.name}', {self.micro_steps} micro-steps", self._forwards_communicate)
 
     def forwards(self) -> contextlib.AbstractContextManager[None]:
         """Return the block in which the user's forwards run."""
@@ -191,7 +188,7 @@ class RunningTask:
         try:
             if self._agreement and communicates:
                 place = f"backward {self._done + 1} of {self.micro_steps} of task '{self.name}'"
-                self._agreement.check(place)
+                self._agreement.reach(place)
             yield
         except BaseException as error:
             self.fail(error, inside=communicates)
@@ -211,7 +208,7 @@ class RunningTask:
                 "balancer.backward(loss) exactly micro_steps times inside the block"
             )
         if self._agreement:
-            self._agreement.check(f"the end of task '{self.name}'")
+            self._agreement.reach(f"the end of task '{self.name}'")
 
     def fail(self, error: BaseException, inside: bool | None = None) -> None:
         """Tell the other ranks that this rank leaves the task with an error, unless they know.

@@ -19,7 +19,16 @@ Sample = dict[str, Any]
 Always: `image`, a tv_tensors.Image uint8 (3, H, W), upright; `path`, a str; `index`, its position in the dataset.
 Detection: `boxes`, tv_tensors.BoundingBoxes XYXY float32 (n, 4) in pixels; `labels`, long (n,) in 0..K-1; `iscrowd`,
 bool (n,). Segmentation: `mask`, a tv_tensors.Mask uint8 (H, W) of classes 0..K-1 and 255 (ignore).
-Classification: `label`, an int in 0..K-1.
+Classification: `label`, an int in 0..K-1. Retrieval: `label`, an int that stands for an identity.
+Attributes: `attributes`, float32 (A,) of 1 (present), 0 (absent) and NaN (no label). Regression: `value`, float64 (C,),
+NaN where there is no value. Instances: the keys of detection, and `masks`, a tv_tensors.Mask uint8 (n, H, W) of 0, 1.
+Keypoints: the keys of detection; `keypoints`, `augmentation.objects.Points` (n, P, 2) of x, y in pixels; `visible`,
+uint8 (n, P) of 0 (no label), 1 (hidden) and 2; `area` of the objects, float32 (n,) in squared pixels of the original
+image; `mirrored`, long (n, P), the order of the points in a mirrored image; `corner`, see
+`augmentation.objects.corner`. Depth: `depth`, a DenseMap float32 (H, W) above 0. Normals: `normals`, a NormalMap
+float32 (3, H, W) of length 1: x right, y down, z towards the viewer. Both are NaN in pixels without a value. Edges and
+saliency: `edges`, an EdgeMap, and `saliency`, a tv_tensors.Mask, uint8 (H, W): 0, 1 and 255 (ignore).
+Of a joint group: `targets`, {task: the keys above of its kind} for the tasks that have a label of the image.
 """
 
 IGNORE = 255
@@ -42,6 +51,8 @@ class Problem(NamedTuple):
     """What is wrong with it and what to do."""
     level: Literal["error", "warning"] = "error"
     """An error stops a run; a warning is only reported."""
+    unlabelled: bool = False
+    """Whether an image has no label, which a joint group with `partial` allows."""
     unused: frozenset[str] = frozenset()
     """Images below the folder `file` that are not used, of the warning that says so."""
 
@@ -121,9 +132,9 @@ class SampleDataset(Dataset[Sample]):
     """
 
     kind: str
-    """What the samples carry: "detection", "segmentation", "classification", or the kind of a custom task."""
+    """What the samples carry: a key of `allinone_ds.tasks.TASKS`, or the kind of a custom task."""
     classes: list[str]
-    """Class names; a label is an index into this list."""
+    """Class names; a label is an index into this list. Empty for kinds without classes."""
     name: str = "dataset"
     """The file or folder that error messages name."""
     in_memory: bool = False

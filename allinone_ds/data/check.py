@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +19,7 @@ from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.images import is_turned, stored_bits
 from allinone_ds.data.inspection.files import depth_problems, overlap_problems, turned_problems
 from allinone_ds.data.inspection.targets import READ_IN_CHECK, target_problems
+from allinone_ds.data.joint.dataset import JointDataset, TaskView
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import DataError
 
@@ -59,7 +60,7 @@ def check_sources(
         cls train: /no_such_list.txt: file is missing; correct the path (relative paths start at data_root)
     """
     found: dict[Problem, None] = {}  # a set that keeps the order
-    classes_by_label: dict[str, list[str]] = {}
+    classes_by_label: dict[str, Any] = {}
     problems_of: dict[str, list[Problem]] = {}
     paths_by_label: dict[str, dict[bytes, str]] = {}  # path of the first sample by digest of its file
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -78,7 +79,7 @@ def check_sources(
                 except DataError as error:
                     found[Problem(label, str(error))] = None
                     continue
-            classes_by_label[label] = dataset.classes
+            classes_by_label[label] = dataset.classes_of if isinstance(dataset, JointDataset) else dataset.classes
             train_label = (classes_of or {}).get(label)
             structural = problems_of[label] = list(dataset.structural)
             if train_label in problems_of:
@@ -120,8 +121,9 @@ def check_sources(
 
 
 def _targets(dataset: SampleDataset, image_size: tuple[int, int], train: bool) -> list[Problem]:
+    seen = [TaskView(dataset, task) for task in dataset.kinds] if isinstance(dataset, JointDataset) else [dataset]
     try:
-        return target_problems(dataset, image_size, train, READ_IN_CHECK)
+        return [problem for view in seen for problem in target_problems(view, image_size, train, READ_IN_CHECK)]
     except Exception:  # a custom dataset may raise anything; the scan of its samples reports it
         return []
 

@@ -71,7 +71,7 @@ class CombinedSource(SourceConfig):
                     raise
                 raise DataError(f"{error}; to join sources with different classes, list all names in the task's "
                                 "'classes'") from None  # fmt: skip
-            names = datasets[0].classes if names is None else names
+            names = datasets[-1].classes  # those given or of the first source, and the identities that others add
             if datasets[-1].kind != datasets[0].kind:
                 raise DataError(
                     f"{datasets[-1].name}: holds {datasets[-1].kind} data, {datasets[0].name} holds "
@@ -80,7 +80,7 @@ class CombinedSource(SourceConfig):
         indices = None
         structural = [problem for dataset in datasets for problem in dataset.structural]
         if self.split is not None:
-            indices, warnings = _part_of_split(datasets, root, self.split, self.part)
+            indices, warnings = part_of_split(datasets, root, self.split, self.part)
             structural += warnings
         weights = [source.weight for source in self.sources]
         return CombinedDataset(datasets, weights, indices, structural)
@@ -135,7 +135,7 @@ class CombinedDataset(SampleDataset):
         structural: Sequence[Problem] = (),
     ):
         self.datasets = list(datasets)
-        self.kind, self.classes = datasets[0].kind, datasets[0].classes
+        self.kind, self.classes = datasets[0].kind, datasets[-1].classes
         self.name = ", ".join(dataset.name for dataset in datasets)
         self.structural = structural
         self.in_memory = all(dataset.in_memory for dataset in datasets)
@@ -148,7 +148,7 @@ class CombinedDataset(SampleDataset):
         else:
             per_epoch = [max(round(w * len(u)), 1) if len(u) else 0 for w, u in zip(weights, used, strict=True)]
             self._parts = tuple(Part(len(u), n, selection) for u, n in zip(used, per_epoch, strict=True))
-        if self.kind == "classification" and all(dataset.labels is not None for dataset in datasets):
+        if all(dataset.labels is not None for dataset in datasets):
             self.labels = [self.datasets[d].labels[i] for d, i in self._places()]  # type: ignore[index]
 
     @property
@@ -190,7 +190,7 @@ class CombinedDataset(SampleDataset):
         return list(zip(self._owner.tolist(), self._index.tolist(), strict=True))
 
 
-def _part_of_split(
+def part_of_split(
     datasets: Sequence[SampleDataset], root: Path, split: Split, part: str
 ) -> tuple[list[np.ndarray], list[Problem]]:
     """Return the indices of one part of each dataset, and warnings about classes that cannot be divided.
@@ -201,7 +201,7 @@ def _part_of_split(
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)  # {file: (dataset, index) of its samples}
     strata: dict[tuple[int, int], list[str]] = defaultdict(list)  # {(dataset, class): files}
     for number, dataset in enumerate(datasets):
-        labels = dataset.labels if dataset.kind == "classification" else None
+        labels = dataset.labels
         for index in range(len(dataset)):
             file = dataset.path(index).removeprefix(f"{root}{os.sep}")
             if file not in places:

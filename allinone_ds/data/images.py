@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,20 @@ _EXIF_ORIENTATION = 0x0112
 # on a png with a damaged data block, torchvision 0.29.2 crashes the process instead of raising.
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_NUMPY = b"\x93NUMPY"
+
+_decoded: ContextVar[dict[Any, tv_tensors.Image] | None] = ContextVar("decoded", default=None)
+
+
+@contextlib.contextmanager
+def decoded_once() -> Iterator[None]:
+    """Decode each image file once inside this block, whoever reads it; the readers get the same tensor."""
+    known = _decoded.get()
+    token = _decoded.set({} if known is None else known)
+    try:
+        yield
+    finally:
+        _decoded.reset(token)
 
 
 def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
@@ -49,6 +66,16 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
         >>> read_image("tiny.ppm", b"P6 2 1 255 " + bytes([255, 0, 0, 0, 0, 255])).tolist()
         [[[255, 0]], [[0, 0]], [[0, 255]]]
     """
+    known = _decoded.get()
+    if known is None:
+        return _read_image(path, data)
+    key = path, data
+    if key not in known:
+        known[key] = _read_image(path, data)
+    return known[key]
+
+
+def _read_image(path: str, data: bytes | None) -> tv_tensors.Image:
     data = _read_bytes(path) if data is None else data
     if data.startswith(_JPEG):
         try:
@@ -138,6 +165,37 @@ def read_color_map(path: str) -> np.ndarray:
         raise BrokenSample(path, "has channels of more than 8 bits; a label map of colours has 8 bits per channel")
     red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
     return red << 16 | green << 8 | blue
+
+
+def read_map(path: str, data: bytes | None = None) -> np.ndarray:
+    """Read the stored numbers of a map of values: a numpy file, or a png or tiff file of 8, 16 or 32 bits.
+
+    Args:
+        path: the file that is read, and that a `BrokenSample` names.
+        data: the content of the file, if it comes from elsewhere.
+
+    Returns:
+        (H, W), or (H, W, C) of several channels, in the type of the file; a numpy file as it is.
+
+    Raises:
+        BrokenSample: the file is missing, truncated, or neither an image nor a numpy array.
+
+    Example:
+        >>> read_map("tiny.pgm", b"P5 2 1 65535 " + bytes([1, 0, 0, 2])).tolist()
+        [[256, 2]]
+    """
+    data = _read_bytes(path) if data is None else data
+    try:
+        if data.startswith(_NUMPY):
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        with Image.open(io.BytesIO(data)) as picture:
+            if _is_wide_colour(picture, data):
+                return _decode(data)
+            picture.load()
+            array = np.array(picture)
+    except Exception as error:  # decoders raise many types of errors on broken files
+        raise BrokenSample(path, _decoding_reason(error)) from None
+    return array.astype(np.uint8) if array.dtype == bool else array
 
 
 def image_size(path: str | io.BytesIO) -> tuple[int, int] | None:

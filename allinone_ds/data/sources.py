@@ -52,7 +52,7 @@ else:
 
 
 def open_source(
-    source: Source, root: Path | str, classes: list[str] | None = None, strict: bool = True
+    source: Source, root: Path | str, classes: list[str] | dict[str, list[str]] | None = None, strict: bool = True
 ) -> SampleDataset:
     """Open the dataset that a config describes.
 
@@ -60,7 +60,8 @@ def open_source(
         source: an instance of a source class.
         root: folder that relative paths start at (`data_root`).
         classes: class names of the train set. Give them for a test set: its labels then follow the train set's order,
-            even if it lacks some of the classes. A source without class names of its own uses them in this order.
+            even if it lacks some of the classes. A source without class names of its own uses them in this order. For
+            a joint group: task -> class names.
         strict: raise the faults that show without decoding an image. False keeps them in the dataset's `structural`,
             for a complete check.
 
@@ -83,7 +84,7 @@ def open_source(
     if not isinstance(source, SourceConfig):
         allowed = ", ".join(sorted(source_class.__name__ for source_class in SOURCE_CLASSES))
         raise TypeError(f"source is a {type(source).__name__}; give an instance of a source class ({allowed})")
-    dataset = source.open(Path(root), classes)
+    dataset = source.open(Path(root), classes)  # type: ignore[arg-type]
     dataset.opened_from = source, Path(root)
     dataset.structural = [*dataset.structural, *size_problems(dataset, source.expect)]
     if strict:

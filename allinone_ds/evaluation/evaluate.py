@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from allinone_ds.data.loading.loader import TaskData, eval_loader
+from allinone_ds.data.joint.batches import views_of
+from allinone_ds.data.loading.ahead import to_device
+from allinone_ds.data.loading.loader import EvalBatch, eval_loader
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.selection import main_value, score
-from allinone_ds.evaluation.views import predict_batch
+from allinone_ds.evaluation.views import predict_batch, predict_group
 from allinone_ds.tasks import Prediction, Sample, Task
 from allinone_ds.tasks.details import Details
 
 WORST = 8
 """Images with the lowest scores that an evaluation remembers per task."""
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a nested batch with its tensors on a device; dtypes do not change."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def tasks_of(model: Any) -> dict[str, Task]:
@@ -66,27 +58,74 @@ def evaluate_task(
         unreadable ones, when there are any.
     """
     task = tasks_of(model)[name]
-    metric = task.metric().to(device)
-    worst: list[dict[str, Any]] = []
-    counts = torch.zeros(2, dtype=torch.long, device=device)  # samples, unreadable ones
-    loader = eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
-    for batch in loader:
+    found = _Found(task, device, record)
+    for batch in _batches(data, num_workers):
         pixels = to_device(batch.batch["pixel_values"], device)
         predictions = predict_batch(model, task, pixels, batch.samples, data.test_time, around)
-        if batch.count:
-            metric.update(predictions, batch.samples)
-            worst = _worst([*worst, *_scored(task, predictions, batch.samples)])
-            if record is not None:
-                record(batch.samples, predictions)
-        counts += torch.tensor([batch.count, len(batch.broken)], device=device)
-    values = {key: float(value) for key, value in metric.compute().items()}
-    samples, broken = all_reduce(counts).tolist()
-    worst = _worst([image for of_rank in gather_objects(worst) for image in of_rank])
-    found = task.details(metric) | ({"worst": worst} if worst else {})
-    values |= found.pop("metrics", {})
-    if details is not None and found:
-        details[name] = found
-    return {**values, "samples": samples, **({"broken": broken} if broken else {})}
+        found.add(predictions, batch.samples, len(batch.broken))
+    return found.compute(details)
+
+
+@torch.no_grad()
+def evaluate_group(
+    model: nn.Module,
+    name: str,
+    data: TaskData,
+    device: torch.device,
+    num_workers: int = 0,
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
+    details: dict[str, Details] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return task -> metrics of the tasks of a joint group, from one forward of the backbone per batch. Collective.
+
+    Args:
+        model, data, device, num_workers, around, details: as in `evaluate_task`.
+        name: the group.
+    """
+    assert data.joint is not None
+    tasks = {task: tasks_of(model)[task] for task in data.joint.tasks}
+    found = {task: _Found(tasks[task], device) for task in tasks}
+    for batch in _batches(data, num_workers):
+        pixels = to_device(batch.batch["pixel_values"], device)
+        predictions = predict_group(model, name, list(tasks.values()), pixels, batch.samples, data.joint, around)
+        for task, of_task in predictions.items():
+            rows, views = views_of(batch.samples, task)
+            found[task].add([of_task[row] for row in rows], views, len(batch.broken))
+    return {task: of_task.compute(details) for task, of_task in found.items()}
+
+
+def _batches(data: TaskData, num_workers: int) -> Iterable[EvalBatch]:
+    return eval_loader(data.dataset, data.transform, data.collate, data.batch_size, rank(), world_size(), num_workers)
+
+
+class _Found:
+    """What an evaluation has found for one task so far on this rank."""
+
+    def __init__(self, task: Task, device: torch.device, record: Any = None) -> None:
+        self.task, self.record = task, record
+        self.metric = task.metric().to(device)
+        self.worst: list[dict[str, Any]] = []
+        self.device, self.counts = device, [0, 0]  # samples, unreadable ones
+
+    def add(self, predictions: Sequence[Prediction], samples: Sequence[Sample], broken: int) -> None:
+        """Add a batch: the predictions, the samples as they were read, and the number of unreadable ones."""
+        if samples:
+            self.metric.update(predictions, samples)
+            self.worst = _worst([*self.worst, *_scored(self.task, predictions, samples)])
+            if self.record is not None:
+                self.record(samples, predictions)
+        self.counts = [self.counts[0] + len(samples), self.counts[1] + broken]
+
+    def compute(self, details: dict[str, Details] | None) -> dict[str, float]:
+        """Return the metrics over all ranks, and add what was found for each class to `details`. Collective."""
+        values = {key: float(value) for key, value in self.metric.compute().items()}
+        samples, broken = all_reduce(torch.tensor(self.counts, device=self.device)).tolist()
+        worst = _worst([image for of_rank in gather_objects(self.worst) for image in of_rank])
+        found = self.task.details(self.metric) | ({"worst": worst} if worst else {})
+        values |= found.pop("metrics", {})
+        if details is not None and found:
+            details[self.task.name] = found
+        return {**values, "samples": samples, **({"broken": broken} if broken else {})}
 
 
 def _scored(task: Task, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
@@ -113,7 +152,7 @@ def evaluate_tasks(
 
     Args:
         model: an AllInOneModel, or the DeepSpeed engine around it; left in evaluation mode.
-        data: task -> evaluation data.
+        data: task or joint group -> evaluation data.
         device: the model's device.
         num_workers: processes per rank that read images.
         around: returns a context for each forward, given the task's name; for example `TaskBalancer.evaluation`.
@@ -128,10 +167,12 @@ def evaluate_tasks(
     model.eval()
     tasks = tasks_of(model)
     details: dict[str, Details] = {}
-    values = {
-        name: evaluate_task(model, name, part, device, num_workers, around, None, details)
-        for name, part in data.items()
-    }
+    values: dict[str, dict[str, float]] = {}
+    for name, part in data.items():
+        if part.joint is None:
+            values[name] = evaluate_task(model, name, part, device, num_workers, around, None, details)
+        else:
+            values |= evaluate_group(model, name, part, device, num_workers, around, details)
     main = {name: main_value(name, tasks[name], metrics) for name, metrics in values.items()}
     for name, value in main.items():
         if value > 1 and len(main) > 1:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from allinone_ds.data.joint.batches import by_task
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_task, tasks_of
 from allinone_ds.evaluation.metrics import Evaluation
@@ -66,7 +67,7 @@ def score_run(
     model, config = load_run(folder, device, overrides)
     tasks = tasks_of(model)
     chosen = _one_of_each(tasks, KINDS[leaderboard], {name for name, task in config.tasks.items() if task.test_source})
-    data = open_test_data(config, {name: task.classes for name, task in tasks.items()})
+    data = by_task(open_test_data(config, {name: task.classes for name, task in tasks.items()}))
     metrics: dict[str, dict[str, float]] = {}
     details: dict[str, Any] = {}
     written: dict[str, Any] = {}

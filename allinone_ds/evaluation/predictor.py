@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.errors import BrokenSample, ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of
 from allinone_ds.evaluation.inputs import AnyImage, find_inputs, grouped, is_video, open_image
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.results import Results
 from allinone_ds.evaluation.video import Frame, check_every, read_frames
-from allinone_ds.evaluation.views import predict_batch
+from allinone_ds.evaluation.views import predict_batch, predict_group
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.build import build_model, open_test_data
 from allinone_ds.run_config.run_files import read_run_files
@@ -38,6 +39,7 @@ class Predictor:
     Args:
         model: the model; it is set to evaluation mode.
         test_time: the views that its run's configuration gives per task, which predictions are merged from.
+        joint: joint group -> its tasks, which `predict_images` runs in one forward and draws on one sheet.
 
     Attributes:
         model: the `AllInOneModel`; `model(task, pixel_values)` returns raw outputs.
@@ -56,8 +58,14 @@ class Predictor:
         (True, torch.Size([2]))
     """
 
-    def __init__(self, model: AllInOneModel, test_time: Mapping[str, TestTime | None] | None = None) -> None:
+    def __init__(
+        self,
+        model: AllInOneModel,
+        test_time: Mapping[str, TestTime | None] | None = None,
+        joint: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.model = model.eval()
+        self.joint = {group: tuple(tasks) for group, tasks in (joint or {}).items()}
         self.tasks: dict[str, Task] = tasks_of(model)
         self.test_time = dict(test_time or {})
 
@@ -118,6 +126,34 @@ class Predictor:
         views = self.test_time.get(chosen.name) if test_time == "run" else test_time
         predictions = predict_batch(self.model, chosen, pixels, samples, views)
         return predictions if threshold is None else [chosen.at_least(p, threshold) for p in predictions]
+
+    def predict_tasks(self, images: Sequence[AnyImage], tasks: Sequence[str] = ()) -> dict[str, list[Prediction]]:
+        """Return task -> its predictions for images, from one forward of the backbone for the tasks of a joint group.
+
+        Tasks with views in the run's configuration merge them, in forwards of their own.
+
+        Args:
+            images: B images of any size.
+            tasks: names of the tasks; none: all.
+
+        Raises:
+            ConfigError: an image cannot be read, or the model has no such task.
+        """
+        chosen = {name: self._task(name) for name in tasks or self.tasks}
+        if not images:
+            return {name: [] for name in chosen}
+        opened = [open_image(image) for image in images]
+        samples: list[Sample] = [{"image": image} for image in opened]
+        found: dict[str, list[Prediction]] = {}
+        for group, names in self.joint.items():
+            together = [chosen[name] for name in names if name in chosen]
+            if together:
+                views = {name: views for name, views in self.test_time.items() if views is not None}
+                pixels = self.preprocess(opened, together[0].name)
+                joint = Joint(tuple(task.name for task in together), test_time=views)
+                found |= predict_group(self.model, group, together, pixels, samples, joint)
+        found |= {name: self.predict(opened, name, self.test_time.get(name)) for name in chosen if name not in found}
+        return {name: found[name] for name in chosen}
 
     def predict_video(
         self, video: str | Path, task: str | None = None, every: int = 1, threshold: float | None = None
@@ -185,6 +221,12 @@ def load_run(
     return model.eval().to(device), config
 
 
+def predictor_of(model: AllInOneModel, config: RunConfig) -> Predictor:
+    """Return the predictor of a run's model, with the views and joint groups of its configuration."""
+    test_time = {name: task.test_time for name, task in config.tasks.items()}
+    return Predictor(model, test_time, {name: group.tasks for name, group in config.joint.items()})
+
+
 def default_device() -> torch.device:
     """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -223,7 +265,8 @@ def predict_images(
         model: folder of a run or of a checkpoint, or what `allinone_ds.load` returned.
         images: image and video files, folders of them, and patterns such as "photos/*.jpg".
         output: folder for the results: predictions.jsonl with one line per image or frame (task -> prediction); for
-            every image NAME.json with the same content, and NAME-TASK.png per task; for a video NAME-TASK.mp4.
+            every image NAME.json with the same content, NAME-TASK.png per task and NAME-GROUP.png per joint group of
+            which all tasks run; for a video NAME-TASK.mp4.
         overrides: dotted keys that replace values of the run's configuration.
         tasks: names of the tasks; none: all.
         threshold: lowest score of the boxes that are drawn and written, 0..1; None: that of the task.
@@ -245,26 +288,27 @@ def predict_images(
         predictor = model
     else:
         loaded, config = load_run(model, default_device(), overrides)
-        predictor = Predictor(loaded, {name: task.test_time for name, task in config.tasks.items()})
+        predictor = predictor_of(loaded, config)
     chosen = {name: predictor._task(name) for name in tasks or predictor.tasks}
     if threshold is not None:
         _set_threshold(list(chosen.values()), threshold)
     check_every(every)
     output = Path(output)
-    inputs, failed = find_inputs(images, list(chosen), output)
+    groups = {group: names for group, names in predictor.joint.items() if set(names) <= set(chosen)}
+    inputs, failed = find_inputs(images, [*chosen, *groups], output)
     total = len(inputs) + len(failed)
     if not inputs:
         raise _unread(failed, total)
     done = 0
-    with Results(output, chosen, every) as results:
+    with Results(output, chosen, groups, every) as results:
         for group in grouped(inputs, _BATCH):
             if progress:
                 progress(done, total, str(group[0].file))
             if is_video(group[0].file):
                 try:
                     for frame in read_frames(group[0].file, every):
-                        predictions = {name: predictor.predict([frame.image], name)[0] for name in chosen}
-                        results.add_frame(group[0], frame, predictions)
+                        found = predictor.predict_tasks([frame.image], list(chosen))
+                        results.add_frame(group[0], frame, {name: of_task[0] for name, of_task in found.items()})
                         if progress:
                             progress(done, total, f"{group[0].file}, frame {frame.number}")
                 except (BrokenSample, ConfigError) as error:
@@ -278,7 +322,7 @@ def predict_images(
                     except ConfigError as error:
                         failed[str(item.file)] = _reason(error)
                 pixels = [image for _, image in opened.values()]
-                by_task = {name: predictor.predict(pixels, name) for name in chosen}
+                by_task = predictor.predict_tasks(pixels, list(chosen))
                 for i, (item, image) in enumerate(opened.values()):
                     results.add_image(item, image, {name: found[i] for name, found in by_task.items()})
             done += len(group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.inputs import Input, results_of
 from allinone_ds.evaluation.video import Frame, VideoWriter, frame_rate
 from allinone_ds.tasks import Prediction, Task
-from allinone_ds.tasks.drawing import to_pil
+from allinone_ds.tasks.drawing import sheet, to_pil
 
 RECORDS = "predictions.jsonl"
 
@@ -26,6 +26,7 @@ class Results:
     Args:
         folder: the folder; it is created.
         tasks: the tasks by name.
+        groups: joint group -> its tasks, whose drawings of an image are put on one sheet.
         every: of a video, each `every`-th frame is added; the written video has the speed of the original.
 
     Attributes:
@@ -40,8 +41,14 @@ class Results:
             results.add_image(Input(Path("a.jpg"), "a"), image, {"det": predictor.predict(image, "det")[0]})
     """
 
-    def __init__(self, folder: Path, tasks: Mapping[str, Task], every: int = 1) -> None:
-        self.folder, self.tasks, self.every = folder, dict(tasks), every
+    def __init__(
+        self,
+        folder: Path,
+        tasks: Mapping[str, Task],
+        groups: Mapping[str, Sequence[str]] | None = None,
+        every: int = 1,
+    ) -> None:
+        self.folder, self.tasks, self.groups, self.every = folder, dict(tasks), dict(groups or {}), every
         self.written: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +59,7 @@ class Results:
         self._open = ExitStack()
 
     def add_image(self, item: Input, image: Tensor, predictions: Mapping[str, Prediction]) -> None:
-        """Write a record, NAME.json, and a picture per task.
+        """Write a record, NAME.json, and a picture per task and joint group.
 
         Args:
             item: the input.
@@ -60,10 +67,12 @@ class Results:
             predictions: {task: prediction}.
         """
         record = self._record({"image": str(item.file)}, predictions)
-        report, *pictures = (self.folder / name for name in results_of(item.name, list(self.tasks)))
+        report, *pictures = (self.folder / name for name in results_of(item.name, [*self.tasks, *self.groups]))
         report.parent.mkdir(parents=True, exist_ok=True)
-        for picture, (name, task) in zip(pictures, self.tasks.items(), strict=True):
-            to_pil(task.draw(image, predictions[name])).save(picture)
+        drawn = {name: task.draw(image, predictions[name]) for name, task in self.tasks.items()}
+        drawn |= {group: sheet(image, {name: drawn[name] for name in names}) for group, names in self.groups.items()}
+        for picture, drawing in zip(pictures, drawn.values(), strict=True):
+            to_pil(drawing).save(picture)
         report.write_text(json.dumps(record) + "\n")
         self.written += [*pictures, report]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.tasks import Prediction, Sample, Task
 from allinone_ds.tasks.test_time import TestTime, View, view_sizes, window_corners
 
@@ -67,6 +68,40 @@ def predict_batch(
                 outputs = [forward(view[..., top : top + window[0], left : left + window[1]]) for top, left in corners]
             views.append(View(size, flipped, outputs, corners))
     return task.predict_views(views, sizes) if samples else []
+
+
+@torch.no_grad()
+def predict_group(
+    model: nn.Module,
+    name: str,
+    tasks: Sequence[Task],
+    pixel_values: Tensor,
+    samples: Sequence[Sample],
+    joint: Joint,
+    around: Callable[[str], AbstractContextManager[None]] | None = None,
+) -> dict[str, list[Prediction]]:
+    """Return task -> its predictions for the samples of a batch, from one forward for all tasks without views.
+
+    Args:
+        model, pixel_values, samples, around: as in `predict_batch`.
+        name: the joint group.
+        tasks: its tasks.
+        joint: its settings, which name the views that a task predicts.
+    """
+    plain = [task for task in tasks if task.name not in joint.test_time]
+    outputs: Any = {}
+    if plain:
+        with around(name) if around else nullcontext():
+            outputs = model(task=[task.name for task in plain], pixel_values=pixel_values)
+    sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+    found: dict[str, list[Prediction]] = {}
+    for task in tasks:
+        views = joint.test_time.get(task.name)
+        if views is not None:
+            found[task.name] = predict_batch(model, task, pixel_values, samples, views, around)
+        else:
+            found[task.name] = task.predict(outputs[task.name], sizes) if samples else []
+    return found
 
 
 def _at_size(pixel_values: Tensor, samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:

@@ -86,14 +86,21 @@ def model_card(description: ModelDescription, origin: Origin, model: AllInOneMod
         f'model = allinone_ds.load("PATH/OF/THIS/FOLDER")\nmodel.predict("photo.jpg"{argument})\n```',
         _results(origin, names),
         _data(origin, names),
-        "## Classes",
-        "\n".join(
-            f"- `{name}` ({len(task.classes)}): {', '.join(task.classes)}" for name, task in description.tasks.items()
-        ),
+        *_classes(description),
         _preprocessing({name: task.image_size for name, task in description.tasks.items()}),
         _configuration(origin, names),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _classes(description: ModelDescription) -> list[str]:
+    """Return the section of the class names, nothing if no task has classes."""
+    listed = [
+        f"- `{name}` ({len(task.classes)}): {', '.join(task.classes)}"
+        for name, task in description.tasks.items()
+        if task.classes
+    ]
+    return ["## Classes", "\n".join(listed)] if listed else []
 
 
 def backbone_card(origin: Origin, backbone: Backbone) -> str:

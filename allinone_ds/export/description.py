@@ -48,6 +48,8 @@ class ModelDescription(Strict):
     """Version of the file's layout."""
     backbone: BackboneConfig
     tasks: dict[str, ExportedTask] = Field(min_length=1)
+    joint: dict[str, list[str]] = Field(default_factory=dict)
+    """{joint group: its tasks}, which one forward of the backbone serves."""
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
 
     def save(self, folder: Path) -> None:

@@ -14,12 +14,14 @@ from allinone_ds.export.card import CARD_FILE, Origin, backbone_card, model_card
 from allinone_ds.export.description import ExportedTask, ModelDescription
 from allinone_ds.export.loading import build_exported
 from allinone_ds.model import AllInOneModel
+from allinone_ds.models.lora import add_lora, merge_lora, save_adapter
 from allinone_ds.run_config.run_files import ModelFacts, read_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.names import EXPORT, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import read_weights
 
 ONNX_FILE = "model.onnx"
+ADAPTER = "adapter"
 
 
 @dataclass
@@ -42,7 +44,8 @@ def export_run(run: str | Path, output: str | Path | None = None, onnx: bool = F
 
     OUTPUT/tasks/NAME and OUTPUT/model have float32 weights (safetensors), a description (allinone.json) and a model
     card (README.md), and load with `allinone_ds.load`. OUTPUT/backbone is in the format of `transformers`. It is not
-    written for a backbone with a convolutional stem, since no class of `transformers` has such a stem.
+    written for a backbone with a convolutional stem, since no class of `transformers` has such a stem. LoRA adapters
+    are merged into the weights of all of these, and also written alone to OUTPUT/adapter, in the format of `peft`.
 
     Args:
         run: folder of a run (its final weights) or of a checkpoint (the float32 masters in its ZeRO shards, of any
@@ -66,14 +69,21 @@ def export_run(run: str | Path, output: str | Path | None = None, onnx: bool = F
     state, source = read_weights(run, prefer_shards=True)
     description = _describe(config, model_facts)
     model = build_exported(description)
+    if config.model.lora is not None:
+        add_lora(model.backbone, config.model.lora)
     model.load_state_dict(state)
     del state
     model.eval()
     origin = read_origin(source.parent, config)  # the last checkpoint, if the run has not ended
     output = run / EXPORT if output is None else Path(output)
     done = Exported(source)
+    if config.model.lora is not None:
+        _clear(output / ADAPTER)
+        save_adapter(model.backbone, config.model.lora, output / ADAPTER)
+        done.folders.append(output / ADAPTER)
+        merge_lora(model.backbone)
     for name, task in description.tasks.items():
-        part = description.model_copy(update={"tasks": {name: task}})
+        part = description.model_copy(update={"tasks": {name: task}, "joint": {}})
         folder = _write_folder(model, part, origin, output / "tasks" / name, done)
         if onnx:
             write_onnx(model, name, folder / ONNX_FILE)
@@ -93,7 +103,8 @@ def _describe(config: RunConfig, facts: ModelFacts) -> ModelDescription:
         )
         for name, task in config.tasks.items()
     }
-    return ModelDescription(backbone=facts.backbone, tasks=tasks)
+    joint = {name: list(group.tasks) for name, group in config.joint.items()}
+    return ModelDescription(backbone=facts.backbone, tasks=tasks, joint=joint)
 
 
 def _write_folder(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.predictor import Predictor, load_run
+from allinone_ds.evaluation.predictor import Predictor, load_run, predictor_of
 from allinone_ds.export.description import DESCRIPTION_FILE, ModelDescription
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import build_backbone
@@ -40,7 +40,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         model, config = load_run(folder, device, overrides)
-        return Predictor(model, {name: task.test_time for name, task in config.tasks.items()})
+        return predictor_of(model, config)
     for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: has no {name}; give a folder that `allinone-ds export` wrote, or a run's")
@@ -49,12 +49,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
             f"{folder}: an exported folder has no configuration to override ({' '.join(overrides)}); give the run's "
             "folder"
         )
-    model = build_exported(ModelDescription.read(folder))
+    description = ModelDescription.read(folder)
+    model = build_exported(description)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except RuntimeError as error:
         raise ConfigError(f"{folder}: {WEIGHTS_FILE} does not fit {DESCRIPTION_FILE}; export again: {error}") from error
-    return Predictor(model.to(device))
+    return Predictor(model.to(device), joint=description.joint)
 
 
 def build_exported(description: ModelDescription) -> AllInOneModel:

@@ -19,7 +19,7 @@ class FoundTask:
     """
 
     kind: str
-    """"detection", "segmentation" or "classification"."""
+    """A key of `allinone_ds.tasks.TASKS`."""
     layout: str
     """Name of the layout, for people."""
     train: dict[str, Any]

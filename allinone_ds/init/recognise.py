@@ -8,7 +8,7 @@ from pathlib import Path
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask
-from allinone_ds.init.layouts import classification, coco, hugging_face, label_maps, tables, voc, yolo
+from allinone_ds.init.layouts import classification, coco, dense_maps, hugging_face, label_maps, tables, voc, yolo
 
 FINDERS = {
     "`datasets`: a folder of save_to_disk, parquet files, or images with metadata.csv or metadata.jsonl that names "
@@ -19,6 +19,8 @@ FINDERS = {
     "COCO: a json with the lists images, annotations (with bbox) and categories, and the images": coco.find,
     "label maps: a folder of images and a folder of png files of the same names, whose pixels are class ids, or whose "
     "colours are classes": label_maps.find,
+    "maps: a folder of images, and folders called depth, normals, edges or saliency with a npy, png or tiff file per "
+    "image, of the same name": dense_maps.find,
     "a list: a txt file with `file class-id` per line, and the images": classification.find_lists,
     "a table: a csv file with a column of files and a column of classes, a column of 0 and 1 per class, or the corners "
     "of a box per row; and the images": tables.find,
@@ -64,12 +66,14 @@ def recognise(root: Path, name: str = "") -> dict[str, FoundTask]:
 
 
 def _find(tree: FileTree) -> list[FoundTask]:
-    """Return the tasks of the first layout that fits; boxes and label maps in one folder are two tasks."""
+    """Return the tasks of the first layout that fits; boxes, label maps and other maps in one folder are several."""
     tasks: list[FoundTask] = []
     for finder in FINDERS.values():
         if not tasks:
             tasks = finder(tree)
         elif finder is label_maps.find and len(tasks) == 1 and tasks[0].kind == "detection":
+            tasks = [*tasks, *finder(tree)]
+        elif finder is dense_maps.find and all(task.kind in ("detection", "segmentation") for task in tasks):
             tasks = [*tasks, *finder(tree)]
     return tasks
 

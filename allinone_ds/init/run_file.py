@@ -129,8 +129,9 @@ def _task(name: str, task: PlannedTask, gpu: bool) -> list[str]:
     split = found.test is None
     train, test = task.samples
     counts = f"{train} train and {test} test images{' after the split' if split else ''}"
-    lines = [f"  {_flow(name)}:", f"    # {found.layout}: {counts}, {len(task.classes)} classes"]
-    if found.classes is None:
+    classes = f", {len(task.classes)} classes" if task.classes else ""
+    lines = [f"  {_flow(name)}:", f"    # {found.layout}: {counts}{classes}"]
+    if found.classes is None and task.classes:
         lines += _comment("classes: " + _shown(task.classes))
     for note in found.notes:
         lines += _comment(f"NOT SURE: {note}")

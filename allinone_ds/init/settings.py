@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.formats.maps.values import DENSE_KINDS
 from allinone_ds.data.images import image_size
 from allinone_ds.errors import BrokenSample
 
@@ -35,11 +36,16 @@ class Machine:
 
 def machine_settings(gpu: bool) -> Machine:
     """Return the settings for a machine with or without a GPU."""
-    if gpu:
-        sides = {"detection": 644, "segmentation": 518, "classification": 224}
-        return Machine(14, sides, {"detection": 8, "segmentation": 8, "classification": 32}, (500, 20_000))
-    sides = {"detection": 128, "segmentation": 96, "classification": 64}
-    return Machine(8, sides, {"detection": 4, "segmentation": 4, "classification": 16}, (100, 1000))
+    sides = {"detection": 644, "segmentation": 518, "classification": 224}
+    batches = {"detection": 8, "segmentation": 8, "classification": 32}
+    steps = 500, 20_000
+    if not gpu:
+        sides = {"detection": 128, "segmentation": 96, "classification": 64}
+        batches = {"detection": 4, "segmentation": 4, "classification": 16}
+        steps = 100, 1000
+    for kind in DENSE_KINDS:  # a number per pixel, as in segmentation
+        sides[kind], batches[kind] = sides["segmentation"], batches["segmentation"]
+    return Machine(14 if gpu else 8, sides, batches, steps)
 
 
 def typical_size(dataset: SampleDataset) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions
 
@@ -82,7 +83,7 @@ class ArcFace(nn.Module):
             if labels is None:
                 return self.scale * cosines, self.scale * cosines
             rows = torch.arange(len(labels), device=labels.device)
-            margins = torch.tensor(self.margin_of_class, device=labels.device)[labels]  # (B,)
+            margins = constant(self.margin_of_class, labels)[labels]  # (B,)
             true = cosines[rows, labels].clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
             angles = true.acos()
             harder = torch.where(angles + margins <= math.pi, (angles + margins).cos(), true - margins * margins.sin())

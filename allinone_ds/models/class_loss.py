@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
@@ -32,9 +33,9 @@ class ClassLossOptions(Strict):
     class_weights: ClassWeights = None
     """Weight of each class in the loss, in the order of the classes; "balanced": 1 / (K * frequency) of its training
     data; None: all 1."""
-    focal_gamma: float = Field(0.0, ge=0)
+    focal_gamma: float = Field(default=0.0, ge=0)
     """Exponent of the factor (1 - p) ** gamma with which the loss of a target of probability p counts; 0: no factor."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the target that is spread over all classes in training."""
 
 
@@ -91,7 +92,7 @@ class ClassLoss:
             ignore_index: targets of this value do not count.
         """
         smoothing = self.options.label_smoothing if training else 0.0
-        weights = None if self.weights is None else logits.new_tensor(self.weights)
+        weights = None if self.weights is None else constant(self.weights, logits, logits.dtype)
         gamma = self.options.focal_gamma
         if not gamma:
             return F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum",

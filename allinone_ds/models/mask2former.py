@@ -22,6 +22,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import ModelOutput
 
+from allinone_ds.device_constants import constant, copied_to
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions, ClassWeights
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
@@ -128,6 +129,7 @@ class Mask2FormerSegmenter(nn.Module):
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
         self.net = _Decoders(self.config, num_classes)
+        self._criteria: dict[torch.device, _Criterion] = {}
 
     def needs_frequencies(self) -> bool:
         """Return whether `use_frequencies` would change something."""
@@ -136,6 +138,7 @@ class Mask2FormerSegmenter(nn.Module):
     def use_frequencies(self, frequencies: Sequence[float]) -> None:
         """Set balanced class weights from the frequencies of the classes among the masks of the training data."""
         self.class_loss.use_frequencies(frequencies)
+        self._criteria.clear()
 
     def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> ModelOutput:
         """Return the raw predictions, and the loss if label maps are given.
@@ -163,33 +166,56 @@ class Mask2FormerSegmenter(nn.Module):
         """
         zero = torch.stack([(value * 0.0).sum() for value in (*class_logits, *mask_logits)]).sum()
         known = masks != ignore_index
-        used = known.flatten(1).any(1).nonzero()[:, 0].tolist()  # images without truth are left out
+        classes_of = _classes_of(masks, known, class_logits[-1].shape[-1] - 1)
+        used = [i for i, classes in enumerate(classes_of) if classes]  # images without truth are left out
         if not used:
             return zero
-        class_labels = [masks[i][known[i]].long().unique() for i in used]
-        labels = [
-            (masks[i][None] == classes[:, None, None]).float() for i, classes in zip(used, class_labels, strict=True)
-        ]
-        unknown = (~known[used])[:, None].float()
+        device = masks.device
+        ids = copied_to(torch.tensor([k for classes in classes_of for k in classes]), device)
+        class_labels = list(ids.split([len(classes_of[i]) for i in used]))
+        if len(used) < len(classes_of):
+            rows = copied_to(torch.tensor(used), device)
+            masks, known = masks[rows], known[rows]
+            class_logits, mask_logits = ([value[rows] for value in values] for values in (class_logits, mask_logits))
+        labels = [(m[None] == classes[:, None, None]).float() for m, classes in zip(masks, class_labels, strict=True)]
+        unknown = (~known)[:, None].float()
         unknown = F.interpolate(unknown, mask_logits[-1].shape[-2:], mode="area") >= 0.5  # (B, 1, h, w)
         layers = [
-            {"class_queries_logits": c[used], "masks_queries_logits": m[used].masked_fill(unknown, _UNKNOWN_LOGIT)}
+            {"class_queries_logits": c, "masks_queries_logits": m.masked_fill(unknown, _UNKNOWN_LOGIT)}
             for c, m in zip(class_logits, mask_logits, strict=True)
         ]
+        return zero + self.matched_loss(layers, labels, class_labels)
+
+    def matched_loss(
+        self, layers: list[dict[str, Tensor]], mask_labels: list[Tensor], class_labels: list[Tensor]
+    ) -> Tensor:
+        """Return the loss of all layers' predictions, each matched with the masks of its image.
+
+        Args:
+            layers: for each layer {"class_queries_logits": (B, Q, K + 1), "masks_queries_logits": (B, Q, h, w)}.
+            mask_labels: for each image float (n, H, W).
+            class_labels: for each image (n,).
+        """
         weights = {
             "loss_cross_entropy": self.config.class_weight,
             "loss_mask": self.config.mask_weight,
             "loss_dice": self.config.dice_weight,
         }
-        # Built per call: as part of the model its buffer would be cast to bfloat16.
-        criterion = _Criterion(self.config, weights).to(masks.device)
-        if self.class_loss.weights is not None:
-            criterion.empty_weight[:-1] = criterion.empty_weight.new_tensor(self.class_loss.weights)
+        # not a part of the model, in which its buffer would be cast to bfloat16
+        device = layers[-1]["class_queries_logits"].device
+        if device not in self._criteria:
+            self._criteria[device] = _Criterion(self.config, weights, self.class_loss.weights).to(device)
+        criterion = self._criteria[device]
         parts = criterion(
-            **layers[-1], mask_labels=labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
+            **layers[-1], mask_labels=mask_labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
         )
         total = [value * weight for name, weight in weights.items() for key, value in parts.items() if name in key]
-        return zero + torch.stack(total).sum()
+        return torch.stack(total).sum()
+
+    @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of masks in label maps (B, H, W), one per class of an image: the loss is their mean."""
+        return sum(len(classes) - int(ignore_index in classes) for classes in (image.unique() for image in masks))
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
@@ -201,6 +227,20 @@ class Mask2FormerSegmenter(nn.Module):
         return torch.einsum("bqk,bqhw->bkhw", classes, outputs.masks_queries_logits.sigmoid())
 
     probabilities = scores
+
+
+def _classes_of(masks: Tensor, known: Tensor, num_classes: int) -> list[list[int]]:
+    """Return the classes in each label map, ascending; waits for the device once.
+
+    Args:
+        masks: (B, H, W) class ids.
+        known: (B, H, W), whether a pixel counts.
+        num_classes: K.
+    """
+    present = torch.zeros(len(masks), num_classes + 1, dtype=torch.bool, device=masks.device)
+    ids = torch.where(known, masks, num_classes).long().flatten(1)  # (B, H * W)
+    found = present.scatter_(1, ids, True)[:, :num_classes].tolist()
+    return [[k for k, is_there in enumerate(row) if is_there] for row in found]
 
 
 class _Decoders(Mask2FormerPreTrainedModel):
@@ -230,18 +270,34 @@ class _Decoders(Mask2FormerPreTrainedModel):
 class _Criterion(Mask2FormerLoss):
     """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
 
-    With class weights, the classification loss is divided as without them, so that a mask of weight w counts as w.
+    The classification loss of an image is the mean over its queries, as in `transformers`. That of a batch is the mean
+    over images, each counted as often as it has masks, so that the whole loss has one denominator. With class weights,
+    it is divided as without them, so that a mask of weight w counts as w.
     """
 
-    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
-        found = super().loss_labels(class_queries_logits, class_labels, indices)  # divided by the sum of the weights
-        matched = torch.cat([labels[j] for labels, (_, j) in zip(class_labels, indices, strict=True)])
-        others = self.eos_coef * (class_queries_logits.shape[:2].numel() - len(matched))
-        factor = (self.empty_weight[matched].sum() + others) / (len(matched) + others)
-        return {name: value * factor for name, value in found.items()}
+    def __init__(
+        self, config: Mask2FormerConfig, weights: dict[str, float], of_classes: Sequence[float] | None
+    ) -> None:
+        super().__init__(config, weights)
+        if of_classes is not None:
+            self.empty_weight[:-1] = torch.tensor(of_classes)
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        return torch.tensor(float(sum(len(classes) for classes in class_labels)), device=device)
+        return torch.full((), float(_things(class_labels)), device=device)
+
+    def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
+        total = class_queries_logits.new_zeros(())
+        for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
+            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]  # divided by all weights
+            others = self.eos_coef * (logits.shape[1] - len(matched[1]))
+            sum_of_weights = self.empty_weight[classes[matched[1]]].sum() + others
+            total = total + _things([classes]) * mean * sum_of_weights / (len(matched[1]) + others)
+        return {"loss_cross_entropy": total / _things(class_labels)}
+
+
+def _things(class_labels: Sequence[Tensor]) -> int:
+    """Return what the loss is the mean of: masks, and images without a mask."""
+    return sum(max(len(classes), 1) for classes in class_labels)
 
 
 class _Float32Positions(Mask2FormerSinePositionEmbedding):
@@ -275,7 +331,7 @@ class _Float32DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeform
         weights = self.attention_weights(queries).view(B, N, heads, levels * points)
         with torch.autocast(device.type, enabled=False):
             centers = torch.cat([_cell_centers(H, W, device) for H, W in spatial_shapes_list])  # (N, 2)
-            cells = torch.tensor([(W, H) for H, W in spatial_shapes_list], dtype=torch.float32, device=device)
+            cells = constant([(W, H) for H, W in spatial_shapes_list], hidden_states)
             locations = centers[None, :, None, None, None] + offsets.float() / cells[:, None]
             weights = weights.float().softmax(-1).view(B, N, heads, levels, points)
             sampled = multi_scale_deformable_attention(value.float(), spatial_shapes_list, locations, weights)

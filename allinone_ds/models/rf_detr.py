@@ -18,6 +18,7 @@ from transformers.models.rf_detr.modeling_rf_detr import (
     RfDetrScaleProjector,
 )
 
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
@@ -167,9 +168,14 @@ class RFDetrDetector(nn.Module):
         loss = torch.stack([criterion.of_layer(*layer, targets) for layer in layers]).sum()
         return loss + sum((value * 0.0).sum() for value in raw)
 
+    @staticmethod
+    def count_labels(labels: list[dict[str, Tensor]]) -> int:
+        """Return the number of boxes, by which the loss of a group of queries is divided."""
+        return sum(len(target["boxes"]) for target in labels)
+
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Return boxes (B, Q, 4) XYXY in pixels of the network's input and scores (B, Q, K) of all queries."""
-        limit = outputs.pred_boxes.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        limit = constant([self.image_size[1], self.image_size[0]] * 2, outputs.pred_boxes)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") * limit
         return boxes.clamp(min=0).minimum(limit), outputs.logits.sigmoid()
 
@@ -184,7 +190,7 @@ class RFDetrDetector(nn.Module):
             target_sizes=[self.image_size] * len(outputs.logits),
             top_k=self.max_detections,
         )
-        limit = outputs.logits.new_tensor([self.image_size[1], self.image_size[0]]).repeat(2)
+        limit = constant([self.image_size[1], self.image_size[0]] * 2, outputs.logits)
         for prediction in predictions:
             prediction["boxes"] = prediction["boxes"].clamp(min=0).minimum(limit)
         return predictions
@@ -206,7 +212,7 @@ class _Criterion(LwDetrImageLoss):
         """Match one layer's predictions and return the weighted sum of classification, box and GIoU losses."""
         outputs = {"logits": logits, "pred_boxes": boxes}
         indices = self.matcher(outputs, targets, self.group_detr)
-        count = max(self.group_detr * sum(len(target["boxes"]) for target in targets), 1)
+        count = self.group_detr * max(RFDetrDetector.count_labels(targets), 1)
         losses = self.loss_labels(outputs, targets, indices, count) | self.loss_boxes(outputs, targets, indices, count)
         return torch.stack([value * self.weights[name] for name, value in losses.items()]).sum()
 

@@ -98,6 +98,11 @@ class LogitSegmenter(nn.Module, ABC):
         return out
 
     @staticmethod
+    def count_labels(masks: Tensor, ignore_index: int) -> int:
+        """Return the number of pixels of label maps (B, H, W) that the loss is the mean of."""
+        return int((masks != ignore_index).sum())
+
+    @staticmethod
     def scores(outputs: Any) -> Tensor:
         """Return scores (B, K, h, w), the largest of which is the predicted class."""
         return outputs.logits
@@ -138,14 +143,7 @@ class LightSegmenter(LogitSegmenter):
 
     def __init__(self, num_classes: int, channels: int, num_levels: int, options: LightOptions) -> None:
         super().__init__(num_classes, options)
-        width = options.width
-        layers: list[nn.Module] = [nn.GELU()]
-        for _ in range(options.num_convs):
-            layers += _conv(width, width)
-        for _ in range(options.upsamples):
-            half = max(width // 2, 16)
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), *_conv(width, half)]
-            width = half
+        layers, width = upsampling_layers(options.width, options.num_convs, options.upsamples)
         if options.dropout:
             layers.append(nn.Dropout2d(options.dropout))
         self.fuse = Fuse(channels, num_levels, options.width)
@@ -227,6 +225,24 @@ def segmentation_loss(
     loss = loss or ClassLoss(logits.shape[1], ClassLossOptions())  # type: ignore[call-arg]
     total = loss(logits, masks.long(), training, ignore_index)
     return total / (masks != ignore_index).sum().clamp(min=1)
+
+
+def upsampling_layers(width: int, num_convs: int, upsamples: int) -> tuple[list[nn.Module], int]:
+    """Return the layers of a light decoder after `Fuse`, and the channels of their output.
+
+    Args:
+        width: channels of the input.
+        num_convs: 3x3 convolutions at the resolution of the input.
+        upsamples: doublings of the resolution, each followed by a 3x3 convolution to half the channels, at least 16.
+    """
+    layers: list[nn.Module] = [nn.GELU()]
+    for _ in range(num_convs):
+        layers += _conv(width, width)
+    for _ in range(upsamples):
+        half = max(width // 2, 16)
+        layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), *_conv(width, half)]
+        width = half
+    return layers, width
 
 
 def _conv(channels: int, out_channels: int) -> list[nn.Module]:

@@ -96,7 +96,9 @@ def memory_parts(
     elif norm == "delayed":
         balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm != "exact" or bool(groups))}
-    buffers = engine.bucket * engine.buckets * engine.weight_bytes if engine.stage in (2, 3) else 0
+    # DeepSpeed reduces what has accumulated on ZeRO-1, and each gradient as it comes on ZeRO-2 and 3
+    in_buffers = engine.gradient_bytes if engine.stage == 1 else engine.weight_bytes
+    buffers = 0 if engine.stage == 0 or engine.wraps_bf16 else engine.bucket * engine.buckets * in_buffers
     buffers += engine.weight_bytes * _gathered(engine, sizes, norm)
     if (norm != "exact" or groups) and engine.fp32_accumulation:  # for the reduced local gradients
         buffers += 4 * part

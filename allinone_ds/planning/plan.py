@@ -26,6 +26,7 @@ from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.strict import did_you_mean
+from allinone_ds.tasks import task_class
 
 DEFAULT_CLASSES = 100
 """Number of classes of a task whose data cannot be read and for which no number is given."""
@@ -43,7 +44,7 @@ class Plan:
         memory: part -> bytes on the GPU.
         host: part -> bytes in the host's memory per GPU.
         moved: purpose -> bytes sent in one optimizer step.
-        activations: task -> bytes in one micro-step; the largest of them is in `memory`.
+        activations: task or joint group -> bytes in one micro-step; the largest of them is in `memory`.
         choices: one {"stage", "norm", "memory", "moved"} per stage and norm that the weighting allows, in total bytes.
         notes: assumptions of the plan.
     """
@@ -102,8 +103,10 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
-    activations = activation_bytes(model, batches, dtype, checkpointing, notes)
-    moments = _moments(str(trainer.get("optim", "adamw_torch")), notes)
+    joint = {name: group.tasks for name, group in config.joint.items()}
+    activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
+    notes += [f"{name}: what a joint group sends is counted as that of separate tasks" for name in joint]
+    moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
@@ -149,6 +152,8 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
 
 def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
     """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
+    if not task_class(config.tasks[name].type).has_classes:
+        return 0
     if name in given:
         return given[name]
     source = config.tasks[name].train_source
@@ -165,6 +170,6 @@ def _moments(optim: str, notes: list[str]) -> int:
     """Return the number of float32 values that the optimizer keeps per element, in addition to the weight."""
     if optim == "sgd":
         return 0
-    if not optim.startswith("adamw"):
+    if optim != "auto" and not optim.startswith("adamw"):
         notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")
     return 2

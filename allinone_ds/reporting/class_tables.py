@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from allinone_ds.reporting.html_page import table
+from allinone_ds.reporting.html.page import table
 from allinone_ds.reporting.run_history import Run
 
 ROWS = 40

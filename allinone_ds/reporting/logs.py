@@ -37,6 +37,7 @@ class TaskLogs:
         images: task -> images of one step over all ranks.
         device: device of the sums.
         max_broken_images: number of unreadable images that the whole run may have.
+        groups: task of a joint group -> the group, which is in the schedule instead.
 
     Attributes:
         pace: measures the time of the steps.
@@ -52,30 +53,39 @@ class TaskLogs:
     """
 
     def __init__(
-        self, schedule: Schedule, images: Mapping[str, int], device: torch.device, max_broken_images: int
+        self,
+        schedule: Schedule,
+        images: Mapping[str, int],
+        device: torch.device,
+        max_broken_images: int,
+        groups: Mapping[str, str] | None = None,
     ) -> None:
         self.schedule = schedule
+        members = {name: [task for task, own in (groups or {}).items() if own == name] for name in schedule.tasks}
+        self.tasks = {task: name for name, tasks in members.items() for task in tasks or [name]}  # -> in the schedule
         self.device = device
         self.max_broken_images = max_broken_images
         self.pace = Pace(images, device)
         self.warnings: list[str] = []
         self._means = Means(device)
-        self._low = LowShares(schedule.tasks, device)
+        self._low = LowShares(tuple(self.tasks), device)
         self._gram_report: StepReport | None = None  # the last one with a Gram matrix
         self._broken: dict[str, str] = {}  # message by file, of this rank since the last log
         self._broken_files: set[str] = set()  # of all ranks and the whole run, as of the last log
 
     def add(self, report: StepReport) -> None:
-        """Add the values of one step."""
+        """Add the values of one step; a task without any label in it has none."""
         shares = update_shares(report.norms, report.scales)
-        self._low.add(shares)
+        none = torch.full((), torch.nan, device=self.device)  # a tensor of a number would wait for the device
+        self._low.add({task: shares.get(task, none) for task in self.tasks})
         values: dict[str, Tensor] = {}
-        for task in self.schedule.tasks:
-            values[f"loss/{task}"] = report.losses[task]
-            values[f"grad_norm/{task}/raw"] = report.norms[task]
-            values[f"grad_norm/{task}/scale"] = report.scales[task]
-            values[f"grad_norm/{task}/scaled"] = report.norms[task] * report.scales[task]
-            values[f"grad_norm/{task}/share"] = shares[task]
+        for task in self.tasks:
+            norm, scale = report.norms.get(task, none), report.scales.get(task, none)
+            values[f"loss/{task}"] = report.losses.get(task, none)
+            values[f"grad_norm/{task}/raw"] = norm
+            values[f"grad_norm/{task}/scale"] = scale
+            values[f"grad_norm/{task}/scaled"] = norm * scale
+            values[f"grad_norm/{task}/share"] = shares.get(task, none)
         self._means.add(values)
         if report.gram is not None:
             self._gram_report = report
@@ -97,7 +107,7 @@ class TaskLogs:
             logs = self._means.drain()
             self.warnings = self._low.drain(logs)
         logs.update(self.pace.drain())
-        logs.update({f"epoch/{task}": self.schedule.epoch(task, step) for task in self.schedule.tasks})
+        logs.update({f"epoch/{task}": self.schedule.epoch(name, step) for task, name in self.tasks.items()})
         logs["broken_images"] = self._count_broken()
         if self._gram_report is not None:
             logs.update({f"cosine/{a}/{b}": value for (a, b), value in self._gram_report.cosines().items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from allinone_ds.data.augmentation.transforms import eval_transform, train_transform
 from allinone_ds.data.base import Sample, SampleDataset
+from allinone_ds.data.joint.dataset import JointDataset, view_of
 from allinone_ds.data.loading.further_samples import FurtherSamples
 from allinone_ds.data.loading.random_state import own_random_state, seed_all
 from allinone_ds.data.loading.schedule import Draw, Schedule
@@ -19,7 +21,7 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, Task, task_class
-from allinone_ds.tasks.drawing import FONT, FONT_SIZE, to_pil
+from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, to_pil
 
 _CELL = 320  # longer side of one picture in pixels
 _GAP = 6  # pixels between pictures
@@ -29,11 +31,13 @@ _LINE = FONT_SIZE + 8  # height of a line of text in pixels
 def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
     """Draw the first samples of the run as each branch of each task's augmentation transforms them.
 
+    The samples of a joint group have the truth of all its tasks side by side, dark where a task has none.
+
     The first row shows the samples after the plain resize. Pixels of a mask without a class (255) are dark.
 
     Args:
         config: the run; only its training data is read.
-        output: NAME.png stands for one NAME-TASK.png per task.
+        output: NAME.png stands for one NAME-TASK.png per task, and one NAME-GROUP.png per joint group.
         samples: number of columns.
 
     Returns:
@@ -47,27 +51,47 @@ def preview_run(config: RunConfig, output: Path, samples: int) -> list[Path]:
         raise ConfigError(f"--output {output}: the name must end in .png, .jpg or .jpeg")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, task in config.tasks.items():
-        dataset = open_source(task.train_source, config.data_root)
-        drawer = truth_drawer(task.type, dataset.kind)
+    for name, images in config.images.items():
+        dataset = open_source(images.train_source, config.data_root)
+        draw_truth = _drawer(config, name, dataset)
         seed = config.trainer.get("data_seed")
         seed = config.trainer.get("seed", 42) if seed is None else seed  # 42 is Trainer's default
         chosen = _readable(dataset, Schedule(seed, {name: len(dataset)}, {name: (1, 1)}, 1), name, samples)
-        plain = eval_transform(task.image_size)
-        rows = [("plain resize", [draw_sample(plain(sample), dataset.classes, drawer) for _, sample in chosen])]
-        transform = train_transform(task.augment, task.image_size, dataset.kind)
+        plain = eval_transform(images.image_size)
+        rows = [("plain resize", [draw_truth(plain(sample)) for _, sample in chosen])]
+        transform = train_transform(images.augment, images.image_size, dataset.kind)
         with own_random_state():
             for branch, probability in transform.probabilities.items():
                 transform_of_branch, pictures = transform.only(branch), []
                 for draw, sample in chosen:
                     seed_all(draw.seed)
                     further = FurtherSamples(dataset, [], config.max_broken_images)
-                    pictures.append(draw_sample(transform_of_branch(sample, further), dataset.classes, drawer))
+                    pictures.append(draw_truth(transform_of_branch(sample, further)))
                 rows.append((f"{branch}: {probability:.0%} of the samples", pictures))
         file = output.with_name(f"{output.stem}-{name}{output.suffix}")
         _sheet(rows).save(file)
         written.append(file)
     return written
+
+
+def _drawer(config: RunConfig, name: str, dataset: SampleDataset) -> Callable[[Sample], Tensor]:
+    """Return what draws the truth of a transformed sample of a task, or that of all tasks of a joint group."""
+    if not isinstance(dataset, JointDataset):
+        drawer = truth_drawer(config.tasks[name].type, dataset.kind)
+        return lambda sample: draw_sample(sample, dataset.classes, drawer)
+    drawers = {task: truth_drawer(config.tasks[task].type, dataset.kinds[task]) for task in config.joint[name].tasks}
+
+    def draw_all(sample: Sample) -> Tensor:
+        pictures = []
+        for task, drawer in drawers.items():
+            if task in sample["targets"]:
+                pictures.append(draw_sample(view_of(sample, task), dataset.classes_of[task], drawer, f"{task}: "))
+            else:
+                dark = {"image": tv_tensors.Image(sample["image"].as_subclass(Tensor) // 4)}
+                pictures.append(draw_sample(dark, [], None, f"{task}: no label"))
+        return beside(*pictures)
+
+    return draw_all
 
 
 def _readable(dataset: SampleDataset, schedule: Schedule, task: str, count: int) -> list[tuple[Draw, Sample]]:
@@ -99,13 +123,14 @@ def truth_drawer(type_name: str, kind: str) -> type[Task]:
     return TASKS.get(kind, task) if task.draw_truth is Task.draw_truth else task
 
 
-def draw_sample(sample: Sample, classes: list[str], drawer: type[Task]) -> Tensor:
+def draw_sample(sample: Sample, classes: list[str], drawer: type[Task] | None, title: str = "") -> Tensor:
     """Return a transformed sample as a picture, uint8 (3, h, w), whose longer side has a fixed length.
 
     Args:
         sample: the sample; everything in it that is a `tv_tensors` is resized to the picture.
         classes: class names of its data set.
-        drawer: the class whose `draw_truth` draws it.
+        drawer: the class whose `draw_truth` draws it; None draws nothing.
+        title: beginning of the line of text above the picture.
     """
     height, width = sample["image"].shape[-2:]
     factor = _CELL / max(height, width)
@@ -116,7 +141,8 @@ def draw_sample(sample: Sample, classes: list[str], drawer: type[Task]) -> Tenso
     for key, value in sample.items():
         if isinstance(value, tv_tensors.TVTensor):
             resized[key] = F.resize(value, size, interpolation, antialias=not small)
-    return _titled(*drawer.draw_truth(resized, classes))
+    drawn, text = (resized["image"].as_subclass(Tensor), "") if drawer is None else drawer.draw_truth(resized, classes)
+    return _titled(drawn, title + text)
 
 
 def _titled(image: Tensor, text: str) -> Tensor:

@@ -11,11 +11,13 @@ import yaml
 
 from allinone_ds.evaluation.metrics import labelled_metrics
 from allinone_ds.reporting.class_tables import class_sections
-from allinone_ds.reporting.html_page import document, figure, image, table
+from allinone_ds.reporting.html.page import document, figure, image, table
+from allinone_ds.reporting.html.transfer import transfer_section
 from allinone_ds.reporting.plots import Lines, describe, evaluation_lines, series, svg
-from allinone_ds.reporting.run_history import Run, dotted_values, read_run
+from allinone_ds.reporting.run_history import Run, read_run
 from allinone_ds.reporting.text import clock
 from allinone_ds.run_folder.names import PAGE_FILE, REPORT_FILE
+from allinone_ds.strict import dotted_values
 
 MAX_EVENTS = 50
 """Starts, stops and warnings listed per run, the latest ones."""
@@ -48,7 +50,14 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     target = Path(output) if output is not None else runs[0].folder / REPORT_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
-    sections = [_results(runs), _differences(runs), _events(runs), _plots(runs), _last_values(runs)]
+    sections = [
+        _results(runs),
+        transfer_section(runs),
+        _differences(runs),
+        _events(runs),
+        _plots(runs),
+        _last_values(runs),
+    ]
     sections += [class_sections(runs), _predictions(runs)]
     target.write_text(document(title, [*sections, *(_configuration(run) for run in runs)]))
     return target
@@ -216,13 +225,13 @@ def _predictions(runs: Sequence[Run]) -> str:
         for number in range(min(PICTURES_ALONE if len(runs) == 1 else PICTURES_BESIDE, most)):
             drawn = {run.label: run.pictures[task][number] for run in runs if number < len(run.pictures.get(task, []))}
             rows.append([_picture(task, number, file, label if len(runs) > 1 else "") for label, file in drawn.items()])
-        if not rows:
+        files = [file for run in runs for file in (*run.pictures.get(task, ()), *run.worst.get(task, ()))]
+        if not rows and (len(runs) > 1 or not files):  # a task of a joint group has only those of low scores
             continue
-        first = next(run.pictures[task][0] for run in runs if run.pictures.get(task))
-        small = " small" if _png_width(first) < 400 else ""
+        small = " small" if _png_width(files[0]) < 400 else ""
         parts.append(f"<h3>{escape(task)}</h3>")
         if len(runs) == 1:
-            parts += [f'<div class="pictures{small}">', *(row[0] for row in rows), "</div>"]
+            parts += [f'<div class="pictures{small}">', *(row[0] for row in rows), "</div>"] if rows else []
             parts += _lowest_scores(runs[0], task, small)
         else:
             parts += [f'<div class="pictures beside{small}">' + "".join(row) + "</div>" for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,18 +139,3 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def _text(file: Path) -> str:
     return file.read_text() if file.is_file() else ""
-
-
-def dotted_values(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping with dotted keys.
-
-    Example:
-        >>> dotted_values({"trainer": {"max_steps": 4}, "name": "demo"})
-        {'trainer.max_steps': 4, 'name': 'demo'}
-    """
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found.update(dotted_values(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return found

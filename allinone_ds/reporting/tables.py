@@ -10,6 +10,7 @@ from rich.table import Table
 from allinone_ds.evaluation.metrics import Evaluation
 
 if TYPE_CHECKING:
+    from allinone_ds.evaluation.transfer import Transfer
     from allinone_ds.planning.plan import Plan
 
 
@@ -50,6 +51,36 @@ def plan_tables(plan: Plan, config: str) -> Iterator[str | Table]:
         cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
         table.add_row(*cells, style="bold" if planned else None)
     yield table
+
+
+def transfer_tables(transfer: Transfer) -> Iterator[str | Table]:
+    """Yield the comparison of multi-task runs with single-task models: a table, and the tasks that got worse.
+
+    Args:
+        transfer: what `compare_runs` returned.
+    """
+    runs = range(len(transfer.runs))
+    table = _table("gain over single-task models", "task", "metric", right=("alone", *transfer.runs))
+    for row in transfer.rows:
+        arrow = "\N{UPWARDS ARROW}" if row.greater_is_better else "\N{DOWNWARDS ARROW}"
+        cells = (f"{v:.4g} {percent(gain):>8}" for v, gain in zip(row.values, row.gains, strict=True))
+        table.add_row(row.task, f"{row.metric} {arrow}", f"{row.baseline:.4g}", *cells)
+    table.add_row("mean gain", "Delta m", "", *map(percent, transfer.mean_gains), style="bold")
+    if len(transfer.runs) > 1:
+        table.add_row("mean rank", "1 is best", "", *(f"{rank:.2f}" for rank in transfer.mean_ranks))
+    yield table
+    for run in runs:
+        yield f"{transfer.runs[run]}: worse than alone: {', '.join(transfer.worse(run)) or 'no task'}"
+
+
+def percent(gain: float | None) -> str:
+    """Return a gain with its sign.
+
+    Example:
+        >>> percent(2.345), percent(None)
+        ('+2.3%', 'n/a')
+    """
+    return "n/a" if gain is None else f"{gain:+.1f}%"
 
 
 def _bytes_table(parts: dict[str, int], title: str, total: bool = True) -> Table:

@@ -123,7 +123,10 @@ class AllInOneArguments(TrainingArguments):
         default="none", metadata={"help": "Trackers, for example `wandb` or `tensorboard`."}
     )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "On: progress is one line of text per log."})
-    optim: str = field(default="adamw_torch", metadata={"help": "An optimizer of torch, which needs no compiler."})
+    optim: str = field(
+        default="auto",
+        metadata={"help": "`auto`: AdamW of torch, fused on a GPU unless the optimizer is offloaded to the CPU."},
+    )
 
     def __post_init__(self) -> None:
         mistakes = [f"trainer.{message}" for wrong, message in self._rules() if wrong]
@@ -136,6 +139,8 @@ class AllInOneArguments(TrainingArguments):
                 self.bf16 = True  # Trainer requires that both agree
         if not torch.cuda.is_available() and not torch.xpu.is_available():
             self.use_cpu = True
+        if self.optim == "auto":
+            self.optim = default_optim(bool(self.use_cpu), self.deepspeed)
         if self.use_cpu:
             spare_cpu_kernel()
         self.chosen_direction = self.greater_is_better  # Trainer's guess from the metric's name replaces None
@@ -258,6 +263,7 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
     """Return a copy of the DeepSpeed config that does not clip gradients and saves gathered weights; and mistakes."""
     content = copy.deepcopy(given) if isinstance(given, dict) else read_deepspeed(given)
     mistakes = []
+    content.setdefault("timers", {"throughput": {"enabled": False}})  # its timer waits for the device in every step
     clip = content.setdefault("gradient_clipping", 0.0)  # the default of DeepSpeed is 1.0
     if clip == "auto":
         content["gradient_clipping"] = clip = 0.0
@@ -281,6 +287,22 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
     elif zero.get("stage") == 3:  # else checkpoints would hold no weights that load without DeepSpeed
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return content, mistakes + [f"deepspeed{problem}" for problem in config_problems(content)]
+
+
+def default_optim(use_cpu: bool, deepspeed: Any) -> str:
+    """Return what the optimizer "auto" stands for.
+
+    Args:
+        use_cpu: whether the model is on the CPU.
+        deepspeed: content of the DeepSpeed config, valid or not.
+
+    Example:
+        >>> default_optim(False, {"zero_optimization": {"stage": 2}})
+        'adamw_torch_fused'
+    """
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, Mapping) else None
+    offloads = isinstance(zero, Mapping) and bool(zero.get("offload_optimizer") or zero.get("cpu_offload"))
+    return "adamw_torch" if use_cpu or offloads else "adamw_torch_fused"
 
 
 _BATCH_KEYS = {
@@ -337,7 +359,7 @@ def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -
 
     Args:
         config: configuration of the run.
-        samples: task -> number of its training samples.
+        samples: task or joint group -> number of its training samples.
         ranks: number of ranks R.
 
     Example:
@@ -349,8 +371,8 @@ def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -
     if config.epochs is None:
         return None
     [(name, count)] = config.epochs.items()
-    task = config.tasks[name]
-    return math.ceil(count * samples[name] / (task.batch_size * task.micro_steps * ranks))
+    images = config.images[name]
+    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
 
 
 def arguments_from_config(config: RunConfig) -> AllInOneArguments:
@@ -373,9 +395,6 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         per_device_train_batch_size=config.step_images,  # read by DeepSpeed and for samples per second
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
-        head_weight_decay={
-            name: task.weight_decay for name, task in config.tasks.items() if task.weight_decay is not None
-        }
-        or None,
+        head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
         **trainer,
     )

@@ -11,15 +11,19 @@ from allinone_ds.data.base import SampleDataset, raise_problems
 from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
 from allinone_ds.data.inspection.targets import target_problems
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.joint.batches import JointCollate, by_task
+from allinone_ds.data.joint.dataset import JointDataset
+from allinone_ds.data.loading.task_data import Collate, Joint, TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.architectures import chosen_indices
 from allinone_ds.models.backbone import BackboneConfig, build_backbone, own_fields
 from allinone_ds.models.freezing import freeze_backbone
+from allinone_ds.models.lora import add_lora
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig
+from allinone_ds.run_config.task_config import JointConfig, TaskConfig
 from allinone_ds.tasks import TASKS, build_task, task_class
 from allinone_ds.tasks.test_time import view_sizes
 
@@ -28,7 +32,7 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks` and `model.freeze` are used.
+        config: configuration of the run; only `tasks`, `model.freeze` and `model.lora` are used.
         facts: backbone configuration and class names.
 
     Raises:
@@ -36,6 +40,8 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """
     backbone = build_backbone(facts.backbone)
     freeze_backbone(backbone, config.model.freeze)
+    if config.model.lora is not None:
+        add_lora(backbone, config.model.lora)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()
@@ -53,28 +59,29 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
 
 
 def open_train_data(config: RunConfig) -> dict[str, TaskData]:
-    """Return {task: training data}.
+    """Return {task or joint group: training data}.
 
     Raises:
         DataError: invalid data; the message names the file.
     """
     data = {}
-    for name, task in config.tasks.items():
-        dataset = open_source(task.train_source, config.data_root)
-        _check_kind(f"tasks.{name}.train", task.type, dataset)
+    for name, images in config.images.items():
+        dataset = open_source(images.train_source, config.data_root)
+        collate, joint = _checked(config, name, images, "train", dataset)
         data[name] = TaskData(
             dataset=dataset,
-            transform=train_transform(task.augment, task.image_size, dataset.kind),
-            collate=task_class(task.type).collate,
-            batch_size=task.batch_size,
-            micro_steps=task.micro_steps,
-            cache=task.cache,
+            transform=train_transform(images.augment, images.image_size, dataset.kind),
+            collate=collate,
+            batch_size=images.batch_size,
+            micro_steps=images.micro_steps,
+            cache=images.cache,
+            joint=joint,
         )
     return data
 
 
 def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str, TaskData]:
-    """Return {task: test data} for the tasks with test data, with the class ids of the training data.
+    """Return {task or joint group: test data} where there is test data, with the class ids of the training data.
 
     Args:
         config: configuration of the run.
@@ -84,29 +91,54 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
         DataError: invalid data; the message names the file.
     """
     data = {}
-    for name, task in config.tasks.items():
-        source = task.test_source
+    for name, images in config.images.items():
+        source = images.test_source
         if source is not None:
-            dataset = open_source(source, config.data_root, classes=classes[name])
-            _check_kind(f"tasks.{name}.test", task.type, dataset)
+            known = {task: classes[task] for task in images.tasks} if isinstance(images, JointConfig) else classes[name]
+            dataset = open_source(source, config.data_root, known)
+            collate, joint = _checked(config, name, images, "test", dataset)
             data[name] = TaskData(
                 dataset=dataset,
-                transform=eval_transform(task.image_size),
-                collate=task_class(task.type).collate,
-                batch_size=task.eval_batch_size or task.batch_size,
-                cache=task.cache,
-                test_time=task.test_time,
+                transform=eval_transform(images.image_size),
+                collate=collate,
+                batch_size=images.eval_batch_size or images.batch_size,
+                cache=images.cache,
+                test_time=None if isinstance(images, JointConfig) else images.test_time,
+                joint=joint,
             )
     return data
 
 
-def _check_kind(where: str, task_type: str, dataset: SampleDataset) -> None:
+def classes_of(data: Mapping[str, TaskData]) -> dict[str, list[str]]:
+    """Return {task: its class names} of opened data."""
+    return {name: list(part.dataset.classes) for name, part in by_task(data).items()}
+
+
+def _checked(
+    config: RunConfig, name: str, images: TaskConfig | JointConfig, part: str, dataset: SampleDataset
+) -> tuple[Collate, Joint | None]:
+    """Return what makes batches, and the joint group, after the kinds of the data were compared with the tasks."""
+    if isinstance(images, TaskConfig):
+        _check_kind(f"tasks.{name}.{part}", images.type, dataset.kind)
+        return task_class(images.type).collate, None
+    assert isinstance(dataset, JointDataset)  # GroupSource has checked it
+    classes = {task: task_class(config.tasks[task].type) for task in images.tasks}
+    for task in images.tasks:
+        _check_kind(f"joint.{name}.{part}, task '{task}'", config.tasks[task].type, dataset.kinds[task])
+    collate = JointCollate(
+        {task: cls.collate for task, cls in classes.items()}, {task: cls.unlabelled for task, cls in classes.items()}
+    )
+    test_time = {task: config.tasks[task].test_time for task in images.tasks}
+    return collate, Joint(tuple(images.tasks), images.at, {t: views for t, views in test_time.items() if views})
+
+
+def _check_kind(where: str, task_type: str, found: str) -> None:
     """Refuse data of another kind than the task reads; a custom task may read any."""
-    kind = TASKS[task_type].kind if task_type in TASKS else dataset.kind
-    if dataset.kind != kind:
+    kind = TASKS[task_type].kind if task_type in TASKS else found
+    if found != kind:
         raise ConfigError(
-            f"{where}: the data is for {dataset.kind}, the task is a {task_type}; choose a format of data for {kind}, "
-            f"or set type: {dataset.kind}"
+            f"{where}: the data is for {found}, the task is a {task_type}; choose a format of data for {kind}, "
+            f"or set type: {found}"
         )
 
 
@@ -117,23 +149,28 @@ def inspect_data(config: RunConfig, train: Mapping[str, TaskData], test: Mapping
 
     Args:
         config: configuration of the run.
-        train: {task: training data}.
-        test: {task: test data}, where there is any.
+        train: {task or joint group: training data}.
+        test: {task or joint group: test data}, where there is any.
 
     Raises:
         DataError: nothing can be learned from the data of a task, or all its test images are training images.
     """
-    for name, task in config.tasks.items():
+    for name, images in config.images.items():
         if name in test:
             pair = train[name].dataset, test[name].dataset
             pair[0].structural, pair[1].structural = unused_by_both(pair[0].structural, pair[1].structural)
         for part in (train, test):
             if name in part:
                 dataset = part[name].dataset
-                problems = [*target_problems(dataset, task.image_size, part is train), *depths_at_start(dataset)]
+                problems = [
+                    problem
+                    for seen in by_task({name: part[name]}).values()
+                    for problem in target_problems(seen.dataset, images.image_size, part is train)
+                ]
+                problems += depths_at_start(dataset)
                 if part is test:
                     problems += overlap_at_start(train[name].dataset, dataset)
-                raise_problems(f"task '{name}'", problems)
+                raise_problems(f"{'task' if name in config.tasks else 'joint group'} '{name}'", problems)
                 dataset.structural = [*problems, *dataset.structural]
 
 

@@ -19,28 +19,16 @@ from pydantic import (
 )
 
 from allinone_ds.balance.assignment import check_groups
+from allinone_ds.balance.joint.block import feature_weighting
 from allinone_ds.balance.options import BalancerConfig, combination_error
-from allinone_ds.data.augmentation.branches import Augment, AugmentConfig
-from allinone_ds.data.augmentation.transforms import train_transform
-from allinone_ds.data.base import SourceConfig
-from allinone_ds.data.combination import Split, combine
-from allinone_ds.data.formats.common.class_names import ClassNames
-from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.models.freezing import Freeze
+from allinone_ds.models.lora import LoraOptions
 from allinone_ds.run_config.engine_settings import read_engine
+from allinone_ds.run_config.task_config import ImagesConfig, JointConfig, TaskConfig
 from allinone_ds.run_config.yaml_files import DEEPSPEED, read_deepspeed, read_yaml
 from allinone_ds.strict import ConfigPath, Strict, check_task_name, did_you_mean, explain
-from allinone_ds.tasks.test_time import TestTime
-
-
-def _height_width(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _augment_file(value: Any) -> Any:
-    return read_yaml(value) if isinstance(value, str) else value
 
 
 def _named_callback(value: Any) -> Any:
@@ -71,80 +59,27 @@ class ModelConfig(Strict):
     """The shared backbone."""
     freeze: Freeze | None = None
     """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
+    lora: LoraOptions | None = None
+    """Train adapters (LoRA) instead of the backbone's weights, which are frozen; null: train the weights."""
     start_from: ConfigPath | None = None
     """Folder of an earlier run or checkpoint with the same backbone, whose weights the run starts from. The head of a
     task whose name or classes differ starts from random weights."""
 
-
-class TaskConfig(Strict):
-    """One task: its head, its data and the number of its images per optimizer step."""
-
-    type: str
-    """"detection", "segmentation", "classification", or "module:Class" for a custom task."""
-    head: str | None = None
-    """Name of the head; None is the default head of the task."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the head."""
-    image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_height_width)]
-    """(height, width) in pixels that images are resized to; a single number is both."""
-    batch_size: PositiveInt
-    """Images per micro-batch and rank."""
-    eval_batch_size: PositiveInt | None = None
-    """Images per evaluation batch and rank; None is `batch_size`."""
-    micro_steps: PositiveInt = 1
-    """Micro-batches per optimizer step and rank."""
-    lr_factor: PositiveFloat = 1.0
-    """Learning rate of the head divided by `trainer.learning_rate`."""
-    weight_decay: NonNegativeFloat | None = None
-    """Weight decay of the head; None is `trainer.weight_decay`."""
-    test_time: TestTime | None = None
-    """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
-    classes: ClassNames | None = None
-    """Class names in the order of the labels, or a text file with one name per line, for all sources of the task; None:
-    those of the first source."""
-    train: Sources
-    """The training data: a source, or a list of sources."""
-    test: Sources | None = None
-    """The evaluation data. None: the task is trained, but not evaluated, unless `split` is set."""
-    split: Split | None = None
-    """Fraction of the training data that is evaluated on instead, in place of `test`."""
-    cache: bool = False
-    """Keep decoded images in memory; for small images, where decoding dominates the loading time."""
-    augment: Annotated[Augment, BeforeValidator(_augment_file)] = Field(default=[], validate_default=True)
-    """A list of transforms; `branches`, i.e. lists of which one is drawn per sample; or a file that holds either."""
-
-    @field_validator("augment")
-    @classmethod
-    def _buildable(cls, value: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
-        """Report invalid names and options when the file is read, not when training starts."""
-        if "image_size" in info.data and "type" in info.data:
-            kind = None if ":" in info.data["type"] else info.data["type"]
-            train_transform(value, info.data["image_size"], kind)
-        return value
-
     @model_validator(mode="after")
-    def _sources_fit(self) -> TaskConfig:
-        """Refuse keys of the data that would have no effect."""
-        if self.split is not None and self.test is not None:
-            raise ConfigError("'test' and 'split' are both set; remove one: 'split' takes test data from 'train'")
-        if isinstance(self.train, SourceConfig) and self.train.weight != 1:
-            raise ConfigError(f"train.weight = {self.train.weight:g}, but there is no second source; remove it")
-        test = [] if self.test is None else [self.test] if isinstance(self.test, SourceConfig) else self.test
-        if any(source.weight != 1 for source in test):
-            raise ConfigError("test: 'weight' has no effect, every test sample is evaluated once; remove it")
+    def _lora_adapts_something(self) -> ModelConfig:
+        if self.lora is not None and self.freeze is not None:
+            raise ConfigError("'freeze' and 'lora' are both set; remove 'freeze': with adapters all weights are frozen")
+        if self.lora is not None and self.start_from is None and self.backbone.checkpoint is None:
+            raise ConfigError("'lora' would adapt a backbone of random weights; set backbone.checkpoint or start_from")
         return self
 
-    @property
-    def train_source(self) -> SourceConfig:
-        """The training data as one source, for `open_source`."""
-        return combine(self.train, self.classes, self.split)
 
-    @property
-    def test_source(self) -> SourceConfig | None:
-        """The evaluation data as one source, for `open_source`; None if there is none."""
-        if self.split is not None:
-            return combine(self.train, self.classes, self.split, "test")
-        return None if self.test is None else combine(self.test, self.classes)
+_OF_GROUP = {
+    "image_size": 1,
+    "batch_size": 1,
+    "train": {"format": "script", "dataset": "joint", "samples": 0, "reason": "its images are those of a joint group"},
+}
+"""What a task of a joint group has until it joins the group."""
 
 
 class RunConfig(Strict):
@@ -166,11 +101,13 @@ class RunConfig(Strict):
     """What all tasks share."""
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     """The tasks by name; null instead of a task drops that of a base."""
+    joint: dict[str, JointConfig] = Field(default_factory=dict)
+    """Groups of tasks that read one image set, by name; see docs/joint.md."""
     balancer: BalancerConfig = Field(default_factory=BalancerConfig)
     """`name` of the weighting and its options, and the options of TaskBalancer."""
     epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)
-    """{task: number of epochs}: length of the run as passes over the training data of one task, instead of
-    `trainer.max_steps`."""
+    """{task: number of epochs}: length of the run as passes over the training data of one task or joint group, instead
+    of `trainer.max_steps`."""
     early_stopping: EarlyStopping | None = None
     """End the run when its evaluations no longer improve."""
     callbacks: list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_callback)]] = Field(default=[])
@@ -190,13 +127,59 @@ class RunConfig(Strict):
             check_task_name(name)
         return value
 
+    @field_validator("joint")
+    @classmethod
+    def _usable_group_names(cls, value: dict[str, JointConfig], info: ValidationInfo) -> dict[str, JointConfig]:
+        for name in value:
+            check_task_name(name)
+            if name in info.data.get("tasks", {}):
+                raise ConfigError(f"joint.{name}: a task has this name too; give the group a different one")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tasks_of_groups(cls, content: Any) -> Any:
+        """Fill in the keys that tasks of joint groups take from their groups once these are validated."""
+        groups, tasks = (content.get(key) if isinstance(content, dict) else None for key in ("joint", "tasks"))
+        if not isinstance(groups, dict) or not isinstance(tasks, dict):
+            return content
+        owner: dict[str, str] = {}
+        completed = dict(tasks)
+        for group, keys in groups.items():
+            names = keys.get("tasks") if isinstance(keys, dict) else None
+            for name in names if isinstance(names, list) else []:
+                where = f"joint.{group}.tasks: '{name}'"
+                if name in owner:
+                    again = "is listed twice" if owner[name] == group else f"is also a task of joint.{owner[name]}"
+                    raise ConfigError(f"{where} {again}; a task belongs to one group, once")
+                if name not in tasks:
+                    raise ConfigError(f"{where} is not defined in 'tasks'; {did_you_mean(str(name), tasks)}")
+                owner[name] = group
+                if isinstance(tasks[name], dict):
+                    own = [key for key in tasks[name] if key in (*ImagesConfig.model_fields, "train", "test")]
+                    if own:
+                        raise ConfigError(
+                            f"tasks.{name}.{own[0]}: the task belongs to joint.{group}, whose images it reads; remove "
+                            f"the key, or set joint.{group}.{own[0]}"
+                        )
+                    completed[name] = {**tasks[name], **_OF_GROUP}
+        return {**content, "tasks": completed}
+
+    @model_validator(mode="after")
+    def _join_tasks(self) -> RunConfig:
+        for name, group in self.joint.items():
+            group.settle(name, self.tasks)
+            for task in group.tasks:
+                self.tasks[task].join(task, group)
+        return self
+
     @model_validator(mode="after")
     def _check_length(self) -> RunConfig:
         if self.early_stopping is not None and self.trainer.get("eval_strategy", "no") in ("no", False):
             raise ConfigError("early_stopping: it needs evaluations; set trainer.eval_strategy to steps")
         for name in self.epochs or {}:
-            if name not in self.tasks:
-                raise ConfigError(f"epochs.{name}: the run has no such task; {did_you_mean(name, self.tasks)}")
+            if name not in self.images:
+                raise ConfigError(f"epochs.{name}: the run has no such task; {did_you_mean(name, self.images)}")
         return self
 
     @property
@@ -207,7 +190,15 @@ class RunConfig(Strict):
     @property
     def step_images(self) -> int:
         """Images per rank and optimizer step."""
-        return sum(task.batch_size * task.micro_steps for task in self.tasks.values())
+        return sum(part.batch_size * part.micro_steps for part in self.images.values())
+
+    @property
+    def images(self) -> dict[str, TaskConfig | JointConfig]:
+        """The tasks that have images of their own and the joint groups by name, in the order in which a step runs them:
+        a group in the place of its first task."""
+        group_of = {task: name for name, group in self.joint.items() for task in group.tasks}
+        names = dict.fromkeys(group_of.get(task, task) for task in self.tasks)
+        return {name: self.joint[name] if name in self.joint else self.tasks[name] for name in names}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -303,6 +294,17 @@ def check_balancer(config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"balancer: {error}") from error
     engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
+    for name, group in config.joint.items():
+        if balancer.norm != "exact" or balancer.parallel != "data":
+            raise ConfigError(
+                f"balancer: norm = '{balancer.norm}' with parallel = '{balancer.parallel}' and joint.{name}: a joint "
+                "group needs norm='exact' and parallel='data'"
+            )
+        if group.at == "features":
+            try:
+                feature_weighting(balancer.weighting())
+            except ConfigError as error:
+                raise ConfigError(f"joint.{name}.at = 'features': {error}") from error
     refusal = combination_error(
         balancer.norm, balancer.parallel, balancer.weighting(), engine.stage, engine.keeps_local_gradients
     )

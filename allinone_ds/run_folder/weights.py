@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.names import WEIGHTS_FILE
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """The weights in a safetensors file by name, float32 on the CPU, each read when it is asked for.
+
+    A process holds only what it keeps, and the processes of a host share the pages of the file.
+
+    Args:
+        file: the safetensors file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with safe_open(file, "pt") as content:
+            self.shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with safe_open(self._file, "pt") as content:
+            return _float32(content.get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of weights by name, without reading those of a file."""
+    return weights.shapes if isinstance(weights, SavedWeights) else {n: tuple(w.shape) for n, w in weights.items()}
+
+
+def open_weights(folder: str | Path) -> tuple[Mapping[str, Tensor], Path]:
+    """Return what `read_weights` does, but read the tensors of a safetensors file only when they are asked for."""
+    for place in [Path(folder), *reversed(checkpoints(folder))]:
+        if (place / WEIGHTS_FILE).is_file():
+            return SavedWeights(place / WEIGHTS_FILE), place / WEIGHTS_FILE
+        if shards_of(place) is not None:
+            break
+    return read_weights(folder)
 
 
 def read_weights(folder: str | Path, prefer_shards: bool = False) -> tuple[dict[str, Tensor], Path]:

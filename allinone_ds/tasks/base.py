@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from allinone_ds.data.base import Sample
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict, did_you_mean, explain
 from allinone_ds.tasks.details import Details
+from allinone_ds.tasks.frequencies import count_classes
 from allinone_ds.tasks.test_time import TestTime, View
 
 _ERRORS = re.compile(r"(loss|error|err|mse|mae|mape|epe|rel|distance|nll|perplexity)(_|\b|$)")
@@ -75,8 +76,12 @@ class Task(nn.Module, ABC):
     greater_is_better: ClassVar[Mapping[str, bool]] = {}
     pipeline_tag: ClassVar[str | None] = None
     HEADS: ClassVar[Mapping[str, type[Strict]]] = {}
+    has_classes: ClassVar[bool] = True
+    """Whether the data has class names; without, `classes` is empty."""
     shown_score: float | None = None
     """Predictions with a lower score are neither drawn nor written to JSON; None: predictions have no such score."""
+    frequencies: list[float] | None = None
+    """What `use_frequencies` received at the start of training; None: nothing was counted."""
 
     def __init__(
         self,
@@ -125,9 +130,9 @@ class Task(nn.Module, ABC):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         """Return the raw predictions, and the loss if labels are given.
 
-        The loss is a mean over the micro-batch of one rank, and a task's gradient is the plain mean of its losses over
-        micro-steps and ranks. Splitting a batch differently therefore leaves the gradient unchanged only where all
-        micro-batches average over equally many items (images, valid pixels, objects).
+        The loss is a sum over the micro-batch of one rank, divided by `count_labels` of it, or by 1 if that is 0. The
+        trainer weights losses so that a task's gradient is the sum over all micro-steps and ranks, divided by the
+        labels of all of them: it does not depend on how the images are divided into micro-batches.
 
         Args:
             features: `num_levels` maps (B, C, H / stride, W / stride), in the dtype of the weights.
@@ -146,6 +151,31 @@ class Task(nn.Module, ABC):
 
         `pixel_values` (B, 3, H, W) are uint8 (`stack_pixels`) or normalised (`stack_images`).
         """
+
+    def count_labels(self, labels: Any) -> int | None:
+        """Return how many things (valid pixels, objects) the loss of a micro-batch is divided by, 1 instead of 0.
+
+        The default, None, stands for the number of images.
+
+        Args:
+            labels: what `collate` returned under "labels", on the CPU.
+        """
+        return None
+
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        """Return a sample with the same image whose targets are empty or ignored.
+
+        A joint group needs it for batches in which no image has a label of the task. `forward` must give a finite loss
+        for it that depends on every weight of the head; this loss then counts nothing.
+
+        Args:
+            sample: a transformed sample, which may lack the keys of the kind.
+        """
+        raise ConfigError(
+            "a batch of a joint group has no label of one of its tasks, whose class has no method `unlabelled`; add "
+            "it, see docs/adding-a-task.md"
+        )
 
     @abstractmethod
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -259,22 +289,40 @@ class Task(nn.Module, ABC):
         return None
 
     def samples_to_count(self) -> int:
-        """Return how many training samples to read for `use_frequencies`; 0, the default: the task needs none."""
+        """Return how many training samples to read for `use_samples`; 0, the default: the task needs none."""
         return 0
 
-    def class_shares(self, sample: Sample) -> Tensor | None:
-        """Return which part of a sample's targets each class has (K,), with the sum 1; None for no target.
+    def use_samples(self, samples: Iterable[Sample]) -> str | None:
+        """Set what depends on the training data, before training begins.
 
-        Called only with a `samples_to_count` above 0.
+        The default counts the classes for `use_frequencies`. Called only with a `samples_to_count` above 0.
+
+        Args:
+            samples: as many training samples, evenly spread over the data, the same on every rank.
+
+        Returns:
+            What was found, for the log; None if no sample has a target.
+        """
+        return count_classes(self, samples)
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        """Return which part of a sample's targets each class has (K,); None for no target.
+
+        The sum is 1, unless the classes do not exclude each other; then NaN stands for an unknown one. A kind without
+        classes returns other numbers of its targets, which `use_frequencies` understands.
         """
         raise NotImplementedError
 
-    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+    def use_frequencies(self, frequencies: Sequence[float]) -> str | None:
         """Set what depends on the frequencies of the classes in the training data, before training begins.
 
         Args:
-            frequencies: K fractions with the sum 1.
+            frequencies: K fractions, the means of `class_shares`.
+
+        Returns:
+            What the log says of them; None: the frequencies of the classes.
         """
+        return None
 
     def check_test_time(self, options: TestTime) -> None:
         """Check that the task can predict and merge the views; by default it can merge none.

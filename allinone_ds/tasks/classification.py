@@ -90,10 +90,16 @@ class ClassificationTask(Task):
         labels = torch.tensor([int(sample["label"]) for sample in samples])
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        return {**sample, "label": 0}
+
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return for each image the "label" (int) and the "scores" (K,), the probabilities of all classes."""
-        return [{"label": int(p.argmax()), "scores": p} for p in outputs.logits.float().softmax(-1)]
+        scores = outputs.logits.float().softmax(-1)  # (B, K)
+        labels = scores.argmax(-1).tolist()
+        return [{"label": label, "scores": row} for label, row in zip(labels, scores, strict=True)]
 
     def metric(self) -> ClassificationMetric:
         return ClassificationMetric(len(self.classes))

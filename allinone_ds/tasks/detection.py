@@ -36,8 +36,8 @@ class DetectionTask(Task):
     """Predicts boxes of `classes`.
 
     Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long}. Crowd
-    boxes are not targets, and the metric ignores predictions inside them. Loss: mean over the objects of the
-    micro-batch (over their positive locations for the head `fcos`).
+    boxes are not targets, and the metric ignores predictions inside them. Loss: sum over the micro-batch, divided by
+    its objects (by their positive locations for the head `fcos`).
 
     Example:
         >>> import torch
@@ -89,6 +89,13 @@ class DetectionTask(Task):
             keep = torch.ones(len(boxes), dtype=torch.bool) if crowd is None else ~crowd.bool()
             labels.append({"boxes": boxes[keep], "labels": sample["labels"].long()[keep]})
         return {"pixel_values": stack_pixels(samples), "labels": labels}
+
+    def count_labels(self, labels: Any) -> int:
+        return self.detector.count_labels(labels)
+
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        return {**sample, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "iscrowd": None}
 
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

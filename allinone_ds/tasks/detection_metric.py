@@ -13,7 +13,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from allinone_ds.data.base import Sample
-from allinone_ds.distributed import gather_objects
+from allinone_ds.distributed import broadcast_object, gather_objects, rank
 from allinone_ds.tasks.details import MAX_COUNTED, Details, class_details
 
 COCO_LIMIT = 100
@@ -62,11 +62,18 @@ class DetectionMetric:
             self.images.append((predicted, truth_of(sample)))
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics, the same on every rank; every rank must call it."""
+        """Return the metrics, the same on every rank; every rank must call it. Rank 0 computes them."""
         self._all = [image for of_rank in gather_objects(self.images) for image in of_rank]
         self._precision, self._classes = None, []
         if not self._all:
             return {"map50": 0.0, "map": 0.0}
+        self._precision, self._classes = broadcast_object(self._measured() if rank() == 0 else None)
+        assert self._precision is not None
+        found = {"map50": _mean(self._precision[0, :, :, 0]), "map": _mean(self._precision[:, :, :, 0])}
+        return {key: 0.0 if math.isnan(value) else value for key, value in found.items()}  # NaN: no object in the truth
+
+    def _measured(self) -> tuple[Tensor, list[int]]:
+        """Return the precisions over all images, and the labels of their third axis."""
         metric = MeanAveragePrecision(
             box_format="xyxy",
             iou_type="bbox",
@@ -80,10 +87,7 @@ class DetectionMetric:
         metric.update([predicted for predicted, _ in self._all], [truth for _, truth in self._all])
         result = metric.compute()
         # The summary of pycocotools has no "map" unless 100 is among the limits, so the means are computed here.
-        self._precision = torch.as_tensor(result["precision"])[..., -1:]
-        self._classes = result["classes"].reshape(-1).tolist()
-        found = {"map50": _mean(self._precision[0, :, :, 0]), "map": _mean(self._precision[:, :, :, 0])}
-        return {key: 0.0 if math.isnan(value) else value for key, value in found.items()}  # NaN: no object in the truth
+        return torch.as_tensor(result["precision"])[..., -1:].clone(), result["classes"].reshape(-1).tolist()
 
     def details(self, classes: Sequence[str]) -> Details:
         """Return what `compute` found for every class, and the mAP for each size that the truth contains.

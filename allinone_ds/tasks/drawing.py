@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +17,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 FONT_SIZE = 13
 _SMALLEST = 320  # minimum length of the shorter side of a drawing in pixels, so that text on it is readable
+_WIDEST = 2000  # pixels of a row of drawings
 _BACKGROUND = ("background", "bg", "unlabeled", "unlabelled", "void")
 _LINE = FONT_SIZE + 6  # height of a line of text in pixels
 
@@ -111,12 +112,29 @@ def legend(image: Tensor, entries: list[tuple[str, tuple[int, int, int]]]) -> Te
     return _with_strip(image, [(name, color) for name, color in entries], above=False)
 
 
-def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Return two drawings next to each other; the one of smaller height is padded with white."""
-    height = max(left.shape[-2], right.shape[-2])
-    left, right = (F.pad(x, (0, 0, 0, height - x.shape[-2]), value=255) for x in (left, right))
-    gap = torch.full((3, height, 6), 255, dtype=torch.uint8)
-    return torch.cat([left, gap, right], dim=-1)
+def beside(*drawings: Tensor) -> Tensor:
+    """Return drawings next to each other; those of smaller height are padded with white."""
+    height = max(drawing.shape[-2] for drawing in drawings)
+    padded = [F.pad(x, (0, 6, 0, height - x.shape[-2]), value=255) for x in drawings]  # with a gap of 6 pixels
+    return torch.cat(padded, dim=-1)[..., :-6]
+
+
+def sheet(image: Tensor, drawings: Mapping[str, Tensor]) -> Tensor:
+    """Return an image and the drawings of several tasks on it, in rows, each under its name.
+
+    Args:
+        image: uint8 (3, H, W).
+        drawings: task -> uint8 (3, H', W').
+    """
+    panels = [caption(enlarge(image.cpu())[0], ["image"]), *(caption(d, [task]) for task, d in drawings.items())]
+    rows: list[list[Tensor]] = [[]]
+    for panel in panels:
+        if rows[-1] and sum(p.shape[-1] for p in rows[-1]) + panel.shape[-1] > _WIDEST:
+            rows.append([])
+        rows[-1].append(panel)
+    drawn = [beside(*row) for row in rows]
+    width = max(row.shape[-1] for row in drawn)
+    return torch.cat([F.pad(row, (0, width - row.shape[-1], 0, 6), value=255) for row in drawn], dim=-2)
 
 
 def _with_strip(image: Tensor, entries: list[tuple[str, tuple[int, int, int] | None]], above: bool) -> Tensor:

@@ -10,8 +10,17 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
 from allinone_ds.tasks.classification import ClassificationTask
+from allinone_ds.tasks.dense.depth import DepthTask
+from allinone_ds.tasks.dense.edges import EdgesTask
+from allinone_ds.tasks.dense.normals import NormalsTask
+from allinone_ds.tasks.dense.saliency import SaliencyTask
 from allinone_ds.tasks.detection import DetectionTask
+from allinone_ds.tasks.objects.instances import InstancesTask
+from allinone_ds.tasks.objects.keypoints import KeypointsTask
 from allinone_ds.tasks.segmentation import SegmentationTask
+from allinone_ds.tasks.vectors.attributes import AttributesTask
+from allinone_ds.tasks.vectors.regression import RegressionTask
+from allinone_ds.tasks.vectors.retrieval import RetrievalTask
 
 if TYPE_CHECKING:
     from allinone_ds.models.backbone import Backbone
@@ -20,6 +29,15 @@ TASKS: dict[str, type[Task]] = {
     "detection": DetectionTask,
     "segmentation": SegmentationTask,
     "classification": ClassificationTask,
+    "depth": DepthTask,
+    "normals": NormalsTask,
+    "edges": EdgesTask,
+    "saliency": SaliencyTask,
+    "attributes": AttributesTask,
+    "regression": RegressionTask,
+    "retrieval": RetrievalTask,
+    "keypoints": KeypointsTask,
+    "instances": InstancesTask,
 }
 """Class of each task kind. A new kind needs one more line here and nothing elsewhere in the package."""
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers.utils import ModelOutput
 
@@ -25,7 +24,7 @@ from allinone_ds.models.segmenters import (
 from allinone_ds.tasks.base import Prediction, Task
 from allinone_ds.tasks.details import Details, class_details, ratio
 from allinone_ds.tasks.drawing import beside, caption, draw_mask, enlarge, enlarge_mask, legend, palette
-from allinone_ds.tasks.test_time import TestTime, View
+from allinone_ds.tasks.test_time import TestTime, View, merged_views, resized
 
 __all__ = ["SegmentationMetric", "SegmentationOutput", "SegmentationTask"]
 
@@ -69,6 +68,9 @@ class SegmentationTask(Task):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         return self.segmenter(features, labels, IGNORE)
 
+    def count_labels(self, labels: Any) -> int:
+        return self.segmenter.count_labels(labels, IGNORE)
+
     def samples_to_count(self) -> int:
         return _COUNTED if self.segmenter.needs_frequencies() else 0
 
@@ -87,11 +89,16 @@ class SegmentationTask(Task):
         labels = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples])
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
+    @staticmethod
+    def unlabelled(sample: Sample) -> Sample:
+        size = sample["image"].shape[-2:]
+        return {**sample, "mask": torch.full(size, IGNORE, dtype=torch.uint8)}
+
     @torch.no_grad()
     def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return for each image a "mask" (H, W) uint8 of class ids."""
         scores = self.segmenter.scores(outputs)
-        return [_argmax(_resize(s[None], size)) for s, size in zip(scores, sizes, strict=True)]
+        return [_argmax(resized(s[None], size)) for s, size in zip(scores, sizes, strict=True)]
 
     def check_test_time(self, options: TestTime) -> None:
         """Accept all views: each can be merged."""
@@ -99,26 +106,8 @@ class SegmentationTask(Task):
     @torch.no_grad()
     def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return masks of the mean class probabilities: over the windows that contain a pixel, then over the views."""
-        total: list[Tensor | float] = [0.0] * len(sizes)
-        for view in views:
-            scores = self._view_scores(view)
-            if view.flipped:
-                scores = scores.flip(-1)
-            total = [t + _resize(s[None], size) for t, s, size in zip(total, scores, sizes, strict=True)]
-        return [_argmax(scores) for scores in total if isinstance(scores, Tensor)]
-
-    def _view_scores(self, view: View) -> Tensor:
-        """Return class probabilities: (B, K, H, W) put together from windows, or (B, K, h, w) of a view without."""
-        parts = [self.segmenter.probabilities(outputs) for outputs in view.outputs]
-        if len(parts) == 1:
-            return parts[0]
-        H, W = (min(side, window) for side, window in zip(view.size, self.image_size, strict=True))
-        total = parts[0].new_zeros(*parts[0].shape[:2], *view.size)
-        count = total.new_zeros(view.size)
-        for part, (top, left) in zip(parts, view.corners, strict=True):
-            total[..., top : top + H, left : left + W] += _resize(part, (H, W))
-            count[top : top + H, left : left + W] += 1
-        return total / count
+        total = merged_views(views, sizes, self.image_size, self.segmenter.probabilities)
+        return [_argmax(scores) for scores in total]
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(len(self.classes))
@@ -170,10 +159,6 @@ class SegmentationTask(Task):
 
     def example_labels(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, *self.image_size, dtype=torch.uint8)
-
-
-def _resize(scores: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(scores.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _argmax(scores: Tensor) -> Prediction:

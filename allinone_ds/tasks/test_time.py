@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
 
 from allinone_ds.strict import Strict
 
@@ -101,3 +104,49 @@ def _starts(side: int, window: int) -> list[int]:
     step = max(window - window // _OVERLAP, 1)
     last = max(side - window, 0)
     return [*range(0, last, step), last]
+
+
+def merged_views(
+    views: Sequence[View],
+    sizes: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    values: Callable[[Any], Tensor],
+    unflipped: Callable[[Tensor], Tensor] = lambda values: values.flip(-1),
+) -> list[Tensor]:
+    """Return the mean over views of the maps of each image, (1, C, H, W) at its size; windows are averaged before.
+
+    Args:
+        views: outputs for each view.
+        sizes: (H, W) of each original image in pixels.
+        window: largest (H, W) of a window in pixels.
+        values: returns (B, C, h, w) that may be averaged, of the outputs of one forward.
+        unflipped: returns the values of a mirrored view as they are in the image.
+    """
+    totals: list[Tensor | None] = [None] * len(sizes)
+    for view in views:
+        maps = _joined(view, window, values)
+        if view.flipped:
+            maps = unflipped(maps)
+        for place, (each, size) in enumerate(zip(maps, sizes, strict=True)):
+            before, added = totals[place], resized(each[None], size)
+            totals[place] = added if before is None else before + added
+    return [total / len(views) for total in totals if total is not None]
+
+
+def _joined(view: View, window: tuple[int, int], values: Callable[[Any], Tensor]) -> Tensor:
+    """Return maps (B, C, H, W) put together from windows, or (B, C, h, w) of a view without."""
+    parts = [values(outputs) for outputs in view.outputs]
+    if len(parts) == 1:
+        return parts[0]
+    H, W = (min(side, most) for side, most in zip(view.size, window, strict=True))
+    total = parts[0].new_zeros(*parts[0].shape[:2], *view.size)
+    count = total.new_zeros(view.size)
+    for part, (top, left) in zip(parts, view.corners, strict=True):
+        total[..., top : top + H, left : left + W] += resized(part, (H, W))
+        count[top : top + H, left : left + W] += 1
+    return total / count
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps (B, C, h, w) interpolated to (H, W), float32."""
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 
+from allinone_ds.distributed import extend_timeouts
 from allinone_ds.errors import RunError
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.background_saver import BackgroundSaver
@@ -142,6 +143,7 @@ class DurableTrainer(Trainer):
             load_engine(self, Path(resume_from_checkpoint))
         if self.args.stall_timeout:
             self._watch = StallWatch(self.args.stall_timeout)
+            extend_timeouts(self.args.stall_timeout + 300)  # the watch names the rank that the others wait for
             engine: Any = self.deepspeed
             engine.module.register_forward_pre_hook(self._mark_forward, with_kwargs=True)
         return prepared

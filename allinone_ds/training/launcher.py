@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from allinone_ds.errors import INTERRUPTED, REQUEUE, RunFailed
+from allinone_ds.errors import INTERRUPTED, REQUEUE, ConfigError, RunFailed
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.names import EVENTS_FILE, LOG_FILE
@@ -68,10 +68,30 @@ def launch_command(config: str, overrides: Sequence[str], ranks: int) -> list[st
         ranks: number of processes.
     """
     # the command that `deepspeed --num_accelerators N --module ...` starts, without its 5 seconds of imports
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": accelerators(ranks)}).encode()).decode()
     launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--log_level=error"]
     launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "--module"]
     return [*launcher, "allinone_ds.train", config, *overrides]
+
+
+def accelerators(ranks: int) -> list[int | str]:
+    """Return the accelerator of each rank: those of CUDA_VISIBLE_DEVICES, which the launcher of DeepSpeed sets anew.
+
+    Args:
+        ranks: number of processes on this machine.
+
+    Raises:
+        ConfigError: the variable names fewer GPUs.
+    """
+    named = [name for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if (name := entry.strip())]
+    if not named or not gpu_count():
+        return list(range(ranks))
+    if len(named) < ranks:
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={','.join(named)} names {len(named)} GPU(s) for {ranks} ranks; name one per rank, "
+            f"or start {len(named)} rank(s) with --nproc {len(named)}"
+        )
+    return list(named[:ranks])
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots
@@ -17,6 +17,7 @@ from allinone_ds.reporting.report import write_predictions_page, write_report
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
 from allinone_ds.run_config.build import (
     build_model,
+    classes_of,
     inspect_data,
     open_test_data,
     open_train_data,
@@ -79,7 +80,7 @@ def _train(
     train_data = open_train_data(config)
     sizes = {name: len(data.dataset) for name, data in train_data.items()}
     args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
-    classes = {name: list(data.dataset.classes) for name, data in train_data.items()}
+    classes = classes_of(train_data)
     test_data = open_test_data(config, classes)
     if not resume_from:
         inspect_data(config, train_data, test_data)

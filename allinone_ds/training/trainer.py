@@ -17,10 +17,13 @@ from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
-from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
+from allinone_ds.data.joint.batches import by_task, task_names
+from allinone_ds.data.loading.ahead import ahead
+from allinone_ds.data.loading.loader import StepBatch, train_loader
 from allinone_ds.data.loading.schedule import Schedule
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
-from allinone_ds.evaluation.evaluate import tasks_of, to_device
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
@@ -32,13 +35,14 @@ from allinone_ds.run_folder.event_log import EventLog, find_callback
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
+from allinone_ds.training.label_weights import LabelWeights, block, losses_of
 from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
-from allinone_ds.zero.params import cast_unpartitioned
+from allinone_ds.zero.params import cast_unpartitioned, move_buffers
 
 
 class EpochFromStep(TrainerCallback):
@@ -113,14 +117,15 @@ class AllInOneTrainer(EvaluatingTrainer):
     ) -> None:
         known_tasks = tasks_of(model)
         known = set(known_tasks)
-        wrong = sorted(known ^ set(train_dataset)) + sorted(set(eval_dataset or {}) - known)
+        train_data, test_data = by_task(train_dataset), by_task(eval_dataset or {})
+        wrong = sorted(known ^ set(train_data)) + sorted(set(test_data) - known)
         if wrong:
             raise ConfigError(
                 f"the tasks of model and data differ: {', '.join(wrong)}; provide data for each of {sorted(known)}"
             )
         require_launcher()
-        raise_all(argument_problems(args, {name: known_tasks[name] for name in eval_dataset or {}}))
-        settle_direction(args, known_tasks, set(eval_dataset or {}))
+        raise_all(argument_problems(args, {name: known_tasks[name] for name in test_data}))
+        settle_direction(args, known_tasks, set(test_data))
         weighting = TBGC() if weighting is None else weighting
         self._gaps: list[str] = []
         self.run_files = find_callback(callbacks, RunFiles)
@@ -143,6 +148,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
+            move_buffers(model, args.device)
         self.weighting = weighting
         self._shared: Any = "backbone"
         self._first_head = next(iter(known_tasks))
@@ -165,13 +171,21 @@ class AllInOneTrainer(EvaluatingTrainer):
         ]
         self.own_micro_batches = micro_batches[args.process_index]
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
+        self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
+        self.tasks = task_names(train_dataset)
+        self._label_weights = LabelWeights(
+            known_tasks,
+            {task: data.micro_steps * args.world_size for task, data in train_data.items()},
+            {name: joint.tasks for name, joint in self.joint.items()},
+        )
         self.balancer: TaskBalancer | None = None
         self.trackers = use_own_trackers(self)
         self._logs = TaskLogs(
             self.schedule,
-            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_dataset.items()},
+            {task: data.batch_size * data.micro_steps * args.world_size for task, data in train_data.items()},
             args.device,
             args.max_broken_images,
+            {task: name for name, joint in self.joint.items() for task in joint.tasks},
         )
         self._frequencies: dict[str, list[float]] = {}
         self._counted: list[str] = []
@@ -179,7 +193,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._streaks = NonFiniteStreaks(self.schedule.tasks, args.nonfinite_limit)
+        self._streaks = NonFiniteStreaks(self.tasks, args.nonfinite_limit)
 
     # ---- state of the training loop ----
 
@@ -242,6 +256,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             self.state.max_steps,
             self.args.dataloader_num_workers,
             self.args.max_broken_images,
+            self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             share=self.own_micro_batches,
         )
 
@@ -255,7 +270,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in self._gaps:
+        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
             self.warn(self.state.global_step, gap)
         return super().train(*args, **kwargs)
 
@@ -266,7 +281,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                 check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
                 self._frequencies |= saved_frequencies(self._resumed)
             data: Any = self.train_dataset
-            datasets = {task: of_task.dataset for task, of_task in data.items()}
+            datasets = {task: of_task.dataset for task, of_task in by_task(data).items()}
             self._counted += use_frequencies(tasks_of(self.model), datasets, self._frequencies)
         return super()._prepare_for_training(*args, **kwargs)
 
@@ -319,29 +334,35 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.balancer is None or self.balancer.engine is not model:
             self.balancer = TaskBalancer(
                 model,
-                self.schedule.tasks,
+                self.tasks,
                 self._shared,
                 self.weighting,
                 nonfinite=self.args.nonfinite,
                 **self.balancer_options,
             )
+            self.stop_signal.travel_with(self.balancer)
         if self._resumed is not None:
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
-        for task, batches in inputs.batches.items():
-            with self.balancer.task(task, micro_steps=len(batches)):
+        weights = self._label_weights.of_step(inputs.batches)
+        copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
+        for name, batches in inputs.batches.items():
+            joint = self.joint.get(name)
+            what = f"task '{name}'" if joint is None else f"joint group '{name}'"
+            with block(self.balancer, name, joint, len(batches), frozen=self.weighting_unused):
                 for number, batch in enumerate(batches, 1):
-                    where = f"step {inputs.step}, task '{task}', micro-step {number} of {len(batches)}"
+                    where = f"step {inputs.step}, {what}, micro-step {number} of {len(batches)}"
                     self.mark(where)
                     try:
-                        outputs = model(task=task, **to_device(batch, self.args.device))
-                        self.balancer.backward(outputs.loss)
+                        losses = losses_of(model, name, joint, next(copies), weights, number - 1)
+                        self.balancer.backward(losses)
                     except (torch.OutOfMemoryError, RuntimeError) as error:
                         shape = tuple(batch["pixel_values"].shape)
-                        explained = out_of_memory(error, where, task, shape, self.args.process_index)
+                        keys = f"{'joint' if joint else 'tasks'}.{name}"
+                        explained = out_of_memory(error, where, keys, shape, self.args.process_index)
                         if explained is None:
                             raise
                         raise explained from error
@@ -351,7 +372,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
         self._logs.add(report)
-        return torch.stack([report.losses[task].float() for task in self.schedule.tasks]).sum()
+        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
 
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, PreTrainedConfig, TrainerCallback
 
+from allinone_ds.distributed import rank
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.models.lora import is_adapter, name_without_lora
 from allinone_ds.models.pretrained import LoadedWeights
 from allinone_ds.run_config.run_files import read_run_files
-from allinone_ds.run_folder.weights import read_weights
-from allinone_ds.zero.params import whole_on_rank_0, whole_shape
+from allinone_ds.run_folder.weights import open_weights, shapes_of
+from allinone_ds.zero.params import is_partitioned, whole_on_rank_0, whole_shape
 
 _DERIVED = ("out_indices", "out_features", "stage_names", "dtype", "architectures", "transformers_version")
 """Settings of a backbone that do not change what its weights compute."""
@@ -39,14 +41,22 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
         ConfigError: the folder is not that of a run, or its backbone differs.
     """
     _, facts = read_run_files(folder)
-    state, source = read_weights(folder)
+    state, source = open_weights(folder)
+    saved = shapes_of(state)
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    adapted = any(is_adapter(name) for name in saved)
+    theirs = {name: name if adapted else name_without_lora(name) for name in (*tensors, *model.state_dict())}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
-    fits = {name for name, shape in shapes.items() if name in state and tuple(state[name].shape) == shape}
+    fits = {name for name, shape in shapes.items() if saved.get(theirs[name]) == shape}
     kept = set(model.state_dict())
-    wrong = [n for n in shapes if n.startswith("backbone.") and n in kept and n not in fits]
+    wrong = [n for n in shapes if n.startswith("backbone.") and n in kept and n not in fits and not is_adapter(n)]
+    if wrong and adapted:
+        raise ConfigError(
+            f"model.start_from: the backbone in {source} has LoRA adapters, which this run's model.lora lacks; set the "
+            "same model.lora, or export that run and set model.backbone.checkpoint to its OUTPUT/backbone"
+        )
     if wrong:
-        found = tuple(state[wrong[0]].shape) if wrong[0] in state else "absent"
+        found = saved.get(theirs[wrong[0]], "absent")
         raise ConfigError(
             f"model.start_from: the backbone in {source} differs from this run's: {wrong[0]} is {found} there and "
             f"{shapes[wrong[0]]} in this run; use the same model.backbone"
@@ -62,13 +72,14 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
             untrained.append(name)
     for name, value in tensors.items():
         if name in fits and name.startswith(tuple(copied)):
-            with whole_on_rank_0(value):
-                value.copy_(state[name])
+            with whole_on_rank_0(value):  # which keeps the values of rank 0 where the parameter is partitioned
+                if rank() == 0 or not is_partitioned(value):
+                    value.copy_(state[theirs[name]])
     model.backbone.loaded = LoadedWeights(
         str(source),
         total=len(kept),
         missing=tuple(sorted(name for name in kept if not name.startswith(tuple(copied)))),
-        unexpected=tuple(sorted(set(state) - kept)),
+        unexpected=tuple(sorted(set(saved) - {theirs[name] for name in kept})),
         changed=_changed(model.config, facts.backbone),
         option="model.start_from",
     )

@@ -43,6 +43,21 @@ def cast_unpartitioned(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a model to the device of its engine.
+
+    DeepSpeed 0.19.8 does not move a module that was built under ZeRO-3, whose parameters are on the device already.
+
+    Args:
+        model: before `deepspeed.initialize`.
+        device: of the engine.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def whole_master(engine: Any, parameter: Any) -> Tensor:
     """Return the fp32 weight that the optimizer steps on, whole, as float64 on the CPU. Collective.
 

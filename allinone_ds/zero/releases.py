@@ -25,13 +25,18 @@ def uses_flat_partition(optimizer: Any) -> bool:
     return COMPACT and bool(optimizer._use_compact_grad_partition_buffer(0))
 
 
-def as_partition(flat: Tensor) -> Sequence[Tensor]:
-    """Return a group's gradient shard in the form that a ZeRO-1/2 step reads, without a copy where possible."""
+def as_partition(flat: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return a group's gradient shard in the form that a ZeRO-1/2 step reads, without a copy where possible.
+
+    Args:
+        flat: the shard.
+        views: of it, one per parameter; padding is in none of them.
+    """
     if not COMPACT:
         return [flat]
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
-    return GradPartitionBufferGroup([flat], flat)
+    return GradPartitionBufferGroup(views, flat)
 
 
 def wait_for_offload_copies(optimizer: Any) -> None:

@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pydantic import ValidationError
 
 from allinone_ds.errors import UnsupportedEngine
+from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
@@ -79,13 +80,14 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
         ['.zero_optimization.stage = 5: Input should be 0, 1, 2, 3 or 3']
     """
     batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    part, unknown = known_part(content)
     try:
-        config = DeepSpeedConfig({**_without_auto(content), **batch})
+        config = DeepSpeedConfig({**_without_auto(part), **batch})
     except ValidationError as error:
-        return [f"{_place(content, e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        return unknown + [f"{_place(content, e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
     except Exception as error:  # DeepSpeed raises many types, among them AssertionError and KeyError
-        return [f": {' '.join(str(error).split()) or repr(error)}"]
-    return [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
+        return [*unknown, f": {' '.join(str(error).split()) or repr(error)}"]
+    return unknown + [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
 
 
 def _without_auto(content: Any) -> Any:
@@ -112,6 +114,8 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (getattr(zero, "zenflow", None) is not None, "ZenFlow", "remove the zenflow section"),
         (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
         (nvme, "NVMe offload", "offload to cpu or not at all"),
+        (float(getattr(zero.offload_optimizer, "ratio", 1.0)) < 1, "offload_optimizer.ratio below 1",
+         "a part of the gradient would be on the CPU and a part on the accelerator; remove the key"),
         (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
         (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
@@ -126,6 +130,24 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
          "DeepSpeed would not see an overflow; remove the key compute_grad_norm"),
         (zero.stage == 3 and config.gradient_predivide_factor != 1.0, "gradient_predivide_factor on ZeRO-3",
          "DeepSpeed divides by it and may not multiply again; remove the key"),
+        (zero.legacy_stage1, "legacy_stage1", "DeepSpeed no longer has it; remove the key"),
+        (bool(getattr(zero, "module_granularity_threshold", 0)), "stage3_module_granularity_threshold",
+         "DeepSpeed fails with it on a model of several heads; remove the key"),
+        (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
+         "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
+        (config.float16_config.fp16_master_weights_and_grads, "fp16_master_weights_and_grads", "remove the key"),
+        (config.bfloat16_config.bf16_master_weights_and_grads and zero.stage < 3,
+         "bf16_master_weights_and_grads on ZeRO 1 and 2", "use ZeRO-3, or remove the key"),
+        (bool(config.data_efficiency_enabled), "data_efficiency",
+         "DeepSpeed would change batches or layers by itself; remove the section"),
+        (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),
+        (bool(getattr(config, "datastates_config", None)) and bool(config.datastates_config.enabled),
+         "datastates_ckpt", "a checkpoint is written after the save returns; use async_save of the trainer"),
+        (bool(getattr(config, "expert_parallel_config", None)) and bool(config.expert_parallel_config.enabled),
+         "expert_parallel", "gradients of experts are averaged over other ranks; remove the section"),
+        (config.weight_quantization_config is not None, "weight_quantization",
+         "it changes the weights by itself; remove the section"),
+        (config._param_dict.get("sequence_parallel_size", 1) > 1, "sequence parallelism", _SEQUENCES),
         (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip
@@ -142,7 +164,7 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
         (bool(engine.has_moe_layers), "mixture-of-experts layers", "their gradients are averaged over other ranks"),
         (engine.mpu is not None, "tensor or model parallelism", "use ZeRO alone"),
         (engine.mesh_device is not None or engine.sequence_parallel_size > 1, "sequence parallelism (a device mesh)",
-         "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"),
+         _SEQUENCES),
         (isinstance(engine, DeepSpeedHybridEngine), "the hybrid engine", "remove the hybrid_engine section"),
         (grad_scaler(engine) is not None and getattr(engine.optimizer, "custom_loss_scaler", False),
          "override_loss_scale with torch_autocast",

@@ -34,6 +34,7 @@ RUNS = {
         "model.backbone.config.hidden_size=384 model.backbone.config.num_hidden_layers=12 "
         "model.backbone.config.num_attention_heads=6 model.backbone.out_indices=[11]",
     ),
+    "messages": ("performance.md", "messages --hop 30 --json benchmarks/results/messages.json"),
     "start-up": ("performance.md", "startup --json benchmarks/results/startup.json"),
     "peers": ("performance.md", "peers --json benchmarks/results/peers.json --plot docs/images/peers.png"),
     "peers on a slow link": (

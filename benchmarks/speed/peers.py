@@ -82,17 +82,17 @@ def peak_memory(args: argparse.Namespace, count: int, way: str, layers: int) -> 
 
     tiny = build_model(64, 1, 32)  # imports what a model needs, so that it counts as present before
     tiny("det", torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)).backward()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     shape = argparse.Namespace(**{**vars(args), "layers": layers})
     step = make_step(way, task_names(count), shape)
     for _ in range(3):
         step()
-    largest = torch.tensor(_resident("VmHWM") - before)
+    largest = torch.tensor(resident("VmHWM") - before)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 

@@ -45,8 +45,8 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
     import deepspeed
 
     from allinone_ds import TaskBalancer
+    from allinone_ds.data.loading.ahead import to_device
     from allinone_ds.data.loading.loader import train_loader
-    from allinone_ds.evaluation.evaluate import to_device
     from allinone_ds.training.optimizer import parameter_groups
 
     args, tasks = trainer.args, trainer.schedule.tasks

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from allinone_ds import TBGC, TaskBalancer, Weighting
 from allinone_ds.balance import agreement
 from allinone_ds.errors import BalancerError
-from tests.balance.engines import CASES, make_engine, run_task, toy
+from tests.balance.engines import CASES, inputs, make_engine, run_task, toy
 from tests.launcher import join_ranks
 
 
 def forward(balancer: TaskBalancer, task: str, step: int = 0) -> torch.Tensor:
-    x = toy.inputs(task, step, 0, dist.get_rank()).to(next(balancer.engine.module.parameters()).dtype)
+    x = inputs(balancer.engine, task, step, 0)
     return balancer.engine(task, x, True)
 
 
@@ -224,7 +224,7 @@ def write(kind: str, message: str = "", notes: list[str] | None = None) -> None:
 
 def main() -> None:
     """Run one loop; rank 0 writes the error, its message and its notes that ended the loop of each rank."""
-    name, case, norm = sys.argv[2:5]
+    name, case, norm, good_steps = sys.argv[2:6]
     agreement.POLL, agreement.GRACE, agreement._ANSWER = 0.1, 0.5, 0.5
     join_ranks()
     world = dist.get_world_size()
@@ -234,6 +234,8 @@ def main() -> None:
     weighting = RaisesOnce(False) if name == "a weighting that raises" else TBGC(0.1)
     balancer = TaskBalancer(make_engine(case), toy.TASKS, "backbone", weighting, norm=norm, **apart)
     try:
+        for _ in range(int(good_steps)):
+            step_of(balancer)
         LOOPS[name](balancer, mine)
         write("nothing was raised")
     except Exception as error:

@@ -65,11 +65,35 @@ RUNS = [
 ]  # fmt: skip
 
 
+PLANNED = [
+    ("an exception before the forward", "zero2 fp32", SEG),
+    ("an exception before the forward", "zero3 fp32", SEG),
+    ("an exception in a hook", "zero2 fp32", SEG),
+    ("an exception after the backward", "zero1 fp32", SEG),
+    ("too few micro-steps", "zero2 fp32", (*DET, "after 1 of 2 micro-steps")),
+    ("other micro-steps", "zero2 fp32", ("task 'det', 1 micro-steps, then as in the last step", "2 micro-steps")),
+    ("other order", "zero3 fp32", ("task 'det', 1 micro-steps, then as in the last step", "task 'cls'")),
+    ("skips a task", "zero2 fp32", ("waits at task 'cls'", "in a collective operation after backward 1 of 1 of task")),
+    ("steps early", "zero2 fp32", ("waits at balancer.step() after det, seg", "task 'cls'")),
+    ("detaches", "zero2 fp32", ("has left the loop", "task 'seg'")),
+    ("leaves", "zero1 fp32", ("no answer", "task 'seg'")),
+    ("a weighting that raises", "zero2 fp32", ("left balancer.step() with ZeroDivisionError: of the weighting",)),
+]
+"""What the ranks read in a step that goes as planned until one of them leaves the plan."""
+
+
+@pytest.mark.parametrize(("loop", "case", "texts"), PLANNED)
+def test_every_rank_has_an_error_in_a_planned_step(
+    loop: str, case: str, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    test_every_rank_has_an_error(loop, case, "exact", 2, texts, tmp_path, good_steps=1)
+
+
 @pytest.mark.parametrize(("loop", "case", "norm", "world", "texts"), RUNS)
 def test_every_rank_has_an_error(
-    loop: str, case: str, norm: str, world: int, texts: tuple[str, ...], tmp_path: Path
+    loop: str, case: str, norm: str, world: int, texts: tuple[str, ...], tmp_path: Path, good_steps: int = 0
 ) -> None:
-    ended = run_ranks(SCRIPT, world, tmp_path, loop, case, norm, timeout=60)
+    ended = run_ranks(SCRIPT, world, tmp_path, loop, case, norm, str(good_steps), timeout=60)
     for rank, (kind, message, notes) in ended.items():
         if loop in LEFT and int(rank) == world - 1:
             continue

@@ -118,8 +118,8 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
 
 NOT_PATHS = {
     *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"),
-    *("image_column", "label_column", "delimiter", "columns", "box_columns", "label_columns"),
-    *("dataset", "reason"),
+    *("image_column", "label_column", "delimiter", "columns", "box_columns", "label_columns", "part", "flip_pairs"),
+    *("dataset", "reason", "options"),
 }
 """Fields of text that name no file or folder."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -87,10 +88,9 @@ def test_overrides_reach_the_views_that_are_scored(run: Path, tmp_path: Path) ->
 def test_a_leaderboard_needs_one_task_of_every_kind(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    text = (folder / "config.yaml").read_text()
-    start = text.index("    test:", text.index("  seg:"))
-    end = text.index("    cache:", start)
-    (folder / "config.yaml").write_text(text[:start] + text[end:])
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    del content["tasks"]["seg"]["test"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match="exactly one segmentation task with test data for its miou.*has 0"):
         score_run(folder, "A")
     assert set(score_run(folder, "B")["metrics"]) == {"det", "cls"}

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run(script: str, *arguments: str, **variables: str) -> str:
-    """Run an example on two ranks; return what it prints."""
+def run(script: str, *arguments: str, ranks: int = 2, **variables: str) -> str:
+    """Run an example on ranks; return what it prints."""
     environment = {"PYTHONPATH": str(ROOT), **variables}
     command = [f"examples/{script}", *arguments]
-    done = torchrun(command, 2, environment=environment, folder=ROOT, capture=True, timeout=300)
+    done = torchrun(command, ranks, environment=environment, folder=ROOT, capture=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -41,6 +41,17 @@ def test_accelerate_loop_trains() -> None:
         float(line.split("'coarse': 'loss ")[1].split(",")[0]) for line in out.splitlines() if "coarse" in line
     )
     assert last < first
+
+
+def test_feature_balance_is_the_same_on_ddp_and_fsdp2() -> None:
+    one, ddp, fsdp2 = (
+        run("feature_balance.py", "--steps", "41", "--wrap", wrap, ranks=ranks)
+        for wrap, ranks in (("none", 1), ("ddp", 2), ("fsdp2", 2))
+    )
+    assert ddp == fsdp2
+    for out in (one, ddp):
+        losses = [float(line.split("'depth': 'loss ")[1].split(",")[0]) for line in out.splitlines()]
+        assert len(losses) == 3 and losses[-1] < 0.2 * losses[0]
 
 
 def test_the_folder_of_a_trainer_script_is_that_of_a_run(

@@ -55,6 +55,11 @@ def gradients(engine) -> list[torch.Tensor]:
     return [g for g in found if isinstance(g, torch.Tensor)]
 
 
+def buffers(engine) -> list[torch.Tensor]:
+    """Those in which gradients wait to be reduced; allocated in a backward only."""
+    return [tensor for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values() for tensor in bucket.buffer]
+
+
 def optimizer_tensors(engine):
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
@@ -82,6 +87,13 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
     parallel = "tasks" if apart else "data"
     balancer = TaskBalancer(engine, tuple(model.tasks), "backbone", TBGC(0.1), norm=norm, parallel=parallel)
     most = dict.fromkeys(("gradients", "balancer"), 0)
+    if stage in (1, 2) and norm == "exact" and not apart:  # else the plan adds gathered weights, or reduced gradients
+        most["buffers"] = 0
+
+        def see_buffers(_):
+            most["buffers"] = max(most["buffers"], bytes_of(buffers(engine)))
+
+        next(engine.module.backbone.parameters()).register_hook(see_buffers)
     for _ in range(2):
         for name in balancer.tasks:
             batch = engine.module.tasks[name].collate(samples(2))

@@ -59,7 +59,7 @@ def test_the_table_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     model = SimpleNamespace(tasks={"det": task, "det_small": task}, eval=lambda: None)
     values = {"det": DET, "det_small": SMALL}
     monkeypatch.setattr(predictor, "load_run", lambda *args: (model, None))
-    monkeypatch.setattr(predictor, "open_test_data", lambda *args: values)
+    monkeypatch.setattr(predictor, "open_test_data", lambda *args: dict.fromkeys(values, SimpleNamespace(joint=None)))
     monkeypatch.setattr(evaluate, "evaluate_task", lambda model, name, *args: values[name])
     assert cli.main(["eval", "runs/two"]) == 0
     assert_rows([line.split() for line in capsys.readouterr().out.splitlines()])

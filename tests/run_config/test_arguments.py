@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from allinone_ds.errors import ConfigError
-from allinone_ds.run_config.arguments import AllInOneArguments, check_trainer_keys
+from allinone_ds.run_config.arguments import AllInOneArguments, check_trainer_keys, default_optim
+from allinone_ds.training.start.arguments import slow_arithmetic
 
 
 @pytest.mark.parametrize(
@@ -73,3 +77,38 @@ def test_shards_are_needed(tmp_path: Path) -> None:
 def test_rates_outside_their_range_are_refused(tmp_path: Path, key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=key):
         AllInOneArguments(str(tmp_path), max_steps=1, deepspeed="configs/deepspeed/zero2.json", **{key: value})
+
+
+def test_adamw_is_fused_on_a_gpu_that_keeps_the_optimizer() -> None:
+    for stage in range(4):
+        zero: dict = {"stage": stage}
+        assert default_optim(False, {"zero_optimization": zero}) == "adamw_torch_fused"
+        assert default_optim(True, {"zero_optimization": zero}) == "adamw_torch"
+        offloaded = {**zero, "offload_optimizer": {"device": "cpu"}}
+        assert default_optim(False, {"zero_optimization": offloaded}) == "adamw_torch"
+
+
+def test_deepspeeds_throughput_timer_is_off(tmp_path: Path) -> None:
+    """It waits for the device in every forward and step."""
+    for file in sorted(Path("configs/deepspeed").glob("*.json")):
+        assert json.loads(file.read_text())["timers"] == {"throughput": {"enabled": False}}, file
+    usual = {"output_dir": str(tmp_path), "max_steps": 1}
+    made = AllInOneArguments(**usual, deepspeed={"zero_optimization": {"stage": 2}})
+    assert made.deepspeed["timers"] == {"throughput": {"enabled": False}} and made.optim == "adamw_torch"
+    chosen = {"throughput": {"enabled": True}}
+    made = AllInOneArguments(**usual, deepspeed={"zero_optimization": {"stage": 2}, "timers": chosen})
+    assert made.deepspeed["timers"] == chosen
+
+
+def test_float32_on_a_gpu_is_warned_of() -> None:
+    def said(device: str = "cuda", bf16: bool = False, tf32: bool = False, **deepspeed) -> list[str]:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            args = SimpleNamespace(device=torch.device(device), bf16=bf16, fp16=False, deepspeed=deepspeed)
+            return slow_arithmetic(args)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    assert "trainer.bf16: true" in said()[0]
+    assert not said("cpu") and not said(bf16=True) and not said(tf32=True)
+    assert not said(torch_autocast={"enabled": True, "dtype": "bfloat16"})

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from tests.launcher import run_checks
+from tests.tasks.dense.tiny import KINDS, dense_samples
+from tests.tasks.dense.tiny import build as build_dense
 from tests.tiny import samples, tiny_model
 
 
@@ -50,6 +52,35 @@ def compare(name: str, part: slice) -> None:
     for key, value in expected.items():
         assert abs(distributed[key] - value) < 1e-6, (name, key, distributed[key], value)
     assert 0 < distributed[task.main_metric] <= 1
+
+
+def check_dense_kinds() -> None:
+    """The metrics of maps on two ranks, of which one may have no image, equal those of one process exactly."""
+    generator = torch.Generator().manual_seed(5)
+    made = dense_samples(7)
+    found = [
+        {
+            "depth": 1 + 4 * torch.rand(32, 32, generator=generator),
+            "normals": torch.randn(3, 32, 32, generator=generator),
+            "edges": torch.rand(32, 32, generator=generator),
+            "saliency": torch.rand(32, 32, generator=generator),
+        }
+        for _ in made
+    ]
+    for first in (5, 7):
+        part = slice(0, first) if dist.get_rank() == 0 else slice(first, 7)
+        for kind in KINDS:
+            _, task = build_dense(kind)
+            metric, single = task.metric(), task.metric()
+            metric.update(found[part], made[part])
+            single.sync_on_compute = False
+            single._to_sync = False
+            single.update(found, made)
+            distributed, expected = metric.compute(), single.compute()
+            assert set(distributed) == set(expected) and 0 < expected[task.main_metric] <= 1
+            for key, value in expected.items():
+                assert abs(distributed[key] - value) < 1e-12, (kind, key, distributed[key], value)
+            assert task.details(metric) == task.details(single)
 
 
 def check_unequal() -> None:

@@ -4,6 +4,7 @@ test_ranks.py."""
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,7 +14,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
+from allinone_ds.tasks.frequencies import use_frequencies
 from tests.launcher import run_checks
+from tests.tasks.dense.tiny import HEADS as DENSE
+from tests.tasks.dense.tiny import dense_model, dense_samples
 from tests.tasks.heads import HEADS
 from tests.tiny import samples, tiny_backbone, tiny_model
 
@@ -67,6 +71,37 @@ def check_bfloat16() -> None:
     train(heads(), bf16=True)
     train({"det": HEADS["fcos-pyramid"][1:], "seg": HEADS["light"][1:], "cls": HEADS["linear"][1:]}, bf16=True)
     train({"det": HEADS["fcos"][1:], "seg": HEADS["mask2former"][1:], "cls": HEADS["sub-center"][1:]}, bf16=True)
+
+
+def check_dense_kinds() -> None:
+    """Maps, of which rank 1 has none, train every head of theirs, with their priors, in bfloat16."""
+    heads = {name: DENSE[name] for name in ("depth-dpt", "normals", "edges", "saliency-dpt")}
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}},
+        "steps_per_print": 1000000,
+    }
+    alive = HfDeepSpeedConfig(settings)  # noqa: F841, transformers holds it by a weak reference
+    model = dense_model(heads)
+    data: Any = dict.fromkeys(heads, dense_samples())
+    assert len(use_frequencies(dict(model.tasks), data)) == 2
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    losses: dict[str, list[float]] = {}
+    for _ in range(5):
+        for name, task in engine.module.tasks.items():
+            made = dense_samples(4)
+            made = made if dist.get_rank() == 0 else [task.unlabelled(sample) for sample in made]
+            out = engine(task=name, **task.collate(made))
+            assert out.loss.dtype == torch.float32 and out.loss.isfinite(), name
+            assert (out.loss.item() > 0) == (dist.get_rank() == 0)
+            engine.backward(out.loss)
+            engine.step()
+            losses.setdefault(name, []).append(out.loss.item())
+    if dist.get_rank() == 0:
+        assert all(min(values[1:]) < values[0] for values in losses.values()), losses
+    engine.destroy()
 
 
 def check_pretrained() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from allinone_ds import commands
-from allinone_ds.errors import REQUEUE, RunFailed
+from allinone_ds.errors import REQUEUE, ConfigError, RunFailed
 from allinone_ds.training import launcher as launch
 from allinone_ds.training.launcher import follow_run
 
@@ -229,3 +230,22 @@ def test_any_key_that_makes_trainer_compile_leaves_the_compiler_on(monkeypatch: 
     for trainer in ({}, {"torch_compile": True}, {"torch_compile_backend": "aot_eager"}):
         commands._run("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
     assert seen == [True, False, False]
+
+
+def test_ranks_get_the_gpus_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher sets the variable anew, so that `4,5` would become GPUs 0 and 1."""
+
+    def given(value: str | None, ranks: int, gpus: int = 8) -> list:
+        monkeypatch.setattr(launch, "gpu_count", lambda: gpus)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        [world] = [word for word in launch.launch_command("run.yaml", [], ranks) if word.startswith("--world_info=")]
+        return json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info=")))["localhost"]
+
+    assert given("4,5,6,7", 2) == ["4", "5"]
+    assert given("GPU-8932f937, MIG-GPU-5c2b", 2) == ["GPU-8932f937", "MIG-GPU-5c2b"]
+    assert given(None, 2) == given("", 2) == [0, 1]
+    assert given("4,5", 3, gpus=0) == [0, 1, 2]  # ranks on the CPU
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=4,5 names 2 GPU.*--nproc 2"):
+        given("4,5", 3)

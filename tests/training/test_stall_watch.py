@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
+from allinone_ds.training.watch import stall_watch
 from allinone_ds.training.watch.stall_watch import StallWatch
 
 
@@ -34,3 +36,37 @@ def watch(rank: int, seen: dict[int, list], answered: float = 100.0) -> StallWat
 def test_the_rank_that_others_wait_for_is_named(seen: dict, answered: float, words: str | None) -> None:
     found = watch(1, seen, answered)._stall_message(100.0)
     assert (not found) if words is None else re.search(words, found), found
+
+
+def test_one_rank_reads_all_counts_and_the_others_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it publishes nothing new: then each rank reads what the others say themselves."""
+    world, now = 8, [0.0]
+    store = {f"rank{r}": json.dumps([r, "a task", 1]) for r in range(world)}
+    read: list[str] = []
+
+    class Store:
+        def get(self, key):
+            read.append(key)
+            return store[key].encode()
+
+        def multi_get(self, keys):
+            return [self.get(key) for key in keys]
+
+        def set(self, key, value):
+            store[key] = value
+
+    def rows(rank: int) -> list:
+        read.clear()
+        return ranks[rank]._read()
+
+    monkeypatch.setattr(stall_watch.time, "monotonic", lambda: now[0])
+    ranks = {rank: watch(rank, dict.fromkeys(range(world), [])) for rank in (0, 1)}
+    for made in ranks.values():
+        made._store, made._summary, made._summarized = Store(), "", 0.0
+    assert [count for count, *_ in rows(0)] == list(range(world)) and len(read) == world
+    assert rows(1) == ranks[0]._read() and "all" in read
+    now[0] = 2.0
+    assert rows(1) and read == ["all"]
+    store["rank7"] = json.dumps([70, "a task", 2])
+    now[0] = 3.0  # rank 0 has published nothing for 2.5 intervals
+    assert rows(1)[7] == [70, "a task", 2] and len(read) == world + 1

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import square_norm
+from allinone_ds.balance.arithmetic import scale, square_norm
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce, world_size
@@ -259,12 +259,26 @@ class Combiner(ABC):
         finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
         return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
 
-    def _verdicts(self) -> tuple[tuple[str, ...], bool]:
-        """Return the tasks to leave out and whether an fp16 gradient overflowed; waits for the device."""
-        flags = [torch.stack([self.usable[t], torch.isfinite(self.records[t].whole_norms[0])]) for t in self.tasks]
-        rows = torch.stack(flags).tolist()
-        skipped = tuple(task for task, (usable, _) in zip(self.tasks, rows, strict=True) if not usable)
-        return skipped, self.adapter.fp16 and any(usable and not finite for usable, finite in rows)
+    def _verdicts(self, factors: Mapping[str, Tensor] | None = None) -> tuple[tuple[str, ...], bool, dict[str, Tensor]]:
+        """Return what must be known on the CPU before a step; waits for the device, once.
+
+        Args:
+            factors: of some tasks.
+
+        Returns:
+            The tasks to leave out, whether an fp16 gradient overflowed, and the factors that are finite.
+        """
+        factors = factors or {}
+        ran = self.tasks
+        flags = [self.usable[task] for task in ran]
+        flags += [torch.isfinite(self.records[task].whole_norms[0]) for task in ran]
+        flags += [torch.isfinite(factor) for factor in factors.values()]
+        answers = torch.stack(flags).tolist()
+        usable, finite = answers[: len(ran)], answers[len(ran) : 2 * len(ran)]
+        skipped = tuple(task for task, good in zip(ran, usable, strict=True) if not good)
+        overflow = self.adapter.fp16 and any(u and not f for u, f in zip(usable, finite, strict=True))
+        good_factors = zip(factors.items(), answers[2 * len(ran) :], strict=True)
+        return skipped, overflow, {task: factor for (task, factor), good in good_factors if good}
 
     def _combined(
         self, flats: list[Tensor], skipped: tuple[str, ...], overflow: bool, usable: bool, norm_error: float = 0.0
@@ -276,8 +290,8 @@ class Combiner(ABC):
             factor = self.weighting.sum_factor(self._norm(flats))  # a pass over the shard that most do not need
         if factor is not None:
             for flat in flats:
-                flat.mul_(factor)
-            scales = {task: scale * factor.to(scale.device) for task, scale in scales.items()}
+                scale(flat, factor.to(flat.device))
+            scales = {task: own * factor.to(own.device) for task, own in scales.items()}
         return Combined(
             tasks=self.tasks,
             norms={task: record.norms[0] for task, record in self.records.items()},

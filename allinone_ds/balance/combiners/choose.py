@@ -7,6 +7,7 @@ from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.delayed import DelayedCombiner
 from allinone_ds.balance.combiners.exact import exact_combiner
+from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.combiners.sketched import SketchCombiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
 from allinone_ds.balance.weightings.base import Weighting
@@ -26,7 +27,7 @@ def choose_combiner(
     Args:
         adapter: of the engine.
         weighting: turns the record of the step into factors.
-        norm: "exact", "sketch" or "delayed".
+        norm: "exact", "sketch", "delayed" or "features".
         sketch_size: length k of a sketch; None chooses by the number of parameters.
         groups: which ranks run which task.
         agreement: between ranks that run different tasks; None: every rank runs every task.
@@ -37,4 +38,6 @@ def choose_combiner(
         return SketchCombiner(adapter, weighting, sketch_size, groups.tasks)
     if norm == "delayed":
         return DelayedCombiner(adapter, weighting, sketch_size, groups.tasks)
+    if norm == "features":
+        return FeaturesCombiner(adapter, weighting, groups.tasks)
     return exact_combiner(adapter, weighting, groups.tasks)

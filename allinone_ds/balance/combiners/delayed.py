@@ -100,7 +100,7 @@ class DelayedCombiner(LocalCombiner):
         self.sketcher.add(self._sketches[self._task][0 if self.shared[index] else 1], index, gradient)
         if not self._scales(index):
             return None
-        return gradient * self.factors[self._task].to(gradient.dtype)
+        return (gradient.float() * self.factors[self._task]).to(gradient.dtype)  # a 16-bit factor would be rounded
 
     def add(self, task: str, loss: Tensor) -> None:
         self._task = None
@@ -128,17 +128,18 @@ class DelayedCombiner(LocalCombiner):
         for row, task in enumerate(ran):
             square, other = squares[row]
             self.records[task], self.usable[task] = self._record_of(task, square, square + other, losses[row])
-        skipped, overflow = self._verdicts()
+        following, before = {}, self.weighting.state_dict()
+        if self.weighting.streams:
+            following = {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
+        skipped, overflow, finite = self._verdicts(following)
         self.factors = {task: self.factors[task] for task in ran}
         result = self._reduced(skipped, overflow, usable=not skipped)
-        self._plan({} if skipped or overflow else self._factors_from(self._gram))
+        if skipped or overflow:
+            self.weighting.load_state_dict(before)
+        if not self.weighting.streams and not (skipped or overflow):
+            finite = self._factors_of(self._joint_record(ran, self._gram))
+        self._plan({} if skipped or overflow else finite)
         return result
-
-    def _factors_from(self, gram: Tensor) -> dict[str, Tensor]:
-        """Return the factors that the norms of this step give the next."""
-        if self.weighting.streams:
-            return self._finite({task: self.weighting.factors(record)[0] for task, record in self.records.items()})
-        return self._factors_of(self._joint_record(tuple(self.records), gram))
 
     def _plan(self, factors: Mapping[str, Tensor]) -> None:
         """Keep factors for the next step, if every task has one."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale_or_zero, square_norm
+from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale, scale_or_zero, square_norm
 from allinone_ds.balance.combiners.base import Combined, Combiner
 from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
@@ -30,6 +30,11 @@ class ExactCombiner(Combiner):
         super().__init__(adapter, weighting, order)
         self._parts: dict[str, list[Tensor]] = {}  # task -> the sum of its micro-steps so far
         self._spare: list[list[Tensor]] = []
+        self._left: Tensor | None = None  # whether to use the gradient that `add_balanced` has left in the engine
+
+    def begin(self, task: str) -> None:
+        self._take_left()
+        super().begin(task)
 
     def accumulate(self, task: str) -> None:
         """Add the engine's gradient to that of the task's earlier micro-steps, and clear it."""
@@ -54,34 +59,64 @@ class ExactCombiner(Combiner):
     def add_balanced(self, key: str, tasks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take the gradient of tasks that were balanced at the features already.
 
-        They have one gradient, which is left out of the step as a whole if it is not finite.
+        They have one gradient, which is left out of the step as a whole if it is not finite. It stays in the engine
+        unless a further gradient comes, so that a step of one such block makes no copy of it.
 
         Args:
             key: under which `accumulate` has summed the micro-steps, if there were several.
-            tasks: task -> its norm at the features, loss and factor, 0-dim.
+            tasks: task -> its loss, norm at the features and factor, 0-dim.
         """
-        pieces = self._pieces(key)
+        first, pieces = not self.records, self._pieces(key)
         square = square_norm(pieces, self.adapter.device).to(self.adapter.compute_device)
         whole = (square if self.adapter.replicated else all_reduce(square)).sqrt().float()
-        losses = torch.stack([loss for _, loss, _ in tasks.values()])
+        losses = torch.stack([loss for loss, _, _ in tasks.values()])
         usable = torch.isfinite(losses).all()
         if not self.adapter.fp16:
             usable = usable & torch.isfinite(whole)
-        for task, (norm, loss, factor) in tasks.items():
+        for task, (loss, norm, factor) in tasks.items():
             seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
-        self._add_raw(pieces, usable)
-        self._release(key)
+        if first and key not in self._parts and not self.adapter.replicated:
+            self._left = usable
+        else:  # without ZeRO it is where a stray backward of the user would change it
+            self._add_raw(pieces, usable)
+            self._release(key)
 
     @abstractmethod
     def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
         """Add a gradient that is scaled already to the step's sum, or nothing unless `usable`."""
 
+    def finish(self) -> Combined:
+        skipped, overflow, _ = self._verdicts()
+        if overflow:  # the engine is told of it together with a gradient
+            self._take_left()
+        if self._left is not None:
+            return self._combined([], skipped, overflow, usable=not skipped)
+        return self._finish(skipped, overflow)
+
+    @abstractmethod
+    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
+        """Compute the weighted sum of the tasks that were added, without those that are `skipped`."""
+
+    def hand_over(self, overflow: bool) -> None:
+        if self._left is None:
+            super().hand_over(overflow)
+
     def clear(self) -> None:
         super().clear()
+        if self._left is not None:
+            self._left = None
+            self.adapter.clear_gradient()
         self._spare += self._parts.values()
         self._parts = {}
+
+    def _take_left(self) -> None:
+        """Take the gradient that `add_balanced` has left in the engine."""
+        if self._left is not None:
+            usable, self._left = self._left, None
+            self._add_raw(self.adapter.gradient(), usable)
+            self.adapter.clear_gradient()
 
     def _flats(self) -> list[Tensor]:
         return self._spare.pop() if self._spare else self._new_flats()
@@ -103,12 +138,14 @@ class StreamingCombiner(ExactCombiner):
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
         super().__init__(adapter, weighting, order)
         self.flats: list[Tensor] = []
+        self._views: tuple[list[Tensor], list[Tensor]] | None = None  # of them: the shared backbone, and all others
+        self._changed = False  # whether they hold anything but zeros
         self._sketcher: Sketcher | None = None
         self._sketches: dict[str, Tensor] = {}
         self._draws = 0
 
     def add(self, task: str, loss: Tensor, unit: float = 1.0) -> None:
-        self.flats = self.flats or self._new_flats()
+        self.flats, self._changed = self.flats or self._new_flats(), True
         pieces = self._pieces(task)
         record, usable = self._measure(task, pieces, loss, unit)
         factor = self.weighting.factors(record)[0]
@@ -116,9 +153,11 @@ class StreamingCombiner(ExactCombiner):
         shared, other = self._split(pieces)
         if self.watch:
             self._sketches[task] = self._sketch(shared).mul_(unit)
-        shared_sum, other_sum = self._split(cut(self.flats, self.adapter.pieces))
+        self._views = self._views or self._split(cut(self.flats, self.adapter.pieces))
+        shared_sum, other_sum = self._views
         on_shard = self.adapter.device
-        shared_factor, on_shard_usable = factor.to(on_shard), usable.to(on_shard)
+        shared_factor, on_shard_usable = torch.stack([factor.float(), usable.float()]).to(on_shard)  # one transfer
+        on_shard_usable = on_shard_usable.bool()
         other_factor = shared_factor if self.weighting.heads == "same" else torch.ones((), device=on_shard)
         add_scaled(shared_sum, shared, shared_factor * unit, on_shard_usable)
         add_scaled(other_sum, other, other_factor * unit, on_shard_usable)
@@ -126,13 +165,12 @@ class StreamingCombiner(ExactCombiner):
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
 
     def _add_raw(self, pieces: Sequence[Tensor], usable: Tensor) -> None:
-        self.flats = self.flats or self._new_flats()
+        self.flats, self._changed = self.flats or self._new_flats(), True
         on_shard = self.adapter.device
         totals = cut(self.flats, self.adapter.pieces)
         add_scaled(totals, pieces, torch.ones((), device=on_shard), usable.to(on_shard))
 
-    def finish(self) -> Combined:
-        skipped, overflow = self._verdicts()
+    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
         if self.watch and len(self._sketches) == len(self.tasks):  # balanced at the features: no sketch
             self._gram = self._gram_of(
                 torch.stack([self._sketches[task] for task in self.tasks]), summed=self.adapter.replicated
@@ -154,8 +192,10 @@ class StreamingCombiner(ExactCombiner):
     def clear(self) -> None:
         super().clear()
         self._sketches = {}
-        for flat in self.flats:
-            flat.zero_()
+        if self._changed:
+            for flat in self.flats:
+                flat.zero_()
+        self._changed = False
 
 
 class KeepingCombiner(ExactCombiner):
@@ -186,8 +226,7 @@ class KeepingCombiner(ExactCombiner):
             total.add_(flat)
         self._spare.append(added)
 
-    def finish(self) -> Combined:
-        skipped, overflow = self._verdicts()
+    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
         used = [task for task in self.tasks if task in self.flats and task not in skipped]
         self.factors |= {task: torch.zeros_like(self.records[task].losses[0]) for task in self.flats}
         if used and not overflow:
@@ -216,7 +255,7 @@ class KeepingCombiner(ExactCombiner):
         shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
         factor = self.factors[task].to(self.adapter.device)
         for piece in [*shared, *(other if self.weighting.heads == "same" else [])]:
-            piece.mul_(factor)
+            scale(piece, factor)
         return self.flats[task]
 
     def _record(self, used: Sequence[str]) -> StepRecord:

@@ -69,13 +69,14 @@ class Sketcher:
         self.renew(0)
 
     def renew(self, seed: int) -> None:
-        """Draw new shifts and signs; ranks that pass the same seed draw the same."""
+        """Draw new shifts and signs; ranks with the same seed, and devices of one kind, draw the same."""
         generator = torch.Generator().manual_seed(seed)
         blocks = self._first[-1]
         self._shifts = torch.randint(self.size, (blocks,), generator=generator).tolist()
         self._block_signs = (torch.randint(2, (blocks,), generator=generator) * 2 - 1).tolist()
-        signs = torch.randint(2, (self.size,), generator=generator, dtype=torch.int8) * 2 - 1
-        self._signs = signs.to(self.device, torch.float32, non_blocking=True)  # (k,)
+        on_device = torch.Generator(self.device).manual_seed(seed)  # k numbers take long to draw and send from the CPU
+        signs = torch.randint(2, (self.size,), generator=on_device, dtype=torch.int8, device=self.device)
+        self._signs = signs.float().mul_(2).sub_(1)  # (k,)
 
     def add(self, sketch: Tensor, index: int, gradient: Tensor) -> None:
         """Add the sketch of one parameter's gradient to `sketch`, in place.

@@ -152,10 +152,9 @@ class SketchCombiner(LocalCombiner):
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
 
     def finish(self) -> Combined:
-        skipped, overflow = self._verdicts()
-        for index, gradient in self._sums.items():
-            self.local.set(index, gradient)
-        self._sums = {}
+        skipped, overflow, _ = self._verdicts()
+        for index in list(self._sums):
+            self.local.set(index, self._sums.pop(index))  # which may copy it: never two whole gradients
         if self._sketches:
             self._gram = self._gram_of(torch.stack([self._sketches[task] for task in self.tasks]), summed=True)
         return self._reduced(skipped, overflow, usable=len(skipped) < len(self.tasks))

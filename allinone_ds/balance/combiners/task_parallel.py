@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import BalancerError
 from allinone_ds.zero.engines.base import EngineAdapter
@@ -114,10 +115,14 @@ class GroupedCombiner(LocalCombiner):
     def finish(self) -> Combined:
         sketches = self._sketched() if self.watch or not (self.exact and self.weighting.streams) else None
         sums = torch.zeros(len(self._ran), 3, dtype=torch.float64, device=self.sketcher.device)
-        for row, task in zip(sums, self._ran, strict=True):
+        count = len(self.shared)
+        flags: list[bool] = []
+        if self.exact and any(len(ranks) > 1 for ranks in self.groups.ranks.values()):
+            flags = self.agreement.union([i in self._own.get(t, ()) for t in self._ran for i in range(count)])
+        for number, (row, task) in enumerate(zip(sums, self._ran, strict=True)):
             if task in self._own:
                 if self.exact:
-                    row[0], row[1] = self._squares(task)
+                    row[0], row[1] = self._squares(task, flags[number * count : (number + 1) * count])
                 row[2] = self._losses[task] * self._parts[task]
         all_reduce(sums)
         if not self.exact:
@@ -125,13 +130,17 @@ class GroupedCombiner(LocalCombiner):
             sums[:, :2] = sketches.square().sum(2)
         for task, (square, other, loss) in zip(self._ran, sums, strict=True):
             self.records[task], self.usable[task] = self._record_of(task, square, square + other, loss)
-        skipped, overflow = self._verdicts()
+        streamed = {t: self.weighting.factors(self.records[t])[0] for t in self._ran} if self.weighting.streams else {}
+        skipped, overflow, streamed = self._verdicts(streamed)
         used = [task for task in self._ran if task not in skipped]
         self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self._ran}
         if sketches is not None:
             self._gram = self._with_measured_norms(self._gram_of(sketches[:, 0], summed=True))
         if used and not overflow:
-            factors = self._factors_of_used(used)
+            if self.weighting.streams:
+                factors = {task: factor for task, factor in streamed.items() if task in used}
+            else:
+                factors = self._joint_factors(used)
             skipped = tuple(task for task in self._ran if task not in factors)
             used = list(factors)
             self.factors.update(factors)
@@ -140,24 +149,26 @@ class GroupedCombiner(LocalCombiner):
         self._set_local_gradients(used)
         return self._reduced(skipped, overflow, usable=bool(used))
 
-    def _squares(self, task: str) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the squared norm of a task's gradient: on the backbone, and elsewhere."""
+    def _squares(self, task: str, has_gradient: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the squared norm of a task's gradient: on the backbone, and elsewhere.
+
+        Args:
+            task: of this rank.
+            has_gradient: whether a parameter has a gradient of the task on any rank.
+        """
         own = self._own[task]
         if len(self.groups.ranks[task]) == 1:
             flat = [(self.shared[index], gradient.reshape(-1)) for index, gradient in own.items()]
             shared, other = ([g for is_shared, g in flat if is_shared == kind] for kind in (True, False))
             return square_norm(shared, self.sketcher.device), square_norm(other, self.sketcher.device)
         group = self._process_groups.get(self.groups.ranks[task])  # None: all ranks
-        has_gradient = torch.tensor([index in own for index in range(len(self.shared))], dtype=torch.int32)
-        has_gradient = has_gradient.to(self.sketcher.device)
-        dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX, group=group)
 
         def contribution(index: int) -> Tensor:
             if index in own:
                 return own[index].reshape(-1).float() * self._parts[task]
             return torch.zeros(self.local.sizes[index], device=self.sketcher.device)
 
-        used = [index for index, flag in enumerate(has_gradient.tolist()) if flag]
+        used = [index for index, flag in enumerate(has_gradient) if flag]
         backbone, heads = ([index for index in used if self.shared[index] == kind] for kind in (True, False))
         return self._square_of_sum(map(contribution, backbone), group), self._square_of_sum(
             map(contribution, heads), group
@@ -171,7 +182,7 @@ class GroupedCombiner(LocalCombiner):
             flat = torch.cat(bucket)
             flat = torch.nn.functional.pad(flat, (0, -len(flat) % count))
             part = flat.new_empty(len(flat) // count)
-            dist.reduce_scatter(part, list(flat.chunk(count)), group=group)
+            dist.reduce_scatter_tensor(part, flat, group=group)
             square += square_norm([part], self.sketcher.device)
         return square
 
@@ -191,12 +202,13 @@ class GroupedCombiner(LocalCombiner):
         ratio = norms / gram.diagonal().clamp(min=1e-60).sqrt()
         return gram * ratio[:, None] * ratio[None, :]
 
-    def _factors_of_used(self, used: list[str]) -> dict[str, Tensor]:
-        if self.weighting.streams:
-            return self._finite({task: self.weighting.factors(self.records[task])[0] for task in used})
+    def _joint_factors(self, used: list[str]) -> dict[str, Tensor]:
         assert self._gram is not None
-        rows = torch.tensor([self._ran.index(task) for task in used], device=self._gram.device)
-        return self._factors_of(self._joint_record(used, self._gram[rows][:, rows]))
+        gram = self._gram
+        if len(used) < len(self._ran):
+            rows = copied_to(torch.tensor([self._ran.index(task) for task in used]), gram.device)
+            gram = gram[rows][:, rows]
+        return self._factors_of(self._joint_record(used, gram))
 
     def _set_local_gradients(self, used: list[str]) -> None:
         """Give the engine this rank's scaled gradients, and zeros where only other ranks have one.

@@ -9,15 +9,18 @@ backbone and these measures all g_t over all ranks, with one small all-reduce, a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import inner_products, square_norm
-from allinone_ds.balance.joint.gate import Gate
+from allinone_ds.balance.joint.counts import check_counts
+from allinone_ds.balance.joint.gate import Gate, reached_from
+from allinone_ds.balance.joint.measure import gram_matrix, scaled_sums, squares
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.balance.weightings.clipping import TaskClip
@@ -60,21 +63,29 @@ class FeatureBlock:
         weighting: turns the record of a micro-step into factors.
         micro_steps: K; gradients at the features belong to a loss that is divided by it.
         group: process group of the R ranks; None is the default group.
-
-    Attributes:
-        losses, norms, scales: task -> one 0-dim tensor per micro-step in which any rank had a label of the task.
+        checked: tasks whose losses were seen to read their own marks; changed in place, so that each is checked once.
+        backbone: `id` of the parameters of the backbone, where they are known.
     """
 
-    def __init__(self, tasks: Sequence[str], weighting: Weighting, micro_steps: int = 1, group: Any = None):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        weighting: Weighting,
+        micro_steps: int = 1,
+        group: Any = None,
+        checked: set[str] | None = None,
+        backbone: AbstractSet[int] = frozenset(),
+    ):
         self.tasks, self.weighting, self.micro_steps, self.group = tuple(tasks), weighting, micro_steps, group
-        self.losses: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
-        self.norms: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
-        self.scales: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._gates: dict[tuple[int, ...], Gate] = {}
         self._left = micro_steps
         self._unit = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
-        self._means = self._labelled = torch.empty(0)  # of the micro-step, (T,): losses, whether any rank has a label
+        self._parts = torch.empty(0)  # of the micro-step: this rank's part of each task's mean loss, (T,)
+        self._labelled: list[bool] = []  # of the micro-step: whether any rank has a label of each task
+        self._sums: Tensor | None = None  # losses, norms and factors, each a sum over labelled micro-steps, (3, T)
+        self._seen = [0] * len(self.tasks)  # micro-steps in which any rank had a label
+        self._checked, self._backbone = set() if checked is None else checked, backbone
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -138,6 +149,7 @@ class FeatureBlock:
         losses: Mapping[str, Tensor | None],
         counts: Mapping[str, Tensor | float] | None = None,
         loss_scale: float = 1.0,
+        labels: Sequence[tuple[float, float]] | None = None,
     ) -> Iterator[Tensor]:
         """Run one micro-step's backward inside this block, on the loss that it yields. Collective.
 
@@ -145,6 +157,7 @@ class FeatureBlock:
             losses: task -> mean loss over this rank's labels, scalar; None: this rank has no label of the task.
             counts: task -> number of labels; None: 1 for each loss.
             loss_scale: the factor by which the caller multiplies the loss.
+            labels: numbers of labels of each task on this rank and on all ranks, where the ranks have exchanged them.
 
         Raises:
             BalancerError: outside of `active`, one micro-step too many, tasks that are unknown or missing, a loss that
@@ -156,7 +169,7 @@ class FeatureBlock:
             raise BalancerError(f"the block got more than its {self.micro_steps} micro-steps; pass micro_steps=K")
         self._unit = loss_scale / self.micro_steps * self._world
         try:
-            yield self._total(losses, counts)
+            yield self._total(losses, counts, labels)
             reached = {task for gate in self._gates.values() for task in gate.reached}
         finally:
             self._gates.clear()
@@ -168,31 +181,67 @@ class FeatureBlock:
             )
         self._left -= 1
 
-    def _total(self, losses: Mapping[str, Tensor | None], counts: Mapping[str, Tensor | float] | None = None) -> Tensor:
+    def means(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return task -> its loss, norm and factor: means over the micro-steps in which any rank had a label of it."""
+        if self._sums is None:
+            return {}
+        rows = self._sums / self._sums.new_tensor([max(n, 1) for n in self._seen])
+        columns = zip(self.tasks, self._seen, *(row.unbind() for row in rows.float().unbind()), strict=True)
+        return {task: (loss, norm, factor) for task, seen, loss, norm, factor in columns if seen}
+
+    def report(self) -> StepReport:
+        """Return what happened to each task; waits for the device."""
+        found = self.means()
+        losses, norms, scales = ({task: values[i] for task, values in found.items()} for i in range(3))
+        finite = torch.stack([norms[t] + losses[t] for t in found]).isfinite().tolist() if found else []
+        skipped = tuple(task for task, good in zip(found, finite, strict=True) if not good)
+        return StepReport(norms, scales, losses, {}, skipped, applied=not skipped, tasks=tuple(found))
+
+    def _total(self, losses: Mapping[str, Tensor | None], counts: Any, labels: Any) -> Tensor:
         """Return the sum over tasks of the mean loss over the labels of all ranks, as this rank's part of it."""
         self._check(losses)
+        check_counts(self.tasks, losses, counts)
         device = next(iter(self._gates.values())).tensors[0].device
-        rows = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=device)  # count, count * loss
-        for index, task in enumerate(self.tasks):
-            loss = losses[task]
-            if loss is not None:
-                count = 1.0 if counts is None else counts[task]
-                rows[0, index] += count
-                rows[1, index] += torch.where(rows[0, index] > 0, loss.detach().double() * count, 0.0)
-        own = rows[0].clone()
-        if self._world > 1:
-            dist.all_reduce(rows, group=self.group)
-        parts = self._world * own / rows[0].clamp(min=1e-30)  # (T,) weight of this rank's mean in the mean over ranks
-        self._labelled, self._means = rows[0] > 0, rows[1] / rows[0].clamp(min=1e-30)
-        total: Any = 0.0
-        for index, task in enumerate(self.tasks):
-            loss = losses[task]
-            if loss is not None:
-                total = total + loss.reshape(()) * (parts[index] / self.micro_steps).to(loss)
-        if any(loss is None for loss in losses.values()):  # every rank measures, also one without any label
+        fractions = self._exchange(losses, counts, device) if labels is None else self._given(labels, device)
+        values = [loss if loss is None else loss.reshape(()) for loss in (losses[task] for task in self.tasks)]
+        given = [index for index, loss in enumerate(values) if loss is not None]
+        self._parts = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)
+        total = torch.zeros((), device=device)
+        if given:
+            own = fractions if len(given) == len(values) else fractions[given]
+            stacked = torch.stack(
+                [v.to(device, torch.promote_types(v.dtype, torch.float32)) for v in values if v is not None]
+            )
+            part = torch.where(own > 0, stacked.detach().double() * own, 0.0)
+            self._parts = part if len(given) == len(values) else self._parts.index_copy_(0, _index(given, device), part)
+            total = (stacked * (own * (self._world / self.micro_steps)).to(stacked.dtype)).sum()
+        if len(given) < len(values):  # every rank measures, also one without any label
             for gate in self._gates.values():
                 total = total + sum((out.sum() * 0.0 for out in gate.outputs), torch.zeros((), device=device))
         return total
+
+    def _given(self, labels: Sequence[tuple[float, float]], device: torch.device) -> Tensor:
+        """Return this rank's fraction of the labels of each task, (T,), from numbers that all ranks know."""
+        self._labelled = [every > 0 for _, every in labels]
+        fractions = [own / every if every else 0.0 for own, every in labels]
+        return torch.tensor(fractions, dtype=torch.float64, device=device)
+
+    def _exchange(self, losses: Mapping[str, Any], counts: Any, device: torch.device) -> Tensor:
+        """Return this rank's fraction of the labels of each task, (T,). Collective.
+
+        Waits for the device only where this rank alone does not know whether a task has a label.
+        """
+        numbers = [0 if losses[task] is None else 1 if counts is None else counts[task] for task in self.tasks]
+        known = [not isinstance(n, Tensor) and n > 0 for n in numbers]
+        if any(isinstance(n, Tensor) for n in numbers):
+            own = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in numbers])
+        else:
+            own = torch.tensor(numbers, dtype=torch.float64, device=device)
+        every = own.clone()
+        if self._world > 1:
+            dist.all_reduce(every, group=self.group)
+        self._labelled = known if all(known) else (every > 0).tolist()
+        return own / every.clamp(min=1e-30)
 
     def _combine(self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor | None]:
         """Measure the tasks of one gate over all ranks and return sum_t c_t g_t per tensor. Collective.
@@ -201,85 +250,57 @@ class FeatureBlock:
             marked: the tasks of the gate.
             gradients: task -> gradient of each marked tensor; None where there is none.
         """
-        tasks = [task for task in self.tasks if task in marked]
-        flats = [[_flat(g) for g in gradients.get(task, ()) if g is not None] for task in tasks]
-        some = next((flat[0] for flat in flats if flat), None)
-        device = self._means.device if some is None else some.device
-        gram = self._gram(flats, gradients, tasks, device)
+        index = [i for i, task in enumerate(self.tasks) if task in marked]
+        found = [gradients.get(self.tasks[i], ()) for i in index]
+        device, size = self._parts.device, len(index)
+        products = squares(found, device) if self.weighting.streams else gram_matrix(found, device)
+        own = self._parts if size == len(self.tasks) else self._parts[index]
+        message = torch.cat([products.flatten(), own])  # one small message for all tasks
         if self._world > 1:
-            dist.all_reduce(gram, group=self.group)
-        gram = gram / self._unit**2
-        factors = self._factors(tasks, gram)
-        sums: list[Tensor | None] = []
-        for place in range(max((len(gradients[task]) for task in gradients), default=0)):
-            total = None
-            for task in tasks:
-                gradient = gradients[task][place] if task in gradients else None
-                if gradient is None:
-                    continue
-                factor = factors[task]
-                part = torch.where(factor != 0, gradient * factor.to(gradient.dtype), torch.zeros_like(gradient))
-                total = part if total is None else total.add_(part)
-            sums.append(total)
-        return sums
-
-    def report(self) -> StepReport:
-        """Return what happened to each task: means over the micro-steps in which it had labels."""
-        seen = tuple(task for task in self.tasks if self.norms[task])
-        losses, norms, scales = (
-            {task: torch.stack(values[task]).mean() for task in seen}
-            for values in (self.losses, self.norms, self.scales)
-        )
-        skipped = tuple(task for task in seen if not torch.isfinite(norms[task] + losses[task]))
-        return StepReport(norms, scales, losses, whole_norms={}, skipped=skipped, applied=not skipped, tasks=seen)
-
-    def _gram(
-        self,
-        flats: Sequence[Sequence[Tensor]],
-        gradients: Mapping[str, Any],
-        tasks: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """Return the inner products of this rank's gradients, (T, T); of a weighting that streams only the diagonal."""
-        if self.weighting.streams:
-            return torch.stack([square_norm(flat, device) for flat in flats]).diag()
-        places = max((len(gradients[task]) for task in gradients), default=0)
-        gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device=device)
-        for place in range(places):
-            rows = [gradients[t][place] if t in gradients else None for t in tasks]
-            like = next((row for row in rows if row is not None), None)
-            if like is not None:
-                gram += inner_products([[_flat(torch.zeros_like(like) if r is None else r)] for r in rows], device)
-        return gram
-
-    def _factors(self, tasks: Sequence[str], gram: Tensor) -> dict[str, Tensor]:
-        """Return the factor of each task, 0 for one without labels or that is not finite, and record the micro-step."""
-        index = [self.tasks.index(task) for task in tasks]
-        losses, labelled = self._means[index], self._labelled[index]
+            dist.all_reduce(message, group=self.group)
+        products, losses = message[:-size] / self._unit**2, message[-size:]
+        gram = products.diag() if self.weighting.streams else products.view(size, size)
         norms = gram.diagonal().clamp(min=0).sqrt()
+        factors = self._factors(index, gram, norms, losses)
+        self._record(index, torch.stack([losses, norms, factors.double()]))
+        return scaled_sums(found, factors)
+
+    def _factors(self, index: Sequence[int], gram: Tensor, norms: Tensor, losses: Tensor) -> Tensor:
+        """Return the factors of the tasks of a gate, (T,): 0 for one without labels or that is not finite."""
+        names = [self.tasks[i] for i in index]
+        used = [place for place, i in enumerate(index) if self._labelled[i]]
         factors = torch.zeros_like(norms)
         if self.weighting.streams:
-            for i, task in enumerate(tasks):
-                if labelled[i]:
-                    factors[i] = self.weighting.factors(_record([task], gram[i : i + 1, i : i + 1], losses[i : i + 1]))[
-                        0
-                    ]
+            every = self.weighting.batched and len(used) == len(names)
+            for some in [range(len(names))] if every else [[place] for place in used]:
+                part = slice(some[0], some[-1] + 1)
+                record = _record([names[place] for place in some], gram[part, part], losses[part])
+                factors[part] = self.weighting.factors(record).to(factors)
         else:
-            used = [i for i in range(len(tasks)) if labelled[i] and torch.isfinite(norms[i])]
+            finite = torch.isfinite(norms).tolist() if used else []
+            used = [place for place in used if finite[place]]
             if used:
-                record = _record([tasks[i] for i in used], gram[used][:, used], losses[used])
+                record = _record([names[place] for place in used], gram[used][:, used], losses[used])
                 factors[used] = self.weighting.factors(record).to(factors)
-        if self._world > 1 and not self.weighting.streams:
-            source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-            dist.broadcast(factors, source, group=self.group)  # a method may draw at random or iterate
-        good = torch.isfinite(factors) & torch.isfinite(norms)
-        factors = torch.where(good, factors, torch.zeros_like(factors)).float()
-        for i, task in enumerate(tasks):
-            if labelled[i]:
-                self.losses[task].append(losses[i].float())
-                self.norms[task].append(norms[i].float())
-                self.scales[task].append(factors[i])
-        return {task: factors[i] for i, task in enumerate(tasks)}
+            if self._world > 1:
+                source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+                dist.broadcast(factors, source, group=self.group)  # a method may draw at random or iterate
+        return torch.where(torch.isfinite(factors) & torch.isfinite(norms), factors, 0.0).float()
+
+    def _record(self, index: Sequence[int], rows: Tensor) -> None:
+        """Add losses, norms and factors of a gate's tasks, (3, T), to the sums over micro-steps."""
+        used = [place for place, i in enumerate(index) if self._labelled[i]]
+        if not used:
+            return
+        places = [index[place] for place in used]
+        if self._sums is None:
+            self._sums = torch.zeros(3, len(self.tasks), dtype=torch.float64, device=rows.device)
+        if len(used) == len(self.tasks):
+            self._sums += rows
+        else:
+            self._sums.index_add_(1, _index(places, rows.device), rows[:, used])
+        for place in places:
+            self._seen[place] += 1
 
     def _check(self, losses: Mapping[str, Any]) -> None:
         for task in losses:
@@ -312,6 +333,27 @@ class FeatureBlock:
             )
         for gate in self._gates.values():  # ranks measure the same tasks, whoever has labels of them
             gate.tasks += bare
+        for task, loss in losses.items():
+            if loss is not None and task not in self._checked:
+                self._check_marks(task, loss)
+                self._checked.add(task)
+
+    def _check_marks(self, task: str, loss: Tensor) -> None:
+        """Raise if a loss reads features that are marked for a different task; warn if it reads some without a mark."""
+        marks, leaves = reached_from(loss)
+        if marks and task not in marks:
+            raise BalancerError(
+                f"the loss of task '{task}' reads features that task_features marked for task '{min(marks)}'; mark "
+                f"what the head of '{task}' reads with task_features(features, '{task}')"
+            )
+        past = len(leaves & self._backbone)
+        if past:
+            warnings.warn(
+                f"the loss of task '{task}' reaches {past} parameter(s) of the backbone without passing "
+                "task_features; their part of its gradient is neither measured nor scaled: mark all features that the "
+                "head reads, in one tuple",
+                stacklevel=2,
+            )
 
 
 def feature_weighting(weighting: Weighting) -> Weighting:
@@ -328,8 +370,12 @@ def feature_weighting(weighting: Weighting) -> Weighting:
     return weighting
 
 
-def _flat(gradient: Tensor) -> Tensor:
-    return gradient.reshape(-1)
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _index(places: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
 
 
 def _record(tasks: Sequence[str], gram: Tensor, losses: Tensor) -> StepRecord:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.distributed import gather_objects, world_size
 from allinone_ds.errors import BalancerError
+from allinone_ds.strict import did_you_mean
 
 
 class LabelCounts:
@@ -25,6 +30,7 @@ class LabelCounts:
     Attributes:
         totals: N of each task so far, over all ranks.
         rows: counts of the last micro-step, R lists of T.
+        flags: what each rank passed beside them, R lists.
 
     Example:
         >>> labels = LabelCounts(tasks=1, micro_steps=2)
@@ -35,20 +41,24 @@ class LabelCounts:
     def __init__(self, tasks: int, micro_steps: int, agreement: Agreement | None = None):
         self.totals = [0] * tasks
         self.rows: list[list[int]] = []
+        self.flags: list[list[int]] = []
         self._micro_steps, self._agreement = micro_steps, agreement
         self._references = [0] * tasks
 
-    def weights(self, counts: Sequence[int]) -> list[float]:
+    def weights(self, counts: Sequence[int], flags: Sequence[int] = ()) -> list[float]:
         """Return what this rank's losses of a micro-step are multiplied by. Collective.
 
         Args:
             counts: number of labels of each task on this rank.
+            flags: further integers that the ranks exchange in the same message.
 
         Raises:
             BalancerError: a count that is not an integer of 0 or more.
         """
         own = [_integer(count) for count in counts]
-        self.rows = self._agreement.rows(own) if self._agreement else gather_objects(own)
+        message = [*own, *flags]
+        rows = self._agreement.rows(message) if self._agreement else gather_objects(message)
+        self.rows, self.flags = [row[: len(own)] for row in rows], [row[len(own) :] for row in rows]
         for index, of_ranks in enumerate(zip(*self.rows, strict=True)):
             self.totals[index] += sum(of_ranks)
             self._references[index] = self._references[index] or max(of_ranks) * self._micro_steps
@@ -60,8 +70,44 @@ class LabelCounts:
         return [world_size() * reference / total if total else 0.0 for reference, total in pairs]
 
 
-def _integer(count: object) -> int:
-    number = int(count)  # type: ignore[call-overload]
-    if number != count or number < 0:
+def check_counts(tasks: Sequence[str], losses: Mapping[str, Any], counts: Any) -> None:
+    """Raise unless there is a count for each loss of several tasks.
+
+    Args:
+        tasks: names of the T tasks.
+        losses: task -> loss, or None.
+        counts: task -> number of labels; None: labels are not counted.
+
+    Raises:
+        BalancerError: no mapping, an unknown task, a loss without a count, a count below 0, or one above 0 without a
+            loss, whose labels would be counted and not trained on.
+    """
+    if counts is None:
+        return
+    if not isinstance(counts, Mapping):
+        raise BalancerError(f"count = {counts!r} beside losses of several tasks; pass a dict: task -> number of labels")
+    for task in counts:
+        if task not in tasks:
+            raise BalancerError(f"a count of the unknown task '{task}'; {did_you_mean(str(task), tasks)}")
+    for task in tasks:
+        if losses[task] is not None and task not in counts:
+            raise BalancerError(f"no count of task '{task}', which has a loss; pass the number of its labels")
+        number = counts.get(task, 0)
+        if isinstance(number, Tensor):
+            continue
+        if not isinstance(number, int | float) or not 0 <= number < math.inf:
+            raise BalancerError(f"count of task '{task}' = {number!r}; allowed: the number of labels, 0 or more")
+        if number and losses[task] is None:
+            raise BalancerError(
+                f"count of task '{task}' = {number!r}, and its loss is None; pass a count of 0, or the loss"
+            )
+
+
+def _integer(count: Any) -> int:
+    try:
+        number = int(count)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or number != count:
         raise BalancerError(f"count = {count!r}; allowed: the number of labels, an integer of 0 or more")
     return number

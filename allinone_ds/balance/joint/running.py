@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.agreement import Agreement
-from allinone_ds.balance.combiners.exact import ExactCombiner
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.exact import ExactCombiner, require_exact
+from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.heads import HeadUse
 from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
-from allinone_ds.balance.joint.counts import LabelCounts
+from allinone_ds.balance.joint.counts import LabelCounts, check_counts
+from allinone_ds.balance.joint.gate import apart_from_others
 from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.distributed import gather_objects
+from allinone_ds.distributed import rank, world_size
 from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.local_gradients import LocalGradients
@@ -41,15 +44,17 @@ class JointTasks(RunningTask):
         self,
         tasks: Sequence[str],
         micro_steps: int,
-        combiner: ExactCombiner,
+        combiner: ExactCombiner | FeaturesCombiner,
         heads: HeadUse,
         agreement: Agreement | None = None,
     ):
         super().__init__(" + ".join(tasks), micro_steps, combiner, agreement)
         self.tasks = tuple(tasks)
-        self._exact, self._heads = combiner, heads
+        self._exact = combiner if isinstance(combiner, ExactCombiner) else None
+        self._heads = heads
         self._counts = LabelCounts(len(tasks), micro_steps, agreement)
         self._losses = {task: torch.zeros_like(self.loss) for task in tasks}
+        self._counted = False
 
     def backward(self, loss: Any, count: Any, run: Backward) -> None:
         """Run the backwards of the next micro-step.
@@ -64,28 +69,27 @@ class JointTasks(RunningTask):
         """
         self.check_next()
         check_losses(self.tasks, loss)
+        check_counts(self.tasks, loss, count)
+        if self._done and (count is None) == self._counted:
+            raise BalancerError(f"task '{self.name}': give count in every micro-step of the block, or in none")
+        self._counted = count is not None
         with self.micro_step(communicates=True):
             weights = self._weights(loss, count)
             self._run(loss, weights, count, run)
 
     def hand_over(self) -> None:
-        if self.micro_steps > 1:
+        if self.micro_steps > 1 and self._exact:
             for task, unit in zip(self.tasks, self._counts.units(), strict=True):
                 if unit:
                     self._exact.add(task, self._losses[task], unit)
 
     def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
         """Return what each loss is multiplied by, after the ranks have exchanged what they have. Collective."""
-        numbers = []
-        for task in self.tasks:
-            given = 1 if count is None else count[task]
-            numbers.append(0 if losses[task] is None else given)
-        weights = self._counts.weights(numbers)
-        own = [int(losses[task] is not None) for task in self.tasks]
-        rows = self._agreement.rows(own) if self._agreement else gather_objects(own)
-        self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*rows, strict=True)]
-        if self._forwards_communicate:
-            self._refuse_missing_losses(rows)
+        numbers = [0 if losses[task] is None else 1 if count is None else count[task] for task in self.tasks]
+        weights = self._counts.weights(numbers, [int(losses[task] is not None) for task in self.tasks])
+        self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*self._counts.flags, strict=True)]
+        if self._forwards_communicate or self._exact is None:
+            self._refuse_missing_losses(self._counts.flags)
         return dict(zip(self.tasks, weights, strict=True))
 
     def _labelled(self) -> list[str]:
@@ -95,6 +99,7 @@ class JointTasks(RunningTask):
         ]
 
     def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+        self._check_graphs(losses)
         active = self._labelled()
         for place, task in enumerate(active):
             self._combiner.begin(task)
@@ -104,12 +109,31 @@ class JointTasks(RunningTask):
             self._average(part, self._alike[self.tasks.index(task)], run, retain)
             if part is not None and weights[task]:
                 self._losses[task] += part.detach().float()
+            if self._exact is None:
+                raise NotImplementedError("the gradients of single tasks need exact norms")
             if self.micro_steps > 1:
                 self._exact.accumulate(task)
             else:
                 with torch.no_grad():
                     self._exact.add(task, self._losses[task], self._counts.units()[self.tasks.index(task)])
             self._heads.end(keep=True)
+
+    def _check_graphs(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Raise if the losses do not come from one forward, in the first micro-step with these tasks.
+
+        Raises:
+            BalancerError: the graph of one has nothing in common with those of the others.
+        """
+        given = {task: loss for task, loss in losses.items() if loss is not None}
+        if not self._heads.met.issuperset(given):
+            apart = apart_from_others(given)
+            if apart is not None:
+                raise BalancerError(
+                    f"the graph of the loss of task '{apart}' does not meet those of the other tasks; the losses of a "
+                    "joint block come from the features of one forward, without detach(): give other tasks blocks of "
+                    "their own"
+                )
+            self._heads.met.update(given)
 
     def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
         """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
@@ -144,8 +168,8 @@ class JointTasks(RunningTask):
             if without and len(without) < len(rows):
                 raise BalancerError(
                     f"task '{task}' has no loss on rank(s) {', '.join(map(str, without))} and one on the others; under "
-                    "ZeRO-3 every rank must run every head: return a loss of the head's output on each rank, and pass "
-                    "count=0 for it where there is no label"
+                    "ZeRO-3, and with norm='features', every rank must run every head: return a loss of the head's "
+                    "output on each rank, and pass count=0 for it where there is no label"
                 )
 
 
@@ -165,43 +189,87 @@ class JointAtFeatures(JointTasks):
         self,
         tasks: Sequence[str],
         micro_steps: int,
-        combiner: ExactCombiner,
+        combiner: ExactCombiner | FeaturesCombiner,
         heads: HeadUse,
         agreement: Agreement | None,
         weighting: Weighting,
     ):
         super().__init__(tasks, micro_steps, combiner, heads, agreement)
-        self._block = FeatureBlock(tasks, weighting, micro_steps)
+        self._taker = combiner
+        shared = combiner.adapter.shared
+        self._block = FeatureBlock(tasks, weighting, micro_steps, checked=heads.marked, backbone=shared)
 
     def forwards(self) -> contextlib.AbstractContextManager[None]:
         return self._block.active()
 
     def hand_over(self) -> None:
-        report = self._block.report()
-        if report.tasks:
-            rows = {task: (report.norms[task], report.losses[task], report.scales[task]) for task in report.tasks}
-            self._exact.add_balanced(self.name, rows)
-            self._heads.divide(self.name, report.tasks)
+        found = self._block.means()
+        if found:
+            self._taker.add_balanced(self.name, found)
+            self._heads.divide(self.name, tuple(found))
 
     def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
         self._combiner.begin(self.name)
         self._heads.begin(self.name)
-        scale = self._combiner.adapter.loss_scale
-        labelled = self._labelled()
-        with self._block.micro_step(
-            {t: losses[t] if t in labelled else None for t in self.tasks}, count, scale
-        ) as total:
-            self._average(total, all(self._alike), run)
-        if self.micro_steps > 1:
+        counts = list(zip(*self._counts.rows, strict=True))  # of each task on every rank
+        labels = [(of_ranks[rank()], sum(of_ranks)) for of_ranks in counts]
+        labelled = {task: losses[task] if sum(n) else None for task, n in zip(self.tasks, counts, strict=True)}
+        with self._block.micro_step(labelled, None, self._combiner.adapter.loss_scale, labels) as total:
+            if self._exact is None:  # it joins the gradient of the step's other tasks in the engine
+                run(total, False)
+            else:
+                self._average(total, all(self._alike), run)
+        if self.micro_steps > 1 and self._exact:
             self._exact.accumulate(self.name)
         self._heads.end(keep=True)
+
+
+class TaskAtFeatures(JointAtFeatures):
+    """One task of a step, balanced at the features: `norm="features"`.
+
+    Args:
+        name: of the task.
+        micro_steps: number of micro-batches.
+        combiner: takes the gradient of the step.
+        heads: records which head parameters the task uses.
+        agreement: with the other ranks; None: they are not asked.
+        weighting: turns the record of a micro-step into a factor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        micro_steps: int,
+        combiner: FeaturesCombiner,
+        heads: HeadUse,
+        agreement: Agreement | None,
+        weighting: Weighting,
+    ):
+        super().__init__((name,), micro_steps, combiner, heads, agreement, weighting)
+
+    def backward(self, loss: Any, count: Any, run: Backward) -> None:
+        """Run the backward of the next micro-step.
+
+        Args:
+            loss: mean over this rank's labels, scalar.
+            count: number of these labels; None: ranks count the same.
+            run: the engine's backward.
+        """
+        check_loss(self.name, loss)
+        super().backward({self.name: loss}, None if count is None else {self.name: count}, run)
+
+    def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
+        if count is not None:
+            return super()._weights(losses, count)
+        self._counts.rows, self._alike = [[1]] * world_size(), [True]  # every rank has a loss
+        return {self.name: 1.0}
 
 
 def joint_tasks(
     tasks: Sequence[str],
     micro_steps: int,
     at: str,
-    combiner: ExactCombiner,
+    combiner: Combiner,
     heads: HeadUse,
     agreement: Agreement | None,
     weighting: Weighting,
@@ -209,13 +277,22 @@ def joint_tasks(
     """Return what runs a joint block.
 
     Raises:
-        ConfigError: an unknown place, or a weighting that cannot be computed at the features.
+        ConfigError: an unknown place, a weighting that cannot be computed at the features, or a combiner that cannot
+            serve joint blocks.
     """
     if at not in PLACES:
         raise ConfigError(f"balancer.joint(at={at!r}); {did_you_mean(str(at), PLACES)}")
+    if isinstance(combiner, FeaturesCombiner):
+        if at == "backbone":
+            raise ConfigError(
+                "balancer.joint(at='backbone') with norm='features', which measures at the features; pass "
+                "at='features', or construct the TaskBalancer with norm='exact'"
+            )
+        return JointAtFeatures(tasks, micro_steps, combiner, heads, agreement, weighting)
+    exact = require_exact(combiner, "balancer.joint()")
     if at == "backbone":
-        return JointTasks(tasks, micro_steps, combiner, heads, agreement)
-    return JointAtFeatures(tasks, micro_steps, combiner, heads, agreement, feature_weighting(weighting))
+        return JointTasks(tasks, micro_steps, exact, heads, agreement)
+    return JointAtFeatures(tasks, micro_steps, exact, heads, agreement, feature_weighting(weighting))
 
 
 def check_losses(tasks: Sequence[str], losses: Any) -> None:

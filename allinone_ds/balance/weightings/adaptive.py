@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.weightings.base import EPS, StepRecord, Weighting
+from allinone_ds.device_constants import copied_to
 
 
 class _PerTask(Weighting):
@@ -121,6 +122,8 @@ class Uncertainty(_PerTask):
         >>> Uncertainty(lr=0.01)
         Uncertainty(lr=0.01)
     """
+
+    batched = True
 
     def __init__(self, lr: float = 0.025):
         super().__init__()
@@ -235,7 +238,7 @@ class RandomWeights(Weighting):
 
     def factors(self, record: StepRecord) -> Tensor:
         draws = torch.randn(len(record.tasks), generator=self._generator, dtype=torch.float64)
-        return (len(draws) * torch.softmax(draws, dim=0)).to(record.gram)
+        return copied_to(len(draws) * torch.softmax(draws, dim=0), record.gram.device).to(record.gram.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state()}

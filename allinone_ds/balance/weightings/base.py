@@ -25,7 +25,7 @@ class StepRecord:
     Args:
         tasks: names of the T tasks, in the order in which they were declared.
         gram: inner products of the tasks' gradients restricted to the shared backbone, (T, T); for a weighting that
-            streams T is 1.
+            streams T is 1, unless it is `batched`.
         whole_norms: norms of the tasks' whole gradients, heads included, (T,).
         losses: the tasks' losses, mean over micro-steps and ranks, (T,).
 
@@ -53,6 +53,7 @@ class Weighting(ABC):
 
     Attributes:
         streams: True when the factor of a task depends on that task alone.
+        batched: True when a weighting that streams computes the factors of several tasks in one call as well.
         heads: "same": the gradient of a head gets the factor of its task. "none": heads keep their raw gradient.
 
     Example:
@@ -68,6 +69,7 @@ class Weighting(ABC):
     """
 
     streams: bool = True
+    batched: bool = False
     heads: str = "same"
 
     @abstractmethod

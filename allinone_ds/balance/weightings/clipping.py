@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.weightings.base import EPS, StepRecord, Weighting
+from allinone_ds.device_constants import constant
 from allinone_ds.strict import did_you_mean
 
 
@@ -20,6 +21,8 @@ class Sum(Weighting):
         >>> Sum()
         Sum()
     """
+
+    batched = True
 
     def factors(self, record: StepRecord) -> Tensor:
         return torch.ones_like(record.whole_norms)
@@ -43,6 +46,8 @@ class Static(Weighting):
         Static(weights={'det': 1.0, 'seg': 0.25})
     """
 
+    batched = True
+
     def __init__(self, weights: Mapping[str, float]):
         good = isinstance(weights, Mapping) and all(0 < float(weight) < math.inf for weight in weights.values())
         if not good or not weights:
@@ -59,7 +64,7 @@ class Static(Weighting):
                 raise ValueError(f"Static: a weight for the unknown task '{task}'; {did_you_mean(task, tasks)}")
 
     def factors(self, record: StepRecord) -> Tensor:
-        return record.whole_norms.new_tensor([self.weights[task] for task in record.tasks])
+        return constant([self.weights[task] for task in record.tasks], record.whole_norms, record.whole_norms.dtype)
 
     def __repr__(self) -> str:
         return f"Static(weights={self.weights})"
@@ -138,6 +143,8 @@ class TBGC(Weighting):
         tensor([0.0500])
     """
 
+    batched = True
+
     TARGETS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "max": torch.max, "mean": torch.mean, "median": torch.median, "min": torch.min,
     }  # fmt: skip
@@ -158,7 +165,7 @@ class TBGC(Weighting):
 
     def factors(self, record: StepRecord) -> Tensor:
         norms = record.norms
-        target = norms.new_tensor(self.max_norm) if self.streams else self.TARGETS[self.target](norms)
+        target = self.max_norm if self.streams else self.TARGETS[self.target](norms)
         factors = target / (norms + EPS)
         if self.rescale == "clip":
             return factors.clamp(max=1.0)

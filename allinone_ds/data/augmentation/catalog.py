@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from allinone_ds.data.augmentation import colour, geometry, weather
+from allinone_ds.data.dense_maps import EMPTY
 from allinone_ds.errors import ConfigError
 from allinone_ds.strict import did_you_mean
 
@@ -54,12 +54,18 @@ PIXELS_ONLY = (
 
 _AUTO = ("AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix")
 ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_AUTO, ("classification",)),  # torchvision moves the pixels, but not boxes and masks
+    # torchvision moves the pixels, but not boxes and masks
+    **dict.fromkeys(_AUTO, ("classification", "retrieval", "attributes", "regression", "joint")),
     "RandomIoUCrop": ("detection",),
     "Mosaic": ("detection", "segmentation"),
     "MixUp": ("detection",),
 }
-"""Kinds of data that a transform supports, if it does not support all."""
+"""Kinds of data that a transform supports, if it does not support all. In a joint group it must support each kind."""
+
+NOT_FOR: dict[str, tuple[str, ...]] = {"RandomPerspective": ("normals",), "ElasticTransform": ("normals",)}
+"""Kinds of data that a transform cannot move correctly."""
+OPTIONS_NOT_FOR: dict[tuple[str, str], tuple[str, ...]] = {("RandomAffine", "shear"): ("normals",)}
+"""Kinds of data that a transform cannot move correctly with one of its options."""
 
 FAMILIES: dict[str, tuple[str, ...]] = {"auto-augment": (*_AUTO, "ColorRandAugment")}
 """Names for several transforms, which conflicts may use."""
@@ -125,8 +131,13 @@ def build_transform(
     cls = NAMES[name]
     if kind is not None and kind not in ONLY_FOR.get(name, (kind,)):
         hint = ", or use ColorRandAugment, which moves no pixels" if name in _AUTO else ""
-        supported = " and ".join(ONLY_FOR[name])
+        supported = ", ".join(ONLY_FOR[name][:-1]) + " and " * (len(ONLY_FOR[name]) > 1) + ONLY_FOR[name][-1]
         raise ConfigError(f"{where}: {name} supports only {supported}, the data is {kind}; remove the transform{hint}")
+    if kind in NOT_FOR.get(name, ()):
+        raise ConfigError(f"{where}: {name} cannot move {kind} correctly; remove the transform")
+    for (owner, option), kinds in OPTIONS_NOT_FOR.items():
+        if name == owner and kind in kinds and options.get(option):
+            raise ConfigError(f"{where}: {name} cannot move {kind} correctly with '{option}'; remove the option")
     if nested and issubclass(cls, geometry.MultiSampleTransform):
         raise ConfigError(
             f"{where}: {name} combines several samples and must not be nested; list it directly in a branch, "
@@ -155,7 +166,7 @@ def build_transform(
         options.setdefault("pad_if_needed", True)  # otherwise an image smaller than `size` would end the run
     if "fill" in allowed and name not in OWN:
         fill = options.get("fill", 0)
-        options["fill"] = {tv_tensors.Mask: 255, "others": 0 if fill is None else fill}
+        options["fill"] = {**EMPTY, "others": 0 if fill is None else fill}
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:

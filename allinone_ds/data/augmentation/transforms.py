@@ -13,7 +13,10 @@ from torchvision.transforms import v2
 from allinone_ds.data.augmentation.branches import AugmentConfig, as_augment
 from allinone_ds.data.augmentation.catalog import PIXELS_ONLY, build_transform
 from allinone_ds.data.augmentation.geometry import DrawSample, MultiSampleTransform, sanitize_boxes
+from allinone_ds.data.augmentation.objects import OF_OBJECTS
 from allinone_ds.data.base import Sample
+from allinone_ds.data.dense_maps import DenseMap, NormalMap
+from allinone_ds.device_constants import constant
 from allinone_ds.errors import AllInOneError, BrokenSample
 
 MEAN = (0.485, 0.456, 0.406)
@@ -21,15 +24,27 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
-_TYPES = {"boxes": tv_tensors.BoundingBoxes, "mask": tv_tensors.Mask}
+_MEAN_255, _STD_255 = (torch.tensor(values).mul_(255).tolist() for values in (MEAN, STD))
+
+_TYPES: dict[str, type[tv_tensors.TVTensor]] = {
+    "boxes": tv_tensors.BoundingBoxes,
+    "mask": tv_tensors.Mask,
+    "masks": tv_tensors.Mask,
+    "keypoints": tv_tensors.KeyPoints,
+    "depth": tv_tensors.Mask,
+    "normals": NormalMap,
+    "edges": tv_tensors.Mask,
+    "saliency": tv_tensors.Mask,
+}
 
 
 class SampleTransform:
     """Applies the transforms of one branch to a sample, then resizes it to a fixed size.
 
-    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels` and `iscrowd`. Every
-    other `tv_tensors` of the sample (a `Mask` of depths, `KeyPoints`) moves with the pixels; all else does not change.
-    Pixels stay uint8.
+    Boxes are cut at the border; those with a side below 1 pixel are dropped with their `labels`, `iscrowd`, keypoints
+    and masks. Keypoints outside of the image are no longer visible, and a mirrored image swaps those of left and right.
+    Every other `tv_tensors` of the sample (a `Mask` of depths) moves with the pixels; all else does not change. Pixels
+    stay uint8. The targets of all tasks of a joint group move together.
 
     Args:
         branches: {name: (probability, torchvision v2 transforms)}; of several branches, every call draws one with
@@ -61,17 +76,18 @@ class SampleTransform:
 
         Raises:
             BrokenSample: a transform cannot be applied to the image, for example because the image is too small.
-            TypeError: the pixels are not uint8, or boxes or mask have a type that torchvision does not move.
+            TypeError: the pixels are not uint8, or a target has a type that does not move as it must.
         """
         if sample["image"].dtype != torch.uint8:
             found = sample["image"].dtype
             raise TypeError(f"sample['image'] is {found}; give uint8 pixels, which the model normalises later")
-        for key, kind in _TYPES.items():
-            if key in sample and not isinstance(sample[key], kind):
-                raise TypeError(
-                    f"sample['{key}'] is a {type(sample[key]).__name__}, which does not move with the pixels; "
-                    f"give a tv_tensors.{kind.__name__}"
-                )
+        for target in (sample, *sample.get("targets", {}).values()):
+            for key, kind in _TYPES.items():
+                if key in target and not isinstance(target[key], kind):
+                    raise TypeError(
+                        f"sample['{key}'] is a {type(target[key]).__name__}, which does not move with the pixels; "
+                        f"give a {'' if issubclass(kind, DenseMap) else 'tv_tensors.'}{kind.__name__}"
+                    )
         return self._run(self.branches[self.draw()], sample, further)
 
     def draw(self) -> str:
@@ -91,12 +107,11 @@ class SampleTransform:
 
     def _run(self, steps: Sequence[v2.Transform], sample: Sample, further: DrawSample | None) -> Sample:
         # v2 is faster on fewer values: no strings and numbers, and a plain tensor where only the pixels change.
-        part: Sample = {
-            key: value
-            for key, value in sample.items()
-            if key in ("labels", "iscrowd") or (isinstance(value, tv_tensors.TVTensor) and key != "image")
-        }
-        only_image = not part
+        part = _moving(sample)
+        targets = sample.get("targets", {})
+        if targets:
+            part["targets"] = {task: _moving(target) for task, target in targets.items()}
+        only_image = not (any(part["targets"].values()) if targets else part)
         image: Tensor = sample["image"].as_subclass(Tensor)
         for step in steps:
             several = isinstance(step, MultiSampleTransform)
@@ -117,12 +132,25 @@ class SampleTransform:
         if tuple(image.shape[-2:]) != self.image_size:
             part = self.resize({**part, "image": tv_tensors.Image(image)})
             image = part.pop("image").as_subclass(Tensor)
-        if "boxes" in part:
-            sanitize_boxes(part, self.image_size)
+        moved: dict[str, Sample] = part.pop("targets", {})
+        for target in (part, *moved.values()):
+            if "boxes" in target:
+                sanitize_boxes(target, self.image_size)
+        if targets:
+            part["targets"] = {task: {**targets[task], **target} for task, target in moved.items()}
         return {**sample, **part, "image": tv_tensors.Image(image)}
 
     def __repr__(self) -> str:
         return f"SampleTransform({self.branches}, image_size={self.image_size})"
+
+
+def _moving(sample: Sample) -> Sample:
+    """Return what of a sample moves with its pixels, and what is dropped with its boxes."""
+    return {
+        key: value
+        for key, value in sample.items()
+        if key in OF_OBJECTS or (isinstance(value, tv_tensors.TVTensor) and key != "image")
+    }
 
 
 def _refusal(step: v2.Transform, image: Tensor, error: Exception) -> str:
@@ -195,9 +223,9 @@ def normalize(images: Tensor) -> Tensor:
         >>> normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
         tensor([-2.1179, -2.0357, -1.8044])
     """
-    mean = torch.tensor(MEAN, device=images.device).mul_(255).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).mul_(255).view(1, 3, 1, 1)
-    return images.as_subclass(Tensor).to(torch.float32).sub_(mean).div_(std)
+    images = images.as_subclass(Tensor)
+    mean, std = (constant(values, images).view(1, 3, 1, 1) for values in (_MEAN_255, _STD_255))
+    return images.to(torch.float32).sub_(mean).div_(std)
 
 
 def stack_pixels(samples: Sequence[Sample]) -> Tensor:

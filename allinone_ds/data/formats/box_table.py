@@ -15,7 +15,7 @@ from allinone_ds.data.base import Problem, SourceConfig
 from allinone_ds.data.formats.coco import CocoDataset, CocoSource
 from allinone_ds.data.formats.common.class_names import sort_key
 from allinone_ds.data.formats.common.listing import check_listed_files, require_folder
-from allinone_ds.data.formats.common.tables import Table
+from allinone_ds.data.formats.common.tables import read_table
 from allinone_ds.data.images import image_size
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText
@@ -66,7 +66,7 @@ class BoxTableSource(SourceConfig):
     def open(self, root: Path, classes: Sequence[str] | None = None) -> CocoDataset:
         file, folder = root / self.table, root / self.images
         require_folder(folder, "images")
-        table = Table(file, self.delimiter, self.columns)
+        table = read_table(file, self.delimiter, self.image_column, self.columns)
         table.require("image_column", self.image_column)
         for column in self.box_columns:
             table.require("box_columns", column)
@@ -79,9 +79,10 @@ class BoxTableSource(SourceConfig):
         problems: list[Problem] = []
         sizes: dict[str, tuple[int, int] | None] = {}
         boxes: list[tuple[int, str, str, list[float]]] = []  # line, file, class, numbers
-        for line, row in table.rows():
-            name = row[self.image_column]
-            values = [row[column] for column in self.box_columns]
+        images = table.column(self.image_column)
+        cells = list(zip(*(table.column(column) for column in self.box_columns), strict=True))
+        labels = [only] * len(images) if self.label_column is None else table.column(self.label_column)
+        for name, values, label, line in zip(images, cells, labels, table.lines, strict=True):
             if not name:
                 problems.append(Problem(str(file), f"line {line}: column '{self.image_column}' is empty; fill it"))
                 continue
@@ -94,12 +95,11 @@ class BoxTableSource(SourceConfig):
             except ValueError as error:
                 problems.append(Problem(str(file), f"line {line}: {error}"))
                 continue
-            label = only if self.label_column is None else row[self.label_column]
             if label:
                 boxes.append((line, name, label, numbers))
             else:
                 problems.append(Problem(str(file), f"line {line}: column '{self.label_column}' is empty; fill it"))
-        problems += table.problems
+        problems += table.too_long()
         if not boxes and not problems:
             raise DataError(f"{file}: contains no box; there is nothing to learn")
         if boxes and not self.fractions and all(max(map(abs, numbers)) <= 1 for *_, numbers in boxes):

@@ -1,4 +1,4 @@
-"""Classification from one folder per class."""
+"""Classes or identities of images from one folder each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from allinone_ds.data.base import Problem, SourceConfig
-from allinone_ds.data.formats.common.class_names import match_classes
+from allinone_ds.data.formats.common.class_names import match_classes, match_identities
 from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from allinone_ds.data.formats.common.listing import (
     is_folder,
@@ -42,6 +42,8 @@ class ClassFoldersSource(SourceConfig):
     format: Literal["class_folders"]
     images: PathText
     """Folder of the class folders."""
+    kind: Literal["classification", "retrieval"] = "classification"
+    """What a folder stands for: a class, or an identity, of which a test set may have others than the train set."""
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> ClassifiedDataset:
         folder = root / self.images
@@ -76,9 +78,10 @@ class ClassFoldersSource(SourceConfig):
             else:
                 reason = "class folder contains no image; add images or remove the folder"
                 structural.append(Problem(str(folder / name), reason))
-        label_of = match_classes(str(folder), found, classes)
+        names = list(found if classes is None else classes)
+        if self.kind == "retrieval":
+            names = match_identities(str(folder), found, classes)
+        label_of = match_classes(str(folder), found, names)
         files = [file for name in found for file in images[name]]
         labels = [label_of[number] for number, name in enumerate(found) for _ in images[name]]
-        return ClassifiedDataset(
-            str(folder), folder, files, labels, list(found if classes is None else classes), structural
-        )
+        return ClassifiedDataset(str(folder), folder, files, labels, names, structural, kind=self.kind)

@@ -1,4 +1,4 @@
-"""Detection from a COCO json and a folder of images."""
+"""Boxes, keypoints or masks of objects from a COCO json and a folder of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from pydantic import model_validator
+from torchvision import tv_tensors
 
+from allinone_ds.data.augmentation.objects import corner
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
@@ -20,13 +24,22 @@ from allinone_ds.data.formats.common.boxes import (
 )
 from allinone_ds.data.formats.common.class_names import match_classes
 from allinone_ds.data.formats.common.listing import check_listed_files, read_text, require_folder
+from allinone_ds.data.formats.common.object_parts import (
+    PointNames,
+    decode_mask,
+    keypoint_fault,
+    keypoint_fields,
+    points_outside,
+    segmentation_fault,
+    split_points,
+)
 from allinone_ds.data.images import image_size, read_image
-from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.strict import PathText
 
 
 class CocoSource(SourceConfig):
-    """Images and boxes in COCO format.
+    """Images and their objects in COCO format.
 
     Example:
         >>> source = CocoSource(format="coco", images="signs/train", annotations="signs/train.json")
@@ -40,13 +53,26 @@ class CocoSource(SourceConfig):
     """Folder that every `file_name` in the json is relative to."""
     annotations: PathText
     """The json file."""
+    kind: Literal["detection", "keypoints", "instances"] = "detection"
+    """What is read of an object beside its box and class: nothing, its keypoints, or its mask (polygons, run lengths).
+    """
+    flip_pairs: list[tuple[int | str, int | str]] | None = None
+    """Keypoints: names or numbers (from 0) of the points that a mirrored image swaps; null: those whose names differ
+    in left and right."""
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> CocoSource:
+        """Refuse options of other kinds, which would change nothing."""
+        if self.kind != "keypoints" and self.flip_pairs is not None:
+            raise ConfigError(f"flip_pairs is an option of kind keypoints, the kind is {self.kind}; remove it")
+        return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> CocoDataset:
         return CocoDataset(self, root, classes)
 
 
 class CocoDataset(SampleDataset):
-    """Images and boxes of one COCO json.
+    """Images and objects of one COCO json.
 
     Category ids may be any numbers: they become 0..K-1 in ascending order, and `category_ids` maps back. Images
     without a box stay in the dataset. Crowd boxes have `iscrowd` True in the sample; the detection task excludes them
@@ -79,7 +105,6 @@ class CocoDataset(SampleDataset):
         ([[2.0, 4.0, 12.0, 9.0]], [0])
     """
 
-    kind = "detection"
     in_memory = True
 
     def __init__(
@@ -89,12 +114,16 @@ class CocoDataset(SampleDataset):
         classes: Sequence[str] | None = None,
         content: dict[str, list[Any]] | None = None,
     ):
+        self.kind = source.kind
         self.name = str(root / source.annotations)
         self.folder = root / source.images
         require_folder(self.folder, "images")
         self.structural: list[Problem] = []
         lists = _read_json(Path(self.name)) if content is None else content
         self._read_categories(lists["categories"], classes)
+        by_label = {self._label_of[c["id"]]: c for c in lists["categories"]}
+        categories = [by_label.get(label) for label in range(len(self.classes))]
+        self._points = PointNames(self.name, categories, source.flip_pairs)
         index_of = self._read_images(lists["images"])
         self._read_boxes(lists["annotations"], index_of)
         if content is None:
@@ -118,13 +147,29 @@ class CocoDataset(SampleDataset):
                 f"{self.name} says {stated[1]} x {stated[0]}; correct the annotation or the file",
             )
         own = slice(self._first[index], self._first[index + 1])
-        fields = detection_fields(self._boxes[own], self._labels[own], self._crowd[own], size)
+        more = self._parts(own, size, path)
+        fields = detection_fields(self._boxes[own], self._labels[own], self._crowd[own], size, more)
+        if self.kind == "keypoints":
+            fields["corner"] = corner(size)
         return {"image": image, **fields, "path": path, "index": index}
 
     def annotation(self, index: int) -> Sample:
         own = slice(self._first[index], self._first[index + 1])
         fields = {"boxes": self._boxes[own], "labels": self._labels[own], "iscrowd": self._crowd[own]}
+        if self.kind == "keypoints":
+            fields["visible"] = self._keypoints[own][..., 2]
         return {**fields, "size": self.sizes[index]}
+
+    def _parts(self, own: slice, size: tuple[int, int], path: str) -> Sample:
+        """Return the masks, or the keypoints and areas, of the objects of an image."""
+        if self.kind == "instances":
+            masks = [decode_mask(segmentation, size, path) for segmentation in self._segmentations[own]]
+            stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
+            return {"masks": tv_tensors.Mask(torch.from_numpy(stacked))}
+        if self.kind == "keypoints":
+            orders = self._orders[self._labels[own]]
+            return keypoint_fields(self._keypoints[own], self._areas[own], orders, size)
+        return {}
 
     def check(self, index: int) -> list[Problem]:
         problems = super().check(index)
@@ -186,7 +231,7 @@ class CocoDataset(SampleDataset):
 
     def _read_boxes(self, records: list[Any], index_of: dict[Any, int]) -> None:
         """Set boxes (n, 4) XYXY, labels (n,) and crowd flags (n,), sorted by image, and each image's first box."""
-        rows, owners, labels, crowd = [], [], [], []
+        rows, owners, labels, crowd, parts = [], [], [], [], []
         for record in records:
             problem = self._annotation_problem(record, index_of)
             if problem:
@@ -197,6 +242,7 @@ class CocoDataset(SampleDataset):
             owners.append(index_of[record["image_id"]])
             labels.append(self._label_of[record["category_id"]])
             crowd.append(record.get("iscrowd") in (1, "1"))  # bool("0") would be True
+            parts.append(record)
         boxes = np.array(rows, dtype=np.float32).reshape(-1, 4)
         owner = np.array(owners, dtype=np.int64)
         sizes = np.array([size or (np.inf, np.inf) for size in self.sizes]).reshape(-1, 2)[owner]  # (n, 2): H, W
@@ -214,6 +260,35 @@ class CocoDataset(SampleDataset):
         self._labels = np.array(labels, dtype=np.int64)[order]
         self._crowd = np.array(crowd, dtype=bool)[order]
         self._first = np.searchsorted(owner[order], np.arange(len(self.files) + 1))
+        if self.kind == "instances":
+            self._segmentations = [parts[n]["segmentation"] for n in order]
+        if self.kind == "keypoints":
+            self._set_keypoints([parts[n] for n in order], owner[order])
+
+    def _set_keypoints(self, records: list[dict[str, Any]], owner: np.ndarray) -> None:
+        """Set keypoints (n, P, 3), areas (n,) and the order of the points in a mirrored image (K, P)."""
+        if self._points.count is None and not records:
+            self._points.settle(0)
+        P = self._points.count or 0
+        points = np.stack([split_points(r.get("keypoints"), P) for r in records]) if records else np.zeros((0, P, 3))
+        self._keypoints = points.astype(np.float32)
+        sides = self._boxes[:, 2:] - self._boxes[:, :2]
+        stated = [r.get("area") for r in records]
+        self._areas = np.array(
+            [a if isinstance(a, int | float) and a > 0 else w * h for a, (w, h) in zip(stated, sides, strict=True)],
+            dtype=np.float32,
+        )
+        self._orders = self._points.orders()
+        if warning := self._points.warning():
+            self.structural.append(warning)
+        outside = sum(
+            int(points_outside(self._keypoints[n], size).sum())
+            for n, i in enumerate(owner.tolist())
+            if (size := self.sizes[i]) is not None
+        )
+        if outside:
+            reason = f"{outside} keypoints lie outside of their images and are not used in training; correct them"
+            self.structural.append(Problem(self.name, reason, "warning"))
 
     def _annotation_problem(self, record: Any, index_of: dict[Any, int]) -> Problem | None:
         """Return what makes an annotation unusable, or None."""
@@ -234,7 +309,15 @@ class CocoDataset(SampleDataset):
         if not numbers or not all(abs(v) < 1e9 for v in box):  # also false for NaN
             reason = f"bbox {box!r} must be four numbers: x, y, width, height in pixels"
             return Problem(self.path(index_of[image]), f"{where}: {reason}")
-        return None
+        fault = None
+        if self.kind == "instances":
+            fault = segmentation_fault(record.get("segmentation"), self.sizes[index_of[image]])
+        elif self.kind == "keypoints":
+            points = record.get("keypoints")
+            fault = keypoint_fault(points, self._points.count)
+            if fault is None and points is not None:
+                self._points.settle(len(points) // 3)
+        return None if fault is None else Problem(self.path(index_of[image]), f"{where}: {fault}")
 
 
 def _is_id(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
+from allinone_ds.data.augmentation.objects import corner
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
@@ -20,7 +21,16 @@ from allinone_ds.data.formats.common.boxes import (
     detection_fields,
     outside_reason,
 )
-from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, match_identities, read_classes
+from allinone_ds.data.formats.common.hub_tables import (
+    COLUMNS,
+    Columns,
+    element_of,
+    file_bytes,
+    of_objects,
+    saved_split,
+    stored_map,
+)
 from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
@@ -28,36 +38,15 @@ from allinone_ds.data.formats.common.masks import (
     single_class_warning,
     validate_class_ids,
 )
+from allinone_ds.data.formats.common.object_parts import OBJECT_KINDS, PointNames, checked_keypoints, mask_fields
+from allinone_ds.data.formats.maps.dense_maps import no_classes
+from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues, as_target, read_values
 from allinone_ds.data.images import image_size, read_image, read_label_map
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
-from allinone_ds.strict import PathText, Strict, did_you_mean
+from allinone_ds.strict import PathText, did_you_mean
 
 
-class Columns(Strict):
-    """Names of the columns. The defaults are those of most datasets on the hub.
-
-    Example:
-        >>> Columns(image="img", label="fine_label").label
-        'fine_label'
-    """
-
-    image: str = "image"
-    """The image, in every kind."""
-    label: str = "label"
-    """Classification: the class, an integer, a ClassLabel or a name."""
-    objects: str = "objects"
-    """Detection: the annotations of one image."""
-    bbox: str = "bbox"
-    """Detection: the box, inside `objects`."""
-    category: str = "category"
-    """Detection: the class of the box, inside `objects`."""
-    iscrowd: str = "iscrowd"
-    """Detection: whether the box is a crowd, inside `objects`. The column is optional."""
-    label_map: str = "label"
-    """Segmentation: the label map, an image of class ids."""
-
-
-class DatasetsSource(SourceConfig):
+class DatasetsSource(MapValues, SourceConfig):
     """A dataset of the `datasets` library.
 
     Example:
@@ -74,7 +63,10 @@ class DatasetsSource(SourceConfig):
     split: str | None = None
     """Split of the dataset, or a part of one such as "train[:80%]"; null is "train", or all of a dataset that was saved
     without splits."""
-    kind: Literal["classification", "detection", "segmentation"]
+    kind: Literal[
+        "classification", "detection", "segmentation", "depth", "normals", "edges", "saliency", "attributes",
+        "regression", "retrieval", "keypoints", "instances",
+    ]  # fmt: skip
     """What the samples carry."""
     columns: Columns = Columns()
     """Names of the columns."""
@@ -90,25 +82,35 @@ class DatasetsSource(SourceConfig):
 
     class_ids: list[NonNegativeInt] | None = None
     """Segmentation: id of each class where they do not count up, as in `label_maps`."""
+    absent: Literal[0, -1] = 0
+    """Attributes: the value of an attribute that an image does not have, as in `image_table`."""
+    flip_pairs: list[tuple[int, int]] | None = None
+    """Keypoints: numbers (from 0) of the points that a mirrored image swaps."""
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> DatasetsSource:
         """Refuse options of other kinds, which would change nothing."""
-        for option, kind in {
-            "bbox_format": "detection",
-            "ignore_index": "segmentation",
-            "class_ids": "segmentation",
+        for option, kinds in {
+            "bbox_format": OBJECT_KINDS,
+            "ignore_index": ("segmentation",),
+            "class_ids": ("segmentation",),
+            "absent": ("attributes",),
+            "flip_pairs": ("keypoints",),
         }.items():
-            if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
-                raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
-        used = _COLUMNS[self.kind]
+            if self.kind not in kinds and getattr(self, option) != type(self).model_fields[option].default:
+                of = " and ".join(kinds)
+                raise ConfigError(f"{option} is an option of kind {of}, the kind is {self.kind}; remove it")
+        used = COLUMNS[self.kind]
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+        if self.kind in DENSE_KINDS and (self.first_id or self.classes is not None):
+            raise ConfigError(f"first_id and classes number classes, {self.kind} has none; remove them")
         check_numbering(self.class_ids, self.first_id)
+        self.refuse_unused(self.kind)
         return self
 
-    def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
+    def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         import datasets
 
         folder = root / self.path
@@ -127,42 +129,14 @@ class DatasetsSource(SourceConfig):
         if saved:
             if self.name is not None:
                 raise DataError(f"{folder}: 'name' selects a configuration on the hub, this is a folder; remove it")
-            table = self._saved_split(loaded, folder)
+            table = saved_split(loaded, self.split, folder)
+        if self.kind in ("attributes", "regression"):
+            from allinone_ds.data.formats.common.hub_vectors import HubNumbers
+
+            name = f"{self.path}[{self.split or table.split or 'train'}]"
+            names = classes if classes is not None else read_classes(self.classes, root)
+            return HubNumbers(table, self.kind, name, self.columns, self.absent, names)
         return HubDataset(table, self, root, classes)
-
-    def _saved_split(self, loaded: Any, folder: Path) -> Any:
-        """Return the rows of `split` in what `save_to_disk` wrote: several splits, or one dataset that may have a name.
-
-        Raises:
-            DataError: there is no such split.
-        """
-        import datasets
-
-        if isinstance(loaded, datasets.DatasetDict):
-            splits, default = dict(loaded), "train"
-        else:
-            default = str(loaded.split or "train")
-            splits = {default: loaded}
-        split = self.split or default
-        try:
-            sizes = {name: len(table) for name, table in splits.items()}
-            parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-        except (AssertionError, ValueError):
-            several = isinstance(loaded, datasets.DatasetDict)
-            raise DataError(
-                f"{folder}: no split '{split}'; {did_you_mean(split, splits)}, or a part of one, such as "
-                f"'{default}[:80%]'{'' if several else '; the folder holds one dataset, not several splits'}"
-            ) from None
-        tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-        return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-
-
-_COLUMNS = {
-    "classification": ("image", "label"),
-    "detection": ("image", "objects", "bbox", "category", "iscrowd"),
-    "segmentation": ("image", "label_map"),
-}
-_SECOND_COLUMN = {"classification": "label", "detection": "objects", "segmentation": "label_map"}
 
 
 class HubDataset(SampleDataset):
@@ -201,10 +175,12 @@ class HubDataset(SampleDataset):
         self.name = f"{source.path}[{source.split or table.split or 'train'}]"
         self.structural: list[Problem] = []
         columns = source.columns
-        second = _SECOND_COLUMN[source.kind]
+        second = COLUMNS[source.kind][1]
         for role in ("image", second):
             self._require_column(getattr(columns, role), table.features, f"columns.{role}")
         images = [columns.image] + ([columns.label_map] if source.kind == "segmentation" else [])
+        if source.kind in DENSE_KINDS and isinstance(table.features[columns.map], datasets.Image):
+            images.append(columns.map)
         for column in images:
             if not isinstance(table.features[column], datasets.Image):
                 raise DataError(
@@ -213,7 +189,12 @@ class HubDataset(SampleDataset):
                 )
             table = table.cast_column(column, datasets.Image(decode=False))
         self.table = table.select_columns(list(dict.fromkeys([*images, getattr(columns, second)])))
+        if source.kind in DENSE_KINDS:
+            self.classes = no_classes(self.name, source.kind, read_classes(source.classes, root) or classes)
+            return
         stored = self._stored_names(read_classes(source.classes, root), classes)
+        if source.kind == "retrieval":
+            classes = match_identities(self.name, stored, classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
@@ -224,7 +205,9 @@ class HubDataset(SampleDataset):
             validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
-        if source.kind == "classification":
+        if source.kind == "keypoints":
+            self._points = PointNames(self.name, [None] * len(self.classes), source.flip_pairs)
+        if source.kind in ("classification", "retrieval"):
             self.in_memory = True
             cells = self.table[columns.label]
             self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
@@ -238,15 +221,23 @@ class HubDataset(SampleDataset):
         columns = self.source.columns
         row = self.table[index]
         path = self.path(index)
-        image = read_image(path, _file_bytes(row[columns.image], path))
+        image = read_image(path, file_bytes(row[columns.image], path))
         sample: Sample = {"image": image, "path": path, "index": index}
-        if self.kind == "classification":
+        if self.kind in ("classification", "retrieval"):
             if not self._is_class(row[columns.label]):
                 raise BrokenSample(path, self._unknown_class(row[columns.label]))
             sample["label"] = self._label_of[row[columns.label]]
-        elif self.kind == "detection":
+        elif self.kind in OBJECT_KINDS:
             size = (image.shape[1], image.shape[2])
-            sample.update(detection_fields(*self._objects(row[columns.objects], size, path), size))
+            found = self._objects(row[columns.objects], size, path)
+            more = self._parts(row[columns.objects], found, size, path)
+            sample.update(detection_fields(*found, size, more))
+            if self.kind == "keypoints":
+                sample["corner"] = corner(size)
+        elif self.kind in DENSE_KINDS:
+            values = self._values(row[columns.map], path)
+            check_mask_size(values, image, path, "map")
+            sample[self.kind] = as_target(values, self.kind)
         else:
             mask = self._decode_mask(row[columns.label_map], path)
             check_mask_size(mask, image, path)
@@ -256,7 +247,7 @@ class HubDataset(SampleDataset):
     def encoded(self, index: int) -> bytes | None:
         column = self.source.columns.image
         try:
-            return _file_bytes(self.table.select_columns(column)[index][column], self.path(index))
+            return file_bytes(self.table.select_columns(column)[index][column], self.path(index))
         except BrokenSample:
             return None
 
@@ -266,13 +257,17 @@ class HubDataset(SampleDataset):
         if self.kind == "segmentation":
             return {"mask": self.mask(index)}
         columns = self.source.columns
+        if self.kind in DENSE_KINDS:
+            cell = self.table.select_columns(columns.map)[index][columns.map]
+            return {self.kind: self._values(cell, self.path(index))}
         row = self.table[index]
         path = self.path(index)
-        size = image_size(io.BytesIO(_file_bytes(row[columns.image], path)))
-        if self.kind != "detection" or size is None:
+        size = image_size(io.BytesIO(file_bytes(row[columns.image], path)))
+        if self.kind not in OBJECT_KINDS or size is None:
             return super().annotation(index)
-        boxes, labels, crowd = self._objects(row[columns.objects], size, path)
-        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size}
+        boxes, labels, crowd = found = self._objects(row[columns.objects], size, path)
+        more = {} if self.kind != "keypoints" else self._parts(row[columns.objects], found, size, path)
+        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size, **more}
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of one sample, uint8 (H, W), without reading its image.
@@ -283,22 +278,19 @@ class HubDataset(SampleDataset):
         column = self.source.columns.label_map
         return self._decode_mask(self.table.select_columns(column)[index][column], self.path(index))
 
+    def _values(self, cell: Any, path: str) -> np.ndarray:
+        return read_values(stored_map(cell, path), self.kind, self.source, path)
+
     def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
-        stored = read_label_map(path, _file_bytes(cell, path))
+        stored = read_label_map(path, file_bytes(cell, path))
         source = self.source
         return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
 
     def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""
         columns = self.source.columns
-        if isinstance(cell, Mapping):
-            rows, categories = cell[columns.bbox] or [], cell[columns.category] or []
-            crowd = cell.get(columns.iscrowd) or [0] * len(rows)
-        else:
-            objects = [o or {} for o in cell or []]
-            rows, categories, crowd = (
-                [o.get(column) for o in objects] for column in (columns.bbox, columns.category, columns.iscrowd)
-            )
+        rows, categories, crowd = (of_objects(cell, c) for c in (columns.bbox, columns.category, columns.iscrowd))
+        crowd = crowd or [0] * len(rows)
         if not len(rows) == len(categories) == len(crowd):
             raise BrokenSample(
                 path,
@@ -327,19 +319,31 @@ class HubDataset(SampleDataset):
         flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
         return boxes, labels, flags
 
+    def _parts(self, cell: Any, found: tuple[np.ndarray, ...], size: tuple[int, int], path: str) -> Sample:
+        """Return the masks, or the keypoints and areas, of the objects of one row."""
+        columns = self.source.columns
+        if self.kind == "instances":
+            return mask_fields(of_objects(cell, columns.segmentation), len(found[0]), size, path)
+        if self.kind == "keypoints":
+            points, areas = of_objects(cell, columns.keypoints), of_objects(cell, columns.area)
+            return checked_keypoints(points, areas, found, self._points, size, path)
+        return {}
+
     def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
         """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
-        if self.kind == "classification":
+        labelled = self.kind in ("classification", "retrieval")
+        if labelled:
             feature = self.table.features[columns.label]
-        elif self.kind == "detection":
-            inside = _element(self.table.features[columns.objects])
-            for role in ("bbox", "category"):
+        elif self.kind in OBJECT_KINDS:
+            inside = element_of(self.table.features[columns.objects])
+            part = {"instances": ["segmentation"], "keypoints": ["keypoints"]}.get(self.kind, [])
+            for role in ("bbox", "category", *part):
                 self._require_column(getattr(columns, role), inside, f"columns.{role}")
-            feature = _element(inside[columns.category])
-        if feature is not None and _element(feature) is not feature or isinstance(feature, Mapping):
-            column = columns.label if self.kind == "classification" else columns.category
+            feature = element_of(inside[columns.category])
+        if feature is not None and element_of(feature) is not feature or isinstance(feature, Mapping):
+            column = columns.label if labelled else columns.category
             raise DataError(f"{self.name}: column '{column}' is {feature}; it must hold one class, a number or a name")
         own = getattr(feature, "names", None)
         text = getattr(feature, "dtype", "") in ("string", "large_string")
@@ -347,7 +351,7 @@ class HubDataset(SampleDataset):
             found = "a ClassLabel, whose ids start at 0" if own is not None else "text"
             raise DataError(f"{self.name}: first_id = {self.source.first_id}: the column is {found}; remove first_id")
         names = given if given is not None else own
-        if names is None and self.kind == "classification" and text:
+        if names is None and (self.kind == "retrieval" or (labelled and text)):
             names = sorted({name for name in self.table[columns.label] if name is not None})
         names = train if names is None else names
         if not names:
@@ -372,22 +376,3 @@ class HubDataset(SampleDataset):
             f"class {found!r} is not one of the {count} classes; ids are {first}..{first + count - 1} "
             f"(they count from first_id, which is {first})"
         )
-
-
-def _element(feature: Any) -> Any:
-    """Return the element type of a list feature, or the feature itself."""
-    if isinstance(feature, list):
-        return feature[0]
-    return getattr(feature, "feature", feature)
-
-
-def _file_bytes(cell: Any, path: str) -> bytes:
-    """Return the encoded bytes in an undecoded image cell."""
-    if cell is None or (cell.get("bytes") is None and not cell.get("path")):
-        raise BrokenSample(path, "has no image; remove the row")
-    if cell.get("bytes") is not None:
-        return bytes(cell["bytes"])
-    try:
-        return Path(cell["path"]).read_bytes()
-    except OSError as error:
-        raise BrokenSample(path, f"{cell['path']}: cannot be opened: {error.strerror or error}") from None

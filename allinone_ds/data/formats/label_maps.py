@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +13,9 @@ import torch
 from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
-from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
+from allinone_ds.data.base import IGNORE, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.common.listing import is_image, require_folder, unread_files, unused_images, walk_files
+from allinone_ds.data.formats.common.listing import require_folder
 from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
@@ -26,6 +26,7 @@ from allinone_ds.data.formats.common.masks import (
     single_class_warning,
     validate_class_ids,
 )
+from allinone_ds.data.formats.common.paired_files import pair_files
 from allinone_ds.data.images import read_color_map, read_image, read_label_map
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText
@@ -63,7 +64,7 @@ class LabelMapsSource(SourceConfig):
     """Id of each class where they do not count up, e.g. [0, 255]; null: they count from `first_id`. An id in this list
     is a class even if it equals `ignore_index`."""
 
-    class_colors: list[Color] | None = Field(None, min_length=1)
+    class_colors: list[Color] | None = Field(default=None, min_length=1)
     """Colour of each class, "#rrggbb" or [red, green, blue], for label maps whose colours are the classes; null: the
     value of a pixel is its class id."""
     ignore_colors: list[Color] = Field(default=[])
@@ -145,52 +146,14 @@ class LabelMapsDataset(SampleDataset):
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.uint8)
-        self.structural: list[Problem] = []
-        self._pair_files(names)
+        self.pairs, self.structural = pair_files(
+            (self.images, source.image_suffix), (self.maps, source.label_map_suffix), "label map", names=names
+        )
         if source.class_colors is None:
             self.structural += single_class_warning(self, source.ignore_index)
         elif source.ignore_colors:
             ignored = ", ".join(map(color_text, source.ignore_colors))
             self.structural += single_class_warning(self, ignored, "list it in class_colors")
-
-    def _pair_files(self, names: Sequence[str] | None) -> None:
-        """Set `pairs`: for every image with a label map, both files relative to their folders."""
-        images = self._by_stem(self.images, self.source.image_suffix)
-        maps = self._by_stem(self.maps, self.source.label_map_suffix)
-        if names is not None:
-            missing = [name for name in names if name not in images and name not in maps]
-            reason = "is listed, but has neither an image nor a label map; add them or remove the name from the list"
-            self.structural += [Problem(str(self.images / name), reason) for name in missing]
-            images, maps = ({name: of[name] for name in names if name in of} for of in (images, maps))
-        self.pairs = [(images[stem], maps[stem]) for stem in images if stem in maps]
-        for stem in images.keys() - maps.keys():
-            wanted = f"{self.maps / stem}{self.source.label_map_suffix}.png"
-            reason = f"has no label map {wanted}; add the label map or remove the image"
-            self.structural.append(Problem(str(self.images / images[stem]), reason))
-        for stem in maps.keys() - images.keys():
-            wanted = f"{self.images / stem}{self.source.image_suffix}.*"
-            reason = f"has no image {wanted}; add the image or remove the label map"
-            self.structural.append(Problem(str(self.maps / maps[stem]), reason))
-        self.structural.sort()
-
-    def _by_stem(self, folder: Path, suffix: str) -> dict[str, str]:
-        """Return {path without suffixes: path} of the images below a folder; report equal stems as faults."""
-        groups: dict[str, list[str]] = defaultdict(list)
-        others = []
-        every = walk_files(folder)
-        self.structural += unread_files(folder, every)
-        for file in filter(is_image, every):
-            stem = os.path.splitext(file)[0]
-            if stem.endswith(suffix):
-                groups[stem.removesuffix(suffix)].append(file)
-            else:
-                others.append(file)
-        self.structural += unused_images(folder, others, f"whose names do not end with '{suffix}'")
-        for files in groups.values():
-            if len(files) > 1:
-                reason = f"differs only in its suffix from {', '.join(files[1:])}; keep one of these files"
-                self.structural.append(Problem(str(folder / files[0]), reason))
-        return {stem: files[0] for stem, files in groups.items()}
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -70,11 +70,11 @@ def turned_problems(dataset: SampleDataset, turned: Sequence[str]) -> list[Probl
         dataset: the dataset.
         turned: its images that `is_turned` found.
     """
-    if not turned or dataset.kind not in ("detection", "segmentation"):
+    if not turned or dataset.kind in ("classification", "attributes", "regression", "retrieval"):
         return []
     reason = (
         f"{len(turned)} of {len(dataset)} images are turned by 180 degrees or mirrored by their EXIF orientation "
-        f"(first: {turned[0]}); make sure that boxes and label maps belong to the upright images"
+        f"(first: {turned[0]}); make sure that boxes and maps belong to the upright images"
     )
     return [Problem(dataset.name, reason, "warning")]
 

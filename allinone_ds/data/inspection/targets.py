@@ -1,15 +1,16 @@
-"""Count what can be learned from a dataset: usable boxes, label maps with classes, images per class."""
+"""Count what can be learned from a dataset: usable boxes, label maps with classes, images per class, maps."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset
+from allinone_ds.data.inspection import maps
 from allinone_ds.errors import BrokenSample
 
 READ_AT_START = 64
@@ -43,6 +44,8 @@ class _Found(NamedTuple):
     """Labels that occur."""
     unused: str
     """Text of the warning that some do not: `no box has category`."""
+    constant: dict[int, str] | None = None
+    """Labels whose target is the same in all samples, each with a text that says so."""
 
 
 def target_problems(
@@ -80,7 +83,14 @@ def target_problems(
         if unused:
             shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
             warnings.append(f"{found.unused} {shown} ({len(unused)} of {len(dataset.classes)}); add some or remove it")
-    if train and dataset.kind != "detection" and len(found.used) == 1:
+    if train and found.constant:
+        named = [f"{dataset.classes[label]} ({text})" for label, text in found.constant.items()]
+        shown = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+        warnings.append(
+            f"{len(named)} of {len(dataset.classes)} columns have nothing to tell apart{seen}: {shown}; remove them, "
+            "or add images of other values"
+        )
+    if train and dataset.kind in ("segmentation", "classification") and len(found.used) == 1:
         name = dataset.classes[min(found.used)]
         warnings.append(f"only class '{name}' occurs{seen}, so there is nothing to tell apart; add other classes")
     return [Problem(dataset.name, reason.replace("{seen}", seen), "warning") for reason in warnings]
@@ -137,6 +147,20 @@ def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     )
 
 
+def _points(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
+    """Count the visible points of the objects that are no crowds."""
+    kept = list(samples)
+    found = _boxes(kept, image_size)
+    visible = [np.asarray(s["visible"]) > 0 for s in kept]
+    count = sum(int(v.sum()) for v in visible)
+    without = sum(int((~v.any(axis=1)).sum()) for v in visible if v.ndim == 2 and v.shape[1])
+    objects = sum(len(v) for v in visible)
+    if found.usable and not count:
+        return found._replace(usable=0, none=f"none of {objects} objects has a visible point")
+    text = f"{without} of {objects} objects have no visible point, of which only the boxes are learned{{seen}}"
+    return found._replace(warnings=[*found.warnings, *([text] if 2 * without > objects else [])])
+
+
 def _masks(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     used: set[int] = set()
     empty = read = 0
@@ -164,8 +188,71 @@ def _labels(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | 
     return _Found(len(labels), len(labels), "", [], set(labels), "no image has class")
 
 
+def _maps(inspect: Callable[[Iterable[Sample]], maps.Inspected | None]) -> Callable[..., _Found | None]:
+    """Return the count of a kind with a number per pixel and no classes."""
+
+    def count(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | None:
+        found = inspect(samples)
+        return None if found is None else _Found(*found, set(), "")
+
+    return count
+
+
+def _columns(samples: Iterable[Sample], key: str, what: str) -> _Found | None:
+    """Count the known entries of tables with one number per class, NaN for an unknown one."""
+    rows = [np.asarray(sample[key], dtype=np.float64).reshape(-1) for sample in samples]
+    if len({len(row) for row in rows}) != 1:
+        return None
+    values = np.stack(rows)  # (n, C)
+    known = ~np.isnan(values)
+    constant = {}
+    for label in range(values.shape[1]):
+        column = values[known[:, label], label]
+        if len(column) == 0:
+            constant[label] = f"no {what} in {len(rows)} images"
+        elif (column == column[0]).all():
+            constant[label] = f"{column[0]:g} in all {len(column)} images with a {what}"
+    usable = int(known[:, [label for label in range(values.shape[1]) if label not in constant]].sum())
+    empty = int((~known.any(axis=1)).sum())
+    return _Found(
+        len(rows),
+        usable,
+        f"no column has two different values, in {len(rows)} images with {int(known.sum())} {what}s",
+        [f"{empty} of {len(rows)} images have no {what} at all and are not used in training{{seen}}"] if empty else [],
+        set(range(values.shape[1])),
+        "",
+        constant,
+    )
+
+
+def _identities(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found | None:
+    labels = [sample["label"] for sample in samples]
+    if not labels or not all(isinstance(label, int) for label in labels):
+        return None
+    counts = Counter(labels)
+    single = sum(count == 1 for count in counts.values())
+    text = f"{single} of {len(counts)} identities have one image only{{seen}}, which no search can find"
+    return _Found(
+        len(labels),
+        len(labels) if len(counts) > 1 else 0,
+        f"all {len(labels)} images show one identity",
+        [text] if single else [],
+        set(counts),
+        "no image shows",
+    )
+
+
 _COUNTS: dict[str, Callable[[Iterable[Sample], tuple[int, int]], _Found | None]] = {
     "detection": _boxes,
     "segmentation": _masks,
     "classification": _labels,
+    "depth": _maps(maps.depth),
+    "normals": _maps(maps.normals),
+    "edges": _maps(maps.edges),
+    "saliency": _maps(maps.saliency),
+    "instances": _boxes,
+    "keypoints": _points,
+    "retrieval": _identities,
+    "attributes": lambda samples, size: _columns(samples, "attributes", "label"),
+    "regression": lambda samples, size: _columns(samples, "value", "value"),
 }

@@ -65,7 +65,8 @@ class CachedDataset(SampleDataset):
         sample = self._samples.get(index)
         if sample is None:
             sample = self.dataset[index]
-            size = sum(v.nbytes for v in sample.values() if isinstance(v, torch.Tensor))
+            parts = [sample, *sample.get("targets", {}).values()]
+            size = sum(v.nbytes for part in parts for v in part.values() if isinstance(v, torch.Tensor))
             if self._bytes + size <= self.max_bytes:
                 self._samples[index] = sample
                 self._bytes += size

@@ -15,6 +15,7 @@ from allinone_ds.data.images import read_color_map, read_label_map
 from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.dense_maps import kind_of
 from allinone_ds.init.layouts.names import find_colors, find_names, numbered
 
 _EXAMINED = 5  # files of a folder by which it counts as one of label maps
@@ -88,7 +89,7 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
         if told and tree.images_in(folder):
             tree.remarks.append(f"{folder} may hold label maps, but JPEG changes their values; write them as png")
         return False
-    if any(name in _PICTURES for name in folder.lower().split(os.sep)):
+    if any(name in _PICTURES for name in folder.lower().split(os.sep)) or kind_of(folder) is not None:
         return False
     for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
         path = str(tree.root / folder / name)

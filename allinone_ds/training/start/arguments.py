@@ -149,6 +149,22 @@ def _tracker_problems(args: AllInOneArguments) -> list[str]:
     return problems
 
 
+def slow_arithmetic(args: AllInOneArguments) -> list[str]:
+    """Return a warning if a run multiplies float32 matrices on a GPU without TF32, several times slower than bf16.
+
+    Args:
+        args: arguments of the run.
+    """
+    deepspeed: Any = args.deepspeed or {}
+    half = args.bf16 or args.fp16 or (deepspeed.get("torch_autocast") or {}).get("enabled")
+    if args.device.type != "cuda" or half or torch.backends.cuda.matmul.allow_tf32:
+        return []
+    return [
+        "the run computes in float32 on a GPU, several times slower than in bfloat16: set trainer.bf16: true "
+        "(deepspeed with bf16 enabled or 'auto'), or trainer.tf32: true"
+    ]
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raise a ConfigError of all problems, one per line, if there are any."""
     if problems:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds.balance.assignment import groups_for
-from allinone_ds.data.augmentation.transforms import eval_transform, normalize, train_transform
+from allinone_ds.data.augmentation.transforms import eval_transform, normalize, stack_pixels, train_transform
 from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.joint.dataset import view_of
 from allinone_ds.data.loading.further_samples import FurtherSamples
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
@@ -25,6 +26,7 @@ from allinone_ds.models.pretrained import checkpoint_config
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
 from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
+from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
 from allinone_ds.training.load_checkpoint import check_model, check_resumable
@@ -77,6 +79,8 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         built = _check_task(found, config, name, task, backbone)
         if built is not None:
             tasks[name] = built
+    for group in config.joint.values():
+        _check_pixels(found, config, group)
     complete = len(tasks) == len(config.tasks)
     if args is not None:
         evaluated = {name: task for name, task in tasks.items() if config.tasks[name].test_source is not None}
@@ -207,6 +211,23 @@ def _check_samples(
             except Exception as error:
                 found.append(f"{where}, loss{branch}: {_failure(error, samples)}")
     torch.set_rng_state(state)
+
+
+def _check_pixels(found: list[str], config: RunConfig, group: JointConfig) -> None:
+    """Refuse tasks of a joint group whose `collate` changes the pixels: the tasks share one batch of images."""
+    try:
+        sample = open_source(group.train_source, config.data_root, strict=False)[0]
+        drawn = eval_transform(group.image_size)(sample)
+    except (DataError, BrokenSample):  # the check of the data files reports it
+        return
+    for task in group.tasks:
+        if task in drawn["targets"]:
+            pixels = task_class(config.tasks[task].type).collate([view_of(drawn, task)])["pixel_values"]
+            if pixels.dtype != torch.uint8 or not torch.equal(pixels, stack_pixels([drawn])):
+                found.append(
+                    f"tasks.{task}: its class changes the pixels in `collate`, and the tasks of a joint group share "
+                    "one batch of images; use stack_pixels there, or give the task images of its own"
+                )
 
 
 def _failure(error: Exception, samples: Sequence[Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,19 @@ from allinone_ds.run_folder.background_saver import BackgroundSaver
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint and ends training after the step in which any rank received SIGTERM or SIGUSR1.
+class Carrier(Protocol):
+    """What `StopOnSignal` uses of a `TaskBalancer`."""
 
-    The ranks exchange one CPU message of 16 bytes at the end of each step. Between `listen` and `close` the two
+    @property
+    def carried(self) -> tuple[int, ...] | None: ...
+    def carry(self, numbers: Callable[[], Sequence[int]]) -> None: ...
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint and ends training after the first step that begins after any rank received SIGTERM or SIGUSR1.
+
+    The signals travel with the message that the balancer sends at the beginning of each step, where there is one;
+    otherwise the ranks exchange a CPU message of 16 bytes at the end of each step. Between `listen` and `close` the two
     signals have no other effect, so a launcher may send them to all ranks and repeatedly. The same message reports
     whether every rank has finished writing a checkpoint in the background, so that all ranks call `saver.finish` in
     the same step.
@@ -35,6 +45,7 @@ class StopOnSignal(TrainerCallback):
         self._received = 0
         self._before: dict[int, Any] = {}
         self._group: Any = None
+        self._carrier: Carrier | None = None
 
     def listen(self) -> None:
         """Install the handlers of the two signals. Collective."""
@@ -49,12 +60,23 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._before.clear()
 
+    def travel_with(self, carrier: Carrier) -> None:
+        """Use the messages of a balancer from its next step on. Call it on every rank."""
+        carrier.carry(self._message)
+        self._carrier = carrier
+
+    def _message(self) -> list[int]:
+        return [self._received, int(self.saver is not None and self.saver.working)]
+
     def _receive(self, number: int, frame: Any) -> None:
         self._received = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        message = torch.tensor([self._received, int(self.saver is not None and self.saver.working)])
-        received, working = all_reduce(message, dist.ReduceOp.MAX, self._group).tolist()
+        agreed: Sequence[int] | None = self._carrier.carried if self._carrier is not None else None
+        if agreed is None:
+            message = torch.tensor(self._message(), device="cpu")
+            agreed = [int(number) for number in all_reduce(message, dist.ReduceOp.MAX, self._group)]
+        received, working = agreed
         if received and state.global_step < state.max_steps:
             self.caught = signal.Signals(received).name
             control.should_save = True

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from allinone_ds.distributed import barrier, rank, world_size
 from allinone_ds.training.ranks.failures import record_failure
 
+_SUMMARY = "all"
+"""Key of what rank 0 has read of all ranks."""
+
 
 class StallWatch:
     """Ends the run with an error that names the rank that the others wait for.
@@ -23,7 +26,8 @@ class StallWatch:
     Every rank makes the same sequence of `mark` calls and publishes how many it has made. If the count of a rank has
     not changed for `timeout` seconds, the ranks with the lowest count are the ones that the others wait for. Two
     threads per rank exchange and compare the counts every few seconds, through a separate connection to the store of
-    the default process group. A training step only increments a counter.
+    the default process group: rank 0 reads all counts and publishes them as one value, which the others read. A
+    training step only increments a counter.
 
     Construct it on every rank after the default process group was initialized:
 
@@ -54,7 +58,11 @@ class StallWatch:
         self._store = dist.PrefixStore("stall_watch", dist.distributed_c10d._get_default_store().clone())
         self._store.set_timeout(timedelta(seconds=max(timeout, 60.0)))
         self._heartbeat = 0
+        self._summary = ""  # as read last, and when it changed
+        self._summarized = time.monotonic()
         self._publish()
+        if self.rank == 0:
+            self._store.set(_SUMMARY, json.dumps([[*self._place, 0]] * self.world))
         barrier()
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._exchange, self._check)]
         for thread in self._threads:
@@ -81,16 +89,30 @@ class StallWatch:
         self._heartbeat += 1
         self._store.set(self._key(self.rank), json.dumps([*self._place, self._heartbeat]))
 
+    def _read(self) -> list[list[Any]]:
+        """Return [count, place, heartbeat] of every rank; from each rank itself if rank 0 publishes nothing new."""
+        now = time.monotonic()
+        if self.rank:
+            text = self._store.get(_SUMMARY).decode()
+            if text != self._summary:
+                self._summary, self._summarized = text, now
+            if now - self._summarized < 2.5 * self.interval:
+                return json.loads(text)
+        texts = self._store.multi_get([self._key(number) for number in range(self.world)])
+        rows = [json.loads(text) for text in texts]
+        if self.rank == 0:
+            self._store.set(_SUMMARY, json.dumps(rows))
+        return rows
+
     def _exchange(self) -> None:
         while not self._stop.wait(self.interval):
             try:
                 self._publish()
-                texts = self._store.multi_get([self._key(number) for number in range(self.world)])
+                rows = self._read()
             except Exception:  # the rank that hosts the store is gone or stalled: `_check` sees the missing answers
                 continue
             now = time.monotonic()
-            for number, text in enumerate(texts):
-                count, place, heartbeat = json.loads(text)
+            for number, (count, place, heartbeat) in enumerate(rows):
                 seen = self._seen.setdefault(number, [count, place, now, heartbeat, now])
                 if count != seen[0]:
                     seen[:3] = [count, place, now]

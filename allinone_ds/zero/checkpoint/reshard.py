@@ -65,7 +65,10 @@ def reshard_flats(engine: Any, shards: Path, sources: Sequence[Sequence[Tensor]]
 def _load_states(adapter: EngineAdapter, saved: SavedShards, wanted: Sequence[Fragment]) -> None:
     """Load the optimizer state of this rank's masters: moments, and counters such as AdamW's `step`."""
     masters = adapter.masters()
-    state = adapter.optimizer.optimizer.state
+    base = adapter.optimizer.optimizer
+    state = base.state
+    # fused and capturable optimizers of torch keep the number of steps beside the weights
+    beside = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
     flat, plain = kinds_of_state(saved)
     first = {fragment.group: fragment for fragment in reversed(wanted)}
     filled: dict[str, set[int]] = {key: set() for key in flat}  # groups by key
@@ -75,11 +78,7 @@ def _load_states(adapter: EngineAdapter, saved: SavedShards, wanted: Sequence[Fr
             rank, there, *_ = next(saved.where(first[group].name, first[group].offset, first[group].length))
             source = saved.states[rank][there]
         for key in plain & source.keys():
-            value = source[key]
-            old = state[master].get(key)
-            if isinstance(value, Tensor):
-                value = value.to(old.device if isinstance(old, Tensor) else value.device, copy=True)
-            state[master][key] = value
+            state[master][key] = _number(source[key], state[master].get(key), master.device if beside else None)
         for key in flat & source.keys():
             if key not in state[master]:
                 state[master][key] = torch.zeros_like(master.data)
@@ -88,6 +87,20 @@ def _load_states(adapter: EngineAdapter, saved: SavedShards, wanted: Sequence[Fr
         sources = [[part.get(key) for part in parts] for parts in saved.states]
         targets = [state[master][key].view(-1) if group in groups else None for group, master in enumerate(masters)]
         saved.fill(targets, [fragment for fragment in wanted if fragment.group in groups], sources)
+
+
+def _number(value: Any, old: Any, device: torch.device | None) -> Any:
+    """Return a copy of an optimizer's single number on the device where its step expects it.
+
+    Args:
+        value: as saved, on the CPU.
+        old: what the optimizer has now.
+        device: where it belongs if the optimizer has none yet; None: where it is.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    device = old.device if isinstance(old, Tensor) else device
+    return value.to(value.device if device is None else device, copy=True)
 
 
 def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:

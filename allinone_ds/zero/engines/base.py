@@ -133,9 +133,26 @@ class EngineAdapter(ABC):
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
 
-    @abstractmethod
+    def reduce_accumulated(self) -> None:
+        """Average, over ranks, what several backwards without a reduction have added up since `begin_task`. Collective.
+
+        It is what the engine's step does where the config has `managed_gradient_accumulation: false`. `gradient` then
+        returns the average, and `step` may follow without `set_gradient`.
+        """
+        self.set_reduces(True)
+        self.engine.allreduce_gradients()
+
     def discard(self) -> None:
-        """Drop every gradient that the engine holds, at any point of a step."""
+        """Drop every gradient that the engine holds, at any point of a step.
+
+        A backward that raised may have left reductions on other streams, which would still write to what is dropped.
+        """
+        self.synchronize()
+        self._discard()
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Drop every gradient that the engine holds, with nothing of an earlier backward still running."""
 
     def _remove_gradients(self) -> None:
         """Remove the gradients of all parameters; the optimizer's own method may be guarded (`EngineGuard`)."""

@@ -78,7 +78,7 @@ class BF16Adapter(EngineAdapter):
             self.optimizer._global_grad_norm = self.engine._global_grad_norm = self._norm
             self._norm = None
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         self._remove_gradients()
 
     def masters(self) -> list[Tensor]:

@@ -71,7 +71,7 @@ class Stage0Adapter(EngineAdapter):
         if overflow and self._params[0].grad is not None:
             self._params[0].grad.view(-1)[0] = torch.inf
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         self.clear_gradient()
 
     def masters(self) -> list[Tensor]:

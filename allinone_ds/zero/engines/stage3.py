@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
@@ -64,17 +65,30 @@ class Stage3Adapter(EngineAdapter):
 
     def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
-            self.optimizer.averaged_gradients[group] = [flat]
+            # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
+            views = flat.split([int(param.partition_numel()) for param in self.optimizer.fp16_groups[group]])
+            self.optimizer.averaged_gradients[group] = list(views)
+        self._show_overflow(overflow)
+
+    def _show_overflow(self, overflow: bool) -> None:
+        """Leave what the engine's step looks at, on a stream of its own, to learn whether a gradient overflowed."""
         if overflow:
             self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
+        stream = self.optimizer.reduce_and_partition_stream
+        if stream is not None:
+            stream.wait_stream(get_accelerator().current_stream())
 
     def _after_step(self) -> None:
         if self.optimizer.overflow:
             self.clear_gradient()
 
-    def discard(self) -> None:
+    def reduce_accumulated(self) -> None:
+        self.set_reduces(True)
+        self.optimizer.finalize_gradient_accumulation_boundary()  # every backward has reduced its part
+
+    def _discard(self) -> None:
         self.clear_gradient()
-        self.synchronize()
+        self.synchronize()  # buffers are reused on other streams
         for group in self.optimizer.fp16_groups:
             for param in group:
                 param.grad = None  # `optimizer.zero_grad` asks a gradient on the CPU for its stream, which raises
@@ -87,7 +101,7 @@ class Stage3Adapter(EngineAdapter):
     def publish_masters(self) -> None:
         for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        self._gather_again([param for group in self.optimizer.fp16_groups for param in group])
+        self._partitions_changed([param for group in self.optimizer.fp16_groups for param in group])
 
     def fragments(self) -> list[Fragment]:
         group = self.optimizer.dp_process_group
@@ -103,10 +117,12 @@ class Stage3Adapter(EngineAdapter):
 
     def _weights_restored(self, params: Sequence[Parameter]) -> None:
         # small parameters stay gathered, and were gathered again at the end of the step with the moved values
-        self._gather_again(params)
+        self._partitions_changed(params)
 
-    def _gather_again(self, params: Sequence[Any]) -> None:
-        """Partition the gathered ones of `params` without writing them back, and gather them from their partitions."""
+    def _partitions_changed(self, params: Sequence[Any]) -> None:
+        """Let every later use of `params` see their partitions as they are now. Collective."""
+        self.optimizer.invalidate_secondary_tensor()  # copies within a host (zero_hpz_partition_size)
+        self.synchronize()  # weights are gathered on a stream of their own
         gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
@@ -124,11 +140,10 @@ class Stage3OffloadAdapter(Stage3Adapter):
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)
-        if overflow:
-            self.optimizer.grad_partitions_flat_buffer[0] = torch.inf
+        self._show_overflow(overflow)
 
-    def discard(self) -> None:
-        super().discard()
+    def _discard(self) -> None:
+        super()._discard()
         self.optimizer.reset_cpu_buffers()
         for master in self.optimizer.fp32_partitioned_groups_flat:
             master.grad.zero_()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from allinone_ds.data.augmentation.objects import select
 from allinone_ds.data.base import Sample
 
 BOX_TOLERANCE = 1.0
@@ -43,7 +44,9 @@ def are_fractions(boxes: np.ndarray) -> bool:
     return bool((boxes[:, 2:] > boxes[:, :2]).all(axis=1).any() and boxes.max() <= 1)
 
 
-def detection_fields(boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, size: tuple[int, int]) -> Sample:
+def detection_fields(
+    boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, size: tuple[int, int], more: Sample | None = None
+) -> Sample:
     """Return `boxes`, `labels` and `iscrowd` of a sample: boxes cut at the border, those without area left out.
 
     Args:
@@ -51,12 +54,15 @@ def detection_fields(boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, s
         labels: int64 (n,).
         crowd: bool (n,).
         size: (H, W) of the image.
+        more: further keys with one entry per box.
     """
     boxes = boxes.clip(0, np.array([size[1], size[0]] * 2, dtype=np.float32))
     keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     xyxy = tv_tensors.BoundingBoxFormat.XYXY
+    kept = torch.from_numpy(keep)
     return {
         "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes[keep]), format=xyxy, canvas_size=size),
         "labels": torch.from_numpy(labels[keep]),
         "iscrowd": torch.from_numpy(crowd[keep]),
+        **{key: select(value, kept) for key, value in (more or {}).items()},
     }

@@ -69,3 +69,22 @@ def sort_key(names: Sequence[str]) -> type[int] | type[str]:
         ['9', '10']
     """
     return int if all(name.isdecimal() for name in names) else str
+
+
+def match_identities(name: str, own: Sequence[str], train: Sequence[str] | None) -> list[str]:
+    """Return the identities of a retrieval set by label: those of its train set first, then those it adds.
+
+    Args:
+        name: the file that error messages name.
+        own: identities of this dataset.
+        train: identities of the train set by label; None for a train set.
+
+    Raises:
+        DataError: an identity is no UTF-8 text.
+
+    Example:
+        >>> match_identities("test", ["ann", "eve"], ["bob", "eve"])
+        ['bob', 'eve', 'ann']
+    """
+    match_classes(name, own, None)
+    return list(dict.fromkeys([*(train or ()), *own]))

@@ -1,4 +1,4 @@
-"""Image files with one class each, the dataset of both classification formats."""
+"""Image files with one class or identity each, the dataset of the formats for classification and retrieval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from allinone_ds.data.images import read_image
 
 
 class ClassifiedDataset(SampleDataset):
-    """Image files with one class each.
+    """Image files with one class each, or one identity.
 
     Args:
         name: file or folder that error messages name.
@@ -20,6 +20,7 @@ class ClassifiedDataset(SampleDataset):
         labels: label of each sample.
         classes: class names by label.
         structural: faults found when the files were listed.
+        kind: "classification", or "retrieval" if the labels are identities.
 
     Example:
         >>> import tempfile
@@ -31,7 +32,6 @@ class ClassifiedDataset(SampleDataset):
         (torch.Size([3, 4, 6]), 0)
     """
 
-    kind = "classification"
     in_memory = True
 
     def __init__(
@@ -42,7 +42,9 @@ class ClassifiedDataset(SampleDataset):
         labels: list[int],
         classes: list[str],
         structural: Sequence[Problem] = (),
+        kind: str = "classification",
     ):
+        self.kind = kind
         self.name = name
         self.folder = folder
         self.files = files

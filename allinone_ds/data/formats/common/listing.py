@@ -76,7 +76,7 @@ def unused_images(root: Path, files: Sequence[str], why: str) -> list[Problem]:
     if not files:
         return []
     shown = ", ".join(sorted(files)[:3]) + (", ..." if len(files) > 3 else "")
-    return [Problem(str(root), f"images {why}, not used: {len(files)} ({shown})", "warning", frozenset(files))]
+    return [Problem(str(root), f"images {why}, not used: {len(files)} ({shown})", "warning", unused=frozenset(files))]
 
 
 def unused_by_both(train: Sequence[Problem], test: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:

@@ -164,13 +164,13 @@ def _numbered(stored: np.ndarray, class_ids: Sequence[int], ignore_index: int, p
     return np.where(known, order[place], -1)
 
 
-def check_mask_size(mask: np.ndarray, image: torch.Tensor, path: str) -> None:
-    """Raise a `BrokenSample` if a mask (H, W) differs in size from its image (3, H, W)."""
-    if mask.shape != image.shape[1:]:
+def check_mask_size(mask: np.ndarray, image: torch.Tensor | np.ndarray, path: str, what: str = "label map") -> None:
+    """Raise a `BrokenSample` if a mask (..., H, W), which messages call `what`, has not the size of its image."""
+    if mask.shape[-2:] != image.shape[1:]:
         raise BrokenSample(
             path,
-            f"is {mask.shape[1]} x {mask.shape[0]} (width x height), its image is {image.shape[2]} x {image.shape[1]} "
-            "(upright); write the label map in the size of the image",
+            f"is {mask.shape[-1]} x {mask.shape[-2]} (width x height), its image is {image.shape[2]} x "
+            f"{image.shape[1]} (upright); write the {what} in the size of the image",
         )
 
 

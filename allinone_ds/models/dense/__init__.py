@@ -1,0 +1,1 @@
+"""Decoders from the backbone's feature maps to numbers per pixel."""

@@ -1,0 +1,1 @@
+"""Tasks that predict numbers per pixel: depth, surface normals, edges and saliency."""

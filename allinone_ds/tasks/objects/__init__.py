@@ -1,0 +1,1 @@
+"""Task kinds that predict something for each object of an image: its points or its mask."""

@@ -1,0 +1,1 @@
+"""Task kinds that predict one vector per image: attributes, numbers, embeddings."""

@@ -1,0 +1,96 @@
+"""How far above constant predictions do depth, normals, edges and saliency get in minutes, from scratch?
+
+Makes the scenes of `benchmarks.heads.dense_scenes`, trains configs/runs/dense.yaml on them, and prints for every metric
+of the 100 test scenes
+
+    constant    the best of the predictions that are the same for every pixel of every image: the median depth of the
+                training scenes, their mean normal, every pixel or none an edge, every pixel or none salient
+    trained     the model
+
+    python -m benchmarks.heads.dense [--folder runs] [--json FILE] [KEY=VALUE ...]     # RUNTIME on 2 cores
+
+The command replaces FOLDER/dense_data and FOLDER/dense.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.sources import open_source
+from allinone_ds.run_config.schema import load_config
+from allinone_ds.tasks import task_class
+from allinone_ds.tasks.base import Task
+from benchmarks.common.report import make_parser, print_head, print_row, write_record
+from benchmarks.heads.dense_scenes import write_scenes
+
+CONFIG = "configs/runs/dense.yaml"
+COUNTED = 200  # training scenes that constants are computed from
+
+
+def constant_metrics(kind: str, train: SampleDataset, test: SampleDataset) -> dict[str, float]:
+    """Return for each metric of a kind the best value that a constant prediction reaches on the test data."""
+    targets = [train[i][kind].as_subclass(Tensor) for i in range(min(COUNTED, len(train)))]
+    constants: list[Tensor]
+    if kind == "depth":
+        numbers = torch.cat([target[target.isfinite()] for target in targets])
+        constants = [numbers.median(), numbers.mean(), numbers.log().mean().exp()]
+    elif kind == "normals":
+        mean = torch.cat([target[:, target.isfinite().all(0)] for target in targets], dim=1).mean(1)
+        constants = [mean / mean.norm(), torch.tensor([0.0, 0.0, 1.0])]
+    else:
+        constants = [torch.tensor(0.0), torch.tensor(1.0)]
+    found = [_metrics(kind, constant, test) for constant in constants]
+    better = task_class(kind).greater_is_better
+    return {name: (max if better[name] else min)(values[name] for values in found) for name in found[0]}
+
+
+def _metrics(kind: str, constant: Tensor, test: SampleDataset) -> dict[str, float]:
+    metric = _task(kind).metric()
+    for i in range(len(test)):
+        sample = test[i]
+        prediction = constant.reshape(-1, 1, 1).expand(-1, *sample["image"].shape[-2:])
+        metric.update([{kind: prediction if kind == "normals" else prediction[0]}], [sample])
+    return metric.compute()
+
+
+def _task(kind: str) -> Task:
+    return task_class(kind)("constant", [], channels=8, stride=8, num_levels=1, image_size=(64, 80))
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    data, run = args.folder / "dense_data", args.folder / "dense"
+    for folder in (data, run):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_scenes(data)
+    overrides = [f"data_root={data}", f"output_dir={run}", *args.overrides]
+    subprocess.run([sys.executable, "-m", "allinone_ds.cli", "train", CONFIG, *overrides], check=True)
+    trained = json.loads((run / "metrics.json").read_text())
+    config = load_config(CONFIG, overrides)
+    print_head("task", "metric", "constant", "trained")
+    rows: list[dict[str, Any]] = []
+    for name, task in config.tasks.items():
+        assert task.test_source is not None
+        train, test = (open_source(source, data) for source in (task.train_source, task.test_source))
+        for metric, constant in constant_metrics(task.type, train, test).items():
+            value = trained[f"eval_{name}_{metric}"]
+            rows.append({"task": name, "metric": metric, "constant": constant, "trained": value})
+            print_row(name, metric, f"{constant:.3f}", f"{value:.3f}")
+    write_record(args.json, rows=rows, seconds=trained.get("train_runtime"))
+
+
+if __name__ == "__main__":
+    main()
