@@ -108,7 +108,7 @@ def _labels(tree: FileTree, rows: Rows, source: dict[str, Any]) -> tuple[str, di
         return "classification", {"format": "image_table", "label_columns": flags}, []
     wrong = sum(sum(float(row[column]) for column in flags) != 1 for row in rows) if flags else 0
     several = f"; {len(flags)} columns of 0 and 1 are several labels per image, or none, in {wrong} of {len(rows)} rows"
-    several = several if flags else ""
+    several = f"{several}, which a task of type attributes reads" if flags else ""
     return "", {}, [f"lists images, but no column of it looks like classes{several}"]
 
 
