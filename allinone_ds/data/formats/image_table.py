@@ -87,7 +87,7 @@ class ImageTableSource(SourceConfig):
             named = getattr(self, option) or ()
             if len(set(named)) < len(named):
                 raise ConfigError(f"{option} names a column twice; name each once")
-        if self.label_columns is not None and "label_column" in self.model_fields_set:
+        if self.label_columns is not None and self.label_column != type(self).model_fields["label_column"].default:
             raise ConfigError("'label_column' and 'label_columns' are both set; remove one of them")
         return self
 
