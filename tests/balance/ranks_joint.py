@@ -273,6 +273,46 @@ def check_counts_in_task_blocks_are_means_over_all_labels() -> None:
             finish(balancer)
 
 
+def check_how_images_are_divided_does_not_matter_for_pixels_and_objects() -> None:
+    """8 images in one batch, 2 ranks x 4, 2 x 2 x 2, 2 x 4 x 1: losses are means over valid pixels, or objects.
+
+    The numbers per image differ by a factor of 9; one image has none.
+    """
+    numbers = torch.tensor([9, 1, 4, 0, 2, 8, 3, 1])
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(int(n), 5, generator=generator, dtype=torch.float64) for n in numbers]  # things of an image
+    model = start_of(Case("zero2", 2))
+    wanted = dict(model.named_parameters())
+    for task in ("a", "b"):  # Sum: gradients of both tasks add up
+        model.each(task, model.backbone(torch.cat(images))).mean().backward()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mine = images[rank * 8 // world : (rank + 1) * 8 // world]
+    for stage in range(4):
+        for micro_steps in (1, 2, 4):
+            for way in ("task", "backbone"):
+                engine = make_engine(Case(f"zero{stage}", stage))
+                balancer = TaskBalancer(engine, tuple(TASKS), "backbone", Sum())
+                parts = [torch.cat(mine[k::micro_steps]).float() for k in range(micro_steps)]
+                if way == "task":
+                    for task in ("a", "b"):
+                        with balancer.task(task, micro_steps):
+                            for x in parts:
+                                chosen = {task: torch.ones(len(x), dtype=torch.bool)}
+                                balancer.backward(engine(x, chosen, False)[task], count=len(x))
+                else:
+                    with balancer.joint(("a", "b"), micro_steps):
+                        for x in parts:
+                            chosen = {task: torch.ones(len(x), dtype=torch.bool) for task in ("a", "b")}
+                            balancer.backward(engine(x, chosen, False), count=dict.fromkeys(("a", "b"), len(x)))
+                assert balancer.step(require_all=False).applied
+                for name, p in engine.module.named_parameters():
+                    gradient = wanted[name].grad
+                    value = wanted[name].detach() - (0 if gradient is None else LR * gradient)
+                    off = float((whole_master(engine, p) - value).abs().max())
+                    assert off < 1e-6, (stage, micro_steps, way, name, off)
+                finish(balancer)
+
+
 def check_an_error_in_a_joint_block_leaves_nothing_of_it() -> None:
     """Also in a block of one task, whose first micro-step has been summed already, or whose gradient was taken."""
     for at in ("backbone", "features"):
