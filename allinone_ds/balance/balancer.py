@@ -277,16 +277,6 @@ class TaskBalancer(RankGroups):
         self._restore_weighting()
         self._clear()
 
-    def carry(self, numbers: Callable[[], Sequence[int]]) -> None:
-        """Let the messages of `check_ranks` carry what `numbers` returns in each step, equally many on every rank."""
-        if self._agreement:
-            self._agreement.carry = numbers
-
-    @property
-    def carried(self) -> tuple[int, ...] | None:
-        """The largest of each carried number over all ranks, in the last step; None where no message is sent."""
-        return self._agreement.carried if self._agreement else None
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
         return {

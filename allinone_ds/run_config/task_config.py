@@ -89,7 +89,8 @@ class HeadConfig(Strict):
     """What a task has besides its images: kind and head."""
 
     type: str
-    """"detection", "segmentation", "classification", or "module:Class" for a custom task."""
+    """"detection", "segmentation", "instances", "keypoints", "depth", "normals", "edges", "saliency", "classification",
+    "attributes", "regression", "retrieval", or "module:Class" for a custom task."""
     head: str | None = None
     """Name of the head; None is the default head of the task."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -132,7 +133,12 @@ class TaskConfig(ImagesConfig, HeadConfig):
         Args:
             name: name of the task.
             group: the group.
+
+        Raises:
+            ConfigError: a transform of the group cannot move the targets of this kind.
         """
+        if ":" not in self.type:
+            train_transform(group.augment, group.image_size, self.type)
         vars(self).update({key: getattr(group, key) for key in ImagesConfig.model_fields})
         self._name, self._group = name, group
 

@@ -136,8 +136,7 @@ class AttributesTask(Task):
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         return {"pixel_values": stack_pixels(samples), "labels": stack_entries(samples, "attributes")}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
+    def count_labels(self, labels: Any) -> int:
         """Return the number of known entries."""
         return int((~labels.isnan()).sum())
 
