@@ -48,7 +48,7 @@ NO_TEST = "joint.rooms.test=null"
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "batch_size", "micro_steps"),
-    [(2, 1, 4, 3), (0, 2, 2, 3), (1, 2, 3, 2), (2, 2, 6, 1), (3, 2, 1, 6)],
+    [(2, 1, 12, 1), (0, 2, 2, 3), (1, 2, 3, 2), (3, 2, 1, 6)],
 )
 def test_a_group_equals_separate_blocks_of_the_same_images(
     folder: Path, separate: dict[str, Tensor], stage: int, ranks: int, batch_size: int, micro_steps: int
