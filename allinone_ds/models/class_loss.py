@@ -33,9 +33,9 @@ class ClassLossOptions(Strict):
     class_weights: ClassWeights = None
     """Weight of each class in the loss, in the order of the classes; "balanced": 1 / (K * frequency) of its training
     data; None: all 1."""
-    focal_gamma: float = Field(0.0, ge=0)
+    focal_gamma: float = Field(default=0.0, ge=0)
     """Exponent of the factor (1 - p) ** gamma with which the loss of a target of probability p counts; 0: no factor."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the target that is spread over all classes in training."""
 
 

@@ -395,9 +395,6 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         per_device_train_batch_size=config.step_images,  # read by DeepSpeed and for samples per second
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
-        head_weight_decay={
-            name: task.weight_decay for name, task in config.tasks.items() if task.weight_decay is not None
-        }
-        or None,
+        head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
         **trainer,
     )

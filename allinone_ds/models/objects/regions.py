@@ -26,7 +26,7 @@ class RegionOptions(FCOSOptions):
         2.0
     """
 
-    region_scale: Literal[4.0, 2.0, 1.0, 0.5] = 2.0
+    region_scale: Literal[4.0, 2.0, 1.0, 0.5] = 2.0  # type: ignore[valid-type]
     """Resolution of the map that regions are cut from, relative to the backbone's maps."""
     region_size: int = Field(14, ge=2)
     """Cells per side of a region; the predicted map has twice as many."""

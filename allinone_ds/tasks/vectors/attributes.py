@@ -98,10 +98,11 @@ class AttributesTask(Task):
         self._weights: list[float] | None = None
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        out = AttributeOutput(logits=self.classifier(self.pooling(features)))
+        logits = self.classifier(self.pooling(features))
+        out = AttributeOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):
-                out.loss = self._loss(out.logits.float(), labels)
+                out.loss = self._loss(logits.float(), labels)
         return out
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
