@@ -68,8 +68,8 @@ class JointDataset(SampleDataset):
         """Return what one task sees of a sample; by default by reading the whole sample."""
         return view_of(self[index], task)
 
-    def in_memory_of(self, task: str) -> bool:
-        """Return whether `annotation_of` reads no file, as `SampleDataset.in_memory`."""
+    def annotations_in_memory(self, task: str) -> bool:
+        """Return whether `annotation_of` reads no file, so that all labels of the task are counted."""
         return False
 
     def annotation_of(self, index: int, task: str) -> Sample:
@@ -91,7 +91,7 @@ class TaskView(SampleDataset):
         self.kind, self.classes = dataset.kinds[task], list(dataset.classes_of[task])
         self.name = f"{dataset.name} ({task})"
         self.rows = dataset.rows(task)
-        self.in_memory = dataset.in_memory_of(task)
+        self.in_memory = dataset.annotations_in_memory(task)
         self.opened_from = None
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ class PairedDataset(JointDataset):
         own = [(name, dataset, place) for name, dataset, place in self._labelled(index) if name == task]
         return view_of(self._read(index, own), task)
 
-    def in_memory_of(self, task: str) -> bool:
+    def annotations_in_memory(self, task: str) -> bool:
         return self.datasets[task].in_memory
 
     def annotation_of(self, index: int, task: str) -> Sample:
@@ -213,8 +213,8 @@ class CombinedJointDataset(CombinedDataset, JointDataset):
         owner, place = int(self._owner[index]), int(self._index[index])
         return {**self.datasets[owner].read(place, task), "index": index}
 
-    def in_memory_of(self, task: str) -> bool:
-        return all(dataset.in_memory_of(task) for dataset in self.datasets)
+    def annotations_in_memory(self, task: str) -> bool:
+        return all(dataset.annotations_in_memory(task) for dataset in self.datasets)
 
     def annotation_of(self, index: int, task: str) -> Sample:
         return self.datasets[self._owner[index]].annotation_of(int(self._index[index]), task)
