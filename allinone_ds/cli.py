@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
                          help="a task to predict; may be given several times (default: all)")  # fmt: skip
     predict.add_argument("--threshold", type=float, metavar="SCORE",
                          help="lowest score of the boxes that are drawn and written (default 0.3)")  # fmt: skip
+    predict.add_argument("--every", type=_positive, default=1, metavar="N",
+                         help="of a video, predict each N-th frame (default 1: all)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
                          help="overrides of a run, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)

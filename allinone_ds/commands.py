@@ -195,7 +195,7 @@ def predict(args: argparse.Namespace) -> int:
             bar.update(job, completed=done, total=total, state=f"{done}/{total}  {state}")
 
         model = load(args.folder, default_device(), args.settings)
-        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show)
+        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show, args.every)
     for file in written[:_MAX_LISTED]:
         console.print(str(file))
     if len(written) > _MAX_LISTED:

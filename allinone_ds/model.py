@@ -100,7 +100,7 @@ class AllInOneModel(nn.Module):
             pixel_values = normalize(pixel_values)
         features = self.backbone(pixel_values).feature_maps
         if isinstance(task, str):
-            return self.tasks[task](features, pixel_values, labels)
+            return self.tasks[task](task_features(features, task), pixel_values, labels)
         outputs = {}
         for name in names:
             own, pixels = task_features(features, name), pixel_values

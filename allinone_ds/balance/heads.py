@@ -92,19 +92,26 @@ class HeadUse:
 
     Args:
         module: the engine's module.
-        backbone: `id` of the parameters of the backbone.
+        backbone: `id` of the parameters of the backbone. If they are all that is trained, each counts as a head's: it
+            stands still in a step without a task that uses it.
         guard: of the engine.
 
     Attributes:
         task: the task that runs now; None between tasks.
+        met: tasks whose losses have been seen to come from one forward, in joint blocks.
+        marked: tasks whose losses have been seen to read the features that are marked for them.
     """
 
     def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
         self.task: str | None = None
+        self.met: set[str] = set()
+        self.marked: set[str] = set()
         self._module, self._guard = module, guard
         self._modules = list(module.modules())
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
-        self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        heads = [p for p in trainable if id(p) not in backbone]
+        self._params = heads or trainable  # of a frozen backbone all that is trained is balanced, and belongs to heads
         self._used: dict[str, set[int]] = {}
         self._hooks = [p.register_hook(self._hook(index)) for index, p in enumerate(self._params)]
 

@@ -168,9 +168,8 @@ def check_options(
         raise ConfigError(f"nonfinite = {nonfinite!r}; {did_you_mean(str(nonfinite), NONFINITE)}")
     if norm not in NORMS:
         raise ConfigError(f"norm = {norm!r}; {did_you_mean(str(norm), NORMS)}")
-    if sketch_size is not None and (
-        norm in ("exact", "features") or not isinstance(sketch_size, int) or sketch_size < 1
-    ):
+    sketches = norm in ("sketch", "delayed")
+    if sketch_size is not None and (not sketches or not isinstance(sketch_size, int) or sketch_size < 1):
         raise ConfigError(
             f"sketch_size = {sketch_size!r} with norm = {norm!r}; allowed: None, or an integer of 1 or more with "
             "norm='sketch' or norm='delayed'"

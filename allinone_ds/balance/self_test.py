@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from allinone_ds.balance.arithmetic import float32_products
+from allinone_ds.balance.joint.block import task_features
 from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.distributed import world_size
 from allinone_ds.errors import BalancerError
@@ -45,16 +46,20 @@ def self_test(
     Raises:
         BalancerError: the difference is above 1e-4 (fp32) or 0.1 (16-bit weights or autocast).
     """
+    at = "features" if norm == "features" else "backbone"
+    head_lr = toy.RAW_RATE if at == "features" else None  # heads keep their raw gradient
     model, before, reference = (toy.make_model(width=4, depth=1) for _ in range(3))  # small: a sketch of it is exact
-    test_engine = engine_like(engine, model.float(), toy.param_groups(model), _LR)
+    test_engine = engine_like(engine, model.float(), toy.param_groups(model, head_lr=head_lr), _LR)
     dtype = next(test_engine.module.parameters()).dtype
     balancer = balancer_class(
         test_engine, toy.TASKS, "backbone", TBGC(max_norm=0.1), norm=norm, parallel=parallel, self_test=False
     )
+    test_engine.module.mark = task_features
     counts = dict.fromkeys(toy.TASKS, micro_steps)
     with float32_products():  # the limit is that of float32
         reports = train(test_engine, balancer, counts, steps)
-    wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, lr=_LR, delayed=norm == "delayed")
+    options: dict[str, Any] = {"lr": _LR, "head_lr": head_lr, "delayed": norm == "delayed", "at": at}
+    wanted = reference_run(_WEIGHTING, steps, counts, world_size(), model=reference, **options)
     found = compare(whole_weights(test_engine), reports, wanted, before)
     balancer.detach()
     rounds = dtype != torch.float32 or test_engine.torch_autocast_enabled()

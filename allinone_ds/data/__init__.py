@@ -40,11 +40,10 @@ __getattr__, __all__ = lazy_names(
         "joint.dataset": ["JointDataset"],
         "joint.sources": ["PairedSource"],
         "images": ["read_image", "read_label_map"],
+        "loading.task_data": ["Joint", "TaskData"],
         "loading.loader": [
             "EvalBatch",
-            "Joint",
             "StepBatch",
-            "TaskData",
             "eval_loader",
             "train_loader",
         ],

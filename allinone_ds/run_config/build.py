@@ -12,7 +12,7 @@ from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
 from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.joint.batches import JointCollate, by_task
 from allinone_ds.data.joint.dataset import JointDataset
-from allinone_ds.data.loading.loader import Collate, Joint, TaskData
+from allinone_ds.data.loading.task_data import Collate, Joint, TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel

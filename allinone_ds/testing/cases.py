@@ -43,6 +43,15 @@ class Case:
     zero: dict = field(default_factory=dict)
     apart: bool = False
     """Tasks on different ranks; `GROUPS` of the world size, in turns."""
+    joint_at: str | None = None
+    """All tasks in one joint block, balanced at the backbone or at the features."""
+    norm: str = "exact"
+    """Of the balancer; "features" balances there too."""
+
+    @property
+    def at(self) -> str:
+        """Where tasks are balanced."""
+        return "features" if self.norm == "features" else self.joint_at or "backbone"
 
     def config(self) -> dict:
         """The DeepSpeed config."""
@@ -99,14 +108,45 @@ def all_cases() -> list[Case]:
             Case(f"zero{stage} fp32 overlap=1 contiguous=0 tasks apart", stage, apart=True,
                  zero={"overlap_comm": True, "contiguous_gradients": False}),
         ]  # fmt: skip
+    cases += _joint_cases()
     cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
     return cases
 
 
+def _joint_cases() -> list[Case]:
+    """Every stage and precision, offload and checkpointing for joint blocks, and for norm="features"."""
+    cases = []
+    for way, options in JOINT.items():
+        for stage in (0, 1, 2, 3):
+            cases += [Case(f"zero{stage} {dtype} {way}", stage, dtype, **options) for dtype in ("fp32", "bf16", "fp16")]
+            if stage:
+                cases += [
+                    Case(f"zero{stage} bf16 fp32-accumulation {way}", stage, "bf16", "fp32", **options),
+                    Case(f"zero{stage} fp32 offload {way}", stage, offload=True, **options),
+                    Case(f"zero{stage} fp32 overlap=1 {way}", stage, zero={"overlap_comm": True}, **options),
+                ]
+            cases.append(Case(f"zero{stage} fp32 checkpointing {way}", stage, checkpointing=True, **options))
+    return cases
+
+
+JOINT: dict[str, dict[str, Any]] = {
+    "joint backbone": {"joint_at": "backbone"}, "joint features": {"joint_at": "features"},
+    "norm=features": {"norm": "features"}, "norm=features joint": {"norm": "features", "joint_at": "features"},
+}  # fmt: skip
+"""Ways to run tasks on one image set, or to balance at the features, with the fields of `Case` that say so."""
+
+
 def weightings_for(case: Case) -> tuple[str, ...]:
     """All weightings on fp32 engines with defaults, the ladder on every precision and offload, TBGC on variants."""
+    if case.at == "features":  # norms of whole gradients are not known there, nor those of other tasks in a block
+        more = ("tbgc mean",) if case.norm == "exact" else ()
+        return ("sum", "tbgc", *more) if not case.zero and not case.checkpointing else ("tbgc",)
+    if case.joint_at:
+        return (
+            ("global_clip", "task_clip", "tbgc", "tbgc mean") if case.dtype == "fp32" and not case.zero else ("tbgc",)
+        )
     if case.name.removesuffix(" tasks apart") == f"zero{case.stage} fp32":
         return tuple(WEIGHTINGS)
     variant = case.zero or case.one_group or case.checkpointing

@@ -17,7 +17,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(
-    engine: Any, balancer: Any, counts: Mapping[str, int], steps: int, divisions: Sequence[Any] = ()
+    engine: Any,
+    balancer: Any,
+    counts: Mapping[str, int],
+    steps: int,
+    divisions: Sequence[Any] = (),
+    joint_at: str | None = None,
 ) -> list[Any]:
     """Train the toy model; return the report of each step. Collective.
 
@@ -27,10 +32,19 @@ def train(
         counts: task -> micro-steps of one rank, where every rank runs every task.
         steps: optimizer steps.
         divisions: of the ranks among the tasks, taken in turns, one per step; empty: the balancer's own.
+        joint_at: run all tasks in a joint block, balanced there, on the data of the first; None: in blocks of their own
     """
     dtype = next(engine.module.parameters()).dtype
     reports = []
     for step in range(steps):
+        if joint_at:
+            count = counts[toy.TASKS[0]]
+            with balancer.joint(toy.TASKS, count, at=joint_at):
+                for k in range(count):
+                    x = toy.inputs(toy.TASKS[0], step, k, dist.get_rank()).to(engine.device, dtype)
+                    balancer.backward(engine(toy.TASKS, x, k == count - 1))
+            reports.append(balancer.step())
+            continue
         if divisions:
             balancer.regroup(divisions[step % len(divisions)])
         for task in balancer.tasks:
@@ -84,20 +98,28 @@ def run_case(
         case: the engine.
         weighting: as in a run's `balancer:` block.
         micro_steps: one number per task.
-        make_balancer: (engine, weighting, parallel="data" or "tasks") -> balancer.
+        make_balancer: (engine, weighting, parallel="data" or "tasks", norm="exact" or "features") -> balancer; it
+            marks the features of the model.
         whole_master: (engine, parameter) -> the fp32 weight that the optimizer steps on, whole, as float64.
     """
     import deepspeed
 
     world = dist.get_world_size()
     counts = dict(zip(toy.TASKS, micro_steps, strict=True))
+    if case.joint_at:
+        counts = dict.fromkeys(toy.TASKS, micro_steps[-1])
+    lr = toy.rate(weighting)
+    head_lr = toy.RAW_RATE if case.at == "features" else None  # their gradient is raw
     model = toy.make_model(checkpointing=case.checkpointing).float()
-    optimizer = torch.optim.SGD(toy.param_groups(model, per_head=not case.one_group), lr=toy.rate(weighting))
+    optimizer = torch.optim.SGD(toy.param_groups(model, not case.one_group, head_lr), lr=lr)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
-    balancer = make_balancer(engine, weighting, parallel="tasks" if case.apart else "data")
-    reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else ())
+    options = {"parallel": "tasks" if case.apart else "data", **({} if case.norm == "exact" else {"norm": case.norm})}
+    balancer = make_balancer(engine, weighting, **options)
+    reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
     dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
-    wanted = reference_run(weighting, STEPS, counts, world, dtype)
+    wanted = reference_run(
+        weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at
+    )
     weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
     found = compare(weights, reports, wanted, toy.make_model())
     balancer.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,63 @@ class Reference:
     scales: list[dict[str, float]]
 
 
-def gradients(model: ToyModel, task: str, step: int, micro_steps: int, world: int) -> dict[str, Tensor]:
-    """A task's gradient, mean over all ranks' micro-batches; parameters it does not reach are absent."""
+def gradients(
+    model: ToyModel, task: str, step: int, micro_steps: int, world: int, data: str | None = None
+) -> dict[str, Tensor]:
+    """A task's gradient, mean over all ranks' micro-batches (those of `data`); parameters not reached are absent."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total: dict[str, Tensor] = {}
     for micro_step in range(micro_steps):
         for rank in range(world):
-            x = inputs(task, step, micro_step, rank).to(next(model.parameters()).dtype)
+            x = inputs(data or task, step, micro_step, rank).to(next(model.parameters()).dtype)
             loss = model(task, x, micro_step == micro_steps - 1) / (micro_steps * world)
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, found, strict=True):
                 if gradient is not None:
                     total[name] = total.get(name, 0) + gradient.double()
     return total
+
+
+def balanced_at_features(
+    model: ToyModel, tasks: Sequence[str], weighting: Mapping[str, Any], step: int, micro_steps: int, world: int
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """Return the gradient of tasks on one batch, balanced at the features in each micro-step, with norms and factors.
+
+    Args:
+        model: the model.
+        tasks: names; all read the features of the micro-batches of the first.
+        weighting: as in a run's `balancer:` block.
+        step: number of the step.
+        micro_steps: of one rank.
+        world: how many ranks' data the step takes.
+    """
+    backbone = {f"backbone.{n}": p for n, p in model.backbone.named_parameters() if p.requires_grad}
+    heads = {n: p for n, p in model.named_parameters() if not n.startswith("backbone.")}
+    total: dict[str, Tensor] = {}
+    norms, scales = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)
+
+    def add(names: Iterable[str], found: Sequence[Tensor | None]) -> None:
+        for name, gradient in zip(names, found, strict=True):
+            if gradient is not None:
+                total[name] = total.get(name, 0) + gradient.double() / micro_steps
+
+    for k in range(micro_steps):
+        dtype = next(model.parameters()).dtype
+        features = [model.backbone(inputs(tasks[0], step, k, rank).to(dtype)) for rank in range(world)]
+        read = [tensor.detach().requires_grad_() for tensor in features]
+        rows = {}
+        for task in tasks:
+            loss = torch.stack([model.loss(task, tensor, k == micro_steps - 1) for tensor in read]).mean()
+            found = torch.autograd.grad(loss, [*read, *heads.values()], allow_unused=True)
+            rows[task] = [gradient.double() for gradient in found[:world]]
+            add(heads, found[world:])
+        own = {task: norm_of(row) for task, row in rows.items()}
+        scale = factors(weighting, own, own)
+        sums = [torch.stack([scale[t] * rows[t][rank] for t in tasks]).sum(0).to(dtype) for rank in range(world)]
+        add(backbone, torch.autograd.grad(features, list(backbone.values()), sums, allow_unused=True))
+        norms = {task: norms[task] + own[task] / micro_steps for task in tasks}
+        scales = {task: scales[task] + scale[task] / micro_steps for task in tasks}
+    return total, norms, scales
 
 
 def factors(weighting: Mapping[str, Any], norms: dict[str, float], whole: dict[str, float]) -> dict[str, float]:
@@ -65,7 +109,10 @@ def reference_run(
     *,
     model: ToyModel | None = None,
     lr: float | None = None,
+    head_lr: float | None = None,
     delayed: bool = False,
+    joint: bool = False,
+    at: str = "backbone",
 ) -> Reference:
     """Train with balanced SGD by hand, on one process.
 
@@ -77,7 +124,10 @@ def reference_run(
         dtype: of forward and backward; sums, norms and master weights are float64 always.
         model: to start from; it is trained in place. None: `make_model()`.
         lr: learning rate; None: `rate(weighting)`.
+        head_lr: of the heads, where it differs.
         delayed: factors come from the step before, as with norm="delayed"; the first step is exact.
+        joint: all tasks read the data of the first.
+        at: "backbone", or "features": balanced there in each micro-step, heads with their raw gradient.
     """
     lr = rate(weighting) if lr is None else lr
     # engines round the weights first, then copy them to fp32
@@ -85,16 +135,31 @@ def reference_run(
     master = {name: p.detach().double() for name, p in model.named_parameters()}
     own: dict[str, float] = {}
     norms_log, scales_log = [], []
+    total: dict[str, Any]
+    norms: dict[str, Any]
+    scale: dict[str, Any]
     for step in range(steps):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(master[name])
-        found = {task: gradients(model, task, step, micro_steps[task], world) for task in TASKS}
+        if at == "features":
+            total, norms, scale = {}, {}, {}
+            for tasks in [TASKS] if joint else [(task,) for task in TASKS]:
+                part = balanced_at_features(model, tasks, weighting, step, micro_steps[tasks[0]], world)
+                total = {name: total.get(name, 0) + part[0].get(name, 0) for name in {**total, **part[0]}}
+                norms, scale = {**norms, **part[1]}, {**scale, **part[2]}
+            rates = {name: lr if name.startswith("backbone.") or head_lr is None else head_lr for name in master}
+            master = {name: value - rates[name] * total.get(name, 0) for name, value in master.items()}
+            norms_log.append(norms)
+            scales_log.append(scale)
+            continue
+        data = TASKS[0] if joint else None
+        found = {task: gradients(model, task, step, micro_steps[task], world, data) for task in TASKS}
         norms = {t: norm_of(v for n, v in g.items() if n.startswith("backbone.")) for t, g in found.items()}
         whole = {t: norm_of(g.values()) for t, g in found.items()}
         earlier, own = own, factors(weighting, norms, whole)
         scale = earlier if delayed and earlier else own
-        total: dict[str, Tensor] = {}
+        total = {}
         for task, gradient in found.items():
             for name, value in gradient.items():
                 keep_raw = weighting.get("heads") == "none" and not name.startswith("backbone.")

@@ -6,7 +6,7 @@ the last micro-step only. `allinone_ds.testing.reference` computes what any engi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ def rate(weighting: Mapping[str, Any]) -> float:
         or weighting.get("heads") == "none"
         or weighting.get("target", "constant") != "constant"
     )
-    return 1e-5 if raw else 0.05
+    return RAW_RATE if raw else 0.05
+
+
+RAW_RATE = 1e-5
+"""SGD's learning rate where raw gradients reach the weights."""
 
 
 class Backbone(nn.Module):
@@ -48,8 +52,16 @@ class Backbone(nn.Module):
         return self.frozen(x)
 
 
+def _unmarked(features: Tensor, task: str) -> Tensor:
+    return features
+
+
 class ToyModel(nn.Module):
-    """`forward(task, x, last)` returns the task's loss, a mean over the batch."""
+    """`forward(task, x, last)` returns the task's loss, a mean over the batch; of several tasks, task -> loss.
+
+    Attributes:
+        mark: called with what a head reads and its task; `allinone_ds.task_features`, where that is balanced.
+    """
 
     def __init__(self, checkpointing: bool = False, width: int = 13, depth: int = 3):
         super().__init__()
@@ -57,9 +69,16 @@ class ToyModel(nn.Module):
         outputs = {"det": 5, "seg": 11, "cls": 3}
         self.heads = nn.ModuleDict({task: nn.Linear(width, count) for task, count in outputs.items()})
         self.late = nn.Linear(width, 2)  # the seg task uses it in its last micro-step only
+        self.mark: Callable[[Tensor, str], Tensor] = _unmarked
 
-    def forward(self, task: str, x: Tensor, last: bool = False) -> Tensor:
+    def forward(self, task: str | Sequence[str], x: Tensor, last: bool = False) -> Any:
         features = self.backbone(x)
+        if isinstance(task, str):
+            return self.loss(task, self.mark(features, task), last)
+        return {name: self.loss(name, self.mark(features, name), last) for name in task}
+
+    def loss(self, task: str, features: Tensor, last: bool = False) -> Tensor:
+        """Return the loss of one task from what its head reads."""
         loss = _mean_square(self.heads[task](features))
         if task == "seg" and last:
             loss = loss + _mean_square(self.late(features))
@@ -90,9 +109,18 @@ def inputs(task: str, step: int, micro_step: int, rank: int) -> Tensor:
     return torch.randn(4, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def param_groups(model: ToyModel, per_head: bool = True) -> list[dict]:
-    """Optimizer groups: the backbone and each head apart, or (per_head=False) everything in one."""
+def param_groups(model: ToyModel, per_head: bool = True, head_lr: float | None = None) -> list[dict]:
+    """Optimizer groups: the backbone and each head apart, or (per_head=False) everything in one.
+
+    Args:
+        model: the model.
+        per_head: whether there is more than one group.
+        head_lr: learning rate of the heads; None: that of the optimizer.
+    """
     if not per_head:
         return [{"params": [p for p in model.parameters() if p.requires_grad]}]
     modules = [model.backbone, *model.heads.values(), model.late]
-    return [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+    groups: list[dict] = [{"params": [p for p in module.parameters() if p.requires_grad]} for module in modules]
+    for group in groups[1:] if head_lr is not None else []:
+        group["lr"] = head_lr
+    return groups

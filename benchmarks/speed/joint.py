@@ -1,9 +1,8 @@
 """What do T tasks on one image set cost, with one forward or T of them, beside other libraries?
 
-    python -m benchmarks.speed.joint --json benchmarks/results/joint.json
-    python -m benchmarks.speed.joint --tasks 3 --ranks 1 --rounds 9
-
-The first command takes half an hour on 2 idle cores, the second 2 minutes.
+    python -m benchmarks.speed.joint --tasks 3 --json benchmarks/results/joint_3.json
+    python -m benchmarks.speed.joint --tasks 8 --json benchmarks/results/joint_8.json
+    python -m benchmarks.speed.joint --tasks 40 --slow-rounds 2 --json benchmarks/results/joint_40.json
 
 A ViT, one linear head per task on all tokens, AdamW. "plain sum" is one forward and one backward of the sum of all
 losses on ZeRO-2, "torch sum" the same without DeepSpeed (DDP on 2 ranks). "separate", "backbone" and "features" are
@@ -15,7 +14,7 @@ norms in the loops of LibMTL, which are written here after its source.
 - Seconds: all ways of a row live in one process per rank and alternate; the figure is the median over rounds of a way's
   seconds / those of its plain sum. Ways with T backwards through the backbone run in the first rounds only.
 - Processor: the same with the processor seconds of rank 0, which other load on the machine does not change.
-- Memory: each way in processes of its own; the peak of a rank's resident memory (VmHWM) in three steps above the
+- Memory: each way in processes of its own; the peak of a rank's resident memory (VmHWM) in two steps above the
   resident memory before the model was built, the largest of all ranks.
 """
 
@@ -55,7 +54,7 @@ def seconds(args: argparse.Namespace, count: int, wanted: tuple[str, ...]) -> di
 
 
 def peak_memory(args: argparse.Namespace, count: int, way: str) -> int:
-    """Return the peak of a rank's resident bytes in three steps, above that before the model was built."""
+    """Return the peak of a rank's resident bytes in two steps, above that before the model was built."""
     import torch
     import torch.distributed as dist
 
@@ -66,7 +65,7 @@ def peak_memory(args: argparse.Namespace, count: int, way: str) -> int:
     tiny("det", torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)).backward()
     before = resident("VmRSS")
     step = make_step(way, task_names(count), args)
-    for _ in range(3):
+    for _ in range(2):  # the optimizer has its state after the first
         step()
     largest = torch.tensor(resident("VmHWM") - before)
     dist.all_reduce(largest, dist.ReduceOp.MAX)

@@ -14,7 +14,7 @@ from allinone_ds import TBGC, FeatureBalance, TaskBalancer, task_features
 from benchmarks.common.vit import build_engine, build_model
 
 CLASSES = 20
-ENGINES = ("plain sum", "separate", "backbone", "features")
+ENGINES = ("plain sum", "separate", "backbone", "features", "norm=features")
 TORCH = ("torch sum", "FeatureBalance")
 LOCAL = ("torchjd mtl_backward", "torchjd at features", "torchjd autogram", "LibMTL", "LibMTL rep_grad")
 SLOW = ("separate", "backbone", "torchjd mtl_backward", "torchjd autogram", "LibMTL")

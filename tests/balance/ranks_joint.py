@@ -33,7 +33,7 @@ CASES = [
 class Model(nn.Module):
     def __init__(self, marks: bool = True):
         super().__init__()
-        self.marks = marks
+        self.marks, self.mark_names = marks, dict[str, str]()
         self.backbone = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh())
         self.heads = nn.ModuleDict({task: nn.Linear(7, i + 1) for i, task in enumerate(TASKS)})
 
@@ -48,7 +48,8 @@ class Model(nn.Module):
             if none and not bool(chosen.any()):
                 losses[task] = None
                 continue
-            each = self.each(task, task_features(features, task) if self.marks else features)
+            name = self.mark_names.get(task, task)
+            each = self.each(task, task_features(features, name) if self.marks else features)
             losses[task] = each[chosen].mean()
         return losses
 
@@ -302,6 +303,56 @@ def _step_with_joint_block(at: str, names: tuple[str, ...], micro_steps: int, fa
     return weights
 
 
+def check_the_order_of_the_losses_does_not_matter() -> None:
+    """Also with labels that are missing, and in a block whose tasks are named in yet another order."""
+    for at in ("backbone", "features"):
+        results = []
+        for order in (("a", "b", "c"), ("c", "a", "b")):
+            engine = make_engine(Case("zero2", 2))
+            balancer = TaskBalancer(engine, tuple(TASKS), "backbone", TBGC(max_norm=0.05))
+            with balancer.joint(order if at == "features" else TASKS, 2, at=at):
+                for k in range(2):
+                    x, chosen = batch(0, k, dist.get_rank(), "missing")
+                    losses = engine(x.float(), {t: chosen[t] for t in order}, True)
+                    balancer.backward(losses, {t: int(chosen[t].sum()) for t in reversed(order)})
+            assert balancer.step().applied
+            results.append({n: whole_master(engine, p) for n, p in engine.module.named_parameters()})
+            finish(balancer)
+        assert all(float((results[0][n] - v).abs().max()) < 1e-7 for n, v in results[1].items()), at
+
+
+def check_a_task_without_labels_in_the_whole_step_is_absent() -> None:
+    """Neither its head nor its weight decay moves, and the others are as without it; counts of 0 and None alike."""
+    for stage in range(4):
+        for at in ("backbone", "features"):
+            results = []
+            for way in ("count", "none", "two tasks"):
+                if way == "none" and stage == 3 and at == "features":
+                    continue  # every rank runs every head
+                engine = make_engine(Case(f"zero{stage}", stage))
+                balancer = TaskBalancer(engine, tuple(TASKS), "backbone", TBGC(max_norm=0.05))
+                names = ("a", "c") if way == "two tasks" else tuple(TASKS)
+                before = whole_master(engine, engine.module.heads["b"].weight).clone()
+                with balancer.joint(names, 2, at=at):
+                    for k in range(2):
+                        x, chosen = batch(0, k, dist.get_rank(), "all")
+                        losses = engine(x.float(), {t: chosen[t] for t in names}, False)
+                        count = None
+                        if way == "count":
+                            count = {"a": 4, "b": 0, "c": 4}
+                        elif way == "none":
+                            losses["b"] = None
+                        balancer.backward(losses, count)
+                report = balancer.step(require_all=False)
+                assert report.applied and set(report.tasks) == {"a", "c"}, (stage, at, way, report.tasks)
+                assert not (whole_master(engine, engine.module.heads["b"].weight) - before).any(), (stage, at, way)
+                results.append({n: whole_master(engine, p) for n, p in engine.module.named_parameters()})
+                finish(balancer)
+            for other in results[1:]:
+                off = max(float((results[0][n] - v).abs().max()) for n, v in other.items())
+                assert off < 1e-7, (stage, at, off)
+
+
 def check_misuse_of_joint_blocks() -> None:
     engine = make_engine(Case("zero2", 2))
     balancer = TaskBalancer(engine, tuple(TASKS), "backbone", TBGC(max_norm=0.05))
@@ -315,6 +366,15 @@ def check_misuse_of_joint_blocks() -> None:
         return run
 
     all_tasks = tuple(TASKS)
+
+    def another_forward(losses):
+        return {**losses, "b": engine(x.float(), chosen, False)["b"]}
+
+    def detached(losses):
+        return {**losses, "b": engine.module.each("b", torch.ones(4, 7)).mean()}
+
+    for change in (another_forward, detached):
+        raises(BalancerError, "task 'b' does not meet those of the other tasks", block(all_tasks, change))
     raises(BalancerError, "unknown task 'x'", block(("a", "x")))
     raises(ConfigError, "did you mean 'features'", block(all_tasks, at="feature"))
     raises(BalancerError, "pass a dict", block(all_tasks, lambda losses: losses["a"]))
@@ -322,8 +382,42 @@ def check_misuse_of_joint_blocks() -> None:
     raises(BalancerError, "a loss of 'z'", block(all_tasks, lambda losses: {**losses, "z": None}))
     raises(BalancerError, "without a graph", block(all_tasks, lambda losses: {**losses, "a": torch.ones(())}))
     raises(BalancerError, "after 1 of 2 micro-steps", block(all_tasks, micro_steps=2))
-    raises(BalancerError, "no features are marked", _unmarked(engine, x, chosen, balancer))
-    block(all_tasks)()
+    raises(BalancerError, "no features are marked", _with_marks(engine, block(all_tasks, at="features"), None))
+    swapped = {"a": "b", "b": "a", "c": "c"}
+    raises(BalancerError, "marked for task 'b'", _with_marks(engine, block(all_tasks, at="features"), swapped))
+    twice = {"a": "a", "b": "a", "c": "c"}
+    raises(BalancerError, "a second time", _with_marks(engine, block(all_tasks, at="features"), twice))
+    other = {"a": "a", "b": "b", "c": "x"}
+    raises(BalancerError, "unknown task 'x'", _with_marks(engine, block(all_tasks, at="features"), other))
+
+    raises(BalancerError, "does not reach the features", block(all_tasks, detached, at="features"))
+    with_counts = (
+        ("pass a dict", 3),
+        ("unknown task 'z'", {"a": 1, "b": 1, "c": 1, "z": 1}),
+        ("no count of task 'b'", {"a": 1, "c": 1}),
+        ("count of task 'b' = -1", {"a": 1, "b": -1, "c": 1}),
+        ("count of task 'b' = nan", {"a": 1, "b": float("nan"), "c": 1}),
+        ("count of task 'b' = 'x'", {"a": 1, "b": "x", "c": 1}),
+        ("an integer of 0 or more", {"a": 1, "b": 1.5, "c": 1}),
+    )
+    for text, count in with_counts:
+        for at in ("backbone", "features"):
+            raises(BalancerError, text, _counted(balancer, lambda: engine(x.float(), chosen, False), count, at))
+    missing = {"a": 1, "b": 2, "c": 1}
+
+    def without_b():
+        return {**engine(x.float(), chosen, False), "b": None}
+
+    raises(BalancerError, "count of task 'b' = 2, and its loss is None", _counted(balancer, without_b, missing))
+    raises(BalancerError, "an integer of 0 or more", _count_of_a_task(balancer, engine, x, chosen, {"a": 1}))
+    raises(BalancerError, "an integer of 0 or more", _count_of_a_task(balancer, engine, x, chosen, 2.5))
+    if dist.get_world_size() > 1:
+        mine = ("a", "b") if dist.get_rank() else ("b", "a")
+        raises(BalancerError, "ranks disagree", block(mine, lambda losses: {t: losses[t] for t in mine}))
+        raises(BalancerError, "ranks disagree", block(all_tasks, micro_steps=1 + dist.get_rank()))
+        fails = block(all_tasks, (lambda losses: losses["a"]) if dist.get_rank() else (lambda losses: losses))
+        raises(BalancerError, "pass a dict" if dist.get_rank() else "rank 1: left task", fails)
+    block(all_tasks, lambda losses: dict(reversed(losses.items())))()
     raises(BalancerError, "second time", block(("a",)))
     assert balancer.step().applied, "usable after every error"
     finish(balancer)
@@ -333,14 +427,32 @@ def check_misuse_of_joint_blocks() -> None:
     finish(balancer)
 
 
-def _unmarked(engine, x, chosen, balancer):
+def _with_marks(engine, call, names: dict[str, str] | None):
+    """Return the call with features marked for the tasks `names`; None: not marked."""
+
     def run() -> None:
-        engine.module.marks = False
+        engine.module.marks = names is not None
+        engine.module.mark_names = names or {}
         try:
-            with balancer.joint(TASKS, at="features"):
-                balancer.backward(engine(x.float(), chosen, False))
+            call()
         finally:
-            engine.module.marks = True
+            engine.module.marks, engine.module.mark_names = True, {}
+
+    return run
+
+
+def _counted(balancer, losses, count, at: str = "backbone"):
+    def run() -> None:
+        with balancer.joint(TASKS, at=at):
+            balancer.backward(losses(), count=count)
+
+    return run
+
+
+def _count_of_a_task(balancer, engine, x, chosen, count):
+    def run() -> None:
+        with balancer.task("a"):
+            balancer.backward(engine(x.float(), {"a": chosen["a"]}, False)["a"], count=count)
 
     return run
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 WRONG: dict[str, list[str]] = {
     # arguments that transformers refuses
-    "trainer.load_best_model_at_end = True": ["trainer.load_best_model_at_end=true", "trainer.save_steps=3"],
+    "trainer.save_steps = 2, trainer.eval_steps = 3 with load_best_model_at_end: ": [
+        "trainer.load_best_model_at_end=true",
+        "trainer.eval_steps=3",
+    ],
     "trainer.save_strategy = ": ["trainer.load_best_model_at_end=true", "trainer.save_strategy=no"],
     "trainer.logging_steps = 1.5": ["trainer.logging_steps=1.5"],
     "trainer.eval_steps = 2.5": ["trainer.eval_steps=2.5"],

@@ -9,7 +9,9 @@ backbone and these measures all g_t over all ranks, with one small all-reduce, a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.joint.counts import check_counts
-from allinone_ds.balance.joint.gate import Gate
+from allinone_ds.balance.joint.gate import Gate, reached_from
 from allinone_ds.balance.joint.measure import gram_matrix, scaled_sums, squares
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
@@ -61,9 +63,19 @@ class FeatureBlock:
         weighting: turns the record of a micro-step into factors.
         micro_steps: K; gradients at the features belong to a loss that is divided by it.
         group: process group of the R ranks; None is the default group.
+        checked: tasks whose losses were seen to read their own marks; changed in place, so that each is checked once.
+        backbone: `id` of the parameters of the backbone, where they are known.
     """
 
-    def __init__(self, tasks: Sequence[str], weighting: Weighting, micro_steps: int = 1, group: Any = None):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        weighting: Weighting,
+        micro_steps: int = 1,
+        group: Any = None,
+        checked: set[str] | None = None,
+        backbone: AbstractSet[int] = frozenset(),
+    ):
         self.tasks, self.weighting, self.micro_steps, self.group = tuple(tasks), weighting, micro_steps, group
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._gates: dict[tuple[int, ...], Gate] = {}
@@ -73,6 +85,7 @@ class FeatureBlock:
         self._labelled: list[bool] = []  # of the micro-step: whether any rank has a label of each task
         self._sums: Tensor | None = None  # losses, norms and factors, each a sum over labelled micro-steps, (3, T)
         self._seen = [0] * len(self.tasks)  # micro-steps in which any rank had a label
+        self._checked, self._backbone = set() if checked is None else checked, backbone
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -320,6 +333,27 @@ class FeatureBlock:
             )
         for gate in self._gates.values():  # ranks measure the same tasks, whoever has labels of them
             gate.tasks += bare
+        for task, loss in losses.items():
+            if loss is not None and task not in self._checked:
+                self._check_marks(task, loss)
+                self._checked.add(task)
+
+    def _check_marks(self, task: str, loss: Tensor) -> None:
+        """Raise if a loss reads features that are marked for a different task; warn if it reads some without a mark."""
+        marks, leaves = reached_from(loss)
+        if marks and task not in marks:
+            raise BalancerError(
+                f"the loss of task '{task}' reads features that task_features marked for task '{min(marks)}'; mark "
+                f"what the head of '{task}' reads with task_features(features, '{task}')"
+            )
+        past = len(leaves & self._backbone)
+        if past:
+            warnings.warn(
+                f"the loss of task '{task}' reaches {past} parameter(s) of the backbone without passing "
+                "task_features; their part of its gradient is neither measured nor scaled: mark all features that the "
+                "head reads, in one tuple",
+                stacklevel=2,
+            )
 
 
 def feature_weighting(weighting: Weighting) -> Weighting:

@@ -47,7 +47,7 @@ class FeatureBalance:
         self.tasks = task_names(tasks)
         self.weighting = feature_weighting(as_weighting(weighting))
         self.weighting.check_tasks(self.tasks)
-        self._group = group
+        self._group, self._checked = group, set[str]()
         self._block: FeatureBlock | None = None
 
     @contextlib.contextmanager
@@ -57,7 +57,7 @@ class FeatureBalance:
         Raises:
             BalancerError: blocks inside each other, or another number of micro-steps.
         """
-        self._block = FeatureBlock(self.tasks, self.weighting, micro_steps, self._group)
+        self._block = FeatureBlock(self.tasks, self.weighting, micro_steps, self._group, self._checked)
         with self._block.active():
             yield
         self._block.check_complete()

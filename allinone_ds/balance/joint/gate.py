@@ -43,6 +43,40 @@ class Gate:
         return [torch.zeros_like(t) if s is None else s for s, t in zip(sums, self.tensors, strict=True)]
 
 
+def reached_from(loss: Tensor) -> tuple[set[str], set[int]]:
+    """Return the tasks whose marks a loss reaches, and the `id` of each leaf that it reaches without passing a mark."""
+    nodes = _nodes(loss, beyond_marks=False)
+    marks = {node.task for node in nodes if _is_mark(node)}
+    return marks, {id(node.variable) for node in nodes if hasattr(node, "variable")}
+
+
+def apart_from_others(losses: Mapping[str, Tensor]) -> str | None:
+    """Return a task whose loss has no operation in common with the losses of the other tasks; None: there is none."""
+    graphs = {task: {n for n in _nodes(loss) if not hasattr(n, "variable")} for task, loss in losses.items()}
+    for task, nodes in graphs.items():
+        others = [other for name, other in graphs.items() if name != task]
+        if others and not any(nodes & other for other in others):
+            return task
+    return None
+
+
+def _nodes(loss: Tensor, beyond_marks: bool = True) -> set[Any]:
+    """Return the nodes of a loss's graph."""
+    seen: set[Any] = set()
+    left = [loss.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if beyond_marks or not _is_mark(node):
+                left += [following for following, _ in node.next_functions]
+    return seen
+
+
+def _is_mark(node: Any) -> bool:
+    return isinstance(node, _Mark._backward_cls)  # type: ignore[attr-defined]
+
+
 class _Combine(Function):
     """Identity; the backward of all marks comes before it."""
 

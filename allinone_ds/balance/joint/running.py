@@ -16,6 +16,7 @@ from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.heads import HeadUse
 from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
 from allinone_ds.balance.joint.counts import LabelCounts, check_counts
+from allinone_ds.balance.joint.gate import apart_from_others
 from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import rank, world_size
@@ -98,6 +99,7 @@ class JointTasks(RunningTask):
         ]
 
     def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+        self._check_graphs(losses)
         active = self._labelled()
         for place, task in enumerate(active):
             self._combiner.begin(task)
@@ -115,6 +117,23 @@ class JointTasks(RunningTask):
                 with torch.no_grad():
                     self._exact.add(task, self._losses[task], self._counts.units()[self.tasks.index(task)])
             self._heads.end(keep=True)
+
+    def _check_graphs(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Raise if the losses do not come from one forward, in the first micro-step with these tasks.
+
+        Raises:
+            BalancerError: the graph of one has nothing in common with those of the others.
+        """
+        given = {task: loss for task, loss in losses.items() if loss is not None}
+        if not self._heads.met.issuperset(given):
+            apart = apart_from_others(given)
+            if apart is not None:
+                raise BalancerError(
+                    f"the graph of the loss of task '{apart}' does not meet those of the other tasks; the losses of a "
+                    "joint block come from the features of one forward, without detach(): give other tasks blocks of "
+                    "their own"
+                )
+            self._heads.met.update(given)
 
     def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
         """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
@@ -177,7 +196,8 @@ class JointAtFeatures(JointTasks):
     ):
         super().__init__(tasks, micro_steps, combiner, heads, agreement)
         self._taker = combiner
-        self._block = FeatureBlock(tasks, weighting, micro_steps)
+        shared = combiner.adapter.shared
+        self._block = FeatureBlock(tasks, weighting, micro_steps, checked=heads.marked, backbone=shared)
 
     def forwards(self) -> contextlib.AbstractContextManager[None]:
         return self._block.active()
