@@ -279,9 +279,9 @@ class Combiner(ABC):
         flags = [self.usable[task] for task in ran]
         flags += [torch.isfinite(self.records[task].whole_norms[0]) for task in ran]
         flags += [torch.isfinite(factor) for factor in factors.values()]
-        answers = torch.stack(flags)
-        self.before_verdict(answers.device)
-        answers = answers.tolist()
+        together = torch.stack(flags)
+        self.before_verdict(together.device)
+        answers = together.tolist()
         usable, finite = answers[: len(ran)], answers[len(ran) : 2 * len(ran)]
         skipped = tuple(task for task, good in zip(ran, usable, strict=True) if not good)
         overflow = self.adapter.fp16 and any(u and not f for u, f in zip(usable, finite, strict=True))
