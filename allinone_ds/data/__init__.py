@@ -29,6 +29,7 @@ __getattr__, __all__ = lazy_names(
         "formats.common.hub_tables": ["Columns"],
         "formats.hugging_face": ["DatasetsSource", "HubDataset"],
         "formats.maps.dense_maps": ["DenseMapsDataset", "DenseMapsSource"],
+        "augmentation.objects": ["Points"],
         "dense_maps": ["DenseMap", "EdgeMap", "NormalMap"],
         "formats.image_list": ["ImageListSource"],
         "formats.image_table": ["ImageTableSource"],

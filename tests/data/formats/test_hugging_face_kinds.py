@@ -19,12 +19,8 @@ IMAGE = {"image": datasets.Image()}
 
 
 def test_attributes_are_the_columns_of_numbers_or_those_named(tmp_path):
-    features = {
-        **IMAGE,
-        "hat": datasets.Value("bool"),
-        "old": datasets.Value("int64"),
-        "name": datasets.Value("string"),
-    }
+    types = {"hat": "bool", "old": "int64", "name": "string"}
+    features = {**IMAGE, **{name: datasets.Value(dtype) for name, dtype in types.items()}}
     rows = {"image": IMAGES, "hat": [True, False, None, True], "old": [1, 0, 1, -1], "name": list("abcd")}
     save(tmp_path, features, rows)
     dataset = opened(tmp_path, "attributes")
