@@ -291,7 +291,8 @@ class _Criterion(Mask2FormerLoss):
         for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
             mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]  # divided by all weights
             others = self.eos_coef * (logits.shape[1] - len(matched[1]))
-            sum_of_weights = self.empty_weight[classes[matched[1]]].sum() + others
+            masks = copied_to(matched[1], classes.device)  # of the matcher, which runs on the CPU
+            sum_of_weights = self.empty_weight[classes[masks]].sum() + others
             total = total + _things([classes]) * mean * sum_of_weights / (len(matched[1]) + others)
         return {"loss_cross_entropy": total / _things(class_labels)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torchjd import aggregation
 
-from allinone_ds import DBMTL, DWA, FAMO, TBGC, GlobalClip, GradNorm, RandomWeights, Uncertainty
+from allinone_ds import DBMTL, DWA, FAMO, TBGC, GlobalClip, GradNorm, RandomWeights, Uncertainty, task_features
 from allinone_ds.data.loading.ahead import to_device
 from tests.balance.engines import finish, inputs, make_balancer, make_engine, toy
 from tests.fake_device import install, record
@@ -26,6 +26,7 @@ def waits_in_a_step(case: str = "zero2 fp32", tasks=toy.TASKS, joint: bool = Fal
     """File -> waits in the fourth step of two micro-steps per task, after which nothing may be out of order."""
     balancer = make_balancer(make_engine(case, **QUIET), weighting, **options)
     engine = balancer.engine
+    engine.module.mark = task_features
     batches = {task: inputs(engine, task, 0, 0) for task in toy.TASKS}
     for number in range(4):
         record.clear()
@@ -33,9 +34,7 @@ def waits_in_a_step(case: str = "zero2 fp32", tasks=toy.TASKS, joint: bool = Fal
         if joint:
             with balancer.joint(ran, 2):
                 for k in range(2):
-                    balancer.backward(
-                        {task: engine(task, batches[task], k == 1) for task in ran}, dict.fromkeys(ran, 3)
-                    )
+                    balancer.backward(engine(ran, batches[ran[0]], k == 1), dict.fromkeys(ran, 3))
         for task in () if joint else ran:
             with balancer.task(task, 2):
                 for k in range(2):
@@ -102,8 +101,11 @@ def waits_in_a_micro_step(model, name: str, made: list) -> Counter[str]:
     return record.waits()
 
 
-MORE_HEADS = {"mask2former": {"mask2former": 1}, "supcon": {"embedding": 1}}
-"""Head -> file -> waits: Mask2Former looks for the classes in the label maps, losses on pairs for identities."""
+MORE_HEADS = {
+    "mask2former": {"mask2former": 1},  # the classes in the label maps
+    "supcon": {"embedding": 1},  # images without an identity
+}
+"""Head -> file -> waits of a micro-step of four images."""
 
 
 def check_heads_do_not_wait() -> None:
@@ -114,7 +116,7 @@ def check_heads_do_not_wait() -> None:
 
 def check_heads_of_objects_and_vectors_do_not_wait() -> None:
     for kind in kinds.KINDS:
-        found = waits_in_a_micro_step(kinds.kind_model(kind), "it", kinds.kind_samples(kind=kind))
+        found = waits_in_a_micro_step(kinds.kind_model(kind), kind, kinds.kind_samples(kind=kind))
         at_most(found, 0, **MORE_HEADS.get(kind, {}))
 
 

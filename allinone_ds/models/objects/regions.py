@@ -163,10 +163,7 @@ class RegionDetector(nn.Module):
         if self.detector is None:
             return maps.new_ones(len(maps))
         matched = self.detector.matches(labels)
-        counts = [
-            torch.bincount(places[places >= 0], minlength=len(target["labels"]))
-            for places, target in zip(matched, labels, strict=True)
-        ]
+        counts = [_count(places, len(target["labels"])) for places, target in zip(matched, labels, strict=True)]
         return torch.cat(counts).to(maps.dtype)
 
     def _whole(self, pixels: Tensor) -> Tensor:
@@ -298,3 +295,9 @@ def paste_masks(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         sampled = F.grid_sample(logits[None, None].float(), grid, padding_mode="border", align_corners=False)[0, 0]
         masks[i] = (sampled > 0) & inside
     return masks
+
+
+def _count(places: Tensor, size: int) -> Tensor:
+    """Return how often each of 0..size - 1 is in `places` (N,), without a wait for the device; -1 counts nowhere."""
+    counts = torch.zeros(size + 1, device=places.device)
+    return counts.index_add_(0, (places + 1).clamp(min=0), torch.ones_like(places, dtype=counts.dtype))[1:]
