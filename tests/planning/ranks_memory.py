@@ -109,7 +109,7 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
         most["balancer"] = max(most["balancer"], balancer.extra_bytes)
     measured = {"weights": bytes_of(weights(engine)), "optimizer": bytes_of(optimizer_tensors(engine)), **most}
     sketch = default_size(sizes.trained)
-    if norm in ("sketch", "delayed") or apart:  # the plan counts the local gradient, which is the engine's and the balancer's, once
+    if norm in ("sketch", "delayed") or apart:  # the plan counts the local gradient once, not for the balancer as well
         measured["balancer"] -= balancer._combiner.local.bytes
     groups = balancer.groups if apart else None
     planned = memory_parts(read_engine(config), sizes, dist.get_world_size(), norm, 2, 1, sketch, groups=groups)[0]
