@@ -52,6 +52,7 @@ def gradients(engine) -> list[torch.Tensor]:
     found = [getattr(p, name, None) for p in engine.module.parameters() for name in ("grad", "grad_accum")]
     found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
     found += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    found += [g for group in getattr(optimizer, "all_grad_tensors", {}).values() for g in group or ()]
     averaged = getattr(optimizer, "averaged_gradients", {})
     for group in averaged.values() if engine.zero_optimization_stage() in (1, 2) else ():
         found += [getattr(group, "flat_partition", None)] if hasattr(group, "flat_partition") else list(group or ())
