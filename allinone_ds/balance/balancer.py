@@ -26,8 +26,8 @@ from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse
 from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.distributed import rank, watched_waits, world_size
+from allinone_ds.balance.weightings.gram import as_weighting, kind_of
+from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
@@ -139,6 +139,8 @@ class TaskBalancer(RankGroups):
         self._combiner = choose_combiner(
             adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
         )
+        if self._agreement:
+            self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
         self._traces = ParameterTraces(engine) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard)
@@ -283,6 +285,7 @@ class TaskBalancer(RankGroups):
             "skipped_steps": dict(self.skipped_steps),
             "steps": self._steps,
             "weighting": self.weighting.state_dict(),
+            "weighting_kind": kind_of(self.weighting),
             "combiner": self._combiner.state_dict(),
         }
 
@@ -290,7 +293,8 @@ class TaskBalancer(RankGroups):
         """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh."""
         self.skipped_steps.update({t: n for t, n in state["skipped_steps"].items() if t in self.skipped_steps})
         self._steps = state["steps"]
-        self.weighting.load_state_dict(state["weighting"])
+        if state.get("weighting_kind", kind_of(self.weighting)) == kind_of(self.weighting):
+            self.weighting.load_state_dict(state["weighting"])  # that of a different one would mean something else
         self._clear()
         self._combiner.load_state_dict(state["combiner"])
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BackboneOutput
 from allinone_ds.errors import ConfigError
 from allinone_ds.models import architectures
 from allinone_ds.models.architectures import ARCHITECTURES, ModelType
-from allinone_ds.models.pretrained import LoadedWeights, load_pretrained
+from allinone_ds.models.pretrained import LoadedWeights, checkpoint_config, load_pretrained
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
@@ -314,7 +314,7 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
     if (Path(checkpoint) / _RUN_FILE).is_file():
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is the folder of a run; set model.start_from to it "
                           "instead, which copies its backbone and its heads")  # fmt: skip
-    theirs = AutoConfig.from_pretrained(checkpoint)
+    theirs = checkpoint_config(checkpoint)
     if theirs.model_type != cfg.model_type:
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "
                           f"'{cfg.model_type}'; change model_type")  # fmt: skip

@@ -136,8 +136,8 @@ def reference_run(
     own: dict[str, float] = {}
     norms_log, scales_log = [], []
     total: dict[str, Any]
-    norms: dict[str, Any]
-    scale: dict[str, Any]
+    norms: dict[str, float]
+    scale: dict[str, float]
     for step in range(steps):
         with torch.no_grad():
             for name, p in model.named_parameters():

@@ -72,6 +72,7 @@ def make_step(way: str, tasks: Sequence[str], args: argparse.Namespace) -> Calla
     """Return a function that takes one optimizer step. Call on every rank."""
     x, y = random_labels(args, tasks, dist.get_rank())
     backbone = build_model(args.width, args.layers, args.size, ()).backbone
+    backbone.embeddings.mask_token.requires_grad_(False)  # unused, which DistributedDataParallel refuses
     model = DenseModel(backbone, tasks, args.width)
     if way in ENGINES:
         return _engine_step(way, tasks, build_engine(model, 2, 1, args.batch), x, y)

@@ -19,7 +19,8 @@ def results(request, tmp_path_factory) -> dict[str, str]:
         "joint_and_task_blocks_mix", "counts_in_task_blocks_are_means_over_all_labels",
         "partial_labels_have_the_right_denominator", "a_missing_loss_on_zero3_is_an_error_of_all_ranks",
         "an_error_in_a_joint_block_leaves_nothing_of_it", "misuse_of_joint_blocks",
-        "the_order_of_the_losses_does_not_matter", "a_task_without_labels_in_the_whole_step_is_absent",
+        "how_images_are_divided_does_not_matter_for_pixels_and_objects", "the_order_of_the_losses_does_not_matter",
+        "a_task_without_labels_in_the_whole_step_is_absent",
     ],
 )  # fmt: skip
 def test_joint(results, name):

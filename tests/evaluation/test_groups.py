@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from allinone_ds.data.joint.batches import by_task
+from allinone_ds.evaluation.baselines import plan_baselines
 from allinone_ds.evaluation.evaluate import evaluate_tasks
 from allinone_ds.evaluation.predictor import Predictor, predict_images, predictor_of
 from allinone_ds.export.folders import export_run
@@ -21,7 +22,7 @@ from allinone_ds.run_config.build import build_model, classes_of, open_test_data
 from allinone_ds.run_config.run_files import ModelFacts, save_run_files
 from allinone_ds.run_config.schema import RunConfig, load_config
 from allinone_ds.run_folder.names import WEIGHTS_FILE
-from tests.joint_set import joint_run, make_joint_set
+from tests.joint_set import LABELLED, joint_run, make_joint_set
 
 CPU = torch.device("cpu")
 
@@ -113,3 +114,18 @@ def test_an_exported_group_predicts_in_one_forward(config: RunConfig, home: Path
     assert list(loaded.predict_tasks(images, ["cls"])) == ["cls"]
     part = predict_images(loaded, images[:1], tmp_path / "part", tasks=["seg", "cls"])
     assert {file.name for file in part} == {"000.json", "000-seg.png", "000-cls.png"}
+
+
+def test_a_baseline_trains_one_task_of_the_group_on_the_images_with_its_labels(config: RunConfig, home: Path) -> None:
+    folder = home / "ended"
+    _, facts = model_of(config)
+    save_run_files(config, facts, folder)
+    (folder / "log.jsonl").write_text('{"event": "begin", "step": 0, "max_steps": 3, "time": 0}\n')
+    (folder / "metrics.json").write_text('{"eval_det_map50": 0.5, "eval_seg_miou": 0.5, "eval_cls_top1": 0.5}')
+    planned = {baseline.task: load_config(baseline.file) for baseline in plan_baselines(folder)}
+    assert sorted(planned) == ["cls", "det", "seg"]
+    for task, count in LABELLED.items():
+        alone = planned[task]
+        assert list(alone.tasks) == [task] and alone.joint["rooms"].tasks == [task]
+        [data] = open_train_data(alone).values()
+        assert len(data.dataset) == count

@@ -8,6 +8,7 @@ device and copies of memory that is not pinned are found without a GPU.
 from __future__ import annotations
 
 from tests.fake_device.accelerator import FakeAccelerator, install
+from tests.fake_device.backend import WatchedHost
 from tests.fake_device.record import Finding, Record, record
 
-__all__ = ["FakeAccelerator", "Finding", "Record", "install", "record"]
+__all__ = ["FakeAccelerator", "Finding", "Record", "WatchedHost", "install", "record"]

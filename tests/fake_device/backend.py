@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -182,8 +184,10 @@ def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
         what = "copy to the host" if outward else "copy to the device"
         if not non_blocking:
             record.wait(what)
-        elif not _is_pinned(host):
-            if outward:
+        elif _is_pinned(host):
+            record.copies(host, writes=outward)
+        else:
+            if outward:  # CUDA waits
                 record.clocks.all_streams_wait_for_stream(record.stream)
             record.note("copy", what)
     return target
@@ -194,6 +198,34 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = "cpu") -> Any:
         return super().__new__(cls, "cpu")
+
+
+class WatchedHost(TorchDispatchMode):
+    """Reports, inside this block, uses of page-locked memory whose copy to or from the device may still run.
+
+    `torch.tensor(..., device=...)` fails inside of it (torch 2.14), as in all modes.
+    """
+
+    @classmethod
+    def around(cls, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that runs in such a block."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with cls():
+                return function(*args, **kwargs)
+
+        return watched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _is_view(func) and not any(map(is_device, tree_flatten((args, kwargs))[0])):
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                alias = argument.alias_info
+                for tensor in tree_flatten(given.get(argument.name))[0]:
+                    if isinstance(tensor, Tensor):
+                        record.host_uses(tensor, alias is not None and alias.is_write, func._schema.name)
+        return func(*args, **kwargs)
 
 
 def _pin_memory(self: Tensor, device: Any = None) -> Tensor:

@@ -76,6 +76,7 @@ class Record:
         self._accesses: dict[int, list[_Access]] = {}
         self._free: dict[int, dict[int, _Access]] = {}  # stream -> the last uses of its free memory, by their stream
         self._before: dict[int, list[_Access]] = {}  # new storage -> those uses
+        self._pending: dict[int, list[_Access]] = {}  # storage on the host -> copies of its bytes that may still run
         self._number = 0
 
     def launch(self, what: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
@@ -91,6 +92,21 @@ class Record:
         """Record that the host waited for everything on the current stream."""
         self.clocks.all_streams_wait_for_stream(self.stream)
         self.note("sync", what)
+
+    def copies(self, host: Tensor, writes: bool) -> None:
+        """Record a copy to (`writes`) or from page-locked memory, which the host does not wait for."""
+        storage, start, end = extent(host)
+        access = _Access(start, end, writes, self.stream, self._number, "copy", caller())
+        self._pending.setdefault(storage, []).append(access)
+
+    def host_uses(self, tensor: Tensor, writes: bool, what: str) -> None:
+        """Report a use of memory on the host while a copy of it may still run."""
+        storage, start, end = extent(tensor)
+        running = [a for a in self._pending.get(storage, ()) if a.number > self.clocks.host_sync_state[a.stream]]
+        for access in running:
+            if access.start < end and start < access.end and (writes or access.writes):
+                self.findings.append(Finding("race", what, caller(), f"copy at {access.place}"))
+        self._pending[storage] = running
 
     def note(self, kind: str, what: str) -> None:
         """Record a finding at the line that is running now."""

@@ -74,7 +74,10 @@ WRONG: dict[str, list[str]] = {
     "hidden_size 32 must be a multiple of num_attention_heads (3)": ["model.backbone.config.num_attention_heads=3"],
     "unknown key 'depth'": ["model.backbone.config.depth=3"],
     "model.backbone.out_indices = [1, 9]": ["model.backbone.out_indices=[1,9]"],
-    "model.backbone (dinov2)": ["model.backbone.checkpoint=/nowhere", "model.backbone.stem=patch"],
+    "model.backbone.checkpoint: /nowhere is no folder": [
+        "model.backbone.checkpoint=/nowhere",
+        "model.backbone.stem=patch",
+    ],
     "tasks.cls.test_time": ["tasks.cls.test_time.flip=true"],
     "model.freeze = 9: the backbone has 2 layers": ["model.freeze=9"],
     # folders, callbacks, length

@@ -59,7 +59,7 @@ class FeaturesCombiner(Combiner):
         self._holding = [p for p in self._params if p.grad is not None]
 
     def add(self, task: str, loss: Tensor) -> None:
-        raise NotImplementedError("blocks that balance at the features call add_balanced")
+        raise NotImplementedError  # blocks that balance at the features call `add_balanced`
 
     def finish(self) -> Combined:
         self._check_kept()

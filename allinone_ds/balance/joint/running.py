@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from allinone_ds.balance.joint.counts import LabelCounts, check_counts
 from allinone_ds.balance.joint.gate import apart_from_others
 from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.distributed import rank, world_size
+from allinone_ds.distributed import gather_objects, rank, world_size
 from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.local_gradients import LocalGradients
@@ -29,8 +30,8 @@ PLACES = ("backbone", "features")
 """Where a joint block can balance."""
 
 
-class JointTasks(RunningTask):
-    """Several tasks of a step whose losses come from one forward, balanced at the backbone: one backward per task.
+class JointTasks(RunningTask, ABC):
+    """Base of joint blocks: several tasks of a step whose losses come from one forward.
 
     Args:
         tasks: names of the T tasks.
@@ -44,17 +45,16 @@ class JointTasks(RunningTask):
         self,
         tasks: Sequence[str],
         micro_steps: int,
-        combiner: ExactCombiner | FeaturesCombiner,
+        combiner: Combiner,
         heads: HeadUse,
         agreement: Agreement | None = None,
     ):
         super().__init__(" + ".join(tasks), micro_steps, combiner, agreement)
         self.tasks = tuple(tasks)
-        self._exact = combiner if isinstance(combiner, ExactCombiner) else None
         self._heads = heads
         self._counts = LabelCounts(len(tasks), micro_steps, agreement)
-        self._losses = {task: torch.zeros_like(self.loss) for task in tasks}
         self._counted = False
+        self._every_head = combiner.adapter.stage == 3  # or other ranks wait for the weights of one that is not run
 
     def backward(self, loss: Any, count: Any, run: Backward) -> None:
         """Run the backwards of the next micro-step.
@@ -75,22 +75,99 @@ class JointTasks(RunningTask):
         self._counted = count is not None
         with self.micro_step(communicates=True):
             weights = self._weights(loss, count)
-            self._run(loss, weights, count, run)
+            self._run(loss, weights, run)
 
-    def hand_over(self) -> None:
-        if self.micro_steps > 1 and self._exact:
-            for task, unit in zip(self.tasks, self._counts.units(), strict=True):
-                if unit:
-                    self._exact.add(task, self._losses[task], unit)
+    @abstractmethod
+    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], run: Backward) -> None:
+        """Run the backwards of a micro-step. Collective.
+
+        Args:
+            losses: task -> loss, or None.
+            weights: task -> what its loss is multiplied by.
+            run: the engine's backward.
+        """
 
     def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
         """Return what each loss is multiplied by, after the ranks have exchanged what they have. Collective."""
         numbers = [0 if losses[task] is None else 1 if count is None else count[task] for task in self.tasks]
         weights = self._counts.weights(numbers, [int(losses[task] is not None) for task in self.tasks])
         self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*self._counts.flags, strict=True)]
-        if self._forwards_communicate or self._exact is None:
+        if self._every_head:
             self._refuse_missing_losses(self._counts.flags)
         return dict(zip(self.tasks, weights, strict=True))
+
+    def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
+        """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
+
+        Args:
+            part: the loss of this rank; None where it has none.
+            alike: whether all ranks use the same parameters.
+            run: the engine's backward.
+            retain: whether a further backward needs the graph.
+        """
+        adapter = self._combiner.adapter
+        if alike:
+            run(part, True, retain)
+        elif not adapter.keeps_local_gradients:  # DeepSpeed reduces every parameter, zeros for those without a gradient
+            run(_nothing(adapter.engine) if part is None else part, True, retain)
+        else:  # it reduces in the order of the backward, so ranks must not use different parameters
+            local = LocalGradients(adapter)
+            local.begin()
+            if part is not None:
+                run(part, False, retain)
+            has = [local.get(index) is not None for index in range(len(local.params))]
+            for index, wanted in enumerate(self._union(has)):
+                if wanted and not has[index]:
+                    param = local.params[index]
+                    local.set(index, torch.zeros(whole_shape(param), dtype=local.dtype, device=param.device))
+            local.reduce()
+
+    def _union(self, flags: list[bool]) -> list[bool]:
+        """Return the element-wise `or` of every rank's flags. Collective."""
+        if self._agreement:
+            return self._agreement.union(flags)
+        return [any(of_ranks) for of_ranks in zip(*gather_objects(flags), strict=True)]
+
+    def _refuse_missing_losses(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Raise if only some ranks have a loss: the others would not gather the weights that its backward needs."""
+        for index, task in enumerate(self.tasks):
+            without = [rank for rank, row in enumerate(rows) if not row[index]]
+            if without and len(without) < len(rows):
+                raise BalancerError(
+                    f"task '{task}' has no loss on rank(s) {', '.join(map(str, without))} and one on the others; under "
+                    "ZeRO-3, and with norm='features', every rank must run every head: return a loss of the head's "
+                    "output on each rank, and pass count=0 for it where there is no label"
+                )
+
+
+class JointAtBackbone(JointTasks):
+    """Joint block that is balanced at the backbone: one backward per task.
+
+    Args:
+        tasks: names of the T tasks.
+        micro_steps: number of forwards.
+        combiner: takes the tasks' gradients.
+        heads: records which head parameters each task uses.
+        agreement: with the other ranks; None: they are not asked.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        micro_steps: int,
+        combiner: ExactCombiner,
+        heads: HeadUse,
+        agreement: Agreement | None = None,
+    ):
+        super().__init__(tasks, micro_steps, combiner, heads, agreement)
+        self._exact = combiner
+        self._losses = {task: torch.zeros_like(self.loss) for task in tasks}
+
+    def hand_over(self) -> None:
+        if self.micro_steps > 1:
+            for task, unit in zip(self.tasks, self._counts.units(), strict=True):
+                if unit:
+                    self._exact.add(task, self._losses[task], unit)
 
     def _labelled(self) -> list[str]:
         """Return the tasks of which a rank has a label in this micro-step."""
@@ -98,7 +175,7 @@ class JointTasks(RunningTask):
             t for t, of_ranks in zip(self.tasks, zip(*self._counts.rows, strict=True), strict=True) if any(of_ranks)
         ]
 
-    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], run: Backward) -> None:
         self._check_graphs(losses)
         active = self._labelled()
         for place, task in enumerate(active):
@@ -109,8 +186,6 @@ class JointTasks(RunningTask):
             self._average(part, self._alike[self.tasks.index(task)], run, retain)
             if part is not None and weights[task]:
                 self._losses[task] += part.detach().float()
-            if self._exact is None:
-                raise NotImplementedError("the gradients of single tasks need exact norms")
             if self.micro_steps > 1:
                 self._exact.accumulate(task)
             else:
@@ -134,43 +209,6 @@ class JointTasks(RunningTask):
                     "their own"
                 )
             self._heads.met.update(given)
-
-    def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
-        """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
-
-        Args:
-            part: the loss of this rank; None where it has none.
-            alike: whether all ranks use the same parameters.
-            run: the engine's backward.
-            retain: whether a further backward needs the graph.
-        """
-        adapter = self._combiner.adapter
-        if alike:
-            run(part, True, retain)
-        elif not adapter.keeps_local_gradients:  # DeepSpeed reduces every parameter, zeros for those without a gradient
-            run(_nothing(adapter.engine) if part is None else part, True, retain)
-        else:  # it reduces in the order of the backward, so ranks must not use different parameters
-            local = LocalGradients(adapter)
-            local.begin()
-            if part is not None:
-                run(part, False, retain)
-            has = [local.get(index) is not None for index in range(len(local.params))]
-            for index, wanted in enumerate(self._agreement.union(has) if self._agreement else has):
-                if wanted and not has[index]:
-                    param = local.params[index]
-                    local.set(index, torch.zeros(whole_shape(param), dtype=local.dtype, device=param.device))
-            local.reduce()
-
-    def _refuse_missing_losses(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Raise if only some ranks have a loss: the others would not gather the weights that its backward needs."""
-        for index, task in enumerate(self.tasks):
-            without = [rank for rank, row in enumerate(rows) if not row[index]]
-            if without and len(without) < len(rows):
-                raise BalancerError(
-                    f"task '{task}' has no loss on rank(s) {', '.join(map(str, without))} and one on the others; under "
-                    "ZeRO-3, and with norm='features', every rank must run every head: return a loss of the head's "
-                    "output on each rank, and pass count=0 for it where there is no label"
-                )
 
 
 class JointAtFeatures(JointTasks):
@@ -196,6 +234,7 @@ class JointAtFeatures(JointTasks):
     ):
         super().__init__(tasks, micro_steps, combiner, heads, agreement)
         self._taker = combiner
+        self._every_head |= isinstance(combiner, FeaturesCombiner)
         shared = combiner.adapter.shared
         self._block = FeatureBlock(tasks, weighting, micro_steps, checked=heads.marked, backbone=shared)
 
@@ -208,19 +247,19 @@ class JointAtFeatures(JointTasks):
             self._taker.add_balanced(self.name, found)
             self._heads.divide(self.name, tuple(found))
 
-    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], count: Any, run: Backward) -> None:
+    def _run(self, losses: Mapping[str, Any], weights: Mapping[str, float], run: Backward) -> None:
         self._combiner.begin(self.name)
         self._heads.begin(self.name)
         counts = list(zip(*self._counts.rows, strict=True))  # of each task on every rank
         labels = [(of_ranks[rank()], sum(of_ranks)) for of_ranks in counts]
         labelled = {task: losses[task] if sum(n) else None for task, n in zip(self.tasks, counts, strict=True)}
         with self._block.micro_step(labelled, None, self._combiner.adapter.loss_scale, labels) as total:
-            if self._exact is None:  # it joins the gradient of the step's other tasks in the engine
+            if isinstance(self._taker, FeaturesCombiner):  # it joins the step's other tasks in the engine
                 run(total, False)
             else:
                 self._average(total, all(self._alike), run)
-        if self.micro_steps > 1 and self._exact:
-            self._exact.accumulate(self.name)
+        if self.micro_steps > 1 and isinstance(self._taker, ExactCombiner):
+            self._taker.accumulate(self.name)
         self._heads.end(keep=True)
 
 
@@ -291,7 +330,7 @@ def joint_tasks(
         return JointAtFeatures(tasks, micro_steps, combiner, heads, agreement, weighting)
     exact = require_exact(combiner, "balancer.joint()")
     if at == "backbone":
-        return JointTasks(tasks, micro_steps, exact, heads, agreement)
+        return JointAtBackbone(tasks, micro_steps, exact, heads, agreement)
     return JointAtFeatures(tasks, micro_steps, exact, heads, agreement, feature_weighting(weighting))
 
 

@@ -50,10 +50,10 @@ class ImageTableSource(SourceConfig):
     label_column: str = "label"
     """Classification and retrieval: column of the class names or identities. Without `classes` of the task, they are
     numbered in the order of the names."""
-    label_columns: list[str] | None = Field(None, min_length=2)
+    label_columns: list[str] | None = Field(default=None, min_length=2)
     """Classification: instead of `label_column`, one column per class, with 1 in that of the image's class and 0 in the
     others. The columns name the classes."""
-    columns: list[str] | None = Field(None, min_length=1)
+    columns: list[str] | None = Field(default=None, min_length=1)
     """Attributes: their columns, null is all but `image_column`. Regression: the columns of the numbers, null is the
     column `value`."""
     absent: Literal[0, -1] = 0
@@ -87,7 +87,7 @@ class ImageTableSource(SourceConfig):
             named = getattr(self, option) or ()
             if len(set(named)) < len(named):
                 raise ConfigError(f"{option} names a column twice; name each once")
-        if self.label_columns is not None and "label_column" in self.model_fields_set:
+        if self.label_columns is not None and self.label_column != type(self).model_fields["label_column"].default:
             raise ConfigError("'label_column' and 'label_columns' are both set; remove one of them")
         return self
 

@@ -236,10 +236,10 @@ class GroupSource(SourceConfig):
                 "tasks; give a source of format joint, or a subclass of allinone_ds.data.JointDataset"
             )
         for what, found in (("kinds", dataset.kinds), ("classes_of", dataset.classes_of)):
-            if set(found) != set(self.tasks):
+            if not set(self.tasks) <= set(found):
                 raise DataError(
                     f"{dataset.name}: {what} has {', '.join(sorted(found)) or 'nothing'}, the tasks of "
-                    f"joint.{self.group} are {', '.join(self.tasks)}; give labels for exactly these"
+                    f"joint.{self.group} are {', '.join(self.tasks)}; give labels for all of these"
                 )
 
 
