@@ -59,8 +59,7 @@ class TaskBalancer(RankGroups):
             "delayed": factors from the step before, one reduce per step; every rank keeps one gradient of the whole
             model. The first step is then exact, and a step with a task that is not finite is not taken at all.
             "features": of the gradients at the features that `task_features` marks in the model, scaled there; heads
-            keep their raw gradient, nothing is kept, and gradients add up in the engine as in plain accumulation (one
-            reduce per step under ZeRO-0 and 1). A step with a task that is not finite is not taken at all.
+            keep their raw gradient. A step with a task that is not finite is not taken at all.
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is

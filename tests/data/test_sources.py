@@ -117,7 +117,7 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
 
 
 NOT_PATHS = {
-    *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"),
+    *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "map_suffix", "image_suffix"),
     *("image_column", "label_column", "delimiter", "columns", "box_columns", "label_columns", "part", "flip_pairs"),
     *("dataset", "reason", "options"),
 }
@@ -146,7 +146,7 @@ def test_every_path_of_a_format_is_expanded(source_class, name, monkeypatch):
 
 def test_every_format_of_the_package_is_registered():
     folder = Path(__file__).parents[2] / "allinone_ds" / "data" / "formats"
-    files = {file.stem for file in folder.glob("*.py") if "format: Literal[" in file.read_text()}
+    files = {file.stem for file in folder.rglob("*.py") if "format: Literal[" in file.read_text()}
     assert {source_class.__module__.rpartition(".")[2] for source_class in SOURCE_CLASSES} == files
 
 
