@@ -28,7 +28,7 @@ _servers: list[subprocess.Popen[str]] = []
 def run_ranks(
     script: Path, world: int, folder: Path, *arguments: str, timeout: int = 600, fork: bool = True
 ) -> dict[str, str]:
-    """Run a script on CPU ranks and return its result.
+    """Run a script on CPU ranks, or where DS_ACCELERATOR=cuda is set on one GPU per rank, and return its result.
 
     Args:
         script: calls `run_checks`, or writes JSON to the path that is its first argument.
@@ -59,7 +59,7 @@ def run_ranks(
             raise RuntimeError(f"{script.name} on {world} ranks left no result:\n{(done.stdout + done.stderr)[-9000:]}")
         return json.loads(out.read_text())
     log = folder / f"{script.stem}-{world}.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {"DS_ACCELERATOR": "cpu", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     environment["LOCAL_SIZE"] = str(world)  # else DeepSpeed starts `numactl` to count devices before each reduction
@@ -75,7 +75,7 @@ def run_ranks(
 def _ask(request: dict) -> list[int]:
     """Hand a request to the rank server, started where none runs; return the exit statuses of the ranks."""
     if not _servers or _servers[-1].poll() is not None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        environment = {"DS_ACCELERATOR": "cpu", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-W", "ignore", "-m", "tests.rank_server"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         _servers.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, bufsize=1, **pipes))
@@ -94,7 +94,8 @@ def join_ranks() -> None:
 
     from allinone_ds.zero.kernels import spare_cpu_kernel
 
-    spare_cpu_kernel()
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        spare_cpu_kernel()
     deepspeed.init_distributed()
 
 

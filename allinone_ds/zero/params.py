@@ -76,5 +76,5 @@ def whole_master(engine: Any, parameter: Any) -> Tensor:
     for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
         for param, master in zip(low, high, strict=True):
             if param is parameter:
-                return master.detach().double().view_as(param)
+                return master.detach().double().cpu().view_as(param)
     raise KeyError("the optimizer does not hold this parameter")

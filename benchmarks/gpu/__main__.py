@@ -26,14 +26,19 @@ from typing import Any
 from benchmarks.gpu.part import PARTS, Run
 
 
-def run_part(name: str, run: Run) -> None:
-    """Write what a part measures to its file, row by row. Called in the part's process."""
-    module = importlib.import_module(f"benchmarks.gpu.{name}")
+def run_part(name: str, run: Run) -> int:
+    """Write what a part measures to its file, row by row; return 1 if a row tells of an error, else 0.
+
+    Called in the part's process.
+    """
+    module, failed = importlib.import_module(f"benchmarks.gpu.{name}"), False
     with (run.folder / f"{name}.jsonl").open("w") as rows:
         for row in module.measure(run):
             rows.write(json.dumps({"part": name, **row}) + "\n")
             rows.flush()
             print(row, flush=True)
+            failed |= "error" in row or row.get("passed") is False or bool(row.get("status"))
+    return int(failed)
 
 
 def start_part(name: str, device: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -80,8 +85,7 @@ def main() -> int:
         write_page(args.out)
         return 0
     if args.part:
-        run_part(args.part, Run(args.device, args.out, args.seconds))
-        return 0
+        return run_part(args.part, Run(args.device, args.out, args.seconds))
     end, failed = time.monotonic() + 60 * args.minutes, 0
     for name in args.only:
         limit = PARTS[name].seconds * (1 if args.device == "cuda" else 2)  # a slow machine is no reason to fail a trial

@@ -11,31 +11,34 @@ from benchmarks.gpu.part import Run
 NORMS = ("sketch", "delayed")
 LIMITS = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
 """Largest difference of a weight that passes, relative to the largest change of a weight."""
-TRIAL = ("zero0 fp32", "zero2 bf16", "zero3 fp32 offload")
+TRIAL = ("zero0 fp32", "zero2 bf16", "zero3 fp32 offload", "zero2 fp32 joint backbone", "zero2 fp32 norm=features")
 
 
-def chosen(run: Run) -> list[Case]:
-    """Return the cases of one rank, most worth first: without variants, then with."""
-    cases = [case for case in all_cases() if not case.apart and (run.on_gpu or case.name in TRIAL)]
-    return sorted(cases, key=lambda case: bool(case.zero or case.one_group or case.checkpointing))
+def is_variant(case: Case) -> bool:
+    """Return whether a case is about more than its stage, precision and offload."""
+    joint = case.joint_at or case.norm != "exact"
+    return bool(case.zero or case.one_group or case.checkpointing or joint)
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield one row per case and norm."""
+    """Yield one row per case and norm, most worth first; as many variants as there is time for."""
     import torch
 
     run.join()
     torch.set_float32_matmul_precision("highest")
-    for case in chosen(run):
+    cases = [case for case in all_cases() if not case.apart and (run.on_gpu or case.name in TRIAL)]
+    plain, variants = ([case for case in cases if is_variant(case) == kind] for kind in (False, True))
+    for case in plain:
         yield from attempt(case, "exact", lambda case=case: exact(case))
-    for case in chosen(run):
-        if case.stage and not (case.zero or case.one_group or case.checkpointing):
+    for case in plain:
+        if case.stage and case.name != "zero1 bf16 fp32-accumulation":  # which keeps no gradients on the rank
             for norm in NORMS:
-                if case.name != "zero1 bf16 fp32-accumulation":  # keeps no gradients on the rank
-                    yield from attempt(case, norm, lambda case=case, norm=norm: tested(case, norm))
-    for case in chosen(run):
-        if not (case.zero or case.one_group or case.checkpointing):
-            yield from attempt(case, "joint", lambda case=case: joint(case))
+                yield from attempt(case, norm, lambda case=case, norm=norm: tested(case, norm))
+    for number, case in enumerate(variants):
+        if run.left() < 10:
+            yield {"case": f"{len(variants) - number} more cases, not run for lack of time"}
+            return
+        yield from attempt(case, case.norm, lambda case=case: exact(case))
 
 
 def attempt(case: Case, norm: str, call: Any) -> Iterator[dict[str, Any]]:
@@ -66,37 +69,6 @@ def tested(case: Case, norm: str) -> float:
         return self_test(engine, TaskBalancer, norm)
     finally:
         engine.destroy()
-
-
-def joint(case: Case) -> float:
-    """Return the largest difference where all tasks of a step run in one joint block."""
-    import torch
-    import torch.distributed as dist
-
-    from allinone_ds.testing import exactness, toy
-    from allinone_ds.testing.reference import reference_run
-    from allinone_ds.zero.params import whole_master
-    from benchmarks.correctness.balanced_case import make_balancer
-
-    engine, steps, weighting = toy_engine(case), 3, WEIGHTINGS["tbgc"]
-    balancer = make_balancer(engine, weighting, "data")
-    dtype = next(engine.module.parameters()).dtype
-    reports = []
-    for step in range(steps):
-        with balancer.joint(toy.TASKS, micro_steps=2):
-            for k in range(2):
-                batches = {
-                    task: toy.inputs(task, step, k, dist.get_rank()).to(engine.device, dtype) for task in toy.TASKS
-                }
-                balancer.backward({task: engine(task, x, k == 1) for task, x in batches.items()})
-        reports.append(balancer.step())
-    computed = torch.float64 if case.dtype == "fp32" else exactness.DTYPES[case.dtype]
-    wanted = reference_run(weighting, steps, dict.fromkeys(toy.TASKS, 2), dist.get_world_size(), computed)
-    weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
-    found = exactness.compare(weights, reports, wanted, toy.make_model())
-    balancer.detach()
-    engine.destroy()
-    return found["weights_relative"]
 
 
 def toy_engine(case: Case) -> Any:

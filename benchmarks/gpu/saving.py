@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,51 +21,51 @@ STEPS = 16
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield rows of the offloaded optimizer, then of a whole run, the same run stopped and resumed, and both saves."""
+    """Yield rows of whole runs, then of the offloaded optimizer."""
     yield from resumed(run)
     run.join()
-    for stage in (2, 3):
-        for mode in (PLAIN, "exact")[run.pick(0, 1) :]:
+    for stage in run.pick((2, 3), (2,)):
+        for mode in run.pick((PLAIN, "exact"), ("exact",)):
             zero = {"offload_optimizer": {"device": "cpu", "pin_memory": run.on_gpu}}
             vit = Vit(run, large(run), run.pick(224, 32), run.pick(32, 2), stage, mode, zero)
             yield {"what": "offloaded optimizer", **timed(vit, run, repeats=2)}
 
 
 def resumed(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield what a run ends with, and the same run that was stopped in the middle."""
+    """Yield how a run ends that saves in its steps, and the same run that saves beside them, is stopped and resumed."""
     home = run.folder / "runs"
     home.mkdir(exist_ok=True)
     file = make_run(home)
     content = yaml.safe_load(file.read_text())
-    content["trainer"] |= {"max_steps": STEPS, "save_steps": STEPS // 2, "async_save": True, "logging_steps": 1}
-    content["deepspeed"] = "configs/deepspeed/zero2.json"
+    content["trainer"] |= {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
+    content["trainer"] |= {"lr_scheduler_type": "constant", "async_save": True}
     file.write_text(yaml.safe_dump(content))
     whole = train(run, file, home / "whole", "trainer.async_save=false")
-    yield {"what": "run, saved in the step", **whole}
-    yield {"what": "run, saved beside the steps", **train(run, file, home / "beside")}
-    first = train(run, file, home / "stopped", f"trainer.max_steps={STEPS // 2}", "trainer.lr_scheduler_type=constant")
-    yield {"what": "first half", **first}
-    steady = train(run, file, home / "steady", "trainer.lr_scheduler_type=constant")
-    again = train(run, file, home / "stopped", "trainer.lr_scheduler_type=constant", "--resume")
-    yield {"what": "second half, resumed", **again, "difference": largest_difference(again["losses"], steady["losses"])}
+    half = train(run, file, home / "stopped", f"trainer.max_steps={STEPS // 2}")
+    rest = train(run, file, home / "stopped", "--resume")
+    for what, (status, steps, end) in {"whole, saved in a step": whole, "first half, saved beside the steps": half,
+                                       "both halves": rest}.items():  # fmt: skip
+        seconds = [step["seconds/step"] for step in steps[2:] if "seconds/step" in step]
+        yield {"what": what, "status": status, "seconds": statistics.median(seconds) if seconds else None,
+               "longest_step": max(seconds, default=None), "end": end}  # fmt: skip
+    yield {"what": "resumed beside uninterrupted, losses", "difference": largest_difference(rest[1], whole[1])}
 
 
-def train(run: Run, file: Path, output: Path, *overrides: str) -> dict[str, Any]:
-    """Run `allinone-ds train` on one rank; return its status, and the losses of the last steps by task."""
+def train(run: Run, file: Path, output: Path, *overrides: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Run the training on one rank; return its exit status, the logged steps, and the end of an error."""
     command = [sys.executable, "-W", "ignore", "-m", "allinone_ds.train", str(file), f"output_dir={output}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, run.left()), check=False)
     log = output / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    losses = [{key: value for key, value in line.items() if "loss" in key} for line in lines if _is_log(line)]
-    return {"status": done.returncode, "losses": losses[-1:], "end": done.stderr[-500:] if done.returncode else ""}
+    return done.returncode, [line for line in lines if "loss" in line], done.stderr[-500:] if done.returncode else ""
 
 
-def largest_difference(losses: list[dict[str, float]], wanted: list[dict[str, float]]) -> float | None:
-    """Return the largest relative difference of the last losses; None where there are none."""
-    if not losses or not wanted:
-        return None
-    return max(abs(losses[-1].get(key, float("nan")) / value - 1) for key, value in wanted[-1].items() if value)
-
-
-def _is_log(line: dict[str, Any]) -> bool:
-    return any("loss" in key for key in line)
+def largest_difference(steps: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float | None:
+    """Return the largest relative difference of a task's loss in a step that both have logged; None without one."""
+    by_step = {line["step"]: line for line in wanted}
+    ratios = [
+        abs(line[key] / by_step[line["step"]][key] - 1)
+        for line in steps if line["step"] in by_step
+        for key in line if key.startswith("loss/")
+    ]  # fmt: skip
+    return max(ratios, default=None)

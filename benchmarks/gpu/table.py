@@ -19,7 +19,7 @@ COLUMNS = {
     "waits": ("where", "owner", "place", "count", "ours", "all"),
     "trace": ("stage", "kernels", "ms", "busy_ms", "longest_gap_ms", "between_ms", "kernel", "calls"),
     "order": ("case", "difference", "unordered", "error"),
-    "saving": ("what", "stage", "mode", "seconds", "peak_gib", "status", "difference"),
+    "saving": ("what", "stage", "mode", "seconds", "longest_step", "peak_gib", "status", "difference"),
     "heads": ("head", "loss", "loss_bf16", "gradient_cosine", "gradient_ratio", "status", "error"),
     "ranks": ("case", "difference", "norms", "error"),
     "large": ("backbone", "stage", "checkpointing", "batch", "fits", "seconds", "peak_gib", "planned_gib"),

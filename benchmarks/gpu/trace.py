@@ -15,7 +15,7 @@ from benchmarks.gpu.vit import Vit, large
 def measure(run: Run) -> Iterator[dict[str, Any]]:
     """Yield one row per stage, and write its profile (open it in https://ui.perfetto.dev)."""
     run.join()
-    for stage in (2, 3):
+    for stage in run.pick((2, 3), (2,)):
         vit = Vit(run, large(run), run.pick(512, 32), run.pick(16, 2), stage)
         vit.open()
         for _ in range(3):

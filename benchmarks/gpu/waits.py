@@ -23,7 +23,8 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
     from benchmarks.gpu.heads import first_batches, open_heads
 
     run.join()
-    for stage, norm in ((2, "exact"), (3, "exact"), (2, "sketch"), (2, "delayed")):
+    steps = ((2, "exact"), (3, "exact"), (2, "sketch"), (2, "delayed"))
+    for stage, norm in steps[: run.pick(4, 1)]:
         vit = Vit(run, large(run), run.pick(224, 32), run.pick(8, 2), stage, norm)
         vit.open()
         for _ in range(3):

@@ -58,11 +58,11 @@ def run_task(balancer: TaskBalancer, task: str, step: int = 0, micro_steps: int 
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
-    """All weights, whole, on every rank."""
+    """All weights, whole, on every rank, on the CPU."""
     found = {}
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([param]):
-            found[name] = param.detach().double().clone()
+            found[name] = param.detach().double().cpu().clone()
     return found
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import table, trace
+from benchmarks.gpu import machine, table, trace
 from benchmarks.gpu.__main__ import run_part, start_part
 from benchmarks.gpu.machine import datasheet_flops
 from benchmarks.gpu.part import PARTS, Run
@@ -24,7 +24,7 @@ def test_every_part_has_its_module_and_columns(part: str) -> None:
 
 
 def test_a_part_writes_its_rows_and_the_page_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_part("machine", Run("cpu", tmp_path))
+    assert run_part("machine", Run("cpu", tmp_path)) == 0
     written = [json.loads(line) for line in (tmp_path / "machine.jsonl").read_text().splitlines()]
     assert [row["what"] for row in written][0] == "machine" and all(row["part"] == "machine" for row in written)
     assert all(row["flops"] > 0 for row in written if row["what"].startswith("matmul"))
@@ -37,6 +37,13 @@ def test_a_part_writes_its_rows_and_the_page_shows_them(tmp_path: Path, monkeypa
     page = (tmp_path / "page.md").read_text()
     assert written[0]["processor"] in page and "| a/b | exact | 2.00e-07 | yes |" in page
     assert PARTS["exact"].question in page and PARTS["loader"].question not in page
+
+
+def test_a_part_with_an_error_in_a_row_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in ({"error": "KeyError"}, {"passed": False}, {"status": 2}):
+        monkeypatch.setattr(machine, "measure", lambda run, row=row: iter([row, {"what": "more"}]))
+        assert run_part("machine", Run("cpu", tmp_path)) == 1
+        assert len((tmp_path / "machine.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_part_ends_at_its_time_limit(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_the_time_in_kernels_is_the_union_of_their_ranges() -> None:
 
 def test_our_waits_come_first_and_are_counted() -> None:
     found = {("deepspeed", "deepspeed/a.py:1"): 5, ("allinone_ds", "allinone_ds/b.py:2"): 1}
-    first, *places = rows("step", found)  # type: ignore[arg-type]
+    first, *places = rows("step", found)
     assert (first["ours"], first["all"]) == (1, 6) and places[0]["owner"] == "allinone_ds"
 
 

@@ -166,5 +166,5 @@ def install() -> FakeAccelerator:
     torch.autograd.set_multithreading_enabled(False)  # an error in a thread of the device would end the process
     accelerator = FakeAccelerator()
     set_accelerator(accelerator)
-    torch.fake.Stream, torch.fake.Event = Stream, Event  # type: ignore[attr-defined]
+    torch.fake.Stream, torch.fake.Event = Stream, Event
     return accelerator

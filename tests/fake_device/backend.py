@@ -53,12 +53,12 @@ def register() -> None:
     _aten.impl("native_group_norm", _group_norm, "PrivateUse1")
     _aten.impl("convolution_overrideable", _convolution, "PrivateUse1")
     _aten.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
-    torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
-    torch.Tensor.is_pinned = lambda self, device=None: _is_pinned(self)  # type: ignore[method-assign]
-    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]
-    torch.Generator = _Generator  # type: ignore[misc]
-    torch.Tensor.data = property(_get_data, _set_data)  # type: ignore[assignment]
-    torch._has_compatible_shallow_copy_type = lambda *tensors: True  # type: ignore[assignment]
+    torch.Tensor.pin_memory = _pin_memory
+    torch.Tensor.is_pinned = lambda self, device=None: _is_pinned(self)
+    torch.Tensor.record_stream = _record_stream
+    torch.Generator = _Generator
+    torch.Tensor.data = property(_get_data, _set_data)
+    torch._has_compatible_shallow_copy_type = lambda *tensors: True
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -244,13 +244,13 @@ def _record_stream(self: Tensor, stream: Any) -> None:
 
 
 def _get_data(self: Tensor) -> Tensor:
-    return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
+    return torch._C.TensorBase.data.__get__(self)
 
 
 def _set_data(self: Tensor, value: Tensor) -> None:
     """Assign `tensor.data`; torch lets CPU and CUDA tensors take each other's place, but not those of a new device."""
     if is_device(self) == is_device(value):
-        torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
+        torch._C.TensorBase.data.__set__(self, value)
         return
     other = torch.nn.Parameter(value.detach(), self.requires_grad)
     torch._C._swap_tensor_impl(self, other)

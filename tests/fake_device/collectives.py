@@ -14,7 +14,7 @@ from tests.fake_device.backend import is_device, on_host
 from tests.fake_device.record import record
 
 
-class _Work(dist._Work):  # type: ignore[name-defined]
+class _Work(dist._Work):
     """An operation that is done on the host already, and runs on a stream of its own on the device."""
 
     def __init__(self, event: Event | None):

@@ -194,7 +194,7 @@ def _frames() -> Iterator[tuple[str, int]]:
     frame = sys._getframe(2)
     while frame is not None:
         yield frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 record = Record()
