@@ -3,12 +3,14 @@
 # make lint           ruff and mypy
 # make docs           build the documentation and the API reference into site/
 # make wheel          build the wheel into dist/
+# make gpu-wheels     collect what a GPU machine without a network needs in build/gpu-wheels   (GPU_PYTHON=3.12)
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+GPU_PYTHON ?= 3.12
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint docs wheel clean
+.PHONY: setup demo test lint docs wheel gpu-wheels clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +39,10 @@ docs: $(VENV)/.docs
 
 wheel: setup
 	$(BIN)/python -m build --wheel
+
+gpu-wheels: setup
+	rm -rf build/gpu-wheels
+	$(BIN)/python tools/gpu_wheels.py build/gpu-wheels $(GPU_PYTHON)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -64,9 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=commands.init)
 
     demo = subparsers.add_parser("demo", help="create demo data, train on it and draw predictions (about 2 minutes)")
-    demo.add_argument("--full", action="store_true", help="the longer demo (about 10 minutes on 2 cores)")
+    longer = demo.add_mutually_exclusive_group()
+    longer.add_argument("--full", action="store_true", help="the longer demo (about 10 minutes on 2 cores)")
+    longer.add_argument("--joint", action="store_true", help="eight tasks on one set of images (about 5 minutes)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order, augmentation and weights (default 0)")
-    demo.add_argument("--output", type=_path, help="folder of the run (default runs/demo or runs/demo_full)")
+    demo.add_argument(
+        "--output", type=_path, help="folder of the run (default runs/demo, runs/demo_full or runs/demo_joint)"
+    )
     demo.add_argument("--data", type=_path, help="folder of the demo data (default: data_root of the YAML file)")
     demo.add_argument("--steps", type=_positive, help="number of optimizer steps (default: as in the YAML file)")
     demo.add_argument("--nproc", type=_positive, help="number of ranks (default: one per GPU, 2 without GPUs)")
@@ -87,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
                          help="a task to predict; may be given several times (default: all)")  # fmt: skip
     predict.add_argument("--threshold", type=float, metavar="SCORE",
                          help="lowest score of the boxes that are drawn and written (default 0.3)")  # fmt: skip
+    predict.add_argument("--every", type=_positive, default=1, metavar="N",
+                         help="of a video, predict each N-th frame (default 1: all)")  # fmt: skip
     predict.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
                          help="overrides of a run, e.g. tasks.NAME.test_time.flip=true")  # fmt: skip
     predict.set_defaults(run=commands.predict)

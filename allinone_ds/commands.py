@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.followed_run import console, folder_of, plain_console, print_summary, run_and_follow
 from allinone_ds.reporting.class_tables import class_tables
 from allinone_ds.reporting.tables import metrics_table, plan_tables, transfer_tables
 from allinone_ds.strict import expand_path
 
 DEMO = "configs/runs/demo.yaml"
 DEMO_FULL = "configs/runs/demo_full.yaml"
+DEMO_JOINT = "configs/runs/demo_joint.yaml"
 _MAX_LISTED = 40
 """Files that `predict` lists before it only counts the rest."""
-_console = partial(Console, highlight=False, soft_wrap=True, markup=False, emoji=False)
-console = _console()
 _SHOWN = 5  # faults that `init` prints
 
 
 def say_error(error: object) -> None:
-    _console(stderr=True).print(f"error: {error}", style="red")
+    plain_console(stderr=True).print(f"error: {error}", style="red")
 
 
 # ---- init, train and demo ----
@@ -66,19 +61,19 @@ def train(args: argparse.Namespace) -> int:
 
     content = read_yaml(args.config, args.overrides)
     flags = [*args.overrides, *(["--resume"] if args.resume else [])]
-    seconds = _run(args.config, flags, content, args.nproc or default_ranks())
-    _summary(_folder_of(content), seconds)
+    seconds = run_and_follow(args.config, flags, content, args.nproc or default_ranks())
+    print_summary(folder_of(content), seconds)
     return 0
 
 
 def demo(args: argparse.Namespace) -> int:
-    from allinone_ds.data.demo import DEMO_SIZES, FULL_SIZES, make_demo_data
+    from allinone_ds.data.demo import DEMO_SIZES, FULL_SIZES, make_demo_data, make_joint_demo_data
     from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.run_folder.checkpoints import clear_run
     from allinone_ds.training.launcher import default_ranks
 
     start = time.perf_counter()
-    config = DEMO_FULL if args.full else DEMO
+    config = DEMO_JOINT if args.joint else DEMO_FULL if args.full else DEMO
     overrides = [f"trainer.seed={args.seed}"]
     if args.output:
         overrides.append(f"output_dir={args.output}")
@@ -87,83 +82,28 @@ def demo(args: argparse.Namespace) -> int:
     if args.steps:
         overrides.append(f"trainer.max_steps={args.steps}")
     content = read_yaml(config, overrides)
-    made = make_demo_data(Path(expand_path(content["data_root"])), sizes=FULL_SIZES if args.full else DEMO_SIZES)
-    console.print(f"demo data in {made.root}")
-    clear_run(_folder_of(content))
-    _run(config, overrides, content, args.nproc or default_ranks())
-    _summary(_folder_of(content), time.perf_counter() - start)
+    root = Path(expand_path(content["data_root"]))
+    if args.joint:
+        make_joint_demo_data(root)
+    else:
+        make_demo_data(root, sizes=FULL_SIZES if args.full else DEMO_SIZES)
+    console.print(f"demo data in {root}")
+    clear_run(folder_of(content))
+    run_and_follow(config, overrides, content, args.nproc or default_ranks())
+    if args.joint:
+        _compare_with_constants(folder_of(content))
+    print_summary(folder_of(content), time.perf_counter() - start)
     return 0
 
 
-def _folder_of(content: dict[str, Any]) -> Path:
-    # the ranks validate the file; only the folder of the log is needed here
-    return Path(expand_path(content.get("output_dir") or Path("runs") / str(content.get("name", "run"))))
+def _compare_with_constants(folder: Path) -> None:
+    with console.status("evaluating predictors that do not look at the image"):
+        _quiet()
+        from allinone_ds.evaluation.constant import write_constants
+        from allinone_ds.reporting.report import write_report
 
-
-def _run(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
-    """Start the launcher, show the progress of the run until it ends, and return the seconds that it took."""
-    from allinone_ds.reporting.text import clock, metrics_line, task_losses
-    from allinone_ds.training.launcher import follow_run, launch_command, launch_environment
-
-    start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[state]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        job = bar.add_task(f"training on {ranks} ranks", total=None, state="starting")
-        started: dict[str, float] = {}
-
-        def show(event: dict[str, Any]) -> None:
-            step = event["step"]
-            if event["event"] == "begin":
-                started.update(step=step, time=event["time"], max_steps=event["max_steps"])
-                bar.update(job, total=event["max_steps"], completed=step, state=f"step {step}/{event['max_steps']}")
-            elif event["event"] == "warning":
-                console.print(f"warning: {event['message']}", style="yellow")
-            elif event["event"] == "note":
-                console.print(event["message"])
-            elif event["event"] == "end":
-                bar.update(job, state="evaluating and drawing")
-            elif "eval_score" in event:
-                console.print(f"step {step}  {metrics_line(event)}")
-            elif task_losses(event):
-                pace = (event["time"] - started["time"]) / max(step - started["step"], 1)
-                losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
-                total = int(started["max_steps"])
-                line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
-                bar.update(job, completed=step, state=line)
-                if not console.is_terminal:
-                    console.print(line)
-
-        trainer = content.get("trainer")
-        options = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them enables it
-        compiles = isinstance(trainer, dict) and any(trainer.get(key) for key in options)
-        environment = launch_environment(ranks, compiles)
-        again = shlex.join(
-            ["allinone-ds", "train", config, *(flag for flag in flags if flag != "--resume"), "--resume"]
-        )
-        follow_run(launch_command(config, flags, ranks), environment, _folder_of(content), show, again)
-    return time.perf_counter() - start
-
-
-def _summary(folder: Path, seconds: float) -> None:
-    from allinone_ds.evaluation.metrics import AVERAGED_PREFIX
-    from allinone_ds.reporting.run_history import read_run
-    from allinone_ds.reporting.text import clock
-    from allinone_ds.run_folder.names import METRICS_FILE, PAGE_FILE, PLOTS, REPORT_FILE, WEIGHTS_FILE
-
-    run = read_run(folder)
-    console.print(metrics_table(run.evaluation(), f"{run.metrics['steps']} steps, {clock(seconds)} in total"))
-    if (averaged := run.evaluation(AVERAGED_PREFIX)).tasks:
-        console.print(metrics_table(averaged, "averaged weights"))
-    named = {
-        "weights": WEIGHTS_FILE,
-        "metrics": METRICS_FILE,
-        "plots": PLOTS,
-        "predictions": PAGE_FILE,
-        "report": REPORT_FILE,
-    }
-    for what, name in named.items():
-        if (folder / name).exists():
-            console.print(f"{what:12} {folder / name}")
+        write_constants(folder)
+        write_report([folder])
 
 
 # ---- eval, predict, export, report, score, check, preview, doctor ----
@@ -195,7 +135,7 @@ def predict(args: argparse.Namespace) -> int:
             bar.update(job, completed=done, total=total, state=f"{done}/{total}  {state}")
 
         model = load(args.folder, default_device(), args.settings)
-        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show)
+        written = predict_images(model, args.images, args.output, (), args.task, args.threshold, show, args.every)
     for file in written[:_MAX_LISTED]:
         console.print(str(file))
     if len(written) > _MAX_LISTED:
@@ -258,7 +198,7 @@ def _train_on_other_data(args: argparse.Namespace) -> Path:
         raise ConfigError(
             f"{args.folder} holds no {CONFIG_FILE}; give the folder of a run or of one of its checkpoints"
         )
-    _run(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
+    run_and_follow(str(config), overrides, read_yaml(config, overrides), args.nproc or default_ranks())
     return folder
 
 
@@ -268,7 +208,7 @@ def transfer(args: argparse.Namespace) -> int:
     from allinone_ds.run_folder.names import TRANSFER_FILE
 
     config = Path(args.config)
-    folder = config if config.is_dir() else _folder_of(read_yaml(args.config, args.overrides))
+    folder = config if config.is_dir() else folder_of(read_yaml(args.config, args.overrides))
     with console.status("reading the run"):
         _quiet()
         from allinone_ds.evaluation.baselines import compare_runs, plan_baselines, read_metrics
@@ -280,7 +220,7 @@ def transfer(args: argparse.Namespace) -> int:
         console.print(f"{number}/{len(baselines)}  {baseline.task} alone: {state}, {baseline.folder}")
         if not baseline.done:
             resume = ["--resume"] if baseline.begun else []
-            _run(str(baseline.file), resume, read_yaml(baseline.file), ranks)
+            run_and_follow(str(baseline.file), resume, read_yaml(baseline.file), ranks)
     with console.status("comparing"):
         found = compare_runs([folder, *args.others])
     for part in transfer_tables(found):

@@ -30,7 +30,7 @@ def constant(values: Sequence[Any], like: Tensor, dtype: torch.dtype = torch.flo
 
 def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a CPU tensor on a device, copied without a wait for what the device still does."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type != "cpu" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import zip_longest
@@ -80,6 +82,46 @@ def watched_waits(wait: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         dist.Work.wait = original  # type: ignore[method-assign]
+
+
+def wait_for_device(wait: Callable[[Any], None], device: torch.device) -> None:
+    """Wait for what a GPU has been given so far, such as an operation of NCCL that other ranks do not join.
+
+    Does nothing on other devices, which do not run ahead of the CPU.
+
+    Args:
+        wait: as in `watched_waits`.
+        device: the GPU.
+    """
+    if device.type == "cuda" and world_size() > 1:
+        wait(_DeviceWork(torch.cuda.Event()))
+
+
+class _DeviceWork:
+    """What the current stream of a GPU has been given when it is created.
+
+    Attributes:
+        looks: a GPU may take any time.
+    """
+
+    looks = math.inf
+
+    def __init__(self, event: Any):
+        event.record()
+        self._event = event
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Raise unless the GPU is done in time."""
+        end = time.monotonic() + timeout.total_seconds()
+        while not self._event.query():
+            if time.monotonic() > end:
+                raise RuntimeError("the device is not done")
+            time.sleep(5e-5)
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the GPU is done."""
+        return bool(self._event.query())
 
 
 def _has_timeout(work: Any) -> bool:

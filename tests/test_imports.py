@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "allinone_ds"
 LAYERS = (
     ("cli", "train", "bandwidth"),
     ("commands",),
+    ("followed_run",),
     ("training",),
     ("export",),
     ("reporting",),

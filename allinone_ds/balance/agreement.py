@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 import warnings
 import weakref
@@ -41,10 +42,9 @@ WITHIN_STEP, BETWEEN_STEPS = 600.0, 1800.0
 """Seconds that a rank waits for the others: they may load, compile, evaluate or save."""
 _ANSWER = 3.0
 """Seconds in which every rank that waits has answered what it waits for."""
-_SETTLED = 4
-"""Looks after which a collective operation does not complete any more, if a rank has failed or is elsewhere."""
-_STUCK = 120
-"""Looks after which it does not complete any more though all ranks wait in one, which a slow network may explain."""
+_SETTLED, _APART, _STUCK = 4, 15, 120
+"""Looks after which a collective operation does not complete any more: if a rank has failed; if all ranks wait, some of
+them for a message; if all of them wait in an operation, which a slow network may explain."""
 _numbers = itertools.count()
 
 
@@ -182,19 +182,20 @@ class Agreement:
         """Wait for a collective operation of the step, but not for ranks that have failed or ended.
 
         Args:
-            work: an operation of a backend that waits on the CPU (gloo).
+            work: an operation of a backend that waits on the CPU (gloo), or what a GPU has been given.
 
         Raises:
             BalancerError: names the rank that failed and what it did.
         """
-        number, apart, together = self._count + 1, 0, 0
+        number, looks = self._count + 1, 0
         doing = f"in a collective operation after {self._points[-1] if self._points else self._doing}"
         while self._is_pending(work, f"{number} inside", number, doing):
-            waiting = [self._waiting(r) for r in range(self.world)]
-            idle = not self._busy(number)
-            apart = apart + 1 if self._has(number, "failed", "gone", "lost") or (idle and str(number) in waiting) else 0
-            together = together + 1 if idle else 0
-            if apart >= _SETTLED or together >= _STUCK:
+            patience = _SETTLED if self._has(number, "failed", "gone", "lost") else math.inf
+            if not self._busy(number):
+                apart = str(number) in map(self._waiting, range(self.world))
+                patience = min(patience, max(_APART if apart else _STUCK, getattr(work, "looks", 0)))
+            looks = looks + 1 if patience < math.inf else 0
+            if looks >= patience:
                 raise self._loss(number, doing)
         self._wait_for("")
 

@@ -21,7 +21,8 @@ def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         tensors: 1-D tensors of any floating type.
         device: of the result when there is nothing to sum.
     """
-    chunks = [chunk for tensor in tensors for chunk in tensor.split(CHUNK) if chunk.numel()]
+    whole = [tensor for tensor in tensors if 0 < tensor.numel() <= CHUNK]
+    chunks = whole + [chunk for tensor in tensors if tensor.numel() > CHUNK for chunk in tensor.split(CHUNK)]
     if not chunks:
         return torch.zeros((), dtype=torch.float64, device=device)
     dtype = torch.promote_types(chunks[0].dtype, torch.float32)
@@ -40,12 +41,14 @@ def inner_products(shards: Sequence[Sequence[Tensor]], device: torch.device) -> 
     gram = torch.zeros(count, count, dtype=torch.float64, device=device)
     with float32_products():
         for pieces in zip(*shards, strict=True):  # of all tasks
-            for parts in zip(*(piece.split(4 * CHUNK) for piece in pieces), strict=True):
+            together = min(4 * CHUNK, -(-len(pieces[0]) // count)) or 1  # of all tasks no more than of one task
+            for parts in zip(*(piece.split(together) for piece in pieces), strict=True):
                 rows = torch.stack(parts).float()  # (T, n)
-                rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % _ROW)).unflatten(1, (-1, _ROW))
+                row = min(_ROW, rows.shape[1]) or 1
+                rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % row)).unflatten(1, (-1, row))
                 rows = rows.transpose(0, 1)  # (n / 4096, T, 4096)
                 gram += torch.bmm(rows, rows.transpose(1, 2)).sum(0, dtype=torch.float64)
-    return gram
+    return (gram + gram.T) / 2  # a product may round its two halves differently
 
 
 @contextlib.contextmanager
@@ -68,28 +71,38 @@ def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tens
         factor: 0-dim.
         usable: 0-dim bool: False when the gradients may hold inf or nan.
     """
-    if factor.is_cpu:
-        if usable:
-            for total, gradient in zip(sums, gradients, strict=True):
-                _add_product(total, gradient, factor)
-        return
-    _add_on_device(sums, gradients, factor, usable)
+    if not factor.is_cpu:
+        _add_on_device(sums, gradients, factor, usable)
+    elif usable:
+        _add_products(sums, gradients, factor)
 
 
 def _add_on_device(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor, usable: Tensor) -> None:
     factor = torch.where(usable, factor, torch.zeros_like(factor))
-    for total, gradient in zip(sums, gradients, strict=True):
-        _add_product(total, gradient.nan_to_num_(0.0, 0.0, 0.0), factor)  # inf x 0 is nan
+    for gradient in gradients:
+        gradient.nan_to_num_(0.0, 0.0, 0.0)  # inf x 0 is nan
+    _add_products(sums, gradients, factor)
 
 
-def _add_product(total: Tensor, gradient: Tensor, factor: Tensor) -> None:
-    """Add factor * gradient in float32: a 16-bit factor would shrink or enlarge every element alike."""
-    factor = factor.float()
-    if total.dtype.itemsize >= 4 and gradient.dtype == total.dtype:
-        total.addcmul_(gradient, factor)
-        return
-    for part, values in zip(total.split(CHUNK), gradient.split(CHUNK), strict=True):
-        part.copy_(part.float().addcmul_(values.float(), factor))
+def _add_products(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Add factor * gradients in float32: a 16-bit factor would shrink or enlarge every element alike."""
+    pairs = list(zip(sums, gradients, strict=True))
+    alike = [(total, gradient) for total, gradient in pairs if _sums_as_is(total, gradient)]
+    if alike:
+        totals, values = map(list, zip(*alike, strict=True))
+        if factor.is_cpu:
+            torch._foreach_add_(totals, values, alpha=float(factor))
+        else:  # two operations for all tensors
+            torch._foreach_mul_(values, factor.float())
+            torch._foreach_add_(totals, values)
+    for total, gradient in pairs if len(alike) < len(pairs) else []:
+        if not _sums_as_is(total, gradient):
+            for part, chunk in zip(total.split(CHUNK), gradient.split(CHUNK), strict=True):
+                part.copy_(part.float().addcmul_(chunk.float(), factor.float()))
+
+
+def _sums_as_is(total: Tensor, gradient: Tensor) -> bool:
+    return total.dtype == gradient.dtype and total.dtype.itemsize >= 4
 
 
 def scale_or_zero(tensor: Tensor, factor: Tensor, usable: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse
 from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.balance.weightings.gram import as_weighting
-from allinone_ds.distributed import rank, watched_waits, world_size
+from allinone_ds.balance.weightings.gram import as_weighting, kind_of
+from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
@@ -137,6 +137,8 @@ class TaskBalancer(RankGroups):
         self._combiner = choose_combiner(
             adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
         )
+        if self._agreement:
+            self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
         self._traces = ParameterTraces(engine) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard)
@@ -270,22 +272,13 @@ class TaskBalancer(RankGroups):
         self._restore_weighting()
         self._clear()
 
-    def carry(self, numbers: Callable[[], Sequence[int]]) -> None:
-        """Let the messages of `check_ranks` carry what `numbers` returns in each step, equally many on every rank."""
-        if self._agreement:
-            self._agreement.carry = numbers
-
-    @property
-    def carried(self) -> tuple[int, ...] | None:
-        """The largest of each carried number over all ranks, in the last step; None where no message is sent."""
-        return self._agreement.carried if self._agreement else None
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
         return {
             "skipped_steps": dict(self.skipped_steps),
             "steps": self._steps,
             "weighting": self.weighting.state_dict(),
+            "weighting_kind": kind_of(self.weighting),
             "combiner": self._combiner.state_dict(),
         }
 
@@ -293,7 +286,8 @@ class TaskBalancer(RankGroups):
         """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh."""
         self.skipped_steps.update({t: n for t, n in state["skipped_steps"].items() if t in self.skipped_steps})
         self._steps = state["steps"]
-        self.weighting.load_state_dict(state["weighting"])
+        if state.get("weighting_kind", kind_of(self.weighting)) == kind_of(self.weighting):
+            self.weighting.load_state_dict(state["weighting"])  # that of a different one would mean something else
         self._clear()
         self._combiner.load_state_dict(state["combiner"])
 

@@ -92,7 +92,8 @@ class HeadUse:
 
     Args:
         module: the engine's module.
-        backbone: `id` of the parameters of the backbone.
+        backbone: `id` of the parameters of the backbone. If they are all that is trained, each counts as a head's: it
+            stands still in a step without a task that uses it.
         guard: of the engine.
 
     Attributes:
@@ -106,8 +107,11 @@ class HeadUse:
         self.met: set[str] = set()
         self.marked: set[str] = set()
         self._module, self._guard = module, guard
+        self._modules = list(module.modules())
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
-        self._params = [p for p in module.parameters() if p.requires_grad and id(p) not in backbone]
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        heads = [p for p in trainable if id(p) not in backbone]
+        self._params = heads or trainable  # of a frozen backbone all that is trained is balanced, and belongs to heads
         self._used: dict[str, set[int]] = {}
         self._hooks = [p.register_hook(self._hook(index)) for index, p in enumerate(self._params)]
 
@@ -117,6 +121,12 @@ class HeadUse:
         Raises:
             BalancerError: names the parameter; its gradient would count as that of a head.
         """
+        if all(
+            param is None or not param.requires_grad or id(param) in self._trainable
+            for module in self._modules
+            for param in module._parameters.values()
+        ):
+            return
         for name, param in self._module.named_parameters():
             if param.requires_grad and id(param) not in self._trainable:
                 raise BalancerError(

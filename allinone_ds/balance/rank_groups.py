@@ -1,4 +1,7 @@
-"""What a balancer does with groups of ranks: the micro-batches of a rank, new groups, and the time of each task."""
+"""What a balancer does with groups of ranks: the micro-batches of a rank, new groups, and the time of each task.
+
+And the numbers of a caller that the messages between all ranks carry.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from allinone_ds.zero.guard import EngineGuard
 
 
 class RankGroups:
-    """The part of `TaskBalancer` that is about ranks in different tasks; it has no state of its own.
+    """The part of `TaskBalancer` about ranks in different tasks and their messages; it has no state of its own.
 
     Example::
 
@@ -32,6 +35,16 @@ class RankGroups:
     _combiner: Combiner
     _guard: EngineGuard
     _running: Any
+
+    def carry(self, numbers: Callable[[], Sequence[int]]) -> None:
+        """Let the messages of `check_ranks` carry what `numbers` returns in each step, equally many on every rank."""
+        if self._agreement:
+            self._agreement.carry = numbers
+
+    @property
+    def carried(self) -> tuple[int, ...] | None:
+        """The largest of each carried number over all ranks, in the last step; None where no message is sent."""
+        return self._agreement.carried if self._agreement else None
 
     def share(self, task: str, micro_steps: int = 1) -> list[tuple[int, int]]:
         """Return (micro-step k, rank r) of each micro-batch of a task that this rank runs.

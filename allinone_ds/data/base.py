@@ -53,6 +53,8 @@ class Problem(NamedTuple):
     """An error stops a run; a warning is only reported."""
     unlabelled: bool = False
     """Whether an image has no label, which a joint group with `partial` allows."""
+    unused: frozenset[str] = frozenset()
+    """Images below the folder `file` that are not used, of the warning that says so."""
 
     def __str__(self) -> str:
         return printable(f"{self.file}: {self.reason}")

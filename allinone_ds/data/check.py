@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from allinone_ds.data.base import Problem, SampleDataset, size_problems
+from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.images import is_turned, stored_bits
 from allinone_ds.data.inspection.files import depth_problems, overlap_problems, turned_problems
 from allinone_ds.data.inspection.targets import READ_IN_CHECK, target_problems
@@ -60,6 +61,7 @@ def check_sources(
     """
     found: dict[Problem, None] = {}  # a set that keeps the order
     classes_by_label: dict[str, Any] = {}
+    problems_of: dict[str, list[Problem]] = {}
     paths_by_label: dict[str, dict[bytes, str]] = {}  # path of the first sample by digest of its file
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -69,17 +71,25 @@ def check_sources(
         for label, source in sources.items():
             if isinstance(source, SampleDataset):
                 dataset = source
-                found.update(dict.fromkeys([*dataset.structural, *size_problems(dataset)]))
+                found.update(dict.fromkeys(size_problems(dataset)))
             else:
                 try:
                     classes = classes_by_label.get((classes_of or {}).get(label, ""))
                     dataset = open_source(source, root, classes, strict=False)
-                    found.update(dict.fromkeys(dataset.structural))
                 except DataError as error:
                     found[Problem(label, str(error))] = None
                     continue
             classes_by_label[label] = dataset.classes_of if isinstance(dataset, JointDataset) else dataset.classes
             train_label = (classes_of or {}).get(label)
+            structural = problems_of[label] = list(dataset.structural)
+            if train_label in problems_of:
+                before = problems_of[train_label]
+                after, structural = unused_by_both(before, structural)
+                for problem in before:
+                    if problem.unused and problem not in after:
+                        found.pop(problem, None)
+                found.update(dict.fromkeys(after))
+            found.update(dict.fromkeys(structural))
             size = (image_sizes or {}).get(label, _LARGE)
             found.update(dict.fromkeys(_targets(dataset, size, train_label is None)))
             of_train = paths_by_label.get(train_label or "", {})

@@ -72,6 +72,7 @@ def plan_baselines(folder: Path) -> list[Baseline]:
 def _plan(config: RunConfig, folder: Path, task: str) -> Baseline:
     content = config.model_dump(mode="json")
     content["tasks"] = {task: content["tasks"][task]}
+    content["joint"] = {n: _group_of_one(g, task) for n, g in content["joint"].items() if task in g["tasks"]}
     trainer = {**content["trainer"], "max_steps": _length(folder)}
     if "metric_for_best_model" in trainer:
         trainer["metric_for_best_model"] = "score"  # the run's may be that of another task
@@ -87,6 +88,19 @@ def _plan(config: RunConfig, folder: Path, task: str) -> Baseline:
     file = own.parent / f"{task}.yaml"
     write_atomically(file, yaml.safe_dump(wanted.model_dump(mode="json"), sort_keys=False, width=110))
     return Baseline(task, file, own, (own / METRICS_FILE).is_file(), bool(checkpoints(own)))
+
+
+def _group_of_one(group: dict[str, Any], task: str) -> dict[str, Any]:
+    """Return the keys of a joint group with one of its tasks, on the images that have labels of it."""
+
+    def reduced(sources: Any) -> Any:
+        if isinstance(sources, list):
+            return [reduced(source) for source in sources]
+        if not sources or "labels" not in sources:
+            return sources
+        return {**sources, "labels": {task: sources["labels"][task]}, "partial": True}
+
+    return {**group, "tasks": [task], "train": reduced(group["train"]), "test": reduced(group["test"])}
 
 
 def _length(folder: Path) -> int:

@@ -11,7 +11,8 @@ from torch import nn
 
 from allinone_ds.data.joint.batches import views_of
 from allinone_ds.data.loading.ahead import to_device
-from allinone_ds.data.loading.loader import EvalBatch, TaskData, eval_loader
+from allinone_ds.data.loading.loader import EvalBatch, eval_loader
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.distributed import all_reduce, gather_objects, rank, world_size
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.selection import main_value, score

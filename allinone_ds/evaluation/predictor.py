@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
-from allinone_ds.data.loading.loader import Joint
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.errors import BrokenSample, ConfigError
 from allinone_ds.evaluation.evaluate import evaluate_tasks, tasks_of
 from allinone_ds.evaluation.inputs import AnyImage, find_inputs, grouped, is_video, open_image
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.evaluation.results import Results
-from allinone_ds.evaluation.video import read_frames
+from allinone_ds.evaluation.video import Frame, check_every, read_frames
 from allinone_ds.evaluation.views import predict_batch, predict_group
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.build import build_model, open_test_data
@@ -37,7 +38,7 @@ class Predictor:
 
     Args:
         model: the model; it is set to evaluation mode.
-        test_time: the views that its run's configuration gives per task; `predict_images` merges them.
+        test_time: the views that its run's configuration gives per task, which predictions are merged from.
         joint: joint group -> its tasks, which `predict_images` runs in one forward and draws on one sheet.
 
     Attributes:
@@ -94,7 +95,7 @@ class Predictor:
         self,
         images: Iterable[AnyImage] | AnyImage,
         task: str | None = None,
-        test_time: TestTime | None = None,
+        test_time: TestTime | None | Literal["run"] = "run",
         threshold: float | None = None,
     ) -> list[Prediction]:
         """Return a task's predictions for images, in the coordinates of the original images.
@@ -103,7 +104,8 @@ class Predictor:
             images: one image or several, of any size: files, PIL images, uint8 RGB arrays (H, W, 3), or uint8 RGB
                 tensors (3, H, W).
             task: name of the task; None if the model has only one.
-            test_time: views (scales, flips, windows) whose predictions are merged; None: the images as they are.
+            test_time: views (scales, flips, windows) whose predictions are merged; "run": those of the run's file, none
+                for an export; None: the images as they are.
             threshold: detection: lowest score of the boxes that are returned, 0..1; None: all that the head gives.
 
         Returns:
@@ -121,7 +123,8 @@ class Predictor:
             return []
         samples: list[Sample] = [{"image": open_image(image)} for image in several]
         pixels = self.preprocess([sample["image"] for sample in samples], task)
-        predictions = predict_batch(self.model, chosen, pixels, samples, test_time)
+        views = self.test_time.get(chosen.name) if test_time == "run" else test_time
+        predictions = predict_batch(self.model, chosen, pixels, samples, views)
         return predictions if threshold is None else [chosen.at_least(p, threshold) for p in predictions]
 
     def predict_tasks(self, images: Sequence[AnyImage], tasks: Sequence[str] = ()) -> dict[str, list[Prediction]]:
@@ -151,6 +154,30 @@ class Predictor:
                 found |= predict_group(self.model, group, together, pixels, samples, joint)
         found |= {name: self.predict(opened, name, self.test_time.get(name)) for name in chosen if name not in found}
         return {name: found[name] for name in chosen}
+
+    def predict_video(
+        self, video: str | Path, task: str | None = None, every: int = 1, threshold: float | None = None
+    ) -> Iterator[tuple[Frame, Prediction]]:
+        """Yield the frames of a video, one after the other, each with a task's prediction.
+
+        Args:
+            video: the file; it is read with PyAV (`pip install 'allinone_ds[video]'`).
+            task: name of the task; None if the model has only one.
+            every: predict only each `every`-th frame, from the first on.
+            threshold: see `predict`.
+
+        Raises:
+            ConfigError: the model has no such task, `every` is below 1, or PyAV is not installed.
+            BrokenSample: the file is not a video, or is damaged.
+
+        Example::
+
+            for frame, prediction in allinone_ds.load("runs/demo").predict_video("drive.mp4", "detection", every=5):
+                print(frame.seconds, len(prediction["boxes"]))
+        """
+        check_every(every)
+        name = self._task(task).name
+        return ((f, self.predict([f.image], name, threshold=threshold)[0]) for f in read_frames(Path(video), every))
 
     def _task(self, name: str | None) -> Task:
         if name is None and len(self.tasks) == 1:
@@ -230,6 +257,7 @@ def predict_images(
     tasks: Sequence[str] = (),
     threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    every: int = 1,
 ) -> list[Path]:
     """Run tasks of a model on images and videos and write the predictions.
 
@@ -243,6 +271,7 @@ def predict_images(
         tasks: names of the tasks; none: all.
         threshold: lowest score of the boxes that are drawn and written, 0..1; None: that of the task.
         progress: is called with the number of inputs done, that of all inputs, and what is read next.
+        every: of videos, only each `every`-th frame is predicted and drawn.
 
     Returns:
         The files written for single inputs.
@@ -263,6 +292,7 @@ def predict_images(
     chosen = {name: predictor._task(name) for name in tasks or predictor.tasks}
     if threshold is not None:
         _set_threshold(list(chosen.values()), threshold)
+    check_every(every)
     output = Path(output)
     groups = {group: names for group, names in predictor.joint.items() if set(names) <= set(chosen)}
     inputs, failed = find_inputs(images, [*chosen, *groups], output)
@@ -270,13 +300,13 @@ def predict_images(
     if not inputs:
         raise _unread(failed, total)
     done = 0
-    with Results(output, chosen, groups) as results:
+    with Results(output, chosen, groups, every) as results:
         for group in grouped(inputs, _BATCH):
             if progress:
                 progress(done, total, str(group[0].file))
             if is_video(group[0].file):
                 try:
-                    for frame in read_frames(group[0].file):
+                    for frame in read_frames(group[0].file, every):
                         found = predictor.predict_tasks([frame.image], list(chosen))
                         results.add_frame(group[0], frame, {name: of_task[0] for name, of_task in found.items()})
                         if progress:

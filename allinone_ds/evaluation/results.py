@@ -27,6 +27,7 @@ class Results:
         folder: the folder; it is created.
         tasks: the tasks by name.
         groups: joint group -> its tasks, whose drawings of an image are put on one sheet.
+        every: of a video, each `every`-th frame is added; the written video has the speed of the original.
 
     Attributes:
         written: the files written for single inputs, in the order of the inputs.
@@ -41,9 +42,13 @@ class Results:
     """
 
     def __init__(
-        self, folder: Path, tasks: Mapping[str, Task], groups: Mapping[str, Sequence[str]] | None = None
+        self,
+        folder: Path,
+        tasks: Mapping[str, Task],
+        groups: Mapping[str, Sequence[str]] | None = None,
+        every: int = 1,
     ) -> None:
-        self.folder, self.tasks, self.groups = folder, dict(tasks), dict(groups or {})
+        self.folder, self.tasks, self.groups, self.every = folder, dict(tasks), dict(groups or {}), every
         self.written: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,8 @@ class Results:
             if name not in self._videos:
                 target = picture.with_suffix(".mp4")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._videos[name] = self._open.enter_context(VideoWriter(target, frame_rate(item.file)))
+                rate = frame_rate(item.file) / self.every
+                self._videos[name] = self._open.enter_context(VideoWriter(target, rate))
                 self.written.append(target)
             self._videos[name].add(to_pil(task.draw(frame.image, predictions[name])))
 

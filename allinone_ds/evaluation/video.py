@@ -47,11 +47,22 @@ def need_av() -> None:
         raise ConfigError("videos need the package av: pip install 'allinone_ds[video]'")
 
 
-def read_frames(file: Path) -> Iterator[Frame]:
+def check_every(every: int) -> None:
+    """Check that each `every`-th frame of a video can be taken.
+
+    Raises:
+        ConfigError: the number is below 1.
+    """
+    if every < 1:
+        raise ConfigError(f"every = {every}: give 1 for all frames of a video, 5 for each fifth one")
+
+
+def read_frames(file: Path, every: int = 1) -> Iterator[Frame]:
     """Yield the frames of a video one after the other.
 
     Args:
         file: the video.
+        every: yield only each `every`-th frame, from the first on.
 
     Raises:
         BrokenSample: the file is not a video, or is damaged.
@@ -68,6 +79,8 @@ def read_frames(file: Path) -> Iterator[Frame]:
             rate = stream.average_rate or _DEFAULT_RATE
             number = -1
             for number, frame in enumerate(container.decode(stream)):
+                if number % every:
+                    continue
                 # a phone stores how it was held; PyAV gives the angle, counter-clockwise
                 turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 image = torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)

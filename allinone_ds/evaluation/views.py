@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allinone_ds.data.augmentation.transforms import eval_transform, stack_images
-from allinone_ds.data.loading.loader import Joint
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.tasks import Prediction, Sample, Task
 from allinone_ds.tasks.test_time import TestTime, View, view_sizes, window_corners
 

@@ -14,6 +14,7 @@ from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.metrics import Evaluation, nest
 from allinone_ds.export.description import ModelDescription, Preprocessing
 from allinone_ds.model import AllInOneModel
+from allinone_ds.models.architectures import MODELS
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.names import METRICS_FILE, TRAINER_STATE
@@ -135,12 +136,12 @@ def _backbone_use(backbone: Backbone) -> list[str]:
             f'backbone = build_backbone(BackboneConfig(name="{folder}"))\nbackbone(pixel_values).feature_maps\n```'
         ]
     cls = type(backbone.net).__name__
-    maps = "backbone(pixel_values)" + (".last_hidden_state" if model_type == "vit" else ".feature_maps")
+    maps = "backbone(pixel_values)" + (".last_hidden_state" if model_type in MODELS else ".feature_maps")
     use = (
         f"From this folder:\n\n```python\nfrom transformers import {cls}\n\n"
         f'backbone = {cls}.from_pretrained("{folder}")\n{maps}\n```'
     )
-    if model_type == "vit":  # no backbone class
+    if model_type in MODELS:  # no backbone class
         return [use]
     return [
         use,

@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from allinone_ds.data.combination import Split, combine
+from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.init.found_task import FoundTask
@@ -84,7 +85,11 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
         output.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8, in comments
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}; choose a different file") from None
-    load_config(output)
+    try:
+        load_config(output)
+    except ConfigError:
+        output.unlink()
+        raise
     return FirstRun(output, tasks, problems)
 
 
@@ -121,5 +126,5 @@ def _plan(task: FoundTask, root: Path, machine: Machine) -> tuple[PlannedTask, l
     )
     if task.kind == "detection":
         task.notes += small_objects(train, planned.image_size)
-    faults = dict.fromkeys(str(p) for dataset in (train, test) for p in dataset.structural)
+    faults = dict.fromkeys(str(p) for part in unused_by_both(train.structural, test.structural) for p in part)
     return planned, list(faults)

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    BeitBackbone,
     ConvNextBackbone,
     ConvNextV2Backbone,
+    DeiTModel,
     Dinov2Backbone,
     Dinov2WithRegistersBackbone,
     DINOv3ConvNextBackbone,
@@ -28,6 +30,7 @@ from transformers import (
     Swinv2Backbone,
     TimmBackbone,
     VitDetBackbone,
+    ViTMAEModel,
     ViTModel,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -37,8 +40,8 @@ from allinone_ds.models.pretrained import LoadedWeights, common_prefix, without_
 from allinone_ds.strict import did_you_mean
 
 ModelType = Literal[
-    "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vitdet", "swin", "swinv2", "convnext", "convnextv2",
-    "dinov3_convnext", "hiera", "timm_backbone",
+    "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "vit_mae", "beit", "vitdet", "swin", "swinv2",
+    "convnext", "convnextv2", "dinov3_convnext", "hiera", "timm_backbone",
 ]  # fmt: skip
 """Architectures by `model_type` of `transformers`."""
 
@@ -65,6 +68,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dinov2_with_registers": Architecture(Dinov2WithRegistersBackbone, _LAYERS, _PATCH),
     "dinov3_vit": Architecture(DINOv3ViTBackbone, _LAYERS, "embeddings.patch_embeddings"),
     "vit": Architecture(ViTModel, _LAYERS, _PATCH),
+    "deit": Architecture(DeiTModel, _LAYERS, _PATCH),
+    "vit_mae": Architecture(ViTMAEModel, _LAYERS, _PATCH),
+    "beit": Architecture(BeitBackbone, _LAYERS, f"beit.{_PATCH}"),
     "vitdet": Architecture(VitDetBackbone, _LAYERS, "embeddings.projection"),
     "swin": Architecture(SwinBackbone, r"\blayers\.\d+\.blocks\.\d+$"),
     "swinv2": Architecture(Swinv2Backbone, r"\blayers\.\d+\.blocks\.\d+$"),
@@ -76,6 +82,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "timm_backbone": Architecture(TimmBackbone, r"(?:\b|_)(?:blocks|layer\d+|s\d+)\.b?\d+(?:\.\d+)?$"),
 }
 assert set(ARCHITECTURES) == set(get_args(ModelType))
+MODELS = {"vit": 1, "deit": 2, "vit_mae": 1}
+"""Architectures without a backbone class in `transformers`: {model_type: number of tokens before those of patches}"""
 
 
 def number_of_stages(config: Any) -> int | None:
@@ -103,13 +111,15 @@ def set_outputs(config: Any, chosen: Sequence[int] | None) -> None:
         strides = _timm_strides(config.backbone) if timm_model else [4] * depth
         single = stages is None or min(strides) == max(strides) > 4
         chosen = _spread(depth) if single else [number for number, step in enumerate(strides, 1) if step >= 4]
-    lowest = 0 if stages is None and config.model_type != "vit" else 1  # 0: the embeddings
+    lowest = 0 if stages is None and config.model_type not in MODELS else 1  # 0: the embeddings
     if sorted(set(chosen)) != list(chosen) or not chosen or not all(lowest <= i <= depth for i in chosen):
         what = "layer" if stages is None else "stage"
         raise ConfigError(
             f"model.backbone.out_indices = {list(chosen)}; give increasing {what} numbers from 1 to {depth}"
         )
     config.out_indices = [index - timm_model for index in chosen]  # timm counts from 0
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # no token is left out
 
 
 def chosen_indices(config: Any) -> list[int]:
@@ -140,23 +150,28 @@ def levels_of(net: Any) -> list[tuple[int, int]]:
 def feature_maps(net: Any, pixel_values: Tensor) -> tuple[Tensor, ...]:
     """Return the maps (B, C, h, w) of a net, each at its own stride.
 
-    A 'vit' has no backbone class in `transformers`: its position embeddings are interpolated to the size of the images,
-    and every map passes the final LayerNorm, as those of `Dinov2Backbone` do.
+    Of `MODELS` the position embeddings are interpolated to the size of the images, and every map passes the final
+    LayerNorm, as those of `Dinov2Backbone` do.
 
     Args:
         net: a backbone model.
         pixel_values: (B, 3, H, W) in the dtype of the weights.
     """
-    if net.config.model_type != "vit":
+    model_type = net.config.model_type
+    if model_type not in MODELS:
         maps = tuple(net(pixel_values).feature_maps)
         return tuple(level.permute(0, 3, 1, 2) for level in maps) if _channels_last(net) else maps
     grid = [side // net.config.patch_size for side in pixel_values.shape[-2:]]
-    hidden = net.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, C)
+    if model_type == "vit_mae":  # it shuffles the tokens by noise; rising noise keeps their order
+        order = torch.arange(math.prod(grid), device=pixel_values.device).expand(len(pixel_values), -1)
+        hidden = net.embeddings(pixel_values, order, interpolate_pos_encoding=True)[0]  # (B, 1 + N, C)
+    else:
+        hidden = net.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, C), of a 'deit' 2 + N
     found = []
     for number, layer in enumerate(net.layers, 1):
         hidden = layer(hidden)
         if number in net.config.out_indices:
-            found.append(net.layernorm(hidden)[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
+            found.append(net.layernorm(hidden)[:, MODELS[model_type] :].transpose(1, 2).unflatten(2, grid).contiguous())
     return tuple(found)
 
 
@@ -236,11 +251,12 @@ def prepare(net: Any, where: str) -> None:
             "pretrained weights set model.backbone.config.freeze_batch_norm_2d: true, otherwise choose an architecture "
             "without them"
         )
-    if net.config.model_type == "vit":
+    if net.config.model_type in MODELS:
         net.pooler = None
     for name, parameter in net.named_parameters():
-        # only masked pretraining uses mask tokens; the backbone of Swin has a norm per stage instead of the last one
-        if name.endswith("mask_token") or name.startswith("swin.layernorm."):
+        # only masked pretraining uses mask tokens; Swin's backbone has a norm per stage instead of the last one, and
+        # BEiT's has none
+        if name.endswith("mask_token") or name.startswith(("swin.layernorm.", "beit.layernorm.")):
             parameter.requires_grad_(False)
 
 

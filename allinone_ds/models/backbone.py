@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BackboneOutput
 from allinone_ds.errors import ConfigError
 from allinone_ds.models import architectures
 from allinone_ds.models.architectures import ARCHITECTURES, ModelType
-from allinone_ds.models.pretrained import LoadedWeights, load_pretrained
+from allinone_ds.models.pretrained import LoadedWeights, checkpoint_config, load_pretrained
 from allinone_ds.models.pyramid import group_norm
 from allinone_ds.strict import PathText, Strict, did_you_mean
 
@@ -40,6 +40,12 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
                                  "query_bias": False, "value_bias": False, "num_register_tokens": 4}),
     # https://arxiv.org/abs/2010.11929
     "vit_b": ("vit", {}),
+    # distilled, https://arxiv.org/abs/2012.12877
+    "deit_b": ("deit", {}),
+    # https://arxiv.org/abs/2106.08254
+    "beit_b": ("beit", {"use_relative_position_bias": True, "drop_path_rate": 0.0}),
+    # https://arxiv.org/abs/2111.06377
+    "mae_b": ("vit_mae", {}),
     # https://arxiv.org/abs/2103.14030
     "swin_t": ("swin", {"drop_path_rate": 0.0}),
     "swin_b": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "drop_path_rate": 0.0}),
@@ -308,7 +314,7 @@ def _from_checkpoint(cfg: BackboneConfig, checkpoint: str) -> tuple[Any, LoadedW
     if (Path(checkpoint) / _RUN_FILE).is_file():
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is the folder of a run; set model.start_from to it "
                           "instead, which copies its backbone and its heads")  # fmt: skip
-    theirs = AutoConfig.from_pretrained(checkpoint)
+    theirs = checkpoint_config(checkpoint)
     if theirs.model_type != cfg.model_type:
         raise ConfigError(f"model.backbone.checkpoint: {checkpoint} is a '{theirs.model_type}', but model_type is "
                           f"'{cfg.model_type}'; change model_type")  # fmt: skip
@@ -365,10 +371,15 @@ def _check_values(config: Any) -> None:
         )
     if not getattr(config, "reshape_hidden_states", True):
         raise ConfigError(f"{where}.reshape_hidden_states: must be true because heads need maps; remove it")
-    if config.model_type == "vit" and not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
+    if getattr(config, "add_fpn", False):
+        raise ConfigError(f"{where}.add_fpn: must be false because heads have pyramids of their own; remove it")
+    if getattr(config, "mask_ratio", 0) not in (0, 0.75):
+        raise ConfigError(f"{where}.mask_ratio = {config.mask_ratio}: heads need all tokens, so it is 0; remove it")
+    square = config.model_type in (*architectures.MODELS, "beit")
+    if square and not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
         raise ConfigError(
-            f"{where}: image_size {config.image_size}, patch_size {config.patch_size}; a 'vit' interpolates a square "
-            "grid of positions: give one number for each"
+            f"{where}: image_size {config.image_size}, patch_size {config.patch_size}; a '{config.model_type}' "
+            "interpolates a square grid of positions: give one number for each"
         )
     rotary = config.model_type == "dinov3_vit"  # rotary positions need a multiple of 4 channels per head
     if width % (heads * (4 if rotary else 1)):

@@ -18,6 +18,10 @@ _RARE = 1e-3
 """Frequency that is spread over all classes, so that none that was not seen has the frequency 0."""
 
 
+ClassWeights = Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None
+"""One weight per class, or "balanced": from the frequencies of the classes; None: all 1."""
+
+
 class ClassLossOptions(Strict):
     """Options of `ClassLoss`, which the heads that use it share.
 
@@ -26,12 +30,12 @@ class ClassLossOptions(Strict):
         0.0
     """
 
-    class_weights: Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None = None
+    class_weights: ClassWeights = None
     """Weight of each class in the loss, in the order of the classes; "balanced": 1 / (K * frequency) of its training
     data; None: all 1."""
-    focal_gamma: float = Field(0.0, ge=0)
+    focal_gamma: float = Field(default=0.0, ge=0)
     """Exponent of the factor (1 - p) ** gamma with which the loss of a target of probability p counts; 0: no factor."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the target that is spread over all classes in training."""
 
 

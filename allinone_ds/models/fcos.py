@@ -141,21 +141,31 @@ class FCOSDetector(nn.Module):
                 out.loss = torch.stack(list(losses.values())).sum()
         return out
 
-    @torch.no_grad()
     def count_labels(self, labels: list[dict[str, Tensor]]) -> int:
         """Return the number of positive locations, by which the loss is divided.
 
         Args:
             labels: as in `forward`, on the CPU.
         """
+        return sum(int((places >= 0).sum()) for places in self.matches(labels))
+
+    @torch.no_grad()
+    def matches(self, labels: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Return for each image the position of the object that each location belongs to (A,), -1 for none.
+
+        Args:
+            labels: as in `forward`.
+        """
         H, W = self.image_size
-        anchors = self._anchors([torch.empty(1, 1, int(H / step), int(W / step)) for step in self.strides])
+        device = labels[0]["boxes"].device if labels else None
+        maps = [torch.empty(1, 1, int(H / step), int(W / step), device=device) for step in self.strides]
+        anchors = self._anchors(maps)
         # torchvision matches locations and boxes inside of its loss
         matches = SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matched: matched)
         matcher: Any = SimpleNamespace(center_sampling_radius=self.fcos.center_sampling_radius, head=matches)
         counts = [len(level) for level in anchors]
         matched: Any = FCOS.compute_loss(matcher, labels, {}, [torch.cat(anchors)] * len(labels), counts)
-        return sum(int((places >= 0).sum()) for places in matched)
+        return matched
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """Return boxes (B, A, 4) XYXY in pixels of the network's input and scores (B, A, K) of all locations."""

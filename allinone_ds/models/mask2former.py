@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from allinone_ds.device_constants import constant, copied_to
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.class_loss import ClassLoss, ClassLossOptions, ClassWeights
 from allinone_ds.models.pyramid import SCALES, Fuse, SimpleFeaturePyramid
 from allinone_ds.strict import Strict
 
@@ -61,6 +62,9 @@ class Mask2FormerOptions(Strict):
     """Points per mask at which matching and losses are computed."""
     no_object_weight: float = Field(0.1, gt=0)
     """Weight of the class "no object" in the classification loss."""
+    class_weights: ClassWeights = None
+    """Weight of each class in the classification loss, in the order of the classes; "balanced": 1 / (K * frequency) of
+    the masks in its training data, one per image and class; None: all 1."""
 
 
 @dataclass
@@ -121,10 +125,20 @@ class Mask2FormerSegmenter(nn.Module):
             no_object_weight=options.no_object_weight,
             num_labels=num_classes,  # type: ignore[call-arg]
         )
+        self.class_loss = ClassLoss(num_classes, ClassLossOptions(class_weights=options.class_weights))
         self.fuse = Fuse(channels, num_levels, width)
         self.pyramid = SimpleFeaturePyramid(width, width, options.scales)
         self.net = _Decoders(self.config, num_classes)
         self._criteria: dict[torch.device, _Criterion] = {}
+
+    def needs_frequencies(self) -> bool:
+        """Return whether `use_frequencies` would change something."""
+        return self.class_loss.balanced
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set balanced class weights from the frequencies of the classes among the masks of the training data."""
+        self.class_loss.use_frequencies(frequencies)
+        self._criteria.clear()
 
     def forward(self, features: tuple[Tensor, ...], masks: Tensor | None, ignore_index: int) -> ModelOutput:
         """Return the raw predictions, and the loss if label maps are given.
@@ -152,7 +166,7 @@ class Mask2FormerSegmenter(nn.Module):
         """
         zero = torch.stack([(value * 0.0).sum() for value in (*class_logits, *mask_logits)]).sum()
         known = masks != ignore_index
-        classes_of = _classes_of(masks, known, self.config.num_labels)
+        classes_of = _classes_of(masks, known, class_logits[-1].shape[-1] - 1)
         used = [i for i, classes in enumerate(classes_of) if classes]  # images without truth are left out
         if not used:
             return zero
@@ -190,7 +204,7 @@ class Mask2FormerSegmenter(nn.Module):
         # not a part of the model, in which its buffer would be cast to bfloat16
         device = layers[-1]["class_queries_logits"].device
         if device not in self._criteria:
-            self._criteria[device] = _Criterion(self.config, weights).to(device)
+            self._criteria[device] = _Criterion(self.config, weights, self.class_loss.weights).to(device)
         criterion = self._criteria[device]
         parts = criterion(
             **layers[-1], mask_labels=mask_labels, class_labels=class_labels, auxiliary_predictions=layers[:-1]
@@ -201,7 +215,8 @@ class Mask2FormerSegmenter(nn.Module):
     @staticmethod
     def count_labels(masks: Tensor, ignore_index: int) -> int:
         """Return the number of masks in label maps (B, H, W), one per class of an image: the loss is their mean."""
-        return sum(len(classes) - int(ignore_index in classes) for classes in (image.unique() for image in masks))
+        found = [torch.bincount(image.flatten(), minlength=ignore_index + 1) > 0 for image in masks]
+        return sum(int(classes.sum()) - int(classes[ignore_index]) for classes in found)
 
     @staticmethod
     def scores(outputs: Any) -> Tensor:
@@ -257,8 +272,16 @@ class _Criterion(Mask2FormerLoss):
     """Loss divided by the number of masks in this rank's micro-batch, without a collective, as all losses here.
 
     The classification loss of an image is the mean over its queries, as in `transformers`. That of a batch is the mean
-    over images, each counted as often as it has masks, so that the whole loss has one denominator.
+    over images, each counted as often as it has masks, so that the whole loss has one denominator. With class weights,
+    it is divided as without them, so that a mask of weight w counts as w.
     """
+
+    def __init__(
+        self, config: Mask2FormerConfig, weights: dict[str, float], of_classes: Sequence[float] | None
+    ) -> None:
+        super().__init__(config, weights)
+        if of_classes is not None:
+            self.empty_weight[:-1] = torch.tensor(of_classes)
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         return torch.full((), float(_things(class_labels)), device=device)
@@ -266,8 +289,10 @@ class _Criterion(Mask2FormerLoss):
     def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
         total = class_queries_logits.new_zeros(())
         for logits, classes, matched in zip(class_queries_logits.split(1), class_labels, indices, strict=True):
-            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]
-            total = total + _things([classes]) * mean
+            mean = super().loss_labels(logits, [classes], (matched,))["loss_cross_entropy"]  # divided by all weights
+            others = self.eos_coef * (logits.shape[1] - len(matched[1]))
+            sum_of_weights = self.empty_weight[classes[matched[1]]].sum() + others
+            total = total + _things([classes]) * mean * sum_of_weights / (len(matched[1]) + others)
         return {"loss_cross_entropy": total / _things(class_labels)}
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 from transformers.integrations import deepspeed as integration
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
@@ -91,6 +92,27 @@ class LoadedWeights:
         if self.changed:
             parts.append(f"settings that differ: {', '.join(self.changed)}")
         return "; ".join(parts)
+
+
+def checkpoint_config(checkpoint: str) -> Any:
+    """Return the configuration of a folder of `transformers`, or of a repository on the hub, which is downloaded.
+
+    Raises:
+        ConfigError: there is no such folder, or the hub cannot be reached or has no such repository.
+    """
+    path = checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1
+    if path and not Path(checkpoint).is_dir():
+        raise ConfigError(f"{_WHERE}: {checkpoint} is no folder; correct the path, or give OWNER/NAME of the hub")
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if Path(checkpoint).is_dir():
+            raise ConfigError(f"{_WHERE}: {checkpoint}: {reason}") from error
+        raise ConfigError(
+            f"{_WHERE}: '{checkpoint}' is no folder, and cannot be read from the hub: {reason} Without a network, run "
+            f"`hf download {checkpoint} --local-dir FOLDER` on a machine that has one, and give the copied folder"
+        ) from error
 
 
 def load_pretrained(

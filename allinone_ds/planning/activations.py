@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,14 @@ from allinone_ds.model import AllInOneModel
 
 
 def activation_bytes(
-    model: AllInOneModel, batches: Mapping[str, int], dtype: torch.dtype, checkpointing: bool, notes: list[str]
+    model: AllInOneModel,
+    batches: Mapping[str, int],
+    dtype: torch.dtype,
+    checkpointing: bool,
+    notes: list[str],
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, int]:
-    """Return the bytes that autograd keeps for the backward pass of one micro-step of each task.
+    """Return the bytes that autograd keeps for the backward pass of one micro-step of each task or joint group.
 
     The forwards run on fake tensors, which have shapes but no memory. With activation checkpointing each layer of the
     backbone keeps only its input, and the activations of one layer exist at a time.
@@ -28,6 +33,7 @@ def activation_bytes(
         dtype: dtype of the weights.
         checkpointing: whether the backbone's layers are recomputed.
         notes: receives a line for each task whose loss or head is left out.
+        groups: joint group -> its tasks, which share one forward of the backbone.
     """
     counted = {}
     model.to(dtype)
@@ -51,11 +57,18 @@ def activation_bytes(
                 break
             else:
                 notes.append(f"{name}: without the activations of the head, which needs real images")
-                kept = SavedBytes(model, checkpointing)
-                with kept:
-                    model.backbone(torch.empty(count, 3, *task.image_size))
-                counted[name] = kept.bytes
+                counted[name] = _of_backbone(model, checkpointing, count, task)
+        for group, names in (groups or {}).items():
+            backbone = _of_backbone(model, checkpointing, batches[names[0]], model.tasks[names[0]])
+            counted[group] = backbone + sum(counted.pop(name) - backbone for name in names)
     return counted
+
+
+def _of_backbone(model: AllInOneModel, checkpointing: bool, count: int, task: Any) -> int:
+    kept = SavedBytes(model.train(), checkpointing)
+    with kept:
+        model.backbone(torch.empty(count, 3, *task.image_size))
+    return kept.bytes
 
 
 class SavedBytes:

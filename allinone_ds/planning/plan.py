@@ -44,7 +44,7 @@ class Plan:
         memory: part -> bytes on the GPU.
         host: part -> bytes in the host's memory per GPU.
         moved: purpose -> bytes sent in one optimizer step.
-        activations: task -> bytes in one micro-step; the largest of them is in `memory`.
+        activations: task or joint group -> bytes in one micro-step; the largest of them is in `memory`.
         choices: one {"stage", "norm", "memory", "moved"} per stage and norm that the weighting allows, in total bytes.
         notes: assumptions of the plan.
     """
@@ -103,7 +103,9 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
-    activations = activation_bytes(model, batches, dtype, checkpointing, notes)
+    joint = {name: group.tasks for name, group in config.joint.items()}
+    activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
+    notes += [f"{name}: what a joint group sends is counted as that of separate tasks" for name in joint]
     moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = balancer.sketch_size or default_size(sizes.trained)

@@ -76,7 +76,7 @@ class TaskLogs:
     def add(self, report: StepReport) -> None:
         """Add the values of one step; a task without any label in it has none."""
         shares = update_shares(report.norms, report.scales)
-        none = torch.tensor(float("nan"), device=self.device)
+        none = torch.full((), torch.nan, device=self.device)  # a tensor of a number would wait for the device
         self._low.add({task: shares.get(task, none) for task in self.tasks})
         values: dict[str, Tensor] = {}
         for task in self.tasks:

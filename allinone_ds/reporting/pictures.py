@@ -12,7 +12,7 @@ from torch import Tensor
 from allinone_ds.data.joint.batches import by_task
 from allinone_ds.data.joint.dataset import TaskView, view_of
 from allinone_ds.data.loading.ahead import to_device
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import BrokenSample
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.run_folder.names import PICTURES

@@ -24,6 +24,11 @@ MAX_EVENTS = 50
 PICTURES_ALONE, PICTURES_BESIDE = 12, 4
 """Test images shown per task: for one run, and for each of several."""
 
+_CONSTANTS = (
+    "<p>A constant predictor gives every image the same answer, the best one for each metric: the most frequent class, "
+    "a mean, one value everywhere. For keypoints and masks it is even given the true boxes.</p>"
+)
+
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write the report of one or several runs: results, plots, predictions, last values and configurations.
@@ -112,8 +117,10 @@ def _results(runs: Sequence[Run]) -> str:
     for name in [*names, *(["score"] if any("score" in values for values in metrics) else [])]:
         label = "score (mean of main metrics)" if name == "score" else name
         rows[label] = [f"{values[name]:.4f}" if name in values else "" for values in metrics]
-    cells = [[name, *values] for name, values in rows.items()]
-    return "<h2>Results</h2>" + table(["", *(run.label for run in runs)], cells)
+    constants = {f"{t}: {m}": f"{v:.4f}" for t, of_task in runs[0].constants.items() for m, v in of_task.items()}
+    cells = [[name, *values, *([constants.get(name, "")] if constants else [])] for name, values in rows.items()]
+    labels = [*(run.label for run in runs), *(["constant predictor"] if constants else [])]
+    return "<h2>Results</h2>" + table(["", *labels], cells) + (_CONSTANTS if constants else "")
 
 
 def _differences(runs: Sequence[Run]) -> str:

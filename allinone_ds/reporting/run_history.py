@@ -14,7 +14,15 @@ import yaml
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.metrics import TRAINED_PREFIX, Evaluation, nest
 from allinone_ds.reporting.plots import series
-from allinone_ds.run_folder.names import CONFIG_FILE, DETAILS, EVENTS_FILE, METRICS_FILE, PICTURES, WORST_PICTURES
+from allinone_ds.run_folder.names import (
+    CONFIG_FILE,
+    CONSTANT_FILE,
+    DETAILS,
+    EVENTS_FILE,
+    METRICS_FILE,
+    PICTURES,
+    WORST_PICTURES,
+)
 
 
 @dataclass
@@ -30,6 +38,7 @@ class Run:
         metrics: content of metrics.json; empty when the run has not ended.
         pictures: task -> files of drawn predictions.
         worst: task -> files of drawn predictions with the lowest scores, lowest first.
+        constants: task -> metric -> what a predictor reaches that does not look at the image, where it was computed.
     """
 
     folder: Path
@@ -40,6 +49,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, list[Path]] = field(default_factory=dict)
     worst: dict[str, list[Path]] = field(default_factory=dict)
+    constants: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -86,6 +96,7 @@ def read_run(folder: str | Path) -> Run:
         metrics=json.loads(_text(folder / METRICS_FILE) or "{}"),
         pictures=_pictures(folder / PICTURES),
         worst=_pictures(folder / WORST_PICTURES),
+        constants=json.loads(_text(folder / CONSTANT_FILE) or "{}"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,19 +14,28 @@ if TYPE_CHECKING:
     from allinone_ds.planning.plan import Plan
 
 
-def metrics_table(evaluation: Evaluation, title: str) -> Table:
+def metrics_table(
+    evaluation: Evaluation, title: str, constants: Mapping[str, Mapping[str, float]] | None = None
+) -> Table:
     """Return a table of every task's metrics and the score.
+
+    Args:
+        evaluation: the metrics.
+        title: title of the table.
+        constants: task -> metric -> value of a predictor that does not look at the image; None: no such column.
 
     Example:
         >>> metrics_table(Evaluation({"det": {"map50": 0.5, "samples": 9}}, score=0.5), "runs/demo").row_count
         2
     """
-    table = _table(title, "task", "metric", right=("value", "samples"))
+    table = _table(title, "task", "metric", right=("value", *(["constant"] if constants else []), "samples"))
     for task, values in evaluation.tasks.items():
         for metric, value in evaluation.metrics(task).items():
-            table.add_row(task, metric, f"{value:.3f}", str(values.get("samples", "")))
+            constant = (constants or {}).get(task, {}).get(metric)
+            beside = ["" if constant is None else f"{constant:.3f}"] if constants else []
+            table.add_row(task, metric, f"{value:.3f}", *beside, str(values.get("samples", "")))
     if evaluation.score is not None:
-        table.add_row("score", "mean of main metrics", f"{evaluation.score:.3f}", "", style="bold")
+        table.add_row("score", "mean of main metrics", f"{evaluation.score:.3f}", style="bold")
     return table
 
 

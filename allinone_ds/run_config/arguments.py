@@ -150,13 +150,24 @@ class AllInOneArguments(TrainingArguments):
         except ConfigError:
             raise
         except Exception as error:  # transformers, accelerate and pydantic raise many types
-            mistakes.append(name_arguments(str(error) or repr(error), given))
+            unevaluated = self._unevaluated() if "--load_best_model_at_end requires the saving" in str(error) else None
+            mistakes.append(unevaluated or name_arguments(str(error) or repr(error), given))
         else:
             for mismatch in self.hf_deepspeed_config.mismatches if self.deepspeed else []:
                 if not any(key in mismatch for key in _BATCH_KEYS):
                     mistakes.append(f"deepspeed and trainer differ: {mismatch.strip('- ')}; set it in only one of them")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
+
+    def _unevaluated(self) -> str:
+        """Return what is wrong with a run that is to keep its best checkpoint, but saves some that it did not score."""
+        every, save = self.eval_steps or self.logging_steps, self.save_steps
+        fits = max(round(save / every), 1) * every
+        return (
+            f"trainer.save_steps = {save:g}, trainer.eval_steps = {every:g} with load_best_model_at_end: a checkpoint "
+            "is kept by its evaluation, so save_steps must be a multiple of eval_steps: set both, for example "
+            f"trainer.eval_steps={every:g} trainer.save_steps={fits:g}"
+        )
 
     def _rules(self) -> list[tuple[bool, str]]:
         """(whether it is wrong, message) of every argument with which training would be wrong or fail later."""
@@ -384,9 +395,6 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         per_device_train_batch_size=config.step_images,  # read by DeepSpeed and for samples per second
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
-        head_weight_decay={
-            name: task.weight_decay for name, task in config.tasks.items() if task.weight_decay is not None
-        }
-        or None,
+        head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
         **trainer,
     )

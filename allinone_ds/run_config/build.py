@@ -8,11 +8,12 @@ from transformers import PreTrainedConfig
 
 from allinone_ds.data.augmentation.transforms import eval_transform, train_transform
 from allinone_ds.data.base import SampleDataset, raise_problems
+from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.inspection.files import depths_at_start, overlap_at_start
 from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.joint.batches import JointCollate, by_task
 from allinone_ds.data.joint.dataset import JointDataset
-from allinone_ds.data.loading.loader import Collate, Joint, TaskData
+from allinone_ds.data.loading.task_data import Collate, Joint, TaskData
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
@@ -155,6 +156,9 @@ def inspect_data(config: RunConfig, train: Mapping[str, TaskData], test: Mapping
         DataError: nothing can be learned from the data of a task, or all its test images are training images.
     """
     for name, images in config.images.items():
+        if name in test:
+            pair = train[name].dataset, test[name].dataset
+            pair[0].structural, pair[1].structural = unused_by_both(pair[0].structural, pair[1].structural)
         for part in (train, test):
             if name in part:
                 dataset = part[name].dataset

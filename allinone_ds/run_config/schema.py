@@ -168,8 +168,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _join_tasks(self) -> RunConfig:
         for name, group in self.joint.items():
-            classes = {task: self.tasks[task].classes for task in group.tasks}
-            group.settle(name, {task: given for task, given in classes.items() if given is not None})
+            group.settle(name, self.tasks)
             for task in group.tasks:
                 self.tasks[task].join(task, group)
         return self

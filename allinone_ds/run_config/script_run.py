@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from allinone_ds.balance.options import config_from_weighting
 from allinone_ds.data.augmentation.transforms import SampleTransform, eval_transform
 from allinone_ds.data.base import SourceConfig
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys
@@ -41,8 +41,8 @@ def script_run_files(
     Args:
         model: an AllInOneModel.
         args: its training arguments.
-        train_data: {task: training data}.
-        test_data: {task: evaluation data}.
+        train_data: {task or joint group: training data}.
+        test_data: {task or joint group: evaluation data}.
         weighting: weighting of the task gradients.
         balancer_options: further options of `TaskBalancer`.
 
@@ -57,20 +57,28 @@ def script_run_files(
     gaps: list[str] = []
     roots = [opened[1] for data in train_data.values() if (opened := _opened_from(data)) is not None]
     root = Path(os.path.abspath(roots[0])) if roots else Path(".")
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    group_of = {task: name for name, data in train_data.items() if data.joint for task in data.joint.tasks}
     for name, task in model.tasks.items():
-        test = test_data.get(name)
-        tasks[name] = {
-            **_task(task),
-            "batch_size": train_data[name].batch_size,
-            "micro_steps": train_data[name].micro_steps,
-            "cache": train_data[name].cache,
-            "train": _source(train_data[name], root),
+        group = group_of.get(name, name)
+        train, test = train_data[group], test_data.get(group)
+        images = {
+            "image_size": list(task.image_size),
+            "batch_size": train.batch_size,
+            "micro_steps": train.micro_steps,
+            "cache": train.cache,
+            "train": _source(train, root),
             "test": None if test is None else _test_source(test, task, root),
             "eval_batch_size": None if test is None else test.batch_size,
-            "test_time": None if test is None or test.test_time is None else test.test_time.model_dump(),
-            "augment": _augment(train_data[name], name, gaps),
         }
+        views = None if test is None else test.joint.test_time.get(name) if test.joint else test.test_time
+        tasks[name] = {**_task(task), "test_time": None if views is None else views.model_dump()}
+        if train.joint is None:
+            tasks[name] |= {**images, "augment": _augment(train, name, gaps)}
+        elif group not in groups:
+            own = {"tasks": list(train.joint.tasks), "at": train.joint.at}
+            groups[group] = {**images, **own, "augment": _augment(train, group, gaps)}
         if tasks[name]["type"].startswith("__main__:"):
             gaps.append(
                 f"the class of task '{name}' is defined in the script itself: `eval`, `export` and `load` need it in a "
@@ -85,6 +93,7 @@ def script_run_files(
         "data_root": str(root),
         "model": {"backbone": without_checkpoint(model.backbone.settings, model.backbone.config).model_dump()},
         "tasks": tasks,
+        "joint": groups,
         "balancer": {**(balancer or {}), **balancer_options},
         "trainer": _trainer(args),
         "deepspeed": args.deepspeed,
@@ -108,7 +117,6 @@ def _task(task: Task) -> dict[str, Any]:
         "type": names[0] if names else f"{cls.__module__}:{cls.__qualname__}",
         "head": task.head_name,
         "options": options.model_dump(exclude_defaults=True) if isinstance(options, BaseModel) else dict(options),
-        "image_size": list(task.image_size),
     }
 
 

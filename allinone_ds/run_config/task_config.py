@@ -89,7 +89,8 @@ class HeadConfig(Strict):
     """What a task has besides its images: kind and head."""
 
     type: str
-    """"detection", "segmentation", "classification", or "module:Class" for a custom task."""
+    """"detection", "segmentation", "instances", "keypoints", "depth", "normals", "edges", "saliency", "classification",
+    "attributes", "regression", "retrieval", or "module:Class" for a custom task."""
     head: str | None = None
     """Name of the head; None is the default head of the task."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -132,7 +133,12 @@ class TaskConfig(ImagesConfig, HeadConfig):
         Args:
             name: name of the task.
             group: the group.
+
+        Raises:
+            ConfigError: a transform of the group cannot move the targets of this kind.
         """
+        if ":" not in self.type:
+            train_transform(group.augment, group.image_size, self.type)
         vars(self).update({key: getattr(group, key) for key in ImagesConfig.model_fields})
         self._name, self._group = name, group
 
@@ -179,19 +185,26 @@ class JointConfig(ImagesConfig):
     def _kind(cls, data: dict[str, Any]) -> str:
         return JOINT
 
-    def settle(self, name: str, classes: dict[str, Any]) -> None:
-        """Take what the rest of the run's configuration says about the group, and check the labels of its sources.
+    def settle(self, name: str, tasks: dict[str, TaskConfig]) -> None:
+        """Take what the rest of the run's configuration says about the group, and check that both fit.
 
         Args:
             name: name of the group.
-            classes: task -> class names, for the tasks that give them.
+            tasks: the tasks of the run by name.
 
         Raises:
-            ConfigError: a source has labels of other tasks.
+            ConfigError: a source has labels of other tasks, or a transform does not support the kind of a task.
         """
-        self._name, self._classes = name, classes
+        own = {task: tasks[task] for task in self.tasks}
+        self._name = name
+        self._classes = {task: keys.classes for task, keys in own.items() if keys.classes is not None}
         for part in (self.train, self.test):
             check_labels(name, self.tasks, _as_list(part))
+        for task, keys in own.items():
+            try:
+                train_transform(self.augment, self.image_size, None if ":" in keys.type else keys.type)
+            except ConfigError as error:
+                raise ConfigError(f"joint.{name}.augment, for the task '{task}': {error}") from error
 
     @property
     def train_source(self) -> GroupSource:

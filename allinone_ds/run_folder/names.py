@@ -23,6 +23,8 @@ SUBMISSION = "submission_{}.json"
 BASELINES = "baselines"
 """Folder of the single-task runs that a multi-task run is compared with."""
 TRANSFER_FILE = "transfer.json"
+CONSTANT_FILE = "constant.json"
+"""What predictors reach that do not look at the image: task -> metric -> value."""
 TRAINER_STATE = "trainer_state.json"
 LOCK_FILE = ".lock"
 UNFINISHED = ".unfinished-"
@@ -31,5 +33,5 @@ BROKEN = "broken-"
 """Prefix that a checkpoint folder gets if its files have changed since they were written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
              WORST_PICTURES, REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
-             SUBMISSION.format("B"), BASELINES, TRANSFER_FILE)  # fmt: skip
+             SUBMISSION.format("B"), BASELINES, TRANSFER_FILE, CONSTANT_FILE)  # fmt: skip
 """All files and folders of a run except its checkpoints."""

@@ -17,7 +17,6 @@ from allinone_ds.models.mask2former import Mask2FormerOptions, Mask2FormerSegmen
 from allinone_ds.models.segmenters import (
     LightOptions,
     LightSegmenter,
-    LogitSegmenter,
     SegmentationOutput,
     UPerNetOptions,
     UPerNetSegmenter,
@@ -73,12 +72,13 @@ class SegmentationTask(Task):
         return self.segmenter.count_labels(labels, IGNORE)
 
     def samples_to_count(self) -> int:
-        segmenter = self.segmenter
-        return _COUNTED if isinstance(segmenter, LogitSegmenter) and segmenter.needs_frequencies() else 0
+        return _COUNTED if self.segmenter.needs_frequencies() else 0
 
     def class_shares(self, sample: Sample) -> Tensor | None:
         mask = sample["mask"].as_subclass(Tensor).flatten().long()
         counts = torch.bincount(mask[mask != IGNORE], minlength=len(self.classes))[: len(self.classes)]
+        if isinstance(self.segmenter, Mask2FormerSegmenter):  # a class is one mask, however large
+            counts = (counts > 0).long()
         return counts / counts.sum() if counts.any() else None
 
     def use_frequencies(self, frequencies: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.evaluation.evaluate import evaluate_tasks
 from allinone_ds.evaluation.metrics import Evaluation, flatten
 from allinone_ds.reporting.pictures import collect_drawings, worst_images

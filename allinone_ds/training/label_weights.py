@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from allinone_ds.balance.balancer import TaskBalancer
-from allinone_ds.data.loading.loader import Joint
+from allinone_ds.data.loading.task_data import Joint
 from allinone_ds.distributed import cpu_group, world_size
 from allinone_ds.tasks import Task
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots

@@ -19,8 +19,9 @@ from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC, Sum
 from allinone_ds.data.joint.batches import by_task, task_names
 from allinone_ds.data.loading.ahead import ahead
-from allinone_ds.data.loading.loader import StepBatch, TaskData, train_loader
+from allinone_ds.data.loading.loader import StepBatch, train_loader
 from allinone_ds.data.loading.schedule import Schedule
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction

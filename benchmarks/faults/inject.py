@@ -105,10 +105,10 @@ def count_reads(file: Path) -> None:
 
 
 def score_by_step(scores: dict[int, float], stop_in: int | None, rank: int) -> None:
-    """Replace evaluations by these scores (step -> score), and let rank 0 send itself SIGTERM in the step `stop_in`."""
+    """Replace evaluations by these scores (step -> score), and let rank 0 send itself SIGTERM before step `stop_in`."""
     from allinone_ds.training.trainer import AllInOneTrainer
 
-    step = AllInOneTrainer._step
+    step = AllInOneTrainer.training_step
 
     def evaluate(self, *args, **kwargs):
         metrics = {"eval_score": scores[self.state.global_step]}
@@ -117,9 +117,9 @@ def score_by_step(scores: dict[int, float], stop_in: int | None, rank: int) -> N
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def stopped(self, number):
-        if rank == 0 and number + 1 == stop_in:
+    def stopped(self, *args, **kwargs):
+        if rank == 0 and self.state.global_step + 1 == stop_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number)
+        return step(self, *args, **kwargs)
 
-    AllInOneTrainer.evaluate, AllInOneTrainer._step = evaluate, stopped
+    AllInOneTrainer.evaluate, AllInOneTrainer.training_step = evaluate, stopped

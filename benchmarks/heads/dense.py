@@ -7,7 +7,7 @@ of the 100 test scenes
                 training scenes, their mean normal, every pixel or none an edge, every pixel or none salient
     trained     the model
 
-    python -m benchmarks.heads.dense [--folder runs] [--json FILE] [KEY=VALUE ...]     # RUNTIME on 2 cores
+    python -m benchmarks.heads.dense [--folder runs] [--json FILE] [KEY=VALUE ...]     # 3 minutes of CPU time
 
 The command replaces FOLDER/dense_data and FOLDER/dense.
 """

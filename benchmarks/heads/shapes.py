@@ -83,7 +83,7 @@ def _scene(random: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any
         else:
             continue
         centres.append((centre, size))
-        angle = random.uniform(-np.pi, np.pi)
+        angle = random.uniform(-0.8, 0.8)  # so that left and right can be told apart
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         outline = (np.array(list(SHAPES.values())[label]) * size) @ turn.T + centre  # (4, 2)
         color = str(random.choice(list(COLORS)))

@@ -35,8 +35,8 @@ def open_task(task: str, root: Path, branch: str | None = None) -> tuple[Any, An
 
     from allinone_ds.data.augmentation.transforms import train_transform
     from allinone_ds.data.demo import DemoData
-    from allinone_ds.data.loading.loader import TaskData
     from allinone_ds.data.loading.schedule import Schedule
+    from allinone_ds.data.loading.task_data import TaskData
     from allinone_ds.data.sources import Source, open_source
     from allinone_ds.run_config.yaml_files import read_yaml
     from allinone_ds.tasks import task_class

@@ -56,7 +56,7 @@ def run_command(argv: list[str]) -> int:
         return [*words[:module], MODULE, "--rank", *words[module + 1 :]]
 
     launcher.launch_command = command_of_this_module
-    commands._summary = lambda *_: None  # the run ends with its first step and leaves nothing to summarize
+    commands.print_summary = lambda *_: None  # the run ends with its first step and leaves nothing to summarize
     return cli.main(argv)
 
 

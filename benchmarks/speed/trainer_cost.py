@@ -3,14 +3,15 @@
     python -m benchmarks.speed.trainer_cost                     # the demo's run on 2 CPU ranks: 3 minutes on 2 cores
     python -m benchmarks.speed.trainer_cost --json benchmarks/results/trainer_cost.json trainer.logging_steps=1
 
-Three loops train the same run (model, data order, optimizer, DeepSpeed config) in one set of processes and alternate in
+Four loops train the same run (model, data order, optimizer, DeepSpeed config) in one set of processes and alternate in
 blocks of steps, so that other load on the machine affects all of them:
 
     plain      DeepSpeed accumulation of the tasks' micro-steps, as short as possible: no balancing, no logs, no saving
     balancer   the loop of README.md around `TaskBalancer`
+    unchecked  the same with check_ranks=False: without the message in which ranks compare what they do
     trainer    `AllInOneTrainer` as `allinone-ds train` starts it, with its logs, callbacks and schedule
 
-All three read and augment the images. A ratio is the median over rounds of one loop's images per second / another's.
+All of them read and augment the images. A ratio is the median over rounds of one loop's images per second / another's.
 The ratios of processor seconds, summed over all ranks, depend less on other load on the machine.
 """
 
@@ -31,14 +32,14 @@ from benchmarks.common.report import make_parser, print_head, print_row, quartil
 from benchmarks.common.rounds import median_ratio
 from benchmarks.common.vit import count_parameters
 
-LOOPS = ("plain", "balancer", "trainer")
+LOOPS = ("plain", "balancer", "unchecked", "trainer")
 
 
 def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
     """Return a function that takes one step of a bare loop with its own engine and loader. Call on every rank.
 
     Args:
-        way: "plain" or "balancer".
+        way: "plain", "balancer" or "unchecked".
         trainer: an AllInOneTrainer with its engine; the loop trains the same run.
         model: of the same shape, in no engine.
     """
@@ -75,7 +76,8 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
                     engine.step()
 
         return step
-    balancer = TaskBalancer(engine, tasks, "backbone", trainer.weighting, **trainer.balancer_options)
+    options = {**trainer.balancer_options, "check_ranks": way == "balancer"}
+    balancer = TaskBalancer(engine, tasks, "backbone", trainer.weighting, **options)
 
     def balanced() -> None:
         data = next(batches).batches
@@ -89,7 +91,7 @@ def bare_loop(way: str, trainer: Any, model: Any) -> Callable[[], None]:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Alternate the three loops; return the seconds of every block by loop, and the run. Call on every rank."""
+    """Alternate the loops; return the seconds of every block by loop, and the run. Call on every rank."""
     import torch
     import torch.distributed as dist
     from transformers import TrainerCallback, set_seed
@@ -119,7 +121,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Run the bare loops between the trainer's blocks, which are timed without them."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.loops = {way: bare_loop(way, trainer, build_model(config, facts)) for way in ("plain", "balancer")}
+            self.loops = {
+                way: bare_loop(way, trainer, build_model(config, facts)) for way in ("plain", "balancer", "unchecked")
+            }
             self._start()
 
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:

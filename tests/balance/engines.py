@@ -12,8 +12,8 @@ from allinone_ds import TBGC, TaskBalancer, task_features, weighting_from_config
 from allinone_ds.testing import cases, exactness, toy
 from allinone_ds.zero.params import whole_master
 
-__all__ = ["CASES", "FP32_KINDS", "cases", "finish", "largest_change", "make_balancer", "make_engine", "raises",
-           "run_case", "run_task", "toy", "weights", "whole_master"]  # fmt: skip
+__all__ = ["CASES", "FP32_KINDS", "cases", "finish", "inputs", "largest_change", "make_balancer", "make_engine",
+           "raises", "run_case", "run_task", "toy", "weights", "whole_master"]  # fmt: skip
 
 CASES = {case.name: case for case in cases.all_cases()}
 FP32_KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload", "zero3 fp32 offload")
@@ -44,11 +44,16 @@ def _from_config(engine, weighting, **options) -> TaskBalancer:
 run_case = partial(exactness.run_case, make_balancer=_from_config, whole_master=whole_master)
 
 
+def inputs(engine, task: str, step: int, k: int, rank: int | None = None) -> torch.Tensor:
+    """The micro-batch of a rank (None: of this one) on the engine's device, in the dtype of its weights."""
+    made = toy.inputs(task, step, k, dist.get_rank() if rank is None else rank)
+    return made.to(engine.device, next(engine.module.parameters()).dtype)
+
+
 def run_task(balancer: TaskBalancer, task: str, step: int = 0, micro_steps: int = 1, factor: float = 1.0) -> None:
-    dtype = next(balancer.engine.module.parameters()).dtype
     with balancer.task(task, micro_steps):
         for k in range(micro_steps):
-            x = toy.inputs(task, step, k, dist.get_rank()).to(dtype)
+            x = inputs(balancer.engine, task, step, k)
             balancer.backward(balancer.engine(task, x, k == micro_steps - 1) * factor)
 
 

@@ -30,6 +30,7 @@ from tests.balance.engines import (
     CASES,
     cases,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -60,7 +61,7 @@ def check_plain_deepspeed_drifts_on_zero3_and_ours_does_not() -> None:
     start = {n: p.detach() for n, p in toy.make_model().named_parameters()}
     for step in range(cases.STEPS):
         for task in toy.TASKS:
-            engine.backward(engine(task, toy.inputs(task, step, 0, dist.get_rank()).float(), True), scale_wrt_gas=False)
+            engine.backward(engine(task, inputs(engine, task, step, 0), True), scale_wrt_gas=False)
             engine.step()
     counts = dict.fromkeys(toy.TASKS, 1)
     wanted = reference_run({"name": "sum"}, cases.STEPS, counts, dist.get_world_size()).params

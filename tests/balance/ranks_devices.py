@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,4 +140,31 @@ def check_two_whole_gradients_do_not_exist_at_once() -> None:
     combiner.local.set = set_and_count
     balancer.step()
     assert left and left[: len(left)] == sorted(left, reverse=True) and left[-1] == 0
+    finish(balancer)
+
+
+class _Slow:
+    """A collective operation that all ranks wait in for some time, as for a large bucket on a slow link."""
+
+    def __init__(self, looks: int):
+        self.looks = looks
+
+    def wait(self, timeout):
+        self.looks -= 1
+        if self.looks:
+            time.sleep(0.03)
+            raise RuntimeError("the work is not done")
+        return True
+
+    def is_completed(self) -> bool:
+        return False
+
+
+def check_a_slow_reduction_that_all_ranks_wait_in_is_no_error() -> None:
+    balancer = make_balancer(make_engine())
+    balancer._agreement.wait(_Slow(looks=20))
+    dist.barrier()  # as the ranks of an operation are done at about the same time
+    for task in toy.TASKS:
+        run_task(balancer, task)
+    assert balancer.step().applied
     finish(balancer)

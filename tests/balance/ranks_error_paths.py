@@ -13,7 +13,7 @@ from allinone_ds import TaskBalancer, Weighting, weighting_from_config
 from allinone_ds.balance.combiners import base
 from allinone_ds.errors import BalancerError
 from allinone_ds.testing.reference import reference_run
-from tests.balance.engines import CASES, finish, largest_change, make_engine, run_task, toy, weights
+from tests.balance.engines import CASES, finish, inputs, largest_change, make_engine, run_task, toy, weights
 
 
 class Bad(Exception):
@@ -49,8 +49,7 @@ def _told(config: dict[str, Any]) -> Weighting:
 
 
 def loss_of(balancer: TaskBalancer, k: int = 0) -> torch.Tensor:
-    dtype = next(balancer.engine.module.parameters()).dtype
-    return balancer.engine("seg", toy.inputs("seg", 0, k, dist.get_rank()).to(dtype), True)
+    return balancer.engine("seg", inputs(balancer.engine, "seg", 0, k), True)
 
 
 # each path fails in the second task of a step, or in the step, and raises what it is listed with

@@ -11,13 +11,13 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_fu
 from allinone_ds import Sum
 from allinone_ds.distributed import any_rank
 from allinone_ds.testing.reference import gradients
-from tests.balance.engines import FP32_KINDS, finish, make_balancer, make_engine, run_task, toy, weights
+from tests.balance.engines import FP32_KINDS, finish, inputs, make_balancer, make_engine, run_task, toy, weights
 
 NAME = "backbone.stem.weight"
 
 
 def batch(engine, task: str, step: int, k: int) -> torch.Tensor:
-    return toy.inputs(task, step, k, dist.get_rank()).to(next(engine.module.parameters()).dtype)
+    return inputs(engine, task, step, k)
 
 
 def check_a_gradient_is_read_and_set_after_the_last_backward_of_its_block() -> None:

@@ -13,13 +13,23 @@ from torch import nn
 from allinone_ds import TBGC, Sum, TaskBalancer
 from allinone_ds.errors import BalancerError, ConfigError, UnsupportedEngine
 from allinone_ds.zero import support
-from tests.balance.engines import finish, largest_change, make_balancer, make_engine, raises, run_task, toy, weights
+from tests.balance.engines import (
+    finish,
+    inputs,
+    largest_change,
+    make_balancer,
+    make_engine,
+    raises,
+    run_task,
+    toy,
+    weights,
+)
 
 KINDS = ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32", "zero2 fp32 offload")
 
 
 def batch(engine, task: str, step: int, k: int = 0) -> torch.Tensor:
-    return toy.inputs(task, step, k, dist.get_rank()).to(next(engine.module.parameters()).dtype)
+    return inputs(engine, task, step, k)
 
 
 def train(case: str, norm: str, steps: int, call: Callable = lambda engine: None) -> list[dict]:

@@ -17,6 +17,7 @@ from tests.balance.engines import (
     CASES,
     FP32_KINDS,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -259,7 +260,7 @@ def check_errors_in_local_modes_leave_the_step_usable() -> None:
 
 def _break(balancer) -> None:
     with balancer.task("seg", 2):
-        balancer.backward(balancer.engine("seg", toy.inputs("seg", 9, 9, dist.get_rank()).float(), True))
+        balancer.backward(balancer.engine("seg", inputs(balancer.engine, "seg", 9, 9), True))
         raise KeyError("a loader's error")
 
 
@@ -337,7 +338,7 @@ def check_traces_prefetch_across_tasks() -> None:
                 engine.eval()
                 for task in toy.TASKS:
                     with torch.no_grad(), balancer.evaluation(task):
-                        engine(task, toy.inputs(task, 0, 0, 0).float(), True)
+                        engine(task, inputs(engine, task, 0, 0, 0), True)
                 engine.train()
         after[traces], late[traces] = weights(engine), fetches.late
         finish(balancer)
@@ -383,7 +384,7 @@ def check_weights_are_gathered_once_a_step() -> None:
                 assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in engine.module.parameters())
             gathered[kept] = gathers.elements
             with contextlib.suppress(BalancerError), balancer.task("det", 2):
-                x = toy.inputs("det", 4, 0, dist.get_rank()).float()
+                x = inputs(engine, "det", 4, 0)
                 balancer.backward(engine("det", x))  # one micro-step too few
             for task in toy.TASKS:
                 run_task(balancer, task, 4)

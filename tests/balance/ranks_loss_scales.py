@@ -19,6 +19,7 @@ from tests.balance.engines import (
     CASES,
     cases,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -102,7 +103,7 @@ def check_torch_autocast_trains_as_plain_deepspeed_does() -> None:
                 before = weights(engine)
                 balancer = make_balancer(engine, Sum()) if balanced else None
                 for step in range(3):
-                    x = toy.inputs("det", step, 0, dist.get_rank()).float()
+                    x = inputs(engine, "det", step, 0)
                     if balancer is None:
                         engine.backward(sum(engine("det", x * factor) for factor in (1, 0.5)))
                         engine.step()

@@ -18,6 +18,7 @@ from tests.balance.engines import (
     CASES,
     FP32_KINDS,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -38,7 +39,7 @@ def check_misuse_is_an_error_and_changes_nothing() -> None:
 def _misuse(case: str) -> None:
     engine = make_engine(case)
     balancer = make_balancer(engine)
-    x = toy.inputs("det", 0, 0, dist.get_rank()).float()
+    x = inputs(engine, "det", 0, 0)
     before = weights(engine)
 
     def enter(name, micro_steps=1, calls=1, loss=None):
@@ -94,7 +95,7 @@ def check_an_exception_inside_a_task_leaves_the_step_usable() -> None:
 
         def broken(balancer=balancer, engine=engine):
             with balancer.task("seg", 2):
-                balancer.backward(engine("seg", toy.inputs("seg", 9, 9, dist.get_rank()).float(), True))
+                balancer.backward(engine("seg", inputs(engine, "seg", 9, 9), True))
                 raise KeyError("a loader's error")
 
         raises(KeyError, "a loader's error", broken)

@@ -12,6 +12,7 @@ from allinone_ds.errors import BalancerError, NonFinite, UnsupportedEngine
 from tests.balance.engines import (
     FP32_KINDS,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -38,7 +39,7 @@ def check_gradients_of_earlier_plain_steps_are_forgotten() -> None:
         for use in ("fresh", "backward", "step"):
             engine = make_engine(case, lr=0.0)
             if use != "fresh":
-                engine.backward(engine("seg", toy.inputs("seg", 9, 0, dist.get_rank()).float()))
+                engine.backward(engine("seg", inputs(engine, "seg", 9, 0)))
             if use == "step":
                 engine.step()
             balancer = make_balancer(engine, Sum())
@@ -56,11 +57,10 @@ def check_every_micro_step_counts_wherever_its_loss_comes_from() -> None:
         for way in ("engine", "module", "forwards first"):
             engine = make_engine(case)
             balancer = make_balancer(engine)
-            dtype = next(engine.module.parameters()).dtype
             for task in toy.TASKS:
                 with balancer.task(task, micro_steps=2):
                     forward = engine.module if way == "module" else engine
-                    made = (forward(task, toy.inputs(task, 0, k, dist.get_rank()).to(dtype)) for k in range(2))
+                    made = (forward(task, inputs(engine, task, 0, k)) for k in range(2))
                     for loss in list(made) if way == "forwards first" else made:
                         balancer.backward(loss)
             balancer.step()
@@ -137,7 +137,7 @@ def check_a_zero_backbone_gradient_is_not_rescaled() -> None:
         balancer = make_balancer(engine, weighting)
         for task in toy.TASKS:
             with balancer.task(task):
-                loss = engine(task, toy.inputs(task, 0, 0, dist.get_rank()).float())
+                loss = engine(task, inputs(engine, task, 0, 0))
                 head = sum(p.square().sum() for p in engine.module.heads["seg"].parameters())
                 balancer.backward(head + 0 * loss if task == "seg" else loss)
         report = balancer.step()
@@ -179,7 +179,7 @@ def check_detach_gives_the_accumulation_boundary_back() -> None:
         boundaries = []
         for _ in range(8):
             boundaries.append(engine.is_gradient_accumulation_boundary())
-            engine.backward(engine("det", toy.inputs("det", 0, 0, dist.get_rank()).float()))
+            engine.backward(engine("det", inputs(engine, "det", 0, 0)))
             engine.step()
         assert sum(boundaries) == 2, (case, boundaries)
         engine.destroy()
@@ -234,7 +234,7 @@ def check_a_step_can_be_abandoned() -> None:
     balancer = make_balancer(engine)
     with balancer.task("det"):
         raises(BalancerError, "inside task 'det'", balancer.abandon)
-        balancer.backward(engine("det", toy.inputs("det", 0, 0, dist.get_rank()).float()))
+        balancer.backward(engine("det", inputs(engine, "det", 0, 0)))
     finish(balancer)
 
 
@@ -352,7 +352,7 @@ def check_parameters_can_be_gathered_inside_a_task() -> None:
                     gather()
                 if not inside and place == "before the forward":
                     gather()
-                x = toy.inputs("seg", 0, 0, dist.get_rank()).float()
+                x = inputs(engine, "seg", 0, 0)
                 with balancer.task("seg"):
                     if inside and place == "before the forward":
                         gather()

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from allinone_ds import TBGC, TaskBalancer, Weighting
 from allinone_ds.balance import agreement
 from allinone_ds.errors import BalancerError
-from tests.balance.engines import CASES, make_engine, run_task, toy
+from tests.balance.engines import CASES, inputs, make_engine, run_task, toy
 from tests.launcher import join_ranks
 
 
 def forward(balancer: TaskBalancer, task: str, step: int = 0) -> torch.Tensor:
-    x = toy.inputs(task, step, 0, dist.get_rank()).to(next(balancer.engine.module.parameters()).dtype)
+    x = inputs(balancer.engine, task, step, 0)
     return balancer.engine(task, x, True)
 
 

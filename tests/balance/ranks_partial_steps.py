@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from allinone_ds import TBGC
+from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.testing.reference import gradients
 from tests.balance.engines import FP32_KINDS, finish, largest_change, make_balancer, make_engine, run_task, toy, weights
 
@@ -32,6 +32,26 @@ def check_heads_of_absent_tasks_do_not_move() -> None:
             balancer.step()
             assert largest_change(after, weights(engine), "heads.seg") > 0, (case, optimizer, "trains on")
             finish(balancer)
+
+
+def check_heads_on_a_frozen_backbone_do_not_move_either() -> None:
+    """All that is trained is balanced; a task that is absent or not finite leaves its head as it is."""
+    for case in ("zero0 fp32", "zero2 fp32", "zero3 fp32"):
+        engine = make_engine(case, "adamw")
+        everything = [p for p in engine.module.parameters() if p.requires_grad]
+        balancer = TaskBalancer(engine, toy.TASKS, everything, TBGC(0.1))
+        for task in toy.TASKS:
+            run_task(balancer, task)
+        balancer.step()
+        before = weights(engine)
+        run_task(balancer, "det", step=1)
+        run_task(balancer, "seg", step=1, factor=float("nan"))
+        assert balancer.step(require_all=False).skipped == ("seg",)
+        after = weights(engine)
+        for still in ("heads.seg", "heads.cls", "late"):
+            assert largest_change(before, after, still) == 0.0, (case, still)
+        assert largest_change(before, after, "heads.det") > 0 and largest_change(before, after, "backbone.stem") > 0
+        finish(balancer)
 
 
 def check_partial_steps_equal_torch_with_absent_gradients() -> None:

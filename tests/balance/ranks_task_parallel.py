@@ -13,6 +13,7 @@ from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance.engines import (
     cases,
     finish,
+    inputs,
     largest_change,
     make_balancer,
     make_engine,
@@ -33,7 +34,6 @@ def make_apart(engine, weighting=None, **options) -> TaskBalancer:
 
 def run_own(balancer: TaskBalancer, step: int = 0, factors: dict | None = None, tasks=toy.TASKS) -> None:
     """This rank's micro-batches of this rank's tasks; losses times `factors` on the last rank that runs the task."""
-    dtype = next(balancer.engine.module.parameters()).dtype
     for task in balancer.tasks:
         if task not in tasks:
             continue
@@ -42,7 +42,7 @@ def run_own(balancer: TaskBalancer, step: int = 0, factors: dict | None = None, 
         mine = balancer.share(task, MICRO_STEPS[task])
         with balancer.task(task, len(mine)):
             for k, rank in mine:
-                loss = balancer.engine(task, toy.inputs(task, step, k, rank).to(dtype), k == MICRO_STEPS[task] - 1)
+                loss = balancer.engine(task, inputs(balancer.engine, task, step, k, rank), k == MICRO_STEPS[task] - 1)
                 balancer.backward(loss * factor)
 
 
@@ -219,7 +219,7 @@ def check_an_error_in_a_task_apart_leaves_the_step_usable() -> None:
 
         def fail(balancer=balancer, task=broken[0]):
             with balancer.task(task, 2):
-                balancer.backward(balancer.engine(task, toy.inputs(task, 9, 9, dist.get_rank()).float(), True))
+                balancer.backward(balancer.engine(task, inputs(balancer.engine, task, 9, 9), True))
                 raise KeyError("a loader's error")
 
         raises(KeyError, "a loader's error", fail)
@@ -250,7 +250,7 @@ def check_measuring_changes_nothing() -> None:
         engine = make_engine(case)
         balancer = make_apart(engine)
         for step in range(2):
-            x = toy.inputs("det", 7, 7, dist.get_rank()).float()
+            x = inputs(engine, "det", 7, 7)
             seconds = balancer.measure(lambda task, x=x: balancer.engine(task, x, True), repeats=2)  # noqa: B023
             assert set(seconds) == set(toy.TASKS) and min(seconds.values()) > 0
             run_own(balancer, step)

@@ -63,3 +63,21 @@ class Failing(SampleDataset):
 )
 def test_datasets_are_checked_like_sources(dataset, reasons):
     assert [str(p) for p in check_sources({"it": dataset}, progress=False)] == reasons
+
+
+def test_images_of_the_test_set_in_the_same_folder_are_used(tmp_path):
+    names = write_images(tmp_path / "images")
+    for part, chosen in (("train", names[:4]), ("test", names[4:6])):
+        (tmp_path / f"{part}.txt").write_text("".join(f"{name} {i % 2}\n" for i, name in enumerate(chosen)))
+    lists = {
+        part: source({"format": "image_list", "images": "images", "list": f"{part}.txt"}) for part in ("train", "test")
+    }
+
+    def unused(parts):
+        problems = check_sources(parts, tmp_path, progress=False, classes_of={"test": "train"})
+        return [p.reason for p in problems if "not used" in p.reason and "images" in p.file]
+
+    assert unused(lists) == ["images in no annotation, not used: 1 (6.png)"]
+    assert unused({"train": lists["train"]}) == ["images in no annotation, not used: 3 (4.png, 5.png, 6.png)"]
+    (tmp_path / "images" / "6.png").unlink()
+    assert unused(lists) == []

@@ -124,5 +124,5 @@ def test_too_many_unreadable_further_samples_end_the_run_with_a_reason(workers):
 def test_a_transform_that_combines_samples_needs_further_ones():
     with pytest.raises(ValueError, match="Mosaic combines several samples; call the transform with `further`"):
         train_transform(["Mosaic"], SIZE)(Shades(2)[0])
-    with pytest.raises(ValueError, match="Mosaic combines boxes or masks"):
+    with pytest.raises(BrokenSample, match="Mosaic combines boxes or masks"):
         train_transform(["Mosaic"], SIZE)({"image": Shades(2)[0]["image"], "label": 1}, lambda: Shades(2)[1])

@@ -117,7 +117,7 @@ def test_a_misspelt_new_format_is_refused_with_the_nearest_name():
 
 
 NOT_PATHS = {
-    *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "image_suffix"),
+    *("format", "kind", "bbox_format", "name", "split", "label_map_suffix", "map_suffix", "image_suffix"),
     *("image_column", "label_column", "delimiter", "columns", "box_columns", "label_columns", "part", "flip_pairs"),
     *("dataset", "reason", "options"),
 }
@@ -146,5 +146,24 @@ def test_every_path_of_a_format_is_expanded(source_class, name, monkeypatch):
 
 def test_every_format_of_the_package_is_registered():
     folder = Path(__file__).parents[2] / "allinone_ds" / "data" / "formats"
-    files = {file.stem for file in folder.glob("*.py") if "format: Literal[" in file.read_text()}
+    files = {file.stem for file in folder.rglob("*.py") if "format: Literal[" in file.read_text()}
     assert {source_class.__module__.rpartition(".")[2] for source_class in SOURCE_CLASSES} == files
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "image_table", "images": ".", "table": "t.csv", "label_columns": ["a", "b"]},
+        {"format": "label_maps", "images": ".", "label_maps": "m", "class_colors": ["#000000", [1, 2, 3]]},
+        {"format": "label_maps", "images": ".", "label_maps": "m", "class_ids": [0, 255]},
+        {"format": "box_table", "images": ".", "table": "t.csv", "label_column": None, "box_columns": ["bbox"]},
+        {"format": "yolo", "images": "images/train"},
+        {"format": "yolo", "data": "data.yaml", "split": "val"},
+        {"format": "voc", "path": "VOC2012", "kind": "segmentation", "split": "val"},
+        {"format": "datasets", "path": "x", "kind": "segmentation", "class_ids": [0, 5]},
+    ],
+)
+def test_what_a_run_writes_of_a_source_is_read_again(given):
+    """config.yaml of a run holds the defaults too."""
+    first = source(given)
+    assert source(first.model_dump(mode="json")) == first

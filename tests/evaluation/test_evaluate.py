@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from allinone_ds.data.augmentation.transforms import eval_transform
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.evaluation.evaluate import WORST, evaluate_tasks, score
 from allinone_ds.tasks.classification import ClassificationTask
 from tests.tiny import CLASSES, SIZE, samples, tiny_model

@@ -20,6 +20,7 @@ from allinone_ds.evaluation import video
 from allinone_ds.evaluation.inputs import find_inputs
 from allinone_ds.evaluation.predictor import Predictor, predict_images
 from allinone_ds.export.folders import export_run
+from allinone_ds.tasks.test_time import TestTime
 from tests.export.untrained import untrained_run
 from tests.tiny import LIGHT, tiny_model
 
@@ -259,6 +260,39 @@ def test_a_video_is_predicted_frame_by_frame(predictor: Predictor, tmp_path: Pat
     assert [record["seg"] for record in records] == expected
     drawn = list(video.read_frames(tmp_path / "out" / "clip-seg.mp4"))
     assert len(drawn) == 3 and {frame.image.shape for frame in drawn} == {drawn[0].image.shape}
+
+
+def test_only_every_nth_frame_of_a_video(predictor: Predictor, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    with video.VideoWriter(tmp_path / "clip.mp4", Fraction(6)) as writer:
+        for value in range(0, 200, 30):
+            writer.add(Image.fromarray(np.full((48, 64, 3), value, np.uint8)))
+    every = dict(zip(range(7), video.read_frames(tmp_path / "clip.mp4"), strict=True))
+    found = list(predictor.predict_video(tmp_path / "clip.mp4", "seg", every=3))
+    assert [frame.number for frame, _ in found] == [0, 3, 6] and found[1][0].seconds == 0.5
+    for frame, prediction in found:
+        expected = predictor.predict(every[frame.number].image, "seg")[0]
+        assert torch.equal(prediction["mask"], expected["mask"])
+    predict_images(predictor, [tmp_path / "clip.mp4"], tmp_path / "out", tasks=["seg"], every=3)
+    records = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [record["frame"] for record in records] == [0, 3, 6]
+    drawn = list(video.read_frames(tmp_path / "out" / "clip-seg.mp4"))
+    assert len(drawn) == 3 and drawn[1].seconds == 0.5  # the speed of the original
+    for start in (lambda: predict_images(predictor, [tmp_path / "clip.mp4"], tmp_path, every=0),
+                  lambda: predictor.predict_video(tmp_path / "clip.mp4", "seg", every=0)):  # fmt: skip
+        with pytest.raises(ConfigError, match="every = 0: give 1"):
+            start()
+
+
+def test_a_run_predicts_with_the_views_of_its_file(predictor: Predictor, run: Path, tmp_path: Path) -> None:
+    image, views = photo(tmp_path / "a.png"), TestTime(flip=True)
+    alone, merged = predictor.predict(image, "det")[0], predictor.predict(image, "det", test_time=views)[0]
+    assert not torch.equal(alone["scores"], merged["scores"])
+    merging = Predictor(predictor.model, {"det": views})
+    assert torch.equal(merging.predict(image, "det")[0]["scores"], merged["scores"])
+    assert torch.equal(merging.predict(image, "det", test_time=None)[0]["scores"], alone["scores"])
+    loaded = allinone_ds.load(run, overrides=["tasks.seg.test_time.flip=true"])
+    assert loaded.test_time["seg"] == views
 
 
 @pytest.mark.parametrize(

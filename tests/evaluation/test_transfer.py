@@ -62,7 +62,7 @@ def test_baselines_are_trained_once_compared_and_reported(
         run_ranks(RANKS_TRAIN, ranks, tmp_path / started[-1], config)
         return 0.0
 
-    monkeypatch.setattr(commands, "_run", run)
+    monkeypatch.setattr(commands, "run_and_follow", run)
     assert main(["transfer", str(trained)]) == 0
     assert started == ["cls", "seg"]
     printed = capsys.readouterr().out

@@ -178,3 +178,12 @@ def test_classes_and_names_that_yaml_would_change_survive(tmp_path: Path) -> Non
     [(name, task)] = load_config(first.file).tasks.items()
     assert name == "on"
     assert open_source(task.train_source, tmp_path / "on").classes == ["# c", "1", "1e3", "a: b", "no", "null"]
+
+
+def test_no_file_remains_that_cannot_be_read(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "pets" / "images", 6)
+    rows = "".join(f"{name},a{i % 2}\x00\n" for i, name in enumerate(names))
+    (tmp_path / "pets" / "t.csv").write_text(f"image,label\n{rows}")
+    with pytest.raises(DataError, match=r"class name 'a0\\x00' holds a control character; rename it"):
+        write_first_run([tmp_path / "pets"], tmp_path / "run.yaml")
+    assert not (tmp_path / "run.yaml").exists()

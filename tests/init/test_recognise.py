@@ -106,6 +106,7 @@ def test_boxes_and_classes_of_tables(tmp_path: Path) -> None:
         ("file,label,bbox_x1,bbox_y1,bbox_x2,bbox_y2", "a,60,40,80,60", "xyxy", False),
         ("file,label,bbox", 'a,"[60, 40, 80, 60]"', "xyxy", False),  # beyond the image as a size
         ("file,label,bbox", 'a,"60 40 20 20"', "xywh", False),
+        ("file,label,x1,y1,x2,y2", "a,60,40,20,20", "xywh", False),  # sizes that are called corners
     ],
 )
 def test_headers_of_boxes(tmp_path: Path, header: str, row: str, kind: str, fractions: bool) -> None:
@@ -116,6 +117,37 @@ def test_headers_of_boxes(tmp_path: Path, header: str, row: str, kind: str, frac
     dataset = open_source(TypeAdapter(Source).validate_python(task.train), tmp_path)
     expected = [32.0, 24.0, 48.0, 36.0] if fractions else [60.0, 40.0, 80.0, 60.0]
     assert dataset[0]["boxes"].tolist() == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"image,label\n", "t.csv: it has no row below the header"),
+        (b"image,label\nC:\\d\\p0.png,a\n", r"t.csv: names C:\d\p0.png, which is not here"),
+        (b"image,label\np9,a\n", "t.csv: no column of it names images that are here"),
+        (b"image,label\np0.png,caf\xe9\n", "t.csv: cannot be read as text: .*save it as UTF-8"),
+        (b"image,a,b\np0.png,1,0\np1.png,1,1\n", "2 columns of 0 and 1 are several labels per image.* in 1 of 2 rows"),
+    ],
+)
+def test_a_table_that_is_not_read_is_named(tmp_path: Path, text: bytes, says: str) -> None:
+    write_pictures(tmp_path / "images", 2)
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(DataError, match=says.replace("C:\\d\\", r"C:\\d\\")):
+        recognise(tmp_path)
+
+
+def test_ids_that_a_spreadsheet_wrote_are_classes(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path / "images", 6)
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(f"{n},{i % 3}.0\n" for i, n in enumerate(names)))
+    assert only(tmp_path).train["label_column"] == "label"
+
+
+def test_a_coco_json_without_boxes_is_named(tmp_path: Path) -> None:
+    coco_one_json(tmp_path)
+    text = (tmp_path / "labels.json").read_text().replace('"bbox"', '"segmentation"')
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(DataError, match="labels.json is a COCO json, but none of its 12 annotations has a bbox"):
+        recognise(tmp_path)
 
 
 def test_coloured_masks_and_lists_of_names_are_named(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ VITS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": VIT,
     "dinov3_vit": {**VIT, "intermediate_size": 64},
     "vit": {**VIT, "intermediate_size": 64},
+    "deit": {**VIT, "intermediate_size": 64},
+    "vit_mae": {**VIT, "intermediate_size": 64},
+    "beit": {**VIT, "intermediate_size": 64, "use_relative_position_bias": True},
     "vitdet": {**VIT, "pretrain_image_size": 64},
 }
 HIERARCHICAL: dict[str, dict[str, Any]] = {

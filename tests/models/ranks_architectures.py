@@ -101,7 +101,7 @@ def load(name: str) -> None:
 
 
 def check_vits() -> None:
-    for name in ("dinov2", "vit"):
+    for name in ("dinov2", "vit", "deit", "vit_mae", "beit"):
         train(name)
 
 
@@ -122,7 +122,7 @@ def check_timm() -> None:
 
 
 def check_folders() -> None:
-    for name in ("vit", "swin", "convnext", "hiera"):
+    for name in ("vit", "vit_mae", "beit", "swin", "convnext", "hiera"):
         load(name)
 
 

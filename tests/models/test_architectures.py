@@ -66,14 +66,39 @@ def test_one_map_holds_all_stages_at_the_chosen_stride(name: str, stride: int) -
     assert start == found.shape[1] == backbone.channels
 
 
-def test_the_vit_is_that_of_transformers() -> None:
-    backbone = net("vit", out_indices=[2]).eval()
-    theirs = transformers.ViTModel(backbone.config, add_pooling_layer=False).eval()
+@pytest.mark.parametrize("name", ["vit", "deit", "vit_mae"])
+def test_a_model_without_a_backbone_class_is_that_of_transformers(name: str) -> None:
+    backbone = net(name, out_indices=[2]).eval()
+    if name == "vit_mae":
+        theirs = transformers.ViTMAEModel(backbone.config).eval()
+    else:
+        cls = transformers.ViTModel if name == "vit" else transformers.DeiTModel
+        theirs = cls(backbone.config, add_pooling_layer=False).eval()
     theirs.load_state_dict(backbone.net.state_dict())
     for size in (SIZE, (32, 96)):
-        tokens = theirs(pixels(*size), interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # (B, N, C)
-        expected = tokens.transpose(1, 2).unflatten(2, (size[0] // 8, size[1] // 8))
+        h, w = size[0] // 8, size[1] // 8
+        more = {"noise": torch.arange(h * w).expand(2, -1)} if name == "vit_mae" else {}
+        tokens = theirs(pixels(*size), interpolate_pos_encoding=True, **more).last_hidden_state[:, -h * w :]
+        expected = tokens.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         torch.testing.assert_close(backbone(pixels(*size)).feature_maps[0], expected)
+
+
+def test_folders_of_pretraining_and_of_classifiers_give_their_encoder(tmp_path: Path) -> None:
+    for name, cls in (
+        ("vit_mae", transformers.ViTMAEForPreTraining),
+        ("deit", transformers.DeiTForImageClassificationWithTeacher),
+        ("beit", transformers.BeitForMaskedImageModeling),
+    ):
+        config = type(net(name).config)(**NETS[name])
+        torch.manual_seed(1)
+        model = cls(config)
+        model.save_pretrained(tmp_path / name)
+        backbone = build_backbone(BackboneConfig(name=str(tmp_path / name)))
+        assert backbone.loaded is not None and backbone.loaded.complete, name
+        state = model.state_dict()
+        for key, value in backbone.net.state_dict().items():
+            theirs = next(state[known] for known in (key, f"vit.{key}", f"deit.{key}") if known in state)
+            assert torch.equal(value, theirs), (name, key)
 
 
 @pytest.mark.parametrize("name", every_net)
@@ -137,6 +162,8 @@ def test_an_exported_model_gives_what_the_run_gives(name: str, tmp_path: Path) -
     again = build_backbone(BackboneConfig(name=str(tmp_path / "export" / "backbone"))).eval()
     assert torch.equal(again(pixels()).feature_maps[0], model.backbone(pixels()).feature_maps[0])
     card = (tmp_path / "export" / "backbone" / "README.md").read_text()
+    if name in ("deit", "vit_mae"):
+        assert f"{type(again.net).__name__}.from_pretrained" in card
     if name == "vit":
         assert "ViTModel.from_pretrained" in card
         transformers.ViTModel.from_pretrained(tmp_path / "export" / "backbone", add_pooling_layer=False)

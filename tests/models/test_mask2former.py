@@ -16,8 +16,10 @@ from allinone_ds.models.mask2former import (
     Mask2FormerOutput,
     Mask2FormerSegmenter,
     _cell_centers,
+    _Criterion,
     _Float32DeformableAttention,
 )
+from allinone_ds.tasks.segmentation import SegmentationTask
 
 
 def segmenter(**options):
@@ -140,3 +142,37 @@ def test_defaults_are_those_of_the_paper():
 def test_dropout_skips_no_layer():
     # a rank that skips a layer would leave the other ranks waiting for its parameters under ZeRO-3
     assert segmenter(dropout=0.5).net.transformer.decoder.layerdrop == 0
+
+
+def test_a_mask_of_weight_w_counts_as_w():
+    classes, masks = torch.randn(2, 6, 4), torch.randn(2, 6, 16, 16)
+    truth = torch.randint(0, 3, (2, 32, 32))
+    truth[0, truth[0] == 1] = 0  # class 1 is in one image only
+    losses = []
+    for weights in (None, [1.0, 1.0, 1.0], [1.0, 1.0, 5.0], [5.0, 5.0, 5.0]):
+        torch.manual_seed(3)
+        losses.append(segmenter(class_weights=weights).loss([classes], [masks], truth, 255))
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0] < losses[2] < losses[3]
+    criterion = _Criterion(segmenter().config, {})
+    criterion.empty_weight[:-1] = torch.tensor([1.0, 3.0, 5.0])
+    labels, indices = [torch.tensor([0, 2]), torch.tensor([1])], [([4, 1], [0, 1]), ([2], [0])]
+    indices = [tuple(map(torch.tensor, pair)) for pair in indices]
+    found = criterion.loss_labels(classes, labels, indices)["loss_cross_entropy"]
+    log_p = classes.double().log_softmax(-1)
+    matched = log_p[0, 4, 0] + 5 * log_p[0, 1, 2] + 3 * log_p[1, 2, 1]
+    rest = log_p[..., 3].sum() - log_p[0, 4, 3] - log_p[0, 1, 3] - log_p[1, 2, 3]
+    torch.testing.assert_close(found, (-(matched + 0.1 * rest) / (3 + 0.1 * 9)).float())
+
+
+def test_balanced_weights_follow_the_frequency_of_masks():
+    options = {"width": 32, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 2, "attention_heads": 4}
+    given = (["a", "b", "c"], 8, 4, 1, (16, 16), "mask2former")
+    task = SegmentationTask("seg", *given, **options, class_weights="balanced")
+    assert task.samples_to_count() > 0
+    mask = torch.zeros(8, 8, dtype=torch.uint8)
+    mask[0, 0], mask[1] = 2, 255
+    assert task.class_shares({"mask": mask}).tolist() == [0.5, 0.0, 0.5]
+    task.use_frequencies([0.5, 0.25, 0.25])
+    assert torch.allclose(torch.tensor(task.segmenter.class_loss.weights), torch.tensor([2, 4, 4]) / 3, rtol=1e-2)
+    assert SegmentationTask("seg", *given, **options).samples_to_count() == 0

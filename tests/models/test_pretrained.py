@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone, BackboneConfig, build_backbone
+from allinone_ds.models.pretrained import checkpoint_config
 from tests.tiny import tiny_backbone
 
 TYPES = ["dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet"]
@@ -191,3 +192,16 @@ def test_a_folder_of_timm_says_what_was_loaded(tmp_path: Path) -> None:
     loaded = build_backbone(BackboneConfig(model_type="timm_backbone", checkpoint=str(tmp_path)))  # type: ignore[call-arg]
     assert loaded.loaded is not None and loaded.loaded.prefix == "module."
     assert loaded.loaded.unexpected == ("head.weight",) and loaded.loaded.loaded == len(source.net.state_dict())
+
+
+def test_a_checkpoint_that_is_not_here_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="checkpoint: ./nowhere is no folder; correct the path, or give OWNER/NAME"):
+        checkpoint_config("./nowhere")
+
+    def unreachable(name: str) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr("allinone_ds.models.pretrained.AutoConfig.from_pretrained", unreachable)
+    for build in (checkpoint_config, lambda name: build_backbone(BackboneConfig(checkpoint=name, model_type="deit"))):
+        with pytest.raises(ConfigError, match="'facebook/deit-x' is no folder, .*: We couldn't.* `hf download facebo"):
+            build("facebook/deit-x")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from allinone_ds import cli
 from allinone_ds.data.augmentation.transforms import eval_transform
-from allinone_ds.data.loading.loader import TaskData
+from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.evaluation import predictor
 from allinone_ds.evaluation.metrics import Evaluation
 from allinone_ds.reporting.class_tables import MATRIX, ROWS, class_tables

@@ -66,7 +66,7 @@ def test_the_table_of_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_the_summary_after_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands._summary(run, 60.0)
+    commands.print_summary(run, 60.0)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert_rows(rows)
     averaged = rows[rows.index(["averaged", "weights"]) :]

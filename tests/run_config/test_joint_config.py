@@ -55,7 +55,7 @@ def test_tasks_take_their_images_from_the_group(tmp_path: Path) -> None:
         (["joint.rooms.train.format=coco"], "format is 'coco'"),
         (["joint.rooms.train.labels.seg.format=joint"], "format is 'joint'"),
         (["joint.rooms.augment=[Mosaic]"], "Mosaic supports only detection and segmentation, the data is joint"),
-        (["joint.rooms.augment=[RandAugment]"], "RandAugment supports only classification"),
+        (["joint.rooms.augment=[RandAugment]"], "for the task 'seg': augment[0]: RandAugment supports only"),
         (["joint.rooms.split={test: 0.2}"], "'test' and 'split' are both set"),
         (["balancer.norm=delayed"], "joint.rooms: a joint group needs norm='exact' and parallel='data'"),
         (["balancer.norm=sketch"], "joint.rooms: a joint group needs norm='exact' and parallel='data'"),

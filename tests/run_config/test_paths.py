@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from allinone_ds import cli
-from allinone_ds.commands import _folder_of
 from allinone_ds.errors import ConfigError
+from allinone_ds.followed_run import folder_of
 from allinone_ds.run_config.arguments import arguments_from_config
 from allinone_ds.run_config.run_files import save_config
 from allinone_ds.run_config.schema import load_config
@@ -34,7 +34,7 @@ def test_the_folder_of_a_run_is_one(file: Path, start: str) -> None:
     config = load_config(file, [override])
     expected = file.parent / "runs" / "x"
     assert config.run_dir == expected == Path(str(arguments_from_config(config).output_dir))
-    assert _folder_of(read_yaml(file, [override])) == expected  # of the log that the command follows
+    assert folder_of(read_yaml(file, [override])) == expected  # of the log that the command follows
     (expected / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ConfigError, match="already holds checkpoint-3"):
         check_resume(False, config.run_dir)

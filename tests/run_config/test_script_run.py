@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 
 import allinone_ds
 from allinone_ds import TBGC, GramWeighting, Static, cli
-from allinone_ds.data import TaskData, eval_transform, open_source, train_transform
+from allinone_ds.data import Joint, PairedSource, TaskData, eval_transform, open_source, train_transform
 from allinone_ds.data.augmentation.transforms import SampleTransform
 from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.joint.batches import JointCollate
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.evaluation.evaluate import evaluate_tasks
 from allinone_ds.evaluation.predictor import evaluate_run
@@ -28,6 +29,7 @@ from allinone_ds.run_config.script_run import script_run_files
 from allinone_ds.tasks import build_task, task_class
 from allinone_ds.tasks.classification import ClassificationTask
 from allinone_ds.tasks.test_time import TestTime
+from tests.joint_set import CLASSES, joint_source, make_joint_set
 from tests.tiny import SIZE, tiny_backbone
 from tests.tiny_run import tiny_run
 
@@ -196,3 +198,31 @@ def test_no_secret_is_written(home: Path, tmp_path: Path) -> None:
     script.args.hub_token = script.args.push_to_hub_token = "hf_secret"  # noqa: S105
     script.write()
     assert "hf_secret" not in json.dumps(load_config(tmp_path / "run" / "config.yaml").model_dump(mode="json"))
+
+
+def test_a_joint_group_of_a_script_is_evaluated_from_its_folder(tmp_path: Path) -> None:
+    make_joint_set(tmp_path / "data")
+    trunk = tiny_backbone()
+    kinds = {"seg": "segmentation", "det": "detection", "cls": "classification"}
+    content = {part: joint_source(part) for part in ("train", "test")}
+    for source in content.values():
+        source["labels"]["seg"]["classes"] = CLASSES["seg"]
+    train = open_source(PairedSource(**content["train"]), tmp_path / "data")
+    test = open_source(PairedSource(**content["test"]), tmp_path / "data", dict(train.classes_of))
+    torch.manual_seed(0)
+    tasks = {name: build_task(kind, name, CLASSES[name], trunk, SIZE) for name, kind in kinds.items()}
+    collate = JointCollate(
+        {name: task.collate for name, task in tasks.items()}, {name: task.unlabelled for name, task in tasks.items()}
+    )
+    joint = Joint(tuple(kinds), at="features", test_time={"seg": TestTime(flip=True)})
+    script = Script.__new__(Script)
+    script.folder, script.weighting = tmp_path / "run", TBGC()
+    script.model = AllInOneModel(trunk, tasks).eval()
+    script.args = AllInOneArguments(str(script.folder), max_steps=7, deepspeed="configs/deepspeed/zero1.json")
+    transform = train_transform([], SIZE)
+    script.train = {"rooms": TaskData(train, transform, collate, batch_size=2, joint=joint)}
+    script.test = {"rooms": TaskData(test, eval_transform(SIZE), collate, batch_size=3, joint=joint)}
+    assert script.write() == []
+    config = load_config(script.folder / "config.yaml")
+    assert (config.joint["rooms"].at, config.tasks["det"].batch_size, list(config.images)) == ("features", 2, ["rooms"])
+    assert evaluate_run(script.folder) == evaluate_tasks(script.model, script.test, torch.device("cpu"))

@@ -62,9 +62,12 @@ def kind_samples(count: int = 4, boxes: bool = True, kind: str = "") -> list[dic
     return made
 
 
-def kind_model(name: str, **backbone: object) -> AllInOneModel:
-    """A tiny model with one task, called `it`."""
+def kind_model(*names: str, **backbone: object) -> AllInOneModel:
+    """A tiny model with a task for each name."""
     torch.manual_seed(0)
     trunk = tiny_backbone(**backbone)  # type: ignore[arg-type]
-    type_name, classes, head, options = KINDS[name]
-    return AllInOneModel(trunk, {"it": build_task(type_name, "it", classes, trunk, SIZE, head, options)})
+    tasks = {}
+    for name in names:
+        type_name, classes, head, options = KINDS[name]
+        tasks[name] = build_task(type_name, name, classes, trunk, SIZE, head, options)
+    return AllInOneModel(trunk, tasks)

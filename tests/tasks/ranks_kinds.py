@@ -36,7 +36,7 @@ def check_metrics() -> None:
     for name in KINDS:
         made = kind_samples(7, kind=name)
         torch.manual_seed(3)
-        task = kind_model(name).tasks["it"]
+        task = kind_model(name).tasks[name]
         predictions = predictions_of(task, made)
         single = task.metric()
         initialized, dist.is_initialized = dist.is_initialized, lambda: False
@@ -51,38 +51,39 @@ def check_metrics() -> None:
             metric.update(predictions[part], made[part])
             assert metric.compute() == expected, (name, metric.compute(), expected)
             assert task.details(metric) == details
-        assert 0 < expected[task.main_metric] < 1, (name, expected)
+        assert any(0 < value < 1 for value in expected.values()), (name, expected)
 
 
 def check_zero3() -> None:
-    for name in ("binary", "numbers", "arcface", "supcon", "heatmap", "fcos_masks", "mask2former"):
-        settings = {
-            "train_micro_batch_size_per_gpu": 4,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "bf16": {"enabled": True},
-            "gradient_clipping": 0.0,
-            "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}},
-            "steps_per_print": 1000000,
-        }
-        alive = HfDeepSpeedConfig(settings)  # noqa: F841, transformers holds it by a weak reference
-        model = kind_model(name)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-        task = engine.module.tasks["it"]
-        losses = []
-        for _ in range(4):
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": True},
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}},
+        "steps_per_print": 1000000,
+    }
+    alive = HfDeepSpeedConfig(settings)  # noqa: F841, transformers holds it by a weak reference
+    model = kind_model(*KINDS)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    losses: dict[str, list[float]] = {}
+    for _ in range(4):
+        for name, task in engine.module.tasks.items():
             made = kind_samples(4, boxes=dist.get_rank() == 0, kind=name)  # rank 1 has no targets
-            out = engine(task="it", **task.collate(made))
+            out = engine(task=name, **task.collate(made))
             assert out.loss.dtype == torch.float32 and out.loss.isfinite(), name
             engine.backward(out.loss)
             engine.step()
-            losses.append(out.loss.item())
-        engine.eval()
-        with torch.no_grad():
-            out = engine(task="it", **{"pixel_values": task.collate(kind_samples(2))["pixel_values"]})
+            losses.setdefault(name, []).append(out.loss.item())
+    engine.eval()
+    with torch.no_grad():
+        for name, task in engine.module.tasks.items():
+            out = engine(task=name, pixel_values=task.collate(kind_samples(2))["pixel_values"])
             assert len(task.predict(out, [(32, 32)] * 2)) == 2
-        if dist.get_rank() == 0 and name not in ("supcon", "heatmap", "fcos_masks"):
-            assert losses[-1] < losses[0], (name, losses)
-        engine.destroy()
+    if dist.get_rank() == 0:
+        for name in ("binary", "numbers", "arcface", "mask2former"):
+            assert losses[name][-1] < losses[name][0], (name, losses)
+    engine.destroy()
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def check_kinds() -> None:
     """A different optimizer, and a schedule of a different kind, are refused; one that waits keeps its reductions."""
     with pytest.raises(ConfigError, match="trainer.optim = 'sgd': .* was saved with 'adamw_torch'.*model.start_from"):
         trained("sgd", "trainer.optim=sgd", after=begun(2))
+    other = trained("weights", "balancer={name: random, seed: 3}", after=begun(2))  # its state is none of TBGC's
+    assert len(history(other, "learning_rate")) == 4
     plateau = ["trainer.lr_scheduler_type=reduce_lr_on_plateau", "trainer.eval_strategy=steps", "trainer.eval_steps=1",
                "trainer.lr_scheduler_kwargs={patience: 0, threshold: 10.0, factor: 0.5}"]  # fmt: skip
     with pytest.raises(ConfigError, match="reduce_lr_on_plateau': .* schedule of a different kind"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from allinone_ds.training.label_weights import LabelWeights
+from allinone_ds.data import Joint
+from allinone_ds.training.label_weights import LabelWeights, block
 from tests.launcher import run_ranks
 from tests.tasks.heads import HEADS
 from tests.tiny import tiny_model
@@ -82,3 +84,32 @@ def test_tasks_that_count_images_need_no_weights() -> None:
     weights = LabelWeights(tasks, dict.fromkeys(tasks, 4))
     assert sorted(weights.tasks) == ["det", "seg"]
     assert weights.of_step({"cls": [{"labels": torch.zeros(3)}] * 2}) == {"cls": [1.0, 1.0]}
+
+
+def test_a_group_counts_the_images_that_have_labels_and_leaves_out_a_task_without_any() -> None:
+    tasks = dict(tiny_model().tasks)
+    weights = LabelWeights(tasks, dict.fromkeys(tasks, 2), {"rooms": ["seg", "det", "cls"]})
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    pixels[:, :16] = 255
+    none = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}]
+    batches = [
+        {"labels": {"seg": pixels, "det": none, "cls": torch.zeros(3)}, "labelled": {"seg": 3, "det": 0, "cls": 3}},
+        {"labels": {"seg": pixels[:1], "det": none, "cls": torch.zeros(1)}, "labelled": {"seg": 1, "det": 0, "cls": 0}},
+    ]
+    assert weights.of_step({"rooms": batches}) == {"seg": [1.5, 0.5], "det": None, "cls": [2.0, 0.0]}
+    for batch in batches:
+        batch["labelled"]["det"] = 1  # images without objects are labels too
+    assert weights.of_step({"rooms": batches})["det"] == [2.0, 2.0]
+
+
+def test_a_frozen_backbone_is_balanced_at_no_features() -> None:
+    asked = []
+    balancer = SimpleNamespace(
+        task=lambda name, micro_steps: asked.append((name, micro_steps)),
+        joint=lambda tasks, micro_steps, at: asked.append((tasks, micro_steps, at)),
+    )
+    joint = Joint(("seg", "cls"), at="features")
+    block(balancer, "det", None, 3, frozen=False)
+    block(balancer, "rooms", joint, 2, frozen=False)
+    block(balancer, "rooms", joint, 2, frozen=True)
+    assert asked == [("det", 3), (("seg", "cls"), 2, "features"), (("seg", "cls"), 2, "backbone")]

@@ -228,7 +228,7 @@ def test_any_key_that_makes_trainer_compile_leaves_the_compiler_on(monkeypatch: 
         launch, "follow_run", lambda command, environment, *rest: seen.append("TORCHDYNAMO_DISABLE" in environment)
     )
     for trainer in ({}, {"torch_compile": True}, {"torch_compile_backend": "aot_eager"}):
-        commands._run("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
+        commands.run_and_follow("run.yaml", [], {"name": "x", "trainer": trainer}, ranks=1)
     assert seen == [True, False, False]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 WRONG: dict[str, list[str]] = {
     # arguments that transformers refuses
-    "trainer.load_best_model_at_end = True": ["trainer.load_best_model_at_end=true", "trainer.save_steps=3"],
+    "trainer.save_steps = 2, trainer.eval_steps = 3 with load_best_model_at_end: ": [
+        "trainer.load_best_model_at_end=true",
+        "trainer.eval_steps=3",
+    ],
     "trainer.save_strategy = ": ["trainer.load_best_model_at_end=true", "trainer.save_strategy=no"],
     "trainer.logging_steps = 1.5": ["trainer.logging_steps=1.5"],
     "trainer.eval_steps = 2.5": ["trainer.eval_steps=2.5"],
@@ -71,7 +74,10 @@ WRONG: dict[str, list[str]] = {
     "hidden_size 32 must be a multiple of num_attention_heads (3)": ["model.backbone.config.num_attention_heads=3"],
     "unknown key 'depth'": ["model.backbone.config.depth=3"],
     "model.backbone.out_indices = [1, 9]": ["model.backbone.out_indices=[1,9]"],
-    "model.backbone (dinov2)": ["model.backbone.checkpoint=/nowhere", "model.backbone.stem=patch"],
+    "model.backbone.checkpoint: /nowhere is no folder": [
+        "model.backbone.checkpoint=/nowhere",
+        "model.backbone.stem=patch",
+    ],
     "tasks.cls.test_time": ["tasks.cls.test_time.flip=true"],
     "model.freeze = 9: the backbone has 2 layers": ["model.freeze=9"],
     # folders, callbacks, length

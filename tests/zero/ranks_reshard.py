@@ -17,7 +17,7 @@ from allinone_ds.training.ema import ShardEMA, ema_file
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import save_engine
 from allinone_ds.zero.engines.choose import open_engine
-from tests.balance.engines import finish, make_balancer, make_engine, toy
+from tests.balance.engines import finish, inputs, make_balancer, make_engine, toy
 from tests.launcher import run_checks
 
 PRECISIONS = ("fp32", "bf16", "bf16 fp32-accumulation", "fp16", "fp32 offload", "bf16 offload",
@@ -29,11 +29,10 @@ NEXT_STEPS = 2
 
 def train(balancer, step: int) -> list[float]:
     """One step; the tasks' losses."""
-    dtype = next(balancer.engine.module.parameters()).dtype
     for task in toy.TASKS:
         with balancer.task(task, 2):
             for rank in range(2):
-                balancer.backward(balancer.engine(task, toy.inputs(task, step, 0, rank).to(dtype), True))
+                balancer.backward(balancer.engine(task, inputs(balancer.engine, task, step, 0, rank), True))
     report = balancer.step()
     assert report.applied
     return [float(loss) for loss in report.losses.values()]

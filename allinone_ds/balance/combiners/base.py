@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ class Combined:
         )
 
 
+def _nothing(device: torch.device) -> None:
+    pass
+
+
 class Combiner(ABC):
     """Takes one gradient per task from the engine and gives the engine their weighted sum.
 
@@ -75,6 +79,7 @@ class Combiner(ABC):
         records: record of each task that was added since the last `clear`.
         usable: whether the gradient of each task is to be used, 0-dim bool on the device.
         factors: of each task, 0-dim.
+        before_verdict: called before this rank waits for the device, which may wait for other ranks.
     """
 
     watch: bool = False
@@ -88,6 +93,7 @@ class Combiner(ABC):
         self.records: dict[str, StepRecord] = {}
         self.usable: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
+        self.before_verdict: Callable[[torch.device], None] = _nothing
         self._kept: list[list[Tensor]] = []
         self._sum: list[Tensor] = []
         self._gram: Tensor | None = None
@@ -273,7 +279,9 @@ class Combiner(ABC):
         flags = [self.usable[task] for task in ran]
         flags += [torch.isfinite(self.records[task].whole_norms[0]) for task in ran]
         flags += [torch.isfinite(factor) for factor in factors.values()]
-        answers = torch.stack(flags).tolist()
+        together = torch.stack(flags)
+        self.before_verdict(together.device)
+        answers = together.tolist()
         usable, finite = answers[: len(ran)], answers[len(ran) : 2 * len(ran)]
         skipped = tuple(task for task, good in zip(ran, usable, strict=True) if not good)
         overflow = self.adapter.fp16 and any(u and not f for u, f in zip(usable, finite, strict=True))

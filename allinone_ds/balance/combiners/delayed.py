@@ -54,7 +54,7 @@ class DelayedCombiner(LocalCombiner):
 
     def begin(self, task: str) -> None:
         if self._exact:
-            self._exact.watch = self.watch
+            self._exact.watch, self._exact.before_verdict = self.watch, self.before_verdict
             self._exact.begin(task)
             return
         super().begin(task)

@@ -138,6 +138,7 @@ class StreamingCombiner(ExactCombiner):
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, order: tuple[str, ...]):
         super().__init__(adapter, weighting, order)
         self.flats: list[Tensor] = []
+        self._views: tuple[list[Tensor], list[Tensor]] | None = None  # of them: the shared backbone, and all others
         self._changed = False  # whether they hold anything but zeros
         self._sketcher: Sketcher | None = None
         self._sketches: dict[str, Tensor] = {}
@@ -152,7 +153,8 @@ class StreamingCombiner(ExactCombiner):
         shared, other = self._split(pieces)
         if self.watch:
             self._sketches[task] = self._sketch(shared).mul_(unit)
-        shared_sum, other_sum = self._split(cut(self.flats, self.adapter.pieces))
+        self._views = self._views or self._split(cut(self.flats, self.adapter.pieces))
+        shared_sum, other_sum = self._views
         on_shard = self.adapter.device
         shared_factor, on_shard_usable = torch.stack([factor.float(), usable.float()]).to(on_shard)  # one transfer
         on_shard_usable = on_shard_usable.bool()

@@ -74,6 +74,12 @@ class GramWeighting(Weighting):
         return f"GramWeighting({self.function!r})"
 
 
+def kind_of(weighting: Any) -> str:
+    """Return whose state a weighting has: its class, and that of its function."""
+    names = [type(part).__name__ for part in (weighting, getattr(weighting, "function", None)) if part is not None]
+    return " of ".join(names)
+
+
 def as_weighting(weighting: Any) -> Weighting:
     """Return `weighting` itself, or a callable on a Gram matrix as a `GramWeighting`.
 

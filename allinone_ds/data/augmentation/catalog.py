@@ -55,12 +55,12 @@ PIXELS_ONLY = (
 _AUTO = ("AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix")
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     # torchvision moves the pixels, but not boxes and masks
-    **dict.fromkeys(_AUTO, ("classification", "retrieval", "attributes", "regression")),
+    **dict.fromkeys(_AUTO, ("classification", "retrieval", "attributes", "regression", "joint")),
     "RandomIoUCrop": ("detection",),
     "Mosaic": ("detection", "segmentation"),
     "MixUp": ("detection",),
 }
-"""Kinds of data that a transform supports, if it does not support all."""
+"""Kinds of data that a transform supports, if it does not support all. In a joint group it must support each kind."""
 
 NOT_FOR: dict[str, tuple[str, ...]] = {"RandomPerspective": ("normals",), "ElasticTransform": ("normals",)}
 """Kinds of data that a transform cannot move correctly."""

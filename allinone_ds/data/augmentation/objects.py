@@ -17,6 +17,10 @@ class Points(tv_tensors.KeyPoints):
     """Keypoints whose x runs from 0 at the left side of the image to W at the right one, as that of boxes does.
 
     torchvision 0.29 moves KeyPoints so under every transform but flips, which take x to W - 1 - x.
+
+    Example:
+        >>> F.horizontal_flip(Points([[3.0, 4.0]], canvas_size=(20, 30))).tolist()
+        [[27.0, 4.0]]
     """
 
 

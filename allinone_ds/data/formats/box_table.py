@@ -38,13 +38,13 @@ class BoxTableSource(SourceConfig):
     """Folder that the files in the table are relative to."""
     table: PathText
     """The csv file. Its first line names the columns."""
-    columns: list[str] | None = Field(None, min_length=2)
+    columns: list[str] | None = Field(default=None, min_length=2)
     """Names of the columns of a file without such a line; null: the first line has them."""
     image_column: str = "image"
     """Column of the files."""
     label_column: str | None = "label"
     """Column of the class names; null: all boxes have one class, named by `classes` of the task, or "object"."""
-    box_columns: list[str] = Field(["x1", "y1", "x2", "y2"], min_length=1, max_length=4)
+    box_columns: list[str] = Field(default=["x1", "y1", "x2", "y2"], min_length=1, max_length=4)
     """The columns of the four numbers of a box, or one column that holds all four, as "[10, 20, 30, 40]"."""
     boxes: BoxFormat = "xyxy"
     """What the numbers are: "xyxy" (two corners), "xywh" (the upper left corner, width and height) or "cxcywh" (the
@@ -91,7 +91,7 @@ class BoxTableSource(SourceConfig):
             if not any(values):
                 continue
             try:
-                numbers = _numbers(values)
+                numbers = _numbers(values, decimal_comma=self.delimiter != ",")
             except ValueError as error:
                 problems.append(Problem(str(file), f"line {line}: {error}"))
                 continue
@@ -145,15 +145,15 @@ def _image(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
     return {"id": name, "file_name": name, "height": height, "width": width}
 
 
-def _numbers(values: Sequence[str]) -> list[float]:
-    """Return the four numbers of a box.
+def _numbers(values: Sequence[str], decimal_comma: bool) -> list[float]:
+    """Return the four numbers of a box, "1.5" or, where commas do not separate columns, "1,5".
 
     Raises:
         ValueError: says what is wrong with the values.
     """
     words = re.split(r"[\s,;]+", values[0].strip(" []()")) if len(values) == 1 else list(values)
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(word.replace(",", ".") if decimal_comma else word) for word in words]
     except ValueError:
         numbers = []
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)):

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, NonNegativeInt, model_validator
 from torchvision import tv_tensors
 
+from allinone_ds.data.augmentation.objects import corner
 from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
@@ -20,8 +21,16 @@ from allinone_ds.data.formats.common.boxes import (
     detection_fields,
     outside_reason,
 )
-from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, read_classes
-from allinone_ds.data.formats.common.hub_tables import COLUMNS, Columns, element_of, file_bytes, stored_map
+from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, match_identities, read_classes
+from allinone_ds.data.formats.common.hub_tables import (
+    COLUMNS,
+    Columns,
+    element_of,
+    file_bytes,
+    of_objects,
+    saved_split,
+    stored_map,
+)
 from allinone_ds.data.formats.common.masks import (
     check_mask_size,
     check_numbering,
@@ -29,6 +38,7 @@ from allinone_ds.data.formats.common.masks import (
     single_class_warning,
     validate_class_ids,
 )
+from allinone_ds.data.formats.common.object_parts import OBJECT_KINDS, PointNames, checked_keypoints, mask_fields
 from allinone_ds.data.formats.maps.dense_maps import no_classes
 from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues, as_target, read_values
 from allinone_ds.data.images import image_size, read_image, read_label_map
@@ -53,7 +63,10 @@ class DatasetsSource(MapValues, SourceConfig):
     split: str | None = None
     """Split of the dataset, or a part of one such as "train[:80%]"; null is "train", or all of a dataset that was saved
     without splits."""
-    kind: Literal["classification", "detection", "segmentation", "depth", "normals", "edges", "saliency"]
+    kind: Literal[
+        "classification", "detection", "segmentation", "depth", "normals", "edges", "saliency", "attributes",
+        "regression", "retrieval", "keypoints", "instances",
+    ]  # fmt: skip
     """What the samples carry."""
     columns: Columns = Columns()
     """Names of the columns."""
@@ -69,26 +82,35 @@ class DatasetsSource(MapValues, SourceConfig):
 
     class_ids: list[NonNegativeInt] | None = None
     """Segmentation: id of each class where they do not count up, as in `label_maps`."""
+    absent: Literal[0, -1] = 0
+    """Attributes: the value of an attribute that an image does not have, as in `image_table`."""
+    flip_pairs: list[tuple[int, int]] | None = None
+    """Keypoints: numbers (from 0) of the points that a mirrored image swaps."""
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> DatasetsSource:
         """Refuse options of other kinds, which would change nothing."""
-        for option, kind in {
-            "bbox_format": "detection",
-            "ignore_index": "segmentation",
-            "class_ids": "segmentation",
+        for option, kinds in {
+            "bbox_format": OBJECT_KINDS,
+            "ignore_index": ("segmentation",),
+            "class_ids": ("segmentation",),
+            "absent": ("attributes",),
+            "flip_pairs": ("keypoints",),
         }.items():
-            if self.kind != kind and getattr(self, option) != type(self).model_fields[option].default:
-                raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
+            if self.kind not in kinds and getattr(self, option) != type(self).model_fields[option].default:
+                of = " and ".join(kinds)
+                raise ConfigError(f"{option} is an option of kind {of}, the kind is {self.kind}; remove it")
         used = COLUMNS[self.kind]
         for column in Columns.model_fields:
             if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
+        if self.kind in DENSE_KINDS and (self.first_id or self.classes is not None):
+            raise ConfigError(f"first_id and classes number classes, {self.kind} has none; remove them")
         check_numbering(self.class_ids, self.first_id)
         self.refuse_unused(self.kind)
         return self
 
-    def open(self, root: Path, classes: Sequence[str] | None = None) -> HubDataset:
+    def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         import datasets
 
         folder = root / self.path
@@ -107,34 +129,14 @@ class DatasetsSource(MapValues, SourceConfig):
         if saved:
             if self.name is not None:
                 raise DataError(f"{folder}: 'name' selects a configuration on the hub, this is a folder; remove it")
-            table = self._saved_split(loaded, folder)
+            table = saved_split(loaded, self.split, folder)
+        if self.kind in ("attributes", "regression"):
+            from allinone_ds.data.formats.common.hub_vectors import HubNumbers
+
+            name = f"{self.path}[{self.split or table.split or 'train'}]"
+            names = classes if classes is not None else read_classes(self.classes, root)
+            return HubNumbers(table, self.kind, name, self.columns, self.absent, names)
         return HubDataset(table, self, root, classes)
-
-    def _saved_split(self, loaded: Any, folder: Path) -> Any:
-        """Return the rows of `split` in what `save_to_disk` wrote: several splits, or one dataset that may have a name.
-
-        Raises:
-            DataError: there is no such split.
-        """
-        import datasets
-
-        if isinstance(loaded, datasets.DatasetDict):
-            splits, default = dict(loaded), "train"
-        else:
-            default = str(loaded.split or "train")
-            splits = {default: loaded}
-        split = self.split or default
-        try:
-            sizes = {name: len(table) for name, table in splits.items()}
-            parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-        except (AssertionError, ValueError):
-            several = isinstance(loaded, datasets.DatasetDict)
-            raise DataError(
-                f"{folder}: no split '{split}'; {did_you_mean(split, splits)}, or a part of one, such as "
-                f"'{default}[:80%]'{'' if several else '; the folder holds one dataset, not several splits'}"
-            ) from None
-        tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-        return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 
 
 class HubDataset(SampleDataset):
@@ -191,6 +193,8 @@ class HubDataset(SampleDataset):
             self.classes = no_classes(self.name, source.kind, read_classes(source.classes, root) or classes)
             return
         stored = self._stored_names(read_classes(source.classes, root), classes)
+        if source.kind == "retrieval":
+            classes = match_identities(self.name, stored, classes)
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         # A cell holds either the id or the name of its class.
@@ -201,7 +205,9 @@ class HubDataset(SampleDataset):
             validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
             self._labels = self._labels.astype(np.uint8)
             self.structural += single_class_warning(self, source.ignore_index)
-        if source.kind == "classification":
+        if source.kind == "keypoints":
+            self._points = PointNames(self.name, [None] * len(self.classes), source.flip_pairs)
+        if source.kind in ("classification", "retrieval"):
             self.in_memory = True
             cells = self.table[columns.label]
             self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
@@ -217,13 +223,17 @@ class HubDataset(SampleDataset):
         path = self.path(index)
         image = read_image(path, file_bytes(row[columns.image], path))
         sample: Sample = {"image": image, "path": path, "index": index}
-        if self.kind == "classification":
+        if self.kind in ("classification", "retrieval"):
             if not self._is_class(row[columns.label]):
                 raise BrokenSample(path, self._unknown_class(row[columns.label]))
             sample["label"] = self._label_of[row[columns.label]]
-        elif self.kind == "detection":
+        elif self.kind in OBJECT_KINDS:
             size = (image.shape[1], image.shape[2])
-            sample.update(detection_fields(*self._objects(row[columns.objects], size, path), size))
+            found = self._objects(row[columns.objects], size, path)
+            more = self._parts(row[columns.objects], found, size, path)
+            sample.update(detection_fields(*found, size, more))
+            if self.kind == "keypoints":
+                sample["corner"] = corner(size)
         elif self.kind in DENSE_KINDS:
             values = self._values(row[columns.map], path)
             check_mask_size(values, image, path, "map")
@@ -253,10 +263,11 @@ class HubDataset(SampleDataset):
         row = self.table[index]
         path = self.path(index)
         size = image_size(io.BytesIO(file_bytes(row[columns.image], path)))
-        if self.kind != "detection" or size is None:
+        if self.kind not in OBJECT_KINDS or size is None:
             return super().annotation(index)
-        boxes, labels, crowd = self._objects(row[columns.objects], size, path)
-        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size}
+        boxes, labels, crowd = found = self._objects(row[columns.objects], size, path)
+        more = {} if self.kind != "keypoints" else self._parts(row[columns.objects], found, size, path)
+        return {"boxes": boxes, "labels": labels, "iscrowd": crowd, "size": size, **more}
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of one sample, uint8 (H, W), without reading its image.
@@ -278,14 +289,8 @@ class HubDataset(SampleDataset):
     def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""
         columns = self.source.columns
-        if isinstance(cell, Mapping):
-            rows, categories = cell[columns.bbox] or [], cell[columns.category] or []
-            crowd = cell.get(columns.iscrowd) or [0] * len(rows)
-        else:
-            objects = [o or {} for o in cell or []]
-            rows, categories, crowd = (
-                [o.get(column) for o in objects] for column in (columns.bbox, columns.category, columns.iscrowd)
-            )
+        rows, categories, crowd = (of_objects(cell, c) for c in (columns.bbox, columns.category, columns.iscrowd))
+        crowd = crowd or [0] * len(rows)
         if not len(rows) == len(categories) == len(crowd):
             raise BrokenSample(
                 path,
@@ -314,19 +319,31 @@ class HubDataset(SampleDataset):
         flags = np.array([flag in (1, "1") for flag in crowd], dtype=bool)  # bool("0") would be True
         return boxes, labels, flags
 
+    def _parts(self, cell: Any, found: tuple[np.ndarray, ...], size: tuple[int, int], path: str) -> Sample:
+        """Return the masks, or the keypoints and areas, of the objects of one row."""
+        columns = self.source.columns
+        if self.kind == "instances":
+            return mask_fields(of_objects(cell, columns.segmentation), len(found[0]), size, path)
+        if self.kind == "keypoints":
+            points, areas = of_objects(cell, columns.keypoints), of_objects(cell, columns.area)
+            return checked_keypoints(points, areas, found, self._points, size, path)
+        return {}
+
     def _stored_names(self, given: list[str] | None, train: Sequence[str] | None) -> list[str]:
         """Return the class names by stored id: given, of a ClassLabel, of a text column, or of the train set."""
         columns = self.source.columns
         feature: Any = None
-        if self.kind == "classification":
+        labelled = self.kind in ("classification", "retrieval")
+        if labelled:
             feature = self.table.features[columns.label]
-        elif self.kind == "detection":
+        elif self.kind in OBJECT_KINDS:
             inside = element_of(self.table.features[columns.objects])
-            for role in ("bbox", "category"):
+            part = {"instances": ["segmentation"], "keypoints": ["keypoints"]}.get(self.kind, [])
+            for role in ("bbox", "category", *part):
                 self._require_column(getattr(columns, role), inside, f"columns.{role}")
             feature = element_of(inside[columns.category])
         if feature is not None and element_of(feature) is not feature or isinstance(feature, Mapping):
-            column = columns.label if self.kind == "classification" else columns.category
+            column = columns.label if labelled else columns.category
             raise DataError(f"{self.name}: column '{column}' is {feature}; it must hold one class, a number or a name")
         own = getattr(feature, "names", None)
         text = getattr(feature, "dtype", "") in ("string", "large_string")
@@ -334,7 +351,7 @@ class HubDataset(SampleDataset):
             found = "a ClassLabel, whose ids start at 0" if own is not None else "text"
             raise DataError(f"{self.name}: first_id = {self.source.first_id}: the column is {found}; remove first_id")
         names = given if given is not None else own
-        if names is None and self.kind == "classification" and text:
+        if names is None and (self.kind == "retrieval" or (labelled and text)):
             names = sorted({name for name in self.table[columns.label] if name is not None})
         names = train if names is None else names
         if not names:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from allinone_ds.data.base import Problem, SampleDataset, SourceConfig, raise_problems
@@ -14,7 +13,14 @@ from allinone_ds.data.formats.common.class_names import match_classes, match_ide
 from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from allinone_ds.data.formats.common.listing import check_listed_files, require_folder
 from allinone_ds.data.formats.common.numbered_files import NumberedDataset
-from allinone_ds.data.formats.common.tables import Table, numbers, read_partition, read_table
+from allinone_ds.data.formats.common.tables import (
+    Table,
+    attribute_values,
+    in_train_order,
+    read_partition,
+    read_table,
+    regression_values,
+)
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText
 
@@ -44,10 +50,10 @@ class ImageTableSource(SourceConfig):
     label_column: str = "label"
     """Classification and retrieval: column of the class names or identities. Without `classes` of the task, they are
     numbered in the order of the names."""
-    label_columns: list[str] | None = Field(None, min_length=2)
+    label_columns: list[str] | None = Field(default=None, min_length=2)
     """Classification: instead of `label_column`, one column per class, with 1 in that of the image's class and 0 in the
     others. The columns name the classes."""
-    columns: list[str] | None = Field(None, min_length=1)
+    columns: list[str] | None = Field(default=None, min_length=1)
     """Attributes: their columns, null is all but `image_column`. Regression: the columns of the numbers, null is the
     column `value`."""
     absent: Literal[0, -1] = 0
@@ -80,8 +86,8 @@ class ImageTableSource(SourceConfig):
         for option in ("columns", "label_columns"):
             named = getattr(self, option) or ()
             if len(set(named)) < len(named):
-                raise ConfigError(f"{option}: a column is named twice; name each once")
-        if self.label_columns is not None and "label_column" in self.model_fields_set:
+                raise ConfigError(f"{option} names a column twice; name each once")
+        if self.label_columns is not None and self.label_column != type(self).model_fields["label_column"].default:
             raise ConfigError("'label_column' and 'label_columns' are both set; remove one of them")
         return self
 
@@ -139,15 +145,10 @@ class ImageTableSource(SourceConfig):
     def _numbered(self, root: Path, table: Table, classes: Sequence[str] | None) -> NumberedDataset:
         columns = self._number_columns(table)
         if self.kind == "attributes":
-            refuse: Callable[[np.ndarray], np.ndarray] = _no_attribute
-            allowed = f"1 (present), {self.absent} (absent), {-1 - self.absent} and an empty cell (no label)"
-            if self.columns is None:
-                allowed += "; name the attributes in 'columns' if this is none"
+            hint = "; name the attributes in 'columns' if this is none" if self.columns is None else ""
+            values, structural = attribute_values(table, columns, self.absent, hint)
         else:
-            refuse, allowed = _never, "a number, or an empty cell (no label)"
-        values, structural = numbers(table, columns, refuse, allowed)
-        if self.kind == "attributes":
-            values = self._from_stored(values, table.name, structural)
+            values, structural = regression_values(table, columns)
         images = table.column(self.image_column)
         for row in [row for row, image in enumerate(images) if not image]:
             reason = f"line {table.lines[row]}: column '{self.image_column}' is empty; fill it"
@@ -157,11 +158,7 @@ class ImageTableSource(SourceConfig):
             raise DataError(f"{table.name}: contains no row with an image; add rows below the header")
         files = [images[row] + self.image_suffix for row in used]
         structural += check_listed_files(root / self.images, files)
-        label_of = match_classes(table.name, columns, classes)
-        names = list(columns if classes is None else classes)
-        ordered = np.full((len(used), len(names)), np.nan)
-        for place, label in label_of.items():
-            ordered[:, label] = values[used, place]
+        ordered, names = in_train_order(table.name, columns, values[used], classes)
         return NumberedDataset(self.kind, table.name, root / self.images, files, ordered, names, structural)
 
     def _number_columns(self, table: Table) -> list[str]:
@@ -176,31 +173,12 @@ class ImageTableSource(SourceConfig):
             table.require("columns", column)
         return list(columns)
 
-    def _from_stored(self, stored: np.ndarray, name: str, structural: list[Problem]) -> np.ndarray:
-        """Return attributes as 1, 0 and NaN."""
-        if self.absent == 0 and (stored == -1).any() and not (stored == 0).any():
-            reason = "holds -1 and 1 but no 0: if -1 stands for an absent attribute, as in CelebA, set 'absent: -1'; " \
-                     "as it is, no image lacks an attribute"  # fmt: skip
-            structural.append(Problem(name, reason))
-        values = np.full(stored.shape, np.nan)
-        values[stored == 1] = 1
-        values[stored == self.absent] = 0
-        return values
-
     def _part(self, table: Table, used: set[str]) -> Table:
         images = table.column(self.image_column)
         rows = [row for row, image in enumerate(images) if image in used or image + self.image_suffix in used]
         if not rows:
             raise DataError(f"{table.name}: no image of part '{self.part}' is in the table; correct 'partition'")
         return table._replace(rows=[table.rows[row] for row in rows], lines=[table.lines[row] for row in rows])
-
-
-def _no_attribute(values: np.ndarray) -> np.ndarray:
-    return ~np.isin(values, (-1, 0, 1))
-
-
-def _never(values: np.ndarray) -> np.ndarray:
-    return np.zeros(len(values), dtype=bool)
 
 
 def _one_hot(table: Table, columns: Sequence[str]) -> list[str | Problem]:

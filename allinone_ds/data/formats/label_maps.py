@@ -77,7 +77,8 @@ class LabelMapsSource(SourceConfig):
             if self.ignore_colors:
                 raise ConfigError("ignore_colors without class_colors: give the colours of the classes too")
             return self
-        ids = sorted({"class_ids", "first_id", "ignore_index"} & self.model_fields_set)
+        options = ("class_ids", "first_id", "ignore_index")  # compared by value: a run's file holds defaults too
+        ids = [name for name in options if getattr(self, name) != type(self).model_fields[name].default]
         if ids:
             raise ConfigError(f"'{ids[0]}' is for label maps of ids, 'class_colors' for label maps of colours; remove "
                               "one of them")  # fmt: skip

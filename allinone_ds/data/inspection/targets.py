@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,19 @@ READ_AT_START = 64
 """Samples that are read at the start of a run where annotations are not in memory, evenly spaced."""
 READ_IN_CHECK = 1000
 """Samples that `check` reads, and that the start of a run reads before it says that there is nothing to learn."""
+
+
+def _similar(classes: Sequence[str]) -> list[str]:
+    """Return a warning if names of classes differ only in case, spaces, "-" or "_", or nothing."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        number = name.lstrip("-").isdecimal()
+        groups[name if number else re.sub(r"[\s_-]", "", name.casefold())].append(name)
+    alike = [" = ".join(map(repr, names)) for names in groups.values() if len(names) > 1]
+    if not alike:
+        return []
+    shown = ", ".join(alike[:5]) + (", ..." if len(alike) > 5 else "")
+    return [f"{len(alike)} classes are written in several ways, which count as different classes: {shown}; write one"]
 
 
 class _Found(NamedTuple):
@@ -63,7 +77,7 @@ def target_problems(
     if not found.usable:
         reason = f"nothing can be learned: {found.none}{seen}; correct the annotations"
         return [Problem(dataset.name, reason, "error" if train else "warning")]
-    warnings = list(found.warnings)
+    warnings = [*found.warnings, *(_similar(dataset.classes) if train else ())]
     if train and complete:
         unused = [name for label, name in enumerate(dataset.classes) if label not in found.used]
         if unused:

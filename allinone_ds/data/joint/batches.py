@@ -10,7 +10,7 @@ import torch
 from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.data.base import Sample
 from allinone_ds.data.joint.dataset import JointDataset, TaskView, view_of
-from allinone_ds.data.loading.loader import Batch, Collate, TaskData
+from allinone_ds.data.loading.task_data import Batch, Collate, TaskData
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,10 @@ class JointDataset(SampleDataset):
         """Return what one task sees of a sample; by default by reading the whole sample."""
         return view_of(self[index], task)
 
+    def annotations_in_memory(self, task: str) -> bool:
+        """Return whether `annotation_of` reads no file, so that all labels of the task are counted."""
+        return False
+
     def annotation_of(self, index: int, task: str) -> Sample:
         """Return what a task learns from a sample, as `SampleDataset.annotation`."""
         sample = self.read(index, task)
@@ -87,6 +91,7 @@ class TaskView(SampleDataset):
         self.kind, self.classes = dataset.kinds[task], list(dataset.classes_of[task])
         self.name = f"{dataset.name} ({task})"
         self.rows = dataset.rows(task)
+        self.in_memory = dataset.annotations_in_memory(task)
         self.opened_from = None
 
     def __len__(self) -> int:
@@ -160,6 +165,9 @@ class PairedDataset(JointDataset):
         own = [(name, dataset, place) for name, dataset, place in self._labelled(index) if name == task]
         return view_of(self._read(index, own), task)
 
+    def annotations_in_memory(self, task: str) -> bool:
+        return self.datasets[task].in_memory
+
     def annotation_of(self, index: int, task: str) -> Sample:
         return self.datasets[task].annotation(int(self.places[task][index]))
 
@@ -204,6 +212,9 @@ class CombinedJointDataset(CombinedDataset, JointDataset):
     def read(self, index: int, task: str) -> Sample:
         owner, place = int(self._owner[index]), int(self._index[index])
         return {**self.datasets[owner].read(place, task), "index": index}
+
+    def annotations_in_memory(self, task: str) -> bool:
+        return all(dataset.annotations_in_memory(task) for dataset in self.datasets)
 
     def annotation_of(self, index: int, task: str) -> Sample:
         return self.datasets[self._owner[index]].annotation_of(int(self._index[index]), task)

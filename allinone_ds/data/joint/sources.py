@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import Field, TypeAdapter, WrapValidator, model_validator
 from allinone_ds.data.base import Problem, SampleDataset, SourceConfig
 from allinone_ds.data.combination import Split, part_of_split
 from allinone_ds.data.formats.common.class_names import ClassNames, read_classes
-from allinone_ds.data.formats.common.listing import require_folder, walk_images
+from allinone_ds.data.formats.common.listing import read_text, require_folder, walk_images
 from allinone_ds.data.formats.own import OwnSource
 from allinone_ds.data.formats.script import ScriptSource
 from allinone_ds.data.joint.dataset import CombinedJointDataset, JointDataset, PairedDataset, TaskView, stem_of
@@ -44,10 +45,19 @@ class PairedSource(SourceConfig):
     format: Literal["joint"]
     images: PathText | None = None
     """Folder of the images; null: those of the sources of labels."""
+    image_list: PathText | None = None
+    """Text file with the name of an image per line, relative to `images`, with or without suffix. Only these images are
+    used, and labels of others are left out."""
     labels: dict[str, Source] = Field(min_length=1)
     """Task -> source of its labels."""
     partial: bool = False
     """Allow images that lack the labels of some tasks. They train and evaluate the tasks that they have labels of."""
+
+    @model_validator(mode="after")
+    def _has_images_to_list(self) -> PairedSource:
+        if self.image_list is not None and self.images is None:
+            raise ConfigError("'image_list' names images below 'images', which is not set; set it")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -65,16 +75,18 @@ class PairedSource(SourceConfig):
     def open(self, root: Path, classes: Names | None = None) -> JointDataset:  # type: ignore[override]
         names = classes or {}
         datasets = {t: open_source(s, root, _list(names.get(t)), strict=False) for t, s in self.labels.items()}
+        name = ", ".join(dataset.name for dataset in datasets.values()) if self.images is None else ""
+        name = name or str(root / str(self.images))
+        stems, files, faults = self._images(root, datasets)
+        used = set(files)
         structural = [
             problem
             for dataset in datasets.values()
             for problem in dataset.structural
-            if not (self.partial and problem.unlabelled)
+            if not (problem.unlabelled and (self.partial or (self.image_list and problem.file not in used)))
         ]
-        name = ", ".join(dataset.name for dataset in datasets.values()) if self.images is None else ""
-        name = name or str(root / str(self.images))
-        stems, files = self._images(root, datasets)
         places, problems = self._pair(root, datasets, stems)
+        problems += faults
         labelled = np.any([place >= 0 for place in places.values()], axis=0)
         bare = [files[i] or str(stems[i]) for i in np.flatnonzero(~labelled)]
         if bare and self.partial:
@@ -89,15 +101,27 @@ class PairedSource(SourceConfig):
             [*structural, *problems],
         )
 
-    def _images(self, root: Path, datasets: Mapping[str, SampleDataset]) -> tuple[list[Any], list[str]]:
-        """Return by what each image is paired, and its file; "" for the file of the first source that has it."""
-        if self.images is not None:
-            folder = root / self.images
-            require_folder(folder, "images")
+    def _images(self, root: Path, datasets: Mapping[str, SampleDataset]) -> tuple[list[Any], list[str], list[Problem]]:
+        """Return by what each image is paired, its file ("": that of the first source that has it), and faults."""
+        if self.images is None:
+            pairs = ((task, dataset) for task, dataset in datasets.items())
+            stems = dict.fromkeys(stem for task, dataset in pairs for stem in self._stems(root, task, dataset))
+            return list(stems), [""] * len(stems), []
+        folder = root / self.images
+        require_folder(folder, "images")
+        found = {stem_of(str(folder / file), str(folder)): str(folder / file) for file in walk_images(folder)}
+        if self.image_list is None:
             files = [str(folder / file) for file in walk_images(folder)]
-            return [stem_of(file, str(folder)) for file in files], files
-        stems = dict.fromkeys(stem for task, dataset in datasets.items() for stem in self._stems(root, task, dataset))
-        return list(stems), [""] * len(stems)
+            return [stem_of(file, str(folder)) for file in files], files, []
+        lines = read_text(root / self.image_list, file_names=True).split()
+        listed = dict.fromkeys(line if line in found else os.path.splitext(line)[0] for line in lines)
+        faults = [
+            Problem(str(folder / name), f"is listed in {root / self.image_list}, but missing; add the image")
+            for name in listed
+            if name not in found
+        ]
+        kept = [name for name in listed if name in found]
+        return list(kept), [found[name] for name in kept], faults
 
     def _stems(self, root: Path, task: str, dataset: SampleDataset) -> list[Any]:
         own = getattr(self.labels[task], "images", None)
@@ -130,7 +154,10 @@ class PairedSource(SourceConfig):
                     place[at] = own
             missing = [str(stems[i]) for i in np.flatnonzero(place < 0).tolist()]
             for found, what in (
-                (strange, f"of its {len(dataset)} images are not among the {len(stems)} of the joint group"),
+                (
+                    [] if self.image_list else strange,
+                    f"of its {len(dataset)} images are not among the {len(stems)} of the joint group",
+                ),
                 (twice, "of its images have more than one label"),
                 ([] if self.partial else missing, f"of the {len(stems)} images of the joint group have no label of it"),
             ):
@@ -209,10 +236,10 @@ class GroupSource(SourceConfig):
                 "tasks; give a source of format joint, or a subclass of allinone_ds.data.JointDataset"
             )
         for what, found in (("kinds", dataset.kinds), ("classes_of", dataset.classes_of)):
-            if set(found) != set(self.tasks):
+            if not set(self.tasks) <= set(found):
                 raise DataError(
                     f"{dataset.name}: {what} has {', '.join(sorted(found)) or 'nothing'}, the tasks of "
-                    f"joint.{self.group} are {', '.join(self.tasks)}; give labels for exactly these"
+                    f"joint.{self.group} are {', '.join(self.tasks)}; give labels for all of these"
                 )
 
 

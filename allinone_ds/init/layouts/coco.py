@@ -50,6 +50,10 @@ def _read(tree: FileTree, file: str) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in lists):
         return None
     has_boxes = any(isinstance(a, dict) and isinstance(a.get("bbox"), list) for a in content["annotations"])
+    if not has_boxes:
+        tree.remarks.append(
+            f"{file} is a COCO json, but none of its {len(content['annotations'])} annotations has a bbox"
+        )
     return content if has_boxes else None
 
 

@@ -180,8 +180,7 @@ def _colors(tree: FileTree, values: set[int]) -> tuple[dict[str, Any], list[str]
         colors = sorted(values)[:IGNORE]
         note = f"the label maps have {len(values)} colours, taken for classes; replace their names in `classes`"
         return {"class_colors": list(map(color_text, colors))}, [f"color_{c:06x}" for c in colors], [note]
-    file, name_of = found
-    notes = [f"colours and class names are those in {file}"]
+    name_of, notes = found, []
     ignored = [color for color, name in name_of.items() if name.lower() in _NO_CLASS]
     classes = {color: name for color, name in name_of.items() if color not in ignored}
     options: dict[str, Any] = {"class_colors": list(map(color_text, classes))}

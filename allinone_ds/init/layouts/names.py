@@ -36,8 +36,8 @@ def find_names(tree: FileTree, count: int, at_least: bool = False) -> tuple[str,
     return None
 
 
-def find_colors(tree: FileTree, colors: set[int]) -> tuple[str, dict[int, str]] | None:
-    """Return the file, and {colour: class name}, of a text file that names all these colours; None if there is none.
+def find_colors(tree: FileTree, colors: set[int]) -> dict[int, str] | None:
+    """Return {colour: class name} of a text file that names all these colours; None if there is none.
 
     A line is `name,red,green,blue`, `red green blue name`, or `name:red,green,blue:...` as CVAT writes it.
     """
@@ -56,7 +56,7 @@ def find_colors(tree: FileTree, colors: set[int]) -> tuple[str, dict[int, str]] 
                 red, green, blue = (int(channel) for channel in channels)
                 names[red << 16 | green << 8 | blue] = name.strip()
         if colors <= names.keys() and len(set(names.values())) == len(names) > 1:
-            return file, names
+            return names
     return None
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from allinone_ds.data.formats.common.class_names import sort_key
-from allinone_ds.data.formats.common.listing import is_image
+from allinone_ds.data.formats.common.listing import is_image, read_text
 from allinone_ds.data.images import image_size
+from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.classification import folder_of, lines_of
@@ -62,6 +63,11 @@ def find(tree: FileTree) -> list[FoundTask]:
 
 def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
     """Return the rows of a csv file that names images, and the source without its labels; None if it names none."""
+    try:
+        read_text(tree.root / file)
+    except DataError as error:
+        tree.remarks.append(str(error))
+        return None
     text = lines_of(tree, file)
     header = text[0] if text else ""
     delimiter = max((",", ";", "\t"), key=header.count)
@@ -75,6 +81,9 @@ def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
         return None
     image = _image_column(tree, rows, list(rows[0]) if rows else [], os.path.dirname(file))
     if image is None:
+        named = [name for name in rows[0].values() if is_image(name)] if rows else []
+        reason = f"names {named[0]}, which is not here" if named else "no column of it names images that are here"
+        tree.remarks.append(f"{file}: {reason if rows else 'it has no row below the header'}")
         return None
     column, folder, suffix = image
     source |= {"images": tree.reference(folder), "image_column": column}
@@ -97,7 +106,9 @@ def _labels(tree: FileTree, rows: Rows, source: dict[str, Any]) -> tuple[str, di
         return "classification", {"format": "image_table", "label_column": label}, notes
     if flags and all(sum(float(row[column]) for column in flags) == 1 for row in rows):
         return "classification", {"format": "image_table", "label_columns": flags}, []
-    several = f"; {len(flags)} columns of 0 and 1 are several labels per image" if flags else ""
+    wrong = sum(sum(float(row[column]) for column in flags) != 1 for row in rows) if flags else 0
+    several = f"; {len(flags)} columns of 0 and 1 are several labels per image, or none, in {wrong} of {len(rows)} rows"
+    several = f"{several}, which a task of type attributes reads" if flags else ""
     return "", {}, [f"lists images, but no column of it looks like classes{several}"]
 
 
@@ -123,11 +134,17 @@ def _boxes(
     boxes = []
     for row in rows:
         words = re.findall(r"[-+.\deE]+", row[columns[0]]) if len(columns) == 1 else [row[c] for c in columns]
+        words = [word.replace(",", ".") for word in words]
         if len(words) == 4 and all(map(_is_number, words)):
             boxes.append(
                 (row[source["image_column"]] + source.get("image_suffix", ""), [float(word) for word in words])
             )
     fractions = bool(boxes) and all(max(numbers) <= 1 for _, numbers in boxes)
+    if kind == "xyxy" and 2 * sum(x2 <= x1 or y2 <= y1 for _, (x1, y1, x2, y2) in boxes) > len(boxes):
+        kind = "xywh"
+        notes.append(
+            f"'{columns[2]}' and '{columns[3]}' are taken for width and height, since they are too small for corners"
+        )
     if not kind:
         ordered = all(x2 > x1 and y2 > y1 for _, (x1, y1, x2, y2) in boxes)
         kind = "xyxy" if ordered and _outside(tree, source, boxes) else "xywh"
@@ -151,6 +168,11 @@ def _outside(tree: FileTree, source: dict[str, Any], boxes: Sequence[tuple[str, 
         if size is not None and (x + w > size[1] + 1 or y + h > size[0] + 1):
             return True
     return False
+
+
+def _whole(values: Sequence[str]) -> bool:
+    """Return whether all values are ids that were written as "3.0"."""
+    return all(value.endswith(".0") for value in values)
 
 
 def _is_number(text: str) -> bool:
@@ -183,7 +205,7 @@ def _label_column(rows: Rows, columns: list[str]) -> tuple[str | None, list[str]
             continue
         values = [value.removesuffix(".0") for value in values] if different <= _FLAGS else values
         different = set(values)
-        numbers = all(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
+        numbers = all(re.fullmatch(r"-?\d*\.\d+", value) for value in values) and not _whole(values)
         if 1 < len(different) <= max(len(rows) // 2, 2) and not numbers:
             possible.append((column.lower() not in _LABEL_COLUMNS, sort_key(values) is int, column))
     if len(flags) == 1 and len({row[flags[0]] for row in rows}) == 2:

@@ -134,4 +134,4 @@ class DptDecoder(DenseDecoder):
         h, w = features[0].shape[-2:]
         tokens = [features[level].flatten(2).transpose(1, 2) for level in self.levels]  # (B, N, C)
         tokens = [F.pad(each, (0, 0, 1, 0)) for each in tokens]  # the place of a class token, which is not read
-        return self.head(self.neck(tokens, h, w)[-1])  # (B, C, 16 h, 16 w)
+        return self.head(self.neck(tokens, h, w)[-1])  # (B, C, 16 h, 16 w), of an odd h 16 (h + 1)

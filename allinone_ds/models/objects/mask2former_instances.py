@@ -41,6 +41,11 @@ class Mask2FormerInstances(Mask2FormerSegmenter):
                 out.loss = zero + self.matched_loss(layers, masks, [target["labels"] for target in labels])
         return out
 
+    @staticmethod
+    def count_labels(labels: Any) -> int:  # type: ignore[override]
+        """Return what the loss is the mean of: objects, and images without any."""
+        return sum(max(len(target["labels"]), 1) for target in labels)
+
     def found(self, outputs: Any, size: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Return for each image scores (n,), labels (n,) and mask logits (n, H, W), best first.
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 from transformers.utils import ModelOutput
 
+from allinone_ds.device_constants import constant
 from allinone_ds.models.fcos import FCOSDetector, FCOSOptions
 from allinone_ds.models.pyramid import ChannelNorm, Fuse, SimpleFeaturePyramid
 
@@ -25,7 +26,7 @@ class RegionOptions(FCOSOptions):
         2.0
     """
 
-    region_scale: Literal[4.0, 2.0, 1.0, 0.5] = 2.0
+    region_scale: Literal[4.0, 2.0, 1.0, 0.5] = 2.0  # type: ignore[valid-type]
     """Resolution of the map that regions are cut from, relative to the backbone's maps."""
     region_size: int = Field(14, ge=2)
     """Cells per side of a region; the predicted map has twice as many."""
@@ -124,7 +125,8 @@ class RegionDetector(nn.Module):
             features: the backbone's maps.
             pixel_values: (B, 3, H, W).
             labels: for each image {"boxes": (n, 4), "labels": (n,), ...}; None: no loss.
-            region_loss: returns the loss of maps (N, M, 2 S, 2 S) in regions, for each image (n, 4), and the labels.
+            region_loss: returns the losses (N,) of maps (N, M, 2 S, 2 S) in regions, for each image (n, 4), and the
+                labels.
         """
         detected = None if self.detector is None else self.detector(features, pixel_values, labels)
         level = self.pyramid(self.fuse(features))[0]
@@ -132,7 +134,10 @@ class RegionDetector(nn.Module):
         if labels is not None:
             regions = self._training_regions(labels)
             with torch.autocast(pixel_values.device.type, enabled=False):
-                loss = self.options.region_weight * region_loss(self._maps(level, regions), regions, labels)
+                maps = self._maps(level, regions)
+                weights = self._weights(labels, maps)
+                loss = (weights * region_loss(maps, regions, labels)).sum() / weights.sum().clamp(min=1)
+                loss = self.options.region_weight * loss + (maps * 0.0).sum()
                 out.loss = loss if detected is None else loss + detected.loss
             if self.training:
                 return out
@@ -147,9 +152,26 @@ class RegionDetector(nn.Module):
         crops = roi_align(level.float(), list(regions), self.options.region_size, self.spatial_scale, 2, aligned=True)
         return self.output(self.tower(crops.to(level.dtype))).float()
 
+    def count_labels(self, labels: list[dict[str, Tensor]]) -> int:
+        """Return the number that the loss is divided by: positive locations of FCOS, or objects without it."""
+        return sum(len(t["labels"]) for t in labels) if self.detector is None else self.detector.count_labels(labels)
+
+    def _weights(self, labels: Any, maps: Tensor) -> Tensor:
+        """Return how much each object counts (N,): as often as it has positive locations, so that a loss has one
+        denominator.
+        """
+        if self.detector is None:
+            return maps.new_ones(len(maps))
+        matched = self.detector.matches(labels)
+        counts = [
+            torch.bincount(places[places >= 0], minlength=len(target["labels"]))
+            for places, target in zip(matched, labels, strict=True)
+        ]
+        return torch.cat(counts).to(maps.dtype)
+
     def _whole(self, pixels: Tensor) -> Tensor:
         """Return the box of the whole image (1, 4)."""
-        return pixels.new_tensor([[0, 0, self.size[1], self.size[0]]], dtype=torch.float32)
+        return constant([[0, 0, self.size[1], self.size[0]]], like=pixels)
 
     def _training_regions(self, labels: Any) -> list[Tensor]:
         """Return the true boxes of each image (n, 4), their corners moved a little in training."""
@@ -181,30 +203,29 @@ class RegionDetector(nn.Module):
 
 
 def mask_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor:
-    """Return the mean binary cross-entropy of the objects' masks in their regions.
+    """Return for each object the mean binary cross-entropy of its mask over the cells of its region (N,).
 
     Args:
         maps: (N, K, S, S) logits, one map per class.
         regions: for each image (n, 4) XYXY in pixels of the network's input.
         labels: for each image {"labels": (n,), "masks": (n, H, W)}.
     """
-    targets, classes = [maps.new_zeros(0, *maps.shape[-2:])], [torch.zeros(0, dtype=torch.long, device=maps.device)]
+    S = maps.shape[-1]
+    targets = [maps.new_zeros(0, S, S)]
     for boxes, target in zip(regions, labels, strict=True):
         if len(boxes):
             own = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
             masks = target["masks"][:, None].to(maps.dtype)
-            targets.append(roi_align(masks, torch.cat([own, boxes], dim=1), maps.shape[-1], aligned=True)[:, 0])
-            classes.append(target["labels"])
-    label = torch.cat(classes)
-    chosen = maps[torch.arange(len(label), device=maps.device), label]
-    total = F.binary_cross_entropy_with_logits(chosen, torch.cat(targets), reduction="none").mean((-2, -1)).sum()
-    return total / max(len(label), 1) + (maps * 0.0).sum()
+            targets.append(roi_align(masks, torch.cat([own, boxes], dim=1), S, aligned=True)[:, 0])
+    label = torch.cat([target["labels"] for target in labels])
+    chosen = maps.gather(1, label[:, None, None, None].expand(-1, 1, S, S))[:, 0]
+    return F.binary_cross_entropy_with_logits(chosen, torch.cat(targets), reduction="none").mean((-2, -1))
 
 
 def heatmap_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor:
-    """Return the mean divergence of the visible points' heatmaps from a Gaussian of one cell around the point.
+    """Return for each object the mean divergence of its heatmaps from a Gaussian of one cell around the point (N,).
 
-    Points outside of their region do not count.
+    Points that are not visible or outside of their region do not count; without any other the loss is 0.
 
     Args:
         maps: (N, P, S, S) logits, one map per point.
@@ -220,7 +241,7 @@ def heatmap_loss(maps: Tensor, regions: Sequence[Tensor], labels: Any) -> Tensor
     along = ((cells - place[..., None]).square() * -0.5).softmax(-1)  # (N, P, 2, S)
     target = (along[:, :, 1, :, None] * along[:, :, 0, None, :]).flatten(2)  # (N, P, S * S)
     each = F.kl_div(maps.flatten(2).log_softmax(-1), target, reduction="none").sum(-1)
-    return torch.where(counted, each, each * 0.0).sum() / counted.sum().clamp(min=1)
+    return torch.where(counted, each, 0.0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 def decode_heatmaps(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +259,18 @@ def decode_heatmaps(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     peak = logits.argmax(-1)  # (n, P)
     x, y = peak % S, peak // S
 
-    def at(right: int, down: int) -> Tensor:
-        """Return the logits (n, P) beside the peak; outside of the map those of the other side."""
-        column, row = x + right, y + down
-        column = torch.where((column < 0) | (column >= S), x - right, column)
-        row = torch.where((row < 0) | (row >= S), y - down, row)
-        return logits.gather(2, (row * S + column)[..., None])[..., 0]
+    def beside(place: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Return the logits (n, P) before and after the peak along a side, continued by the Gaussian at the border."""
+        before = logits.gather(2, (peak - step).clamp(min=0)[..., None])[..., 0]
+        after = logits.gather(2, (peak + step).clamp(max=S * S - 1)[..., None])[..., 0]
+        before, after = (
+            torch.where(place == 0, 2 * middle - after - 1, before),
+            torch.where(place == S - 1, 2 * middle - before - 1, after),
+        )
+        return before, after
 
-    middle, sides = at(0, 0), [(at(-1, 0), at(1, 0)), (at(0, -1), at(0, 1))]
+    middle = logits.gather(2, peak[..., None])[..., 0]
+    sides = [beside(x, 1), beside(y, S)]
     within = [(after - before) / (2 * (2 * middle - before - after)).clamp(min=1e-6) for before, after in sides]
     cell = torch.stack([x, y], dim=-1) + 0.5 + torch.stack(within, dim=-1).clamp(-0.5, 0.5)
     points = boxes[:, None, :2] + cell / S * (boxes[:, 2:] - boxes[:, :2])[:, None]

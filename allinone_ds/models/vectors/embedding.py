@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from allinone_ds.device_constants import copied_to
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.arcface import ArcFace, ArcFaceOptions
 from allinone_ds.strict import Strict, did_you_mean
@@ -111,17 +112,19 @@ class _PairEmbedding(nn.Module):
         embeddings = F.normalize(self.embed(pooled).float())
         if labels is None:
             return embeddings, None
-        known = labels != IGNORED
+        on_host = labels.tolist()  # the one wait for the device that is not the criterion's
+        rows = [row for row, label in enumerate(on_host) if label != IGNORED]
+        known = copied_to(torch.tensor(rows, dtype=torch.long), labels.device)
         with torch.autocast(pooled.device.type, enabled=False):
-            loss = self.criterion(embeddings[known], labels[known]) if known.any() else 0.0
+            loss = self.criterion(embeddings[known], labels[known]) if rows else 0.0
         if self.training:
-            self._watch(labels[known])
+            self._watch([on_host[row] for row in rows])
         return embeddings, loss + (embeddings * 0.0).sum()
 
-    def _watch(self, labels: Tensor) -> None:
+    def _watch(self, labels: list[int]) -> None:
         """Warn once if most micro-batches have no two images of one identity, from which nothing is learned."""
         self.batches += 1
-        self.without += len(labels.unique()) == len(labels)
+        self.without += len(set(labels)) == len(labels)
         if self.batches == _WATCHED and 2 * self.without > self.batches:
             warnings.warn(
                 f"retrieval: {self.without} of {self.batches} micro-batches had no two images of one identity, from "

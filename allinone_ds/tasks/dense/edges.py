@@ -158,26 +158,33 @@ def edge_counts(found: Tensor, true: Tensor, thresholds: Sequence[float], tolera
     limit = tolerance * math.hypot(*true.shape)
     probabilities, stored = found.cpu().numpy(), true.cpu().numpy()
     edges, valid = stored == 1, stored != IGNORE
-    near_true = _near(edges, limit)
-    rows = []
-    for threshold in thresholds:
-        predicted = (probabilities >= threshold) & valid
-        rows.append(
-            [
-                int((predicted & near_true).sum()),
-                int(predicted.sum()),
-                int((edges & _near(predicted, limit)).sum()),
-                int(edges.sum()),
-            ]
-        )
-    return torch.tensor(rows)
+    near = np.asarray(distance_transform_edt(~edges)) <= limit if edges.any() else edges
+    right, predicted = probabilities[valid & near], probabilities[valid]  # (n,)
+    reached = _largest_within(np.where(valid, probabilities, -1.0), edges, limit)  # of each true edge
+    rows = [
+        [(numbers >= threshold).sum() for numbers in (right, predicted, reached)] + [len(reached)]
+        for threshold in thresholds
+    ]
+    return torch.tensor(np.array(rows, dtype=np.int64))
 
 
-def _near(edges: np.ndarray, limit: float) -> np.ndarray:
-    """Return where an edge lies within a distance in pixels (H, W)."""
-    if not edges.any():
-        return np.zeros_like(edges)
-    return np.asarray(distance_transform_edt(~edges)) <= limit
+def _largest_within(values: np.ndarray, places: np.ndarray, limit: float) -> np.ndarray:
+    """Return the largest number within a distance in pixels of each place (n,).
+
+    Args:
+        values: (H, W).
+        places: bool (H, W).
+        limit: the distance.
+    """
+    radius = int(limit)
+    padded = np.pad(values, radius, constant_values=-1.0)
+    y, x = np.nonzero(places)
+    largest = values[places]
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            if math.hypot(dy, dx) <= limit:
+                np.maximum(largest, padded[y + radius + dy, x + radius + dx], out=largest)
+    return largest
 
 
 def f_measures(counts: Tensor) -> list[float]:

@@ -114,10 +114,10 @@ class CocoMetric:
 
     def _dataset(self, place: int) -> COCO:
         """Return the predictions (1) or the truth (2) of all images as pycocotools' own class."""
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for number, image in enumerate(self._all):
             for annotation in image[place]:  # type: ignore[union-attr]
-                annotations.append({"iscrowd": 0, **annotation, "image_id": number, "id": len(annotations) + 1})
+                annotations.append({"iscrowd": 0, **annotation, "image_id": number, "id": len(annotations) + 1})  # type: ignore[dict-item]
         coco = COCO()
         coco.dataset = {
             "images": [{"id": n, "height": size[0], "width": size[1]} for n, (size, _, _) in enumerate(self._all)],

@@ -34,7 +34,8 @@ class InstancesTask(Task):
     """Predicts a mask, a box and a class for each object.
 
     Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long,
-    "masks": (n, H, W) bool}. Crowds are not targets. Loss: mean over the objects of the micro-batch.
+    "masks": (n, H, W) bool}. Crowds are not targets. Loss: mean over the objects of the micro-batch (over their
+    positive locations for the head `fcos_masks`).
 
     Example:
         >>> import torch
@@ -82,10 +83,9 @@ class InstancesTask(Task):
             labels.append({**target, "masks": masks.reshape(-1, *sample["image"].shape[-2:])[keep]})
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
-        """Return the number of objects, an image without one counted as one."""
-        return sum(max(len(target["labels"]), 1) for target in labels)
+    def count_labels(self, labels: Any) -> int:
+        """Return the number of positive locations of `fcos_masks`; of objects, and images without, of `mask2former`."""
+        return self.segmenter.count_labels(labels)
 
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:

@@ -56,8 +56,9 @@ class KeypointsTask(Task):
     """Predicts the points of each object, its box and its class.
 
     Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long,
-    "keypoints": (n, P, 3) float32: x, y and whether the point is visible}. Crowds are not targets. Loss: that of the
-    boxes, a mean over the objects of the micro-batch, plus that of the heatmaps, a mean over their visible points.
+    "keypoints": (n, P, 3) float32: x, y and whether the point is visible}. Crowds are not targets. Loss: mean over the
+    positive locations of the micro-batch of the loss of the box plus that of the heatmaps of the object's visible
+    points (over the objects with `regions: image`).
 
     Example:
         >>> import torch
@@ -122,10 +123,9 @@ class KeypointsTask(Task):
             labels.append({**target, "keypoints": torch.cat([points, visible], dim=-1)})
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
-        """Return the number of objects."""
-        return sum(len(target["labels"]) for target in labels)
+    def count_labels(self, labels: Any) -> int:
+        """Return the number of positive locations, or of objects with `regions: image`."""
+        return self.detector.count_labels(labels)
 
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:

@@ -98,10 +98,11 @@ class AttributesTask(Task):
         self._weights: list[float] | None = None
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        out = AttributeOutput(logits=self.classifier(self.pooling(features)))
+        logits = self.classifier(self.pooling(features))
+        out = AttributeOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):
-                out.loss = self._loss(out.logits.float(), labels)
+                out.loss = self._loss(logits.float(), labels)
         return out
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -136,8 +137,7 @@ class AttributesTask(Task):
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         return {"pixel_values": stack_pixels(samples), "labels": stack_entries(samples, "attributes")}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
+    def count_labels(self, labels: Any) -> int:
         """Return the number of known entries."""
         return int((~labels.isnan()).sum())
 

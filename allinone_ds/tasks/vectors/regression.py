@@ -99,10 +99,11 @@ class RegressionTask(Task):
         return mean, torch.where(deviation > 0, deviation, 1.0)
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        out = RegressionOutput(normalized=self.output(self.pooling(features)))
+        normalized = self.output(self.pooling(features))
+        out = RegressionOutput(normalized=normalized)
         if labels is not None:
             with full_precision(pixel_values.device):
-                predicted = out.normalized.float()
+                predicted = normalized.float()
                 target, known = known_entries(labels, predicted)
                 mean, deviation = self.moments
                 target = ((target - mean) / deviation).float()
@@ -136,8 +137,7 @@ class RegressionTask(Task):
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         return {"pixel_values": stack_pixels(samples), "labels": stack_entries(samples, "value")}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
+    def count_labels(self, labels: Any) -> int:
         """Return the number of known numbers."""
         return int((~labels.isnan()).sum())
 

@@ -98,8 +98,7 @@ class RetrievalTask(Task):
         labels = torch.tensor([int(sample["label"]) for sample in samples])
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
-    @staticmethod
-    def count_labels(labels: Any) -> int:
+    def count_labels(self, labels: Any) -> int:
         """Return the number of images with an identity."""
         return int((labels != IGNORED).sum())
 

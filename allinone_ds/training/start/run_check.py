@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds.balance.assignment import groups_for
@@ -23,6 +22,7 @@ from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataErr
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.models.freezing import freeze_backbone
+from allinone_ds.models.pretrained import checkpoint_config
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
 from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
@@ -107,11 +107,7 @@ def _without_weights(configured: BackboneConfig) -> BackboneConfig:
     """Return a configuration with the sizes of the backbone's checkpoint, of which only the configuration is read."""
     if configured.checkpoint is None:
         return configured
-    try:
-        saved = AutoConfig.from_pretrained(configured.checkpoint)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.backbone ({configured.model_type}): {error}") from error
-    sizes = without_checkpoint(configured, saved)
+    sizes = without_checkpoint(configured, checkpoint_config(configured.checkpoint))
     return sizes.model_copy(update={"config": {**sizes.config, **configured.config},
                                     "out_indices": configured.out_indices})  # fmt: skip
 

@@ -75,7 +75,7 @@ class StopOnSignal(TrainerCallback):
         agreed: Sequence[int] | None = self._carrier.carried if self._carrier is not None else None
         if agreed is None:
             message = torch.tensor(self._message(), device="cpu")
-            agreed = all_reduce(message, dist.ReduceOp.MAX, self._group).tolist()
+            agreed = [int(number) for number in all_reduce(message, dist.ReduceOp.MAX, self._group)]
         received, working = agreed
         if received and state.global_step < state.max_steps:
             self.caught = signal.Signals(received).name

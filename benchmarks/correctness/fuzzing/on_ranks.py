@@ -180,7 +180,7 @@ class Run:
             if event["kind"] == "evaluate" and task == event["task"]:
                 self._evaluate(index, task)
             if event["kind"] in ("raise", "raise on one rank") and task == event["task"]:
-                alone = event["kind"] == "raise on one rank"
+                alone = event["kind"] == "raise on one rank" and not self._may_be_planned(index, step)
                 place = event["place"] if not alone or self.rank == self.program.world - 1 else ""
                 kinds = (Planned,) if place else (BalancerError,)  # which names the rank that failed
                 self._expect(lambda t=task, k=micro_steps, p=place: self._task(index, step, t, k, place=p), kinds)
@@ -189,6 +189,13 @@ class Run:
             bad = event["kind"] == "nan" and task == event["task"]
             self._task(index, step, task, micro_steps, factor=float("nan") if bad else 1.0)
         return self.balancer.step(require_all=False)
+
+    def _may_be_planned(self, index: int, step: dict[str, Any]) -> bool:
+        """Return whether ranks may not wait for each other in this step: it begins as one of the last step's tasks.
+
+        An error of one rank then leaves the others in a reduction, and the job has to start again.
+        """
+        return index > 0 and step["tasks"][0] in self.program.steps[index - 1]["tasks"]
 
     def _raise_in_step(self, index: int, step: dict[str, Any]) -> Any:
         """The weighting raises, in the first task or in `step`; then the step begins again."""

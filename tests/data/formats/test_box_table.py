@@ -109,3 +109,8 @@ def test_four_columns_or_one(root):
         source({**TABLE, "box_columns": ["x", "y"]})
     with pytest.raises(ValueError, match="boxes"):
         source({**TABLE, "boxes": "yolo"})
+
+
+def test_decimal_commas_where_other_characters_separate_columns(root):
+    write(root, "image;x1;y1;x2;y2;label", "0.png;1,5;2;11,25;12;cow")
+    assert boxes(opened({**TABLE, "delimiter": ";"}, root)) == ([[1.5, 2, 11.25, 12]], [0])

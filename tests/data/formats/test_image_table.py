@@ -88,7 +88,7 @@ def test_rows_of_no_or_of_several_classes_are_named(root):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"label_column": "label"}, "both set"), ({"label_columns": ["a", "a"]}, "names a column twice")],
+    [({"label_column": "breed"}, "both set"), ({"label_columns": ["a", "a"]}, "names a column twice")],
 )
 def test_columns_of_classes_exclude_a_column_of_names(options, words):
     with pytest.raises((ConfigError, ValueError), match=words):

@@ -179,3 +179,12 @@ def test_a_single_class_of_images_is_a_warning(tmp_path):
     write_images(tmp_path / "images" / "cat", 3)
     [problem] = target_problems(opened(FOLDERS, tmp_path), SIZE)
     assert problem.level == "warning" and "only class 'cat' occurs" in problem.reason
+
+
+def test_classes_that_differ_only_in_how_they_are_written_are_a_warning(tmp_path):
+    for name in ("Cat ", "cat", "big-dog", "Big Dog", "cow"):
+        write_images(tmp_path / "images" / name, 1)
+    problems = target_problems(opened(FOLDERS, tmp_path), SIZE)
+    [reason] = [p.reason for p in problems if "several ways" in p.reason]
+    assert "2 classes are written" in reason and "'Cat ' = 'cat'" in reason and "'Big Dog' = 'big-dog'" in reason
+    assert not any("several ways" in p.reason for p in target_problems(opened(FOLDERS, tmp_path), SIZE, train=False))

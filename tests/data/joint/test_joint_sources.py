@@ -55,6 +55,7 @@ def test_each_task_sees_its_labels_of_the_images_that_have_some(root: Path) -> N
             assert mine.keys() == whole.keys() and Path(mine["path"]).name == f"{index:03}.png"
             assert torch.equal(mine["image"], whole["image"])
         assert set(view.annotation(1)) & {"mask", "boxes", "label"}
+        assert view.in_memory == (task != "seg")  # so that counting classes decodes no image
 
 
 def test_an_image_is_decoded_once_for_all_tasks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,3 +218,46 @@ def test_a_class_of_ones_own_gives_the_samples_of_a_group(tmp_path: Path, monkey
         open_source(own(["seg", "cls"], options={"size": 5}), tmp_path)
     with pytest.raises(DataError, match=r"classes_of\['cls'\] is \['day', 'night'\], those of the task .* \['night'"):
         open_source(own(["seg", "cls"]), tmp_path, {"seg": ["sky", "ground"], "cls": ["night", "day"]})
+
+
+def test_columns_of_a_datasets_folder_are_labels_of_one_image(tmp_path: Path) -> None:
+    import datasets
+
+    def picture(mode: str, value: int) -> Image.Image:
+        return Image.new(mode, (8, 6), value if mode == "L" else (value,) * 3)
+
+    rows = {
+        "photo": [picture("RGB", 40 * n) for n in range(3)],
+        "regions": [picture("L", n % 2) for n in range(3)],
+        "time": [0, 1, 0],
+    }
+    image, names = datasets.Image(), datasets.ClassLabel(names=["day", "night"])
+    features = datasets.Features({"photo": image, "regions": image, "time": names})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rooms"))
+    shared = {"format": "datasets", "path": "rooms"}
+    seg = {"kind": "segmentation", "columns": {"image": "photo", "label_map": "regions"}, "classes": ["sky", "ground"]}
+    cls = {"kind": "classification", "columns": {"image": "photo", "label": "time"}}
+    source = PairedSource(format="joint", labels={"seg": {**shared, **seg}, "cls": {**shared, **cls}})
+    dataset = open_source(GroupSource(group="g", tasks=["seg", "cls"], sources=[source]), tmp_path)
+    assert len(dataset) == 3 and dataset.classes_of == {"seg": ["sky", "ground"], "cls": ["day", "night"]}
+    sample = dataset[1]
+    assert sample["targets"]["cls"]["label"] == 1 and bool((sample["targets"]["seg"]["mask"] == 1).all())
+
+
+def test_a_list_names_the_images_that_are_used(root: Path) -> None:
+    (root / "some.txt").write_text("000\n003.png\n011\n")
+    source = joint_source(image_list="some.txt")
+    dataset = opened(root, source)
+    assert [Path(dataset.path(index)).stem for index in range(3)] == ["000", "003", "011"] and len(dataset) == 3
+    (root / "train" / "maps" / "001.png").unlink()  # of no listed image
+    assert len(opened(root, {**source, "partial": True})) == 3
+    (root / "some.txt").write_text("000\n999\n")
+    with pytest.raises(DataError, match=r"images/999: is listed in .*some.txt, but missing; add the image"):
+        opened(root, source)
+
+
+def test_a_map_of_another_size_than_its_image_is_one_clear_fault(root: Path) -> None:
+    Image.new("L", (32, 24)).save(root / "train" / "maps" / "002.png")
+    problems = check_sources({"rooms train": group(joint_source())}, root, progress=False)
+    [fault] = [str(problem) for problem in problems if problem.level == "error"]
+    assert "maps/002.png" in fault and "32 x 24" in fault and "64 x 48" in fault

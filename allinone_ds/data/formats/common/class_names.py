@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def match_classes(name: str, own: Sequence[str], train: Sequence[str] | None) ->
     for class_name in own:
         if printable(class_name) != class_name:
             raise DataError(f"{name}: class name {class_name!r} is not UTF-8; rename it")
+        if re.search(r"[\x00-\x1f\x7f]", class_name):
+            raise DataError(f"{name}: class name {class_name!r} holds a control character; rename it")
     if len(set(own)) < len(own):
         duplicates = ", ".join(sorted({n for n in own if own.count(n) > 1}))
         raise DataError(f"{name}: class names are used more than once: {duplicates}; give each class a unique name")

@@ -10,8 +10,8 @@ import numpy as np
 
 from allinone_ds.data.formats.maps.values import DENSE_KINDS
 from allinone_ds.data.images import read_map
-from allinone_ds.errors import BrokenSample
-from allinone_ds.strict import Strict
+from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.strict import Strict, did_you_mean
 
 
 class Columns(Strict):
@@ -25,15 +25,25 @@ class Columns(Strict):
     image: str = "image"
     """The image, in every kind."""
     label: str = "label"
-    """Classification: the class, an integer, a ClassLabel or a name."""
+    """Classification and retrieval: the class or identity, an integer, a ClassLabel or a name."""
     objects: str = "objects"
-    """Detection: the annotations of one image."""
+    """Detection, instances and keypoints: the annotations of one image."""
     bbox: str = "bbox"
-    """Detection: the box, inside `objects`."""
+    """The box, inside `objects`."""
     category: str = "category"
-    """Detection: the class of the box, inside `objects`."""
+    """The class of the box, inside `objects`."""
     iscrowd: str = "iscrowd"
-    """Detection: whether the box is a crowd, inside `objects`. The column is optional."""
+    """Whether the box is a crowd, inside `objects`. The column is optional."""
+    segmentation: str = "segmentation"
+    """Instances: polygons or run lengths, inside `objects`."""
+    keypoints: str = "keypoints"
+    """Keypoints: x, y and visibility of every point, inside `objects`."""
+    area: str = "area"
+    """Keypoints: the area of the object, inside `objects`. The column is optional."""
+    attributes: list[str] | None = None
+    """Attributes: their columns; null is all of numbers and booleans."""
+    values: list[str] = ["value"]
+    """Regression: the columns of the numbers."""
     label_map: str = "label"
     """Segmentation: the label map, an image of class ids."""
     map: str = "map"
@@ -42,7 +52,12 @@ class Columns(Strict):
 
 COLUMNS = {
     "classification": ("image", "label"),
+    "retrieval": ("image", "label"),
+    "attributes": ("image", "attributes"),
+    "regression": ("image", "values"),
     "detection": ("image", "objects", "bbox", "category", "iscrowd"),
+    "instances": ("image", "objects", "bbox", "category", "iscrowd", "segmentation"),
+    "keypoints": ("image", "objects", "bbox", "category", "iscrowd", "keypoints", "area"),
     "segmentation": ("image", "label_map"),
     **dict.fromkeys(DENSE_KINDS, ("image", "map")),
 }
@@ -54,6 +69,14 @@ def element_of(feature: Any) -> Any:
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", feature)
+
+
+def of_objects(cell: Any, column: str) -> list[Any]:
+    """Return a column of the objects of one image, a dict of lists or a list of dicts; empty if there is none."""
+    if isinstance(cell, Mapping):
+        return list(cell.get(column) or [])
+    found = [(one or {}).get(column) for one in cell or []]
+    return [] if all(value is None for value in found) else found
 
 
 def file_bytes(cell: Any, path: str) -> bytes:
@@ -76,3 +99,35 @@ def stored_map(cell: Any, path: str) -> np.ndarray:
         return np.asarray(cell, dtype=np.float32)
     except ValueError:
         raise BrokenSample(path, "has rows of different lengths in its map; give one number per pixel") from None
+
+
+def saved_split(loaded: Any, split: str | None, folder: Path) -> Any:
+    """Return the rows of a split in what `save_to_disk` wrote: several splits, or one dataset that may have a name.
+
+    Args:
+        loaded: what the folder holds.
+        split: name of a split or a part of one; None: all of one dataset, or "train".
+        folder: the folder, for errors.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        splits, default = dict(loaded), "train"
+    else:
+        default = str(loaded.split or "train")
+        splits = {default: loaded}
+    split = split or default
+    try:
+        sizes = {name: len(table) for name, table in splits.items()}
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (AssertionError, ValueError):
+        several = isinstance(loaded, datasets.DatasetDict)
+        raise DataError(
+            f"{folder}: no split '{split}'; {did_you_mean(split, splits)}, or a part of one, such as "
+            f"'{default}[:80%]'{'' if several else '; the folder holds one dataset, not several splits'}"
+        ) from None
+    tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)

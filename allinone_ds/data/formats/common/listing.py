@@ -76,7 +76,27 @@ def unused_images(root: Path, files: Sequence[str], why: str) -> list[Problem]:
     if not files:
         return []
     shown = ", ".join(sorted(files)[:3]) + (", ..." if len(files) > 3 else "")
-    return [Problem(str(root), f"images {why}, not used: {len(files)} ({shown})", "warning")]
+    return [Problem(str(root), f"images {why}, not used: {len(files)} ({shown})", "warning", unused=frozenset(files))]
+
+
+def unused_by_both(train: Sequence[Problem], test: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems of a train set and a test set in one folder, where each uses what the other does not.
+
+    Args:
+        train: `structural` of the train set.
+        test: that of the test set. Of a folder that both warn of, only the train set's warning remains, with the images
+            that neither uses.
+    """
+    left = {problem.file: problem.unused for problem in train if problem.unused}
+    both = {problem.file: problem.unused & left[problem.file] for problem in test if problem.file in left}
+    kept = []
+    for problem in train:
+        if problem.unused and problem.file in both:
+            why = problem.reason.partition(", not used:")[0].removeprefix("images ")
+            kept += unused_images(Path(problem.file), sorted(both[problem.file]), why)
+        else:
+            kept.append(problem)
+    return kept, [problem for problem in test if not (problem.unused and problem.file in both)]
 
 
 def list_files(folder: Path) -> list[str]:

@@ -164,7 +164,7 @@ def _numbered(stored: np.ndarray, class_ids: Sequence[int], ignore_index: int, p
     return np.where(known, order[place], -1)
 
 
-def check_mask_size(mask: np.ndarray, image: torch.Tensor, path: str, what: str = "label map") -> None:
+def check_mask_size(mask: np.ndarray, image: torch.Tensor | np.ndarray, path: str, what: str = "label map") -> None:
     """Raise a `BrokenSample` if a mask (..., H, W), which messages call `what`, has not the size of its image."""
     if mask.shape[-2:] != image.shape[1:]:
         raise BrokenSample(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as rle
+from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.objects import Points
 from allinone_ds.data.base import Problem, Sample
@@ -16,6 +17,8 @@ from allinone_ds.data.formats.common.boxes import BOX_TOLERANCE
 from allinone_ds.data.formats.common.points import mirrored_order, order_of_pairs
 from allinone_ds.errors import BrokenSample, DataError
 
+OBJECT_KINDS = ("detection", "instances", "keypoints")
+"""Kinds of data whose samples have boxes."""
 Pairs = Sequence[tuple[int | str, int | str]]
 
 
@@ -175,3 +178,63 @@ def keypoint_fields(points: np.ndarray, area: np.ndarray, orders: np.ndarray, si
         "area": torch.from_numpy(area),
         "mirrored": torch.from_numpy(orders),
     }
+
+
+def mask_fields(segmentations: Sequence[Any], count: int, size: tuple[int, int], path: str) -> Sample:
+    """Return `masks` of a sample from segmentations that were not checked before.
+
+    Args:
+        segmentations: of each object, polygons or run lengths.
+        count: number of its boxes.
+        size: (H, W) of the image.
+        path: the image, for errors.
+
+    Raises:
+        BrokenSample: a segmentation is missing or wrong.
+    """
+    if len(segmentations) != count:
+        raise BrokenSample(path, f"has {count} boxes and {len(segmentations)} segmentations; give one per box")
+    for segmentation in segmentations:
+        if fault := segmentation_fault(segmentation, size):
+            raise BrokenSample(path, fault)
+    masks = [decode_mask(segmentation, size, path) for segmentation in segmentations]
+    stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
+    return {"masks": tv_tensors.Mask(torch.from_numpy(stacked))}
+
+
+def checked_keypoints(
+    keypoints: Sequence[Any],
+    areas: Sequence[Any],
+    objects: tuple[np.ndarray, ...],
+    names: PointNames,
+    size: tuple[int, int],
+    path: str,
+) -> Sample:
+    """Return the fields of `keypoint_fields` from keypoints that were not checked before.
+
+    Args:
+        keypoints: of each object x, y and visibility of every point, flat or in threes.
+        areas: of each object, or empty.
+        objects: boxes (n, 4), labels (n,) and crowd flags of the image.
+        names: number and order of the points.
+        size: (H, W) of the image.
+        path: the image, for errors.
+
+    Raises:
+        BrokenSample: keypoints are missing or wrong.
+    """
+    boxes, labels = objects[0], objects[1]
+    if len(keypoints) != len(boxes):
+        raise BrokenSample(path, f"has {len(boxes)} boxes and keypoints of {len(keypoints)} objects; give one per box")
+    flat = [[v for t in k for v in t] if k and isinstance(k[0], list | tuple) else k for k in keypoints]
+    for points in flat:
+        if fault := keypoint_fault(points, names.count):
+            raise BrokenSample(path, fault)
+        if points is not None:
+            names.settle(len(points) // 3)
+    P = names.count or 0
+    stacked = np.stack([split_points(points, P) for points in flat]) if flat else np.zeros((0, P, 3), dtype=np.float32)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    stated = list(areas) or [None] * len(boxes)
+    own = [a if isinstance(a, int | float) and a > 0 else w * h for a, (w, h) in zip(stated, sides, strict=True)]
+    return keypoint_fields(stacked, np.array(own, dtype=np.float32), names.orders()[labels], size)

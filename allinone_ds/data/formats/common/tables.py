@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from allinone_ds.data.base import Problem
+from allinone_ds.data.formats.common.class_names import match_classes
 from allinone_ds.data.formats.common.listing import read_text
 from allinone_ds.errors import DataError
 from allinone_ds.strict import did_you_mean
@@ -38,6 +39,8 @@ class Table(NamedTuple):
     """Cells of every row; a row may have fewer or more cells than there are columns."""
     lines: list[int]
     """Line of every row in the file."""
+    unit: str = "line"
+    """What messages call the numbers of `lines`."""
 
     def column(self, name: str) -> list[str]:
         """Return the cells of a column, "" where a row ends before it."""
@@ -104,8 +107,61 @@ def read_table(file: Path, delimiter: str, first_column: str, columns: Sequence[
                 rows.append(row)
                 lines.append(reader.line_num)
     except csv.Error as error:
-        raise DataError(f"{file}: line {reader.line_num + 1}: {error}; write the file again as csv") from None
+        raise DataError(f"{file}: line {reader.line_num}: {error}; write the file again as csv") from None
     return Table(str(file), names, rows, lines)
+
+
+def attribute_values(
+    table: Table, columns: Sequence[str], absent: int, hint: str = ""
+) -> tuple[np.ndarray, list[Problem]]:
+    """Return attributes as 1, 0 and NaN (no label), float64 (rows, A), and the faults of the rows.
+
+    Args:
+        table: the table.
+        columns: names of A columns of 1, 0 and -1.
+        absent: what stands for an attribute that an image does not have, 0 or -1; the other one is no label.
+        hint: end of the message on values that are not allowed.
+    """
+    allowed = f"1 (present), {absent} (absent), {-1 - absent} and an empty cell (no label){hint}"
+    stored, problems = numbers(table, columns, lambda values: ~np.isin(values, (-1, 0, 1)), allowed)
+    if absent == 0 and (stored == -1).any() and not (stored == 0).any():
+        reason = (
+            "holds -1 and 1 but no 0: if -1 stands for an absent attribute, as in CelebA, set 'absent: -1'; as it is, "
+            "no image lacks an attribute"
+        )
+        problems.append(Problem(table.name, reason))
+    values = np.full(stored.shape, np.nan)
+    values[stored == 1] = 1
+    values[stored == absent] = 0
+    return values, problems
+
+
+def regression_values(table: Table, columns: Sequence[str]) -> tuple[np.ndarray, list[Problem]]:
+    """Return numbers, NaN for missing ones, float64 (rows, C), and the faults of the rows."""
+    none_refused = lambda values: np.zeros(len(values), dtype=bool)  # noqa: E731
+    return numbers(table, columns, none_refused, "a number, or an empty cell (no label)")
+
+
+def in_train_order(
+    name: str, columns: Sequence[str], values: np.ndarray, classes: Sequence[str] | None
+) -> tuple[np.ndarray, list[str]]:
+    """Return columns in the order of the train set, with NaN for those that are missing, and their names.
+
+    Args:
+        name: the file that errors name.
+        columns: names of C columns.
+        values: (n, C).
+        classes: names of the train set's columns; None keeps the own ones.
+
+    Raises:
+        DataError: the train set lacks a column.
+    """
+    label_of = match_classes(name, columns, classes)
+    names = list(columns if classes is None else classes)
+    ordered = np.full((len(values), len(names)), np.nan)
+    for place, label in label_of.items():
+        ordered[:, label] = values[:, place]
+    return ordered, names
 
 
 def _json_lines(file: Path, text: str) -> Table:
@@ -164,8 +220,8 @@ def numbers(
     problems: dict[int, Problem] = {}
     for row, cells in enumerate(table.rows):
         if len(cells) != len(table.names):
-            reason = f"line {table.lines[row]}: has {len(cells)} values for {len(table.names)} columns; correct the row"
-            problems[row] = Problem(table.name, reason)
+            counts = f"{len(cells)} values for {len(table.names)} columns"
+            problems[row] = Problem(table.name, f"{table.unit} {table.lines[row]}: has {counts}; correct the row")
     for place, name in enumerate(columns):
         texts = np.array(table.column(name), dtype=object)
         missing = np.array([text.lower() in MISSING for text in texts], dtype=bool)
@@ -176,7 +232,7 @@ def numbers(
         wrong = np.zeros(len(texts), dtype=bool)
         wrong[~missing] = ~np.isfinite(known) | refuse(known)
         for row in np.flatnonzero(wrong).tolist():
-            reason = f"line {table.lines[row]}: column '{name}' is '{texts[row]}'; allowed are {allowed}"
+            reason = f"{table.unit} {table.lines[row]}: column '{name}' is '{texts[row]}'; allowed are {allowed}"
             problems.setdefault(row, Problem(table.name, reason))
         values[~missing, place] = known
         values[wrong, place] = np.nan

@@ -15,9 +15,12 @@ from allinone_ds.data.formats.common.listing import require_folder
 from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.paired_files import pair_files
 from allinone_ds.data.formats.maps.values import MapValues, as_target, read_values
-from allinone_ds.data.images import read_image, read_map
-from allinone_ds.errors import DataError
+from allinone_ds.data.images import image_size, read_image, read_map
+from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import PathText
+
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+_EXAMINED = 8  # maps that are read when a dataset is opened, if none of those before can be used
 
 
 class DenseMapsSource(MapValues, SourceConfig):
@@ -59,8 +62,8 @@ class DenseMapsDataset(SampleDataset):
         classes: class names of the train set, of which there are none.
 
     Raises:
-        DataError: a folder is missing, or there are class names. Images without a map, maps without an image and
-            names that are used twice are kept in `structural`.
+        DataError: a folder is missing, or there are class names. Images without a map, maps without an image, names
+            that are used twice, and maps of which none can be used are kept in `structural`.
 
     Example:
         >>> import tempfile
@@ -86,6 +89,31 @@ class DenseMapsDataset(SampleDataset):
         self.pairs, self.structural = pair_files(
             (self.images, source.image_suffix), (self.maps, source.map_suffix), "map", more=(".npy",)
         )
+        self.structural += [*self._lossy(), *self._unusable()]
+
+    def _lossy(self) -> list[Problem]:
+        """Return a warning if maps are stored in a format that changes their numbers."""
+        lossy = [name for _, name in self.pairs if os.path.splitext(name)[1].lower() in _LOSSY]
+        if not lossy:
+            return []
+        reason = f"{len(lossy)} of {len(self)} maps are stored in a format that changes their numbers ({lossy[0]}); "
+        return [Problem(self.name, reason + "write png, tiff or npy files", "warning")]
+
+    def _unusable(self) -> list[Problem]:
+        """Return an error if none of some maps can be used: then a key of the source is wrong, not a file."""
+        reasons: list[BrokenSample] = []
+        for index in np.linspace(0, len(self) - 1, min(_EXAMINED, len(self))).astype(int).tolist():
+            try:
+                values, size = self.values(index), image_size(self.path(index))
+                if size is None or values.shape[-2:] == size:
+                    return []
+                check_mask_size(values, np.empty((3, *size)), self._map_path(index), "map")
+            except BrokenSample as error:
+                reasons.append(error)
+        if not reasons:
+            return []
+        others = f" (none of {len(reasons)} maps that were read can be used)" if len(reasons) > 1 else ""
+        return [Problem(reasons[0].path, f"{reasons[0].reason}{others}")]
 
     def __len__(self) -> int:
         return len(self.pairs)

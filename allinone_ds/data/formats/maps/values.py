@@ -102,7 +102,7 @@ def read_values(stored: np.ndarray, kind: str, options: MapValues, path: str) ->
     default = [] if kind in BINARY_KINDS else [0.0]
     listed = default if options.invalid is None else options.invalid
     values = planes.astype(np.float32)
-    unknown: np.ndarray = ~np.isfinite(values).all(axis=0)  # (H, W)
+    unknown = np.asarray(~np.isfinite(values).all(axis=0))  # (H, W)
     for number in listed:
         unknown = unknown | (planes == number).all(axis=0)
     if kind in BINARY_KINDS:

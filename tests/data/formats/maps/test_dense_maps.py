@@ -157,11 +157,22 @@ def test_binary_maps(tmp_path: Path, kind: str, positive: int, options: dict) ->
     ],
 )
 def test_wrong_maps_are_named(tmp_path: Path, kind: str, stored: np.ndarray, options: dict, message: str) -> None:
-    root = write(tmp_path, stored, count=1)
+    root = write(tmp_path, stored)
     with pytest.raises(BrokenSample) as raised:
-        opened(config(kind, **options), root)[0]
+        opened(config(kind, **options), root, strict=False)[0]
     assert message in str(raised.value) and str(root / "maps" / "0.npy") in str(raised.value)
-    assert [p for p in errors(config(kind, **options), root) if message in p.reason]
+    assert len([p for p in errors(config(kind, **options), root) if message in p.reason]) >= COUNT
+    with pytest.raises(DataError, match="1 problem") as refused:  # before training starts
+        opened(config(kind, **options), root)
+    assert message in str(refused.value) and "none of 7 maps that were read can be used" in str(refused.value)
+
+
+def test_one_wrong_map_does_not_stop_a_run(tmp_path: Path) -> None:
+    root = write(tmp_path, [np.ones((5, WIDTH)), *[metres()] * 6])
+    dataset = opened(config(), root)
+    assert dataset[1]["depth"].shape == SIZE and len(errors(config(), root)) == 1
+    with pytest.raises(BrokenSample, match=f"its image is {WIDTH} x {HEIGHT}"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"no map"])
@@ -169,14 +180,14 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
     root = write(tmp_path, metres(), count=1)
     (root / "maps" / "0.npy").write_bytes(content)
     with pytest.raises(BrokenSample, match="0.npy"):
-        opened(config(), root)[0]
+        opened(config(), root, strict=False)[0]
 
 
 def test_pickled_objects_are_not_loaded(tmp_path: Path) -> None:
     root = write(tmp_path, metres(), count=1)
     np.save(root / "maps" / "0.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(BrokenSample, match="allow_pickle"):
-        opened(config(), root)[0]
+        opened(config(), root, strict=False)[0]
 
 
 def test_files_without_a_partner_are_named(tmp_path: Path) -> None:
@@ -219,6 +230,13 @@ def test_options_that_cannot_work_are_refused_when_the_file_is_read(kind: str, o
     with pytest.raises(ValidationError) as raised:
         RunConfig.model_validate({"name": "x", "model": {"backbone": {"name": "vit_b"}}, "tasks": {"t": task}})
     assert message in explain(raised.value, RunConfig, "x.yaml")
+
+
+def test_files_that_change_the_numbers_are_a_warning(tmp_path: Path) -> None:
+    root = write(tmp_path, np.full((16, 16), 50, np.uint8), ".jpg")
+    for i in range(COUNT):
+        Image.new("RGB", (16, 16)).save(root / "images" / f"{i}.png")
+    assert "7 of 7 maps are stored in a format that changes their numbers (0.jpg)" in warnings(config(), root)
 
 
 def test_class_names_are_refused(tmp_path: Path) -> None:
@@ -277,5 +295,8 @@ def test_a_column_of_maps(tmp_path: Path, cell: str) -> None:
     assert target_problems(dataset, SIZE) == [] and errors({**options, "scale": 0.001}, root) == []
     with pytest.raises(ValidationError, match="threshold is an option of edges"):
         source({**options, "threshold": 1})
+    for wrong in ({"first_id": 1}, {"classes": ["a"]}):
+        with pytest.raises(ValidationError, match="depth has none; remove them"):
+            source({**options, **wrong})
     with pytest.raises(DataError, match="columns.map = 'map', which is not a column"):
         opened({**options, "columns": {"image": "photo"}}, root)

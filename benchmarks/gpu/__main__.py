@@ -1,0 +1,101 @@
+"""What does a first GPU show: is it exact, how fast, what fits, where does it wait?
+
+    python -m benchmarks.gpu --out DIR                          # ten minutes on one H100; most worth first
+    python -m benchmarks.gpu --out DIR --only exact steps       # some parts
+    python -m benchmarks.gpu --out DIR --device cpu             # small sizes: does every part run? 8 minutes on 2 cores
+    python -m benchmarks.gpu --out DIR --table                  # writes docs/gpu-measured.md from the records in DIR
+
+Each part runs in a process of its own, which is ended after its time limit; what it had found by then is kept. DIR gets
+one file per part with one JSON object per line, a log, and `parts.jsonl` with how each part ended. A machine without a
+network needs the wheels of `make gpu-wheels` besides torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.part import PARTS, Run
+
+
+def run_part(name: str, run: Run) -> None:
+    """Write what a part measures to its file, row by row. Called in the part's process."""
+    module = importlib.import_module(f"benchmarks.gpu.{name}")
+    with (run.folder / f"{name}.jsonl").open("w") as rows:
+        for row in module.measure(run):
+            rows.write(json.dumps({"part": name, **row}) + "\n")
+            rows.flush()
+            print(row, flush=True)
+
+
+def start_part(name: str, device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run a part in a process of its own; return how it ended."""
+    from allinone_ds.training.launcher import QUIET, free_port
+    from benchmarks.common.launch import worker_environment
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**QUIET, **os.environ, **worker_environment(), **alone, "MASTER_PORT": str(free_port())}
+    environment["DS_ACCELERATOR"] = device
+    if device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", f"--part={name}", f"--device={device}"]
+    command += [f"--out={folder}", f"--seconds={seconds:.0f}"]
+    began = time.monotonic()
+    with (folder / f"{name}.log").open("w") as log:
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = "ok" if job.wait(seconds) == 0 else f"failed ({job.returncode})"
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            status = "time limit"
+    file = folder / f"{name}.jsonl"
+    rows = len(file.read_text().splitlines()) if file.exists() else 0
+    return {"part": name, "status": status, "seconds": round(time.monotonic() - began, 1), "rows": rows}
+
+
+def main() -> int:
+    """Run the command line; return the number of parts that did not end well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together (default: 10)")
+    parser.add_argument("--table", action="store_true", help="only write docs/gpu-measured.md from the records")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.table:
+        from benchmarks.gpu.table import write_page
+
+        write_page(args.out)
+        return 0
+    if args.part:
+        run_part(args.part, Run(args.device, args.out, args.seconds))
+        return 0
+    end, failed = time.monotonic() + 60 * args.minutes, 0
+    for name in args.only:
+        limit = PARTS[name].seconds * (1 if args.device == "cuda" else 2)  # a slow machine is no reason to fail a trial
+        seconds = min(limit, end - time.monotonic())
+        if seconds < 5:
+            ended = {"part": name, "status": "no time left", "seconds": 0.0, "rows": 0}
+        else:
+            ended = start_part(name, args.device, args.out, seconds)
+        failed += ended["status"] != "ok"
+        print(f"{name:8s} {ended['status']:12s} {ended['seconds']:6.1f} s {ended['rows']:4d} rows", flush=True)
+        with (args.out / "parts.jsonl").open("a") as parts:
+            parts.write(json.dumps(ended) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

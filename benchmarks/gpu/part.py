@@ -1,0 +1,107 @@
+"""The parts of the benchmark, and what a part is told about the run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: what it asks, and the seconds after which it is ended."""
+
+    question: str
+    seconds: int
+
+
+PARTS = {
+    "machine": Part("What is this machine, how fast does it copy and multiply?", 60),
+    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 150),
+    "steps": Part("What do balanced steps of a ViT-L cost beside plain DeepSpeed, in time and memory?", 200),
+    "waits": Part("Where does the host wait for the device?", 60),
+    "trace": Part("What happens between two tasks of a step?", 60),
+    "order": Part("Does CUDA's sanitizer find accesses without an order?", 90),
+    "saving": Part("What do offload, a save and a resume cost, and does a resumed run go on as it was?", 120),
+    "heads": Part("Does every head compute in bf16 what it computes in float32, and does the demo train?", 120),
+    "ranks": Part("Are two processes on one device (gloo) exact?", 60),
+    "large": Part("Which backbones of 1 billion parameters and more fit?", 90),
+    "loader": Part("How many images per second reach the device?", 60),
+}
+"""The parts by name, most worth first; each is the module `benchmarks.gpu.NAME` with a function `measure`."""
+
+
+@dataclass
+class Run:
+    """What a part is told.
+
+    Args:
+        device: "cuda", or "cpu" for a trial with small sizes, which shows that nothing fails for a typo.
+        folder: for what the part writes besides its rows.
+        seconds: of the part; `left` counts from now.
+    """
+
+    device: str
+    folder: Path
+    seconds: float = 600.0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is no trial."""
+        return self.device == "cuda"
+
+    def pick(self, gpu: T, cpu: T) -> T:
+        """Return the size for the device."""
+        return gpu if self.on_gpu else cpu
+
+    def left(self) -> float:
+        """Return the seconds until the part is ended."""
+        return self.seconds - (time.monotonic() - self.began)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def time(self, call: Callable[[], Any], repeats: int = 5, warm_up: int = 2) -> float:
+        """Return the median seconds of a call."""
+        taken = []
+        for number in range(warm_up + repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            call()
+            self.synchronize()
+            if number >= warm_up:
+                taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    def allocated(self) -> int:
+        """Return the bytes that tensors hold on the device now; 0 in a trial."""
+        return torch.cuda.memory_allocated() if self.on_gpu else 0
+
+    def peak(self) -> int:
+        """Return the largest number of bytes since the last call, and begin anew; 0 in a trial."""
+        if not self.on_gpu:
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def join(self, backend: str | None = None) -> None:
+        """Join the process group that the environment describes."""
+        import deepspeed
+
+        from allinone_ds.zero.kernels import spare_cpu_kernel
+
+        if not self.on_gpu:
+            spare_cpu_kernel()
+            deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, but it computes
+        deepspeed.init_distributed(backend)

@@ -1,0 +1,73 @@
+"""Writes docs/gpu-measured.md from the records of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.launch import ROOT
+from benchmarks.gpu.part import PARTS
+
+PAGE = ROOT / "docs" / "gpu-measured.md"
+COLUMNS = {
+    "machine": ("what", "gib_per_s", "flops"),
+    "exact": ("case", "norm", "difference", "limit", "passed", "error"),
+    "steps": ("side", "batch", "stage", "mode", "seconds", "ratio", "utilisation", "of_matmul", "between_ms",
+              "peak_gib", "planned_gib"),
+    "waits": ("where", "owner", "place", "count", "ours", "all"),
+    "trace": ("stage", "kernels", "ms", "busy_ms", "longest_gap_ms", "between_ms", "kernel", "calls"),
+    "order": ("case", "difference", "unordered", "error"),
+    "saving": ("what", "stage", "mode", "seconds", "peak_gib", "status", "difference"),
+    "heads": ("head", "loss", "loss_bf16", "gradient_cosine", "gradient_ratio", "status", "error"),
+    "ranks": ("case", "difference", "norms", "error"),
+    "large": ("backbone", "stage", "checkpointing", "batch", "fits", "seconds", "peak_gib", "planned_gib"),
+    "loader": ("what", "side", "images_per_s", "error"),
+}  # fmt: skip
+"""What the page shows of each part's rows."""
+
+
+def write_page(folder: Path) -> None:
+    """Write the page."""
+    machine = next(iter(read(folder / "machine.jsonl")), {})
+    name = machine.get("accelerator") or machine.get("processor", "an unknown machine")
+    versions = [f"{part} {machine.get(part)}" for part in ("torch", "deepspeed", "transformers", "cuda")]
+    lines = [
+        "# Measured on a GPU",
+        "",
+        "After this page you know what `python -m benchmarks.gpu` found on one machine. The page is written by",
+        "`python -m benchmarks.gpu --out DIR --table`; do not edit it.",
+        "",
+        ", ".join([f"{name}, {machine.get('device_gib', '?')} GiB", *versions]) + ".",
+    ]
+    ends = {row["part"]: row for row in read(folder / "parts.jsonl")}
+    for part, about in PARTS.items():
+        rows = list(read(folder / f"{part}.jsonl"))
+        if rows:
+            end = ends.get(part, {})
+            lines += ["", f"## {about.question}", "", f"`--only {part}`: {end.get('status', '?')}, "
+                      f"{end.get('seconds', '?')} s.", "", *table(rows, COLUMNS[part])]  # fmt: skip
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def read(file: Path) -> Iterable[dict[str, Any]]:
+    """Yield the rows of a file; none if it does not exist."""
+    for line in file.read_text().splitlines() if file.exists() else ():
+        yield json.loads(line)
+
+
+def table(rows: list[dict[str, Any]], columns: Iterable[str]) -> list[str]:
+    """Return the lines of a table, without columns that are empty in all rows."""
+    shown = [column for column in columns if any(row.get(column) not in (None, "", []) for row in rows)]
+    lines = [f"| {' | '.join(column.replace('_', ' ') for column in shown)} |", "|" + "---|" * len(shown)]
+    return lines + [f"| {' | '.join(cell(row.get(column)) for column in shown)} |" for row in rows]
+
+
+def cell(value: Any) -> str:
+    """Return a value as a cell."""
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.3f}".rstrip("0").rstrip(".")
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value).replace("|", "/").replace("\n", " ")

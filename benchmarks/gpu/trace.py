@@ -1,0 +1,48 @@
+"""Part `trace`: a profile of one balanced step, and what the device does between two tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.part import Run
+from benchmarks.gpu.vit import Vit, large
+
+
+def measure(run: Run) -> Iterator[dict[str, Any]]:
+    """Yield one row per stage, and write its profile (open it in https://ui.perfetto.dev)."""
+    run.join()
+    for stage in (2, 3):
+        vit = Vit(run, large(run), run.pick(512, 32), run.pick(16, 2), stage)
+        vit.open()
+        for _ in range(3):
+            vit.step()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * run.on_gpu
+        with profile(activities=activities) as profiler:
+            vit.step()
+            run.synchronize()
+        file = run.folder / f"trace-zero{stage}.json.gz"
+        profiler.export_chrome_trace(str(file))
+        kernels = [e for e in profiler.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+        yield {"stage": stage, "file": file.name, "kernels": len(kernels), **busy(kernels),
+               "between_ms": min(vit.milliseconds_between_tasks() for _ in range(5))}  # fmt: skip
+        for event in sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[: run.pick(12, 1)]:
+            yield {"stage": stage, "kernel": event.key[:90], "calls": event.count,
+                   "ms": event.self_device_time_total / 1000}  # fmt: skip
+        vit.close()
+
+
+def busy(events: Iterable[Any]) -> dict[str, float]:
+    """Return from the first kernel to the last: milliseconds, those in which a kernel runs, and the longest gap."""
+    ranges = sorted((e.time_range.start, e.time_range.end) for e in events)
+    if not ranges:
+        return {"ms": 0.0, "busy_ms": 0.0, "longest_gap_ms": 0.0}
+    end, used, longest = ranges[0][0], 0.0, 0.0
+    for first, last in ranges:
+        longest = max(longest, first - end)
+        used += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return {"ms": (end - ranges[0][0]) / 1000, "busy_ms": used / 1000, "longest_gap_ms": longest / 1000}
