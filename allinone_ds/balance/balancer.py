@@ -16,9 +16,8 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
-from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.heads import HeadUse, agreed_backbone
-from allinone_ds.balance.joint.running import JointTasks, TaskAtFeatures, joint_tasks
+from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
 from allinone_ds.balance.report import StepReport
@@ -58,8 +57,8 @@ class TaskBalancer(RankGroups):
             `sketch_size`) before the reduce, one reduce per step; every rank keeps two gradients of the whole model.
             "delayed": factors from the step before, one reduce per step; every rank keeps one gradient of the whole
             model. The first step is then exact, and a step with a task that is not finite is not taken at all.
-            "features": of the gradients at the features that `task_features` marks in the model, scaled there; heads
-            keep their raw gradient. A step with a task that is not finite is not taken at all.
+            "features": of gradients at the features that `task_features` marks, scaled there before the reduce; heads
+            keep their raw gradient, and the balancer keeps none. A step with a task that is not finite is not taken.
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
@@ -169,17 +168,12 @@ class TaskBalancer(RankGroups):
 
         Raises:
             BalancerError: wrong task, number of micro-steps or nesting; ranks in different tasks, or one that failed.
-                The task's gradient is dropped, those of others stay, and it can run again (norm="delayed" and
-                "features": all must).
+                The task's gradient is dropped and it can run again (norm="delayed" and "features": all must).
         """
         refuse_task(name, self.groups, self._combiner.tasks, self._running)
-        if isinstance(self._combiner, FeaturesCombiner):
-            task = TaskAtFeatures(name, micro_steps, self._combiner, self._heads, self._agreement, self.weighting)
-            with self._block(task), task.forwards():
-                yield
-            return
         asked = self._agreement if self.parallel == "data" else None
-        with self._block(RunningTask(name, micro_steps, self._combiner, asked)):
+        running = single_task(name, micro_steps, self._combiner, self._heads, asked, self.weighting)
+        with self._block(running), running.forwards():
             yield
 
     @contextlib.contextmanager

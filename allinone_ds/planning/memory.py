@@ -70,7 +70,7 @@ def memory_parts(
         engine: settings of the engine.
         sizes: sizes of the model, with P trained elements.
         gpus: number of ranks R.
-        norm: "exact", "sketch" or "delayed".
+        norm: "exact", "sketch", "delayed" or "features".
         moments: float32 tensors of P elements that the optimizer keeps in addition to its copy of the weights.
         kept: gradient shards that the balancer keeps with exact norms: 1, or T for weightings that need all tasks
             before they scale one.
@@ -87,6 +87,9 @@ def memory_parts(
     optimizer = 4 * part * (copies + moments)
     average = {"average of the weights": 4 * part} if averaged else {}
     balancer = 4 * part * (1 if norm == "sketch" or groups else kept)  # norm="delayed": its first step is exact
+    if norm == "features":
+        balancer = 0
+    local = bool(groups) or norm in ("sketch", "delayed") or (norm == "features" and engine.stage < 2)
     if groups:
         most = max(len(groups.of(rank)) for rank in range(gpus))
         balancer += (most - 1) * sizes.backbone * engine.gradient_bytes
@@ -95,12 +98,12 @@ def memory_parts(
         balancer += sizes.backbone * engine.gradient_bytes + 2 * 4 * sketch
     elif norm == "delayed":
         balancer += 2 * 4 * sketch * len(sizes.heads)
-    memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, norm != "exact" or bool(groups))}
+    memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, local)}
     # DeepSpeed reduces what has accumulated on ZeRO-1, and each gradient as it comes on ZeRO-2 and 3
     in_buffers = engine.gradient_bytes if engine.stage == 1 else engine.weight_bytes
     buffers = 0 if engine.stage == 0 or engine.wraps_bf16 else engine.bucket * engine.buckets * in_buffers
     buffers += engine.weight_bytes * _gathered(engine, sizes, norm)
-    if (norm != "exact" or groups) and engine.fp32_accumulation:  # for the reduced local gradients
+    if local and engine.fp32_accumulation:  # for the reduced local gradients
         buffers += 4 * part
     movable = {"optimizer": optimizer, "balancer": balancer, **average}
     if engine.offload:
@@ -147,8 +150,8 @@ def moved_parts(
         engine: settings of the engine.
         sizes: sizes of the model.
         gpus: number of ranks R.
-        norm: "exact", "sketch" or "delayed"; "plain" is DeepSpeed's accumulation of the same micro-steps without a
-            balancer.
+        norm: "exact", "sketch", "delayed" or "features"; "plain" is DeepSpeed's accumulation of the same micro-steps
+            without a balancer.
         sketch: elements of a sketch.
         groups: ranks of each task; None: every rank runs every task. The result is that of the GPU that sends most.
     """
@@ -156,7 +159,7 @@ def moved_parts(
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
     reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
-    if groups or norm in ("sketch", "delayed") or (norm == "plain" and engine.stage < 2):
+    if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):
         reduced = P  # once per step
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
         reduced = P * len(of_task)
@@ -173,8 +176,10 @@ def moved_parts(
     elif engine.stage == 3:  # for the forward of every micro-step, and what was released again for its backward
         again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
         moved["weights"] = round(sent * (reduced_each + again) * w)
-    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4)
-    moved["norms"] = round(sent * 2 * message * len(of_task))
+    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4) * len(of_task)
+    if norm == "features":  # the norm and the loss of each micro-step
+        message = 2 * 8 * sum(sizes.micro_steps.values())
+    moved["norms"] = round(sent * 2 * message)
     if groups and norm == "exact":  # a reduce-scatter in float32 within each task's group
         within = {task: (len(ranks) - 1) / len(ranks) * 4 * of_task[task] for task, ranks in groups.ranks.items()}
         moved["norms"] += round(max(sum(within[task] for task in groups.of(rank)) for rank in range(gpus)))

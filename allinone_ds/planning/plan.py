@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         gpus: number of ranks R.
         stage: ZeRO stage.
-        norm: "exact", "sketch" or "delayed".
+        norm: "exact", "sketch", "delayed" or "features".
         parameters: component -> trained elements; and "frozen", elements that are not trained.
         memory: part -> bytes on the GPU.
         host: part -> bytes in the host's memory per GPU.

@@ -115,6 +115,10 @@ def build_task(
     cls = task_class(type_name)
     if refusal := backbone.refuses((int(image_size[0]), int(image_size[1]))):
         raise ConfigError(f"tasks.{name}.image_size = {list(image_size)}: {refusal}")
-    task = cls(name, classes, backbone.channels, backbone.stride, backbone.num_levels, image_size, **arguments)
+    try:
+        task = cls(name, classes, backbone.channels, backbone.stride, backbone.num_levels, image_size, **arguments)
+    except ConfigError as error:  # of a head that knows no names of tasks
+        where = "" if str(error).startswith(f"tasks.{name}") else f"tasks.{name}.options: "
+        raise type(error)(f"{where}{error}") from error
     task.size_multiple = backbone.size_multiple
     return task

@@ -114,18 +114,18 @@ def main() -> None:
 
     import_everything()
     start, rows = time.perf_counter(), []
+    shape = {name: getattr(args, name) for name in ("rounds", "slow_rounds", "batch", "width", "layers", "size")}
     print_head("tasks", "ranks", "way", "s per step", "of its plain sum", "quartiles", "processor", "peak MiB per rank")
     for row in measure_rows(args):
         rows.append(row)
         peak = f"{row['peak'] / 2**20:.0f}" if "peak" in row else ""
         print_row(row["tasks"], row["ranks"], row["way"], f"{row['seconds']:.3f}", f"{row['ratio']:.3f}",
                   quartiles_cell(row["quartiles"], 3), f"{row['processor']:.3f}", peak)  # fmt: skip
+        write_record(args.json, took=time.perf_counter() - start, shape=shape, rows=rows)  # also of a run that is ended
     for row in rows:
         if "of_separate" in row:
             print(f"{row['tasks']} tasks, {row['ranks']} rank(s): backbone takes {row['of_separate']:.3f} of separate "
                   f"forwards, processor {row['processor_of_separate']:.3f}")  # fmt: skip
-    shape = {name: getattr(args, name) for name in ("rounds", "slow_rounds", "batch", "width", "layers", "size")}
-    write_record(args.json, took=time.perf_counter() - start, shape=shape, rows=rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def results(tmp_path_factory) -> dict[str, str]:
         "a_step_begins_without_what_the_last_one_left", "a_step_with_a_task_that_is_not_finite_is_not_taken",
         "an_overflow_at_the_features_alone_lowers_the_loss_scale", "counts_weigh_the_ranks_of_a_micro_step",
         "misuse", "refused_options", "the_self_test_serves_it",
+        "a_parameter_of_the_first_micro_step_alone_keeps_its_gradient",
     ],
 )  # fmt: skip
 def test_norm_features(results, name):

@@ -28,6 +28,9 @@ CASES = [
     (2, "bf16", "delayed"),
     (3, "fp32", "sketch"),
     (3, "bf16", "delayed"),
+    (1, "bf16", "features"),
+    (2, "bf16", "features"),
+    (3, "fp32", "features"),
     (1, "fp32", "exact, apart"),
     (2, "bf16", "exact, apart"),
     (2, "bf16", "sketch, apart"),
@@ -49,6 +52,7 @@ def gradients(engine) -> list[torch.Tensor]:
     found = [getattr(p, name, None) for p in engine.module.parameters() for name in ("grad", "grad_accum")]
     found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
     found += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    found += [g for group in getattr(optimizer, "all_grad_tensors", {}).values() for g in group or ()]
     averaged = getattr(optimizer, "averaged_gradients", {})
     for group in averaged.values() if engine.zero_optimization_stage() in (1, 2) else ():
         found += [getattr(group, "flat_partition", None)] if hasattr(group, "flat_partition") else list(group or ())
@@ -106,7 +110,7 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
         most["balancer"] = max(most["balancer"], balancer.extra_bytes)
     measured = {"weights": bytes_of(weights(engine)), "optimizer": bytes_of(optimizer_tensors(engine)), **most}
     sketch = default_size(sizes.trained)
-    if norm != "exact" or apart:  # the plan counts the local gradient, which is the engine's and the balancer's, once
+    if norm in ("sketch", "delayed") or apart:  # the plan counts the local gradient once, not for the balancer as well
         measured["balancer"] -= balancer._combiner.local.bytes
     groups = balancer.groups if apart else None
     planned = memory_parts(read_engine(config), sizes, dist.get_world_size(), norm, 2, 1, sketch, groups=groups)[0]

@@ -44,7 +44,8 @@ def test_bytes_moved_follow_the_collectives() -> None:
     assert kept["weights"] == 0.75 * (960 + 3 * 940) * 2  # small models stay gathered from forward to backward
     small = dataclasses.replace(small, task_traces=True)
     assert moved_parts(small, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 1000 * 2  # and over the whole step
-    for norm in ("sketch", "delayed"):
+    assert moved(2, "features") == moved(2) and moved(3, "features") == moved(3)
+    for norm in ("sketch", "delayed", "features"):
         assert moved(1, norm)["gradients"] == 2 * 0.75 * 1000 * 2  # once a step
     assert set(moved(3, gpus=1).values()) == {0}
     groups = task_groups({"a": 3, "b": 1}, ("a", "b"), 4)

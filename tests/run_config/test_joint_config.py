@@ -51,7 +51,7 @@ def test_tasks_take_their_images_from_the_group(tmp_path: Path) -> None:
         (["joint.rooms.batch_size=null"], "joint.rooms.batch_size"),
         (["joint.rooms.at=heads"], "joint.rooms.at"),
         (["joint.rooms.labels={}"], "unknown key 'joint.rooms.labels'"),
-        (["joint.rooms.train.labels.seg=null"], "joint.rooms.train"),
+        (["joint.rooms.train.labels.seg=null"], "joint.rooms: a source has no labels of 'seg'; add labels.seg to it"),
         (["joint.rooms.train.format=coco"], "format is 'coco'"),
         (["joint.rooms.train.labels.seg.format=joint"], "format is 'joint'"),
         (["joint.rooms.augment=[Mosaic]"], "Mosaic supports only detection and segmentation, the data is joint"),
@@ -69,6 +69,13 @@ def test_what_cannot_be_meant_is_one_clear_line(tmp_path: Path, overrides: list[
     with pytest.raises(ConfigError) as failed:
         read(tmp_path, joint_run(tmp_path), *overrides)
     assert says in str(failed.value), str(failed.value)
+
+
+def test_a_task_of_a_base_is_dropped(tmp_path: Path) -> None:
+    labels = [f"joint.rooms.{part}.labels.det=null" for part in ("train", "test")]
+    config = read(tmp_path, joint_run(tmp_path), "tasks.det=null", "joint.rooms.tasks=[seg,cls]", *labels)
+    assert list(config.images) == ["rooms"] and sorted(config.tasks) == ["cls", "seg"]
+    assert sorted(config.joint["rooms"].train.labels) == ["cls", "seg"]  # type: ignore[attr-defined]
 
 
 def test_labels_for_exactly_the_tasks_of_the_group(tmp_path: Path) -> None:

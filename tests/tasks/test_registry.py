@@ -30,3 +30,17 @@ def test_bad_settings_are_named(arguments, message):
 def test_an_image_size_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="multiples of 4"):
         build_task("classification", "x", CLASSES, tiny_backbone(), (30, 32))
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        ("light", {"class_weights": [1.0]}, "tasks.seg.options: class_weights has 1 entries"),
+        ("mask2former", {"width": 32, "attention_heads": 3}, "tasks.seg.options: mask2former: width 32 is no multiple"),
+        ("light", {"widht": 8}, "tasks.seg.options"),
+    ],
+)
+def test_an_error_of_a_head_names_the_key_of_the_run(head: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        build_task("segmentation", "seg", CLASSES, tiny_backbone(), SIZE, head, options)
+    assert str(error.value).count("tasks.seg") == 1

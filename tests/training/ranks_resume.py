@@ -96,17 +96,17 @@ def check_settings(stage: int) -> None:
 
 def check_nothing_changes() -> None:
     """The same settings: no warning, the same weights, and no sample is counted."""
-    before = frequencies._count
+    before = frequencies._spread
 
     def forbidden(*args: Any) -> None:
         raise AssertionError("a resume counts the data again")
 
     checkpoint = begun(2)
-    frequencies._count = forbidden
+    frequencies._spread = forbidden
     try:
         folder = trained("same", after=checkpoint)
     finally:
-        frequencies._count = before
+        frequencies._spread = before
     assert "other settings" not in warnings(folder)
     expected = load_file(checkpoint.with_name("checkpoint-4") / "model.safetensors")
     found = load_file(folder / "checkpoint-4" / "model.safetensors")

@@ -334,6 +334,20 @@ def joint_tasks(
     return JointAtFeatures(tasks, micro_steps, exact, heads, agreement, feature_weighting(weighting))
 
 
+def single_task(
+    name: str,
+    micro_steps: int,
+    combiner: Combiner,
+    heads: HeadUse,
+    agreement: Agreement | None,
+    weighting: Weighting,
+) -> RunningTask:
+    """Return what runs a block of one task."""
+    if isinstance(combiner, FeaturesCombiner):
+        return TaskAtFeatures(name, micro_steps, combiner, heads, agreement, weighting)
+    return RunningTask(name, micro_steps, combiner, agreement)
+
+
 def check_losses(tasks: Sequence[str], losses: Any) -> None:
     """Raise unless there is a loss, or None, for each task of a joint block.
 

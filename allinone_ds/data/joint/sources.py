@@ -49,7 +49,7 @@ class PairedSource(SourceConfig):
     """Text file with the name of an image per line, relative to `images`, with or without suffix. Only these images are
     used, and labels of others are left out."""
     labels: dict[str, Source] = Field(min_length=1)
-    """Task -> source of its labels."""
+    """Task -> source of its labels; null instead of a source drops that of a base."""
     partial: bool = False
     """Allow images that lack the labels of some tasks. They train and evaluate the tasks that they have labels of."""
 
@@ -62,12 +62,15 @@ class PairedSource(SourceConfig):
     @model_validator(mode="before")
     @classmethod
     def _share_images(cls, content: Any) -> Any:
-        """Give the group's images to the sources of labels that need images and name none."""
-        if not isinstance(content, dict) or not isinstance(content.get("labels"), dict) or not content.get("images"):
+        """Give the group's images to the sources of labels that need images and name none, and drop null labels."""
+        if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
             return content
         labels = {}
         for task, label in content["labels"].items():
-            takes = isinstance(label, dict) and "images" not in label and label.get("format") in _FORMATS
+            if label is None:
+                continue
+            takes = content.get("images") and isinstance(label, dict) and "images" not in label
+            takes = takes and label.get("format") in _FORMATS
             fields = _FORMATS[label["format"]].model_fields if takes else {}
             labels[task] = {**label, "images": content["images"]} if "images" in fields else label
         return {**content, "labels": labels}

@@ -139,7 +139,7 @@ class BinaryMapTask(DenseTask):
 
     def count_labels(self, labels: Tensor) -> int:
         """Return the number of valid pixels."""
-        return int((labels != IGNORE).sum())
+        return int(torch.count_nonzero(labels != IGNORE))
 
     def class_shares(self, sample: Sample) -> Tensor | None:
         """Return the fractions of the valid pixels that are no (edge, salient) and that are (2,)."""

@@ -97,7 +97,7 @@ class DepthTask(DenseTask):
 
     def count_labels(self, labels: Tensor) -> int:
         """Return the number of valid pixels."""
-        return int(labels.isfinite().sum())
+        return int(torch.count_nonzero(labels.isfinite()))
 
     def samples_to_count(self) -> int:
         bias = self.decoder.output.bias

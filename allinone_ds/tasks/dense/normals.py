@@ -68,7 +68,7 @@ class NormalsTask(DenseTask):
 
     def count_labels(self, labels: Tensor) -> int:
         """Return the number of valid pixels."""
-        return int(labels.isfinite().all(1).sum())
+        return int(torch.count_nonzero(labels.isfinite().all(1)))
 
     def values(self, maps: Tensor) -> Tensor:
         """Return vectors of length 1."""

@@ -26,6 +26,8 @@ from allinone_ds.tasks.objects.targets import check_lowest, empty_objects, learn
 from allinone_ds.tasks.test_time import TestTime, View
 from allinone_ds.tasks.vectors.pooling import refuse_windows
 
+_COUNTED = 2000
+"""Training images whose objects are counted at the start, for balanced class weights."""
 _SAME_OBJECT = 0.6
 """IoU of boxes above which objects of one class in different views count as one."""
 
@@ -73,6 +75,19 @@ class InstancesTask(Task):
         if isinstance(self.segmenter, Mask2FormerInstances):
             return self.segmenter(features, labels)
         return self.segmenter(features, pixel_values, labels, mask_loss)
+
+    def samples_to_count(self) -> int:
+        counted = isinstance(self.segmenter, Mask2FormerInstances) and self.segmenter.needs_frequencies()
+        return _COUNTED if counted else 0
+
+    def class_shares(self, sample: Sample) -> Tensor | None:
+        labels = torch.as_tensor(sample["labels"]).long()
+        return torch.bincount(labels, minlength=len(self.classes)) / len(labels) if len(labels) else None
+
+    def use_frequencies(self, frequencies: Sequence[float]) -> None:
+        """Set balanced class weights of `mask2former`."""
+        if isinstance(self.segmenter, Mask2FormerInstances):
+            self.segmenter.use_frequencies(frequencies)
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:

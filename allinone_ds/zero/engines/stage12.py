@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allinone_ds.zero.engines.base import EngineAdapter, Piece, Span, cut, merge_spans
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
-from allinone_ds.zero.releases import as_partition, uses_flat_partition, wait_for_offload_copies
+from allinone_ds.zero.releases import MANAGES_ACCUMULATION, as_partition, uses_flat_partition, wait_for_offload_copies
 
 
 class Stage12Adapter(EngineAdapter):
@@ -159,6 +159,7 @@ class Stage12OffloadAdapter(Stage12Adapter):
     def begin_task(self) -> None:
         super().begin_task()
         wait_for_offload_copies(self.optimizer)
+        self.optimizer._offload_accumulated_param_ids = set()
         for buffer in self.optimizer.accumulated_grads_in_cpu.values():
             buffer.zero_()
         for gradient in self._gradients():
@@ -166,6 +167,11 @@ class Stage12OffloadAdapter(Stage12Adapter):
 
     def gradient(self) -> list[Tensor]:
         wait_for_offload_copies(self.optimizer)
+        if self.stage == 2 and MANAGES_ACCUMULATION and self.optimizer._offload_accumulated_param_ids:
+            # the last micro-step has copied the sums of the parameters that it used, and of no others
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            self._remove_gradients()
+            wait_for_offload_copies(self.optimizer)
         return cut(self._gradients(), self.pieces)
 
     def clear_gradient(self) -> None:

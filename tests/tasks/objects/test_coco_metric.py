@@ -13,6 +13,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.objects.regions import decode_heatmaps, heatmap_loss, mask_loss, paste_masks
 from allinone_ds.tasks.detection_metric import _IOU_THRESHOLDS, _RECALLS
+from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.tasks.objects.coco_metric import CocoMetric
 from allinone_ds.tasks.objects.instances import InstancesTask
 from allinone_ds.tasks.objects.keypoints import KeypointsTask
@@ -200,3 +201,27 @@ def test_names_sigmas_and_thresholds():
     keypoints(points=["a"], regions="image").check_threshold(0.01)
     with pytest.raises(ConfigError, match="score_threshold = 0.05"):
         InstancesTask("it", ["a"], 8, 4, 1, (16, 16), width=16).check_threshold(0.01)
+
+
+def test_balanced_weights_of_mask2former_reach_its_loss():
+    sizes = {
+        "width": 32,
+        "num_queries": 4,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "attention_heads": 4,
+        "points": 64,
+    }
+    losses = []
+    for weights in (None, "balanced"):
+        torch.manual_seed(0)
+        it = InstancesTask("it", ["a", "b"], 8, 4, 1, (16, 16), head="mask2former", class_weights=weights, **sizes)
+        data = [{"labels": np.array([0, 0, 0, 1])}, {"labels": np.zeros(0, dtype=int)}]
+        notes = use_frequencies({"it": it}, {"it": data})  # type: ignore[dict-item]
+        assert bool(notes) == (weights is not None)
+        masks = torch.zeros(1, 16, 16, dtype=torch.bool)
+        masks[0, 2:9, 2:9] = True
+        labels = [{"boxes": torch.tensor([[2.0, 2, 9, 9]]), "labels": torch.tensor([1]), "masks": masks}]
+        torch.manual_seed(1)
+        losses.append(it((torch.randn(1, 8, 4, 4),), torch.zeros(1, 3, 16, 16), labels).loss.item())
+    assert losses[1] > losses[0] and "a 75.00%" in notes[0]
