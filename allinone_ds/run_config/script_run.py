@@ -18,7 +18,7 @@ from allinone_ds.data.base import SourceConfig
 from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
-from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys
+from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys, default_optim
 from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
@@ -163,6 +163,8 @@ def _trainer(args: AllInOneArguments) -> dict[str, Any]:
         # the direction of the best metric follows from the metric, if the script does not choose it
         value = args.chosen_direction if field.name == "greater_is_better" else getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
+        if field.name == "optim" and value == default_optim(bool(args.use_cpu), args.deepspeed):
+            continue  # what "auto" stands for here
         if value == default or (default in (None, "", "none") and not value):
             continue
         if not field.init or field.name in (*SET_ELSEWHERE, *_DERIVED) or "token" in field.name:

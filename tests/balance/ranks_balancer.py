@@ -45,12 +45,15 @@ from tests.launcher import join_ranks, run_checks
 
 
 def exact(case: str, weighting: str, micro_steps: str) -> None:
-    """fp32: weights within 1e-5, norms within 1e-5. 16 bit: within that type's rounding of the same step by hand."""
+    """fp32: weights within 1e-5, norms within 1e-5. 16 bit: within that type's rounding of the same step by hand.
+
+    With `norm="features"` the tasks add up in the engine, in 16 bit too, which the step by hand does not: twice that.
+    """
     result = run_case(CASES[case], cases.WEIGHTINGS[weighting], cases.MICRO_STEPS[micro_steps])
     if CASES[case].dtype == "fp32":
         assert result["weights"] <= 1e-5 and result["norms"] <= 1e-5 and result["scales"] <= 1e-5, result
     else:
-        rounding = {"bf16": 2**-8, "fp16": 2**-11}[CASES[case].dtype]
+        rounding = {"bf16": 2**-8, "fp16": 2**-11}[CASES[case].dtype] * (2 if "norm=features" in case else 1)
         assert result["weights_relative"] <= rounding and result["norms"] <= rounding, result
     assert result["overflows"] == 0
 

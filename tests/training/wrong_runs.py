@@ -53,7 +53,7 @@ WRONG: dict[str, list[str]] = {
     "deepspeed.train_micro_batch_size_per_gpu = 3": ["deepspeed.train_micro_batch_size_per_gpu=3"],
     "deepspeed.gradient_accumulation_steps = 2": ["deepspeed.gradient_accumulation_steps=2"],
     "deepspeed.zero_optimization.stage = 4": ["deepspeed.zero_optimization.stage=4"],
-    "deepspeed.zero_optimization.foo = 1": ["deepspeed.zero_optimization.foo=1"],
+    "deepspeed.zero_optimization.foo: DeepSpeed has no such key": ["deepspeed.zero_optimization.foo=1"],
     "NVMe offload": ["deepspeed.zero_optimization.offload_optimizer={device: nvme, nvme_path: /tmp}"],
     "ZenFlow": ["deepspeed.zero_optimization.zenflow={topk_ratio: 0.1}"],
     "DeepCompile": ["deepspeed.compile={deepcompile: true}"],

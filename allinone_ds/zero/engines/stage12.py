@@ -165,13 +165,17 @@ class Stage12OffloadAdapter(Stage12Adapter):
         for gradient in self._gradients():
             gradient.zero_()
 
-    def gradient(self) -> list[Tensor]:
-        wait_for_offload_copies(self.optimizer)
-        if self.stage == 2 and MANAGES_ACCUMULATION and self.optimizer._offload_accumulated_param_ids:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        super().backward(loss, retain_graph)
+        last = self.engine.is_gradient_accumulation_boundary()
+        if last and self.stage == 2 and MANAGES_ACCUMULATION and self.optimizer._offload_accumulated_param_ids:
             # the last micro-step has copied the sums of the parameters that it used, and of no others
+            wait_for_offload_copies(self.optimizer)
             self.optimizer.finalize_gradient_accumulation_boundary()
             self._remove_gradients()
-            wait_for_offload_copies(self.optimizer)
+
+    def gradient(self) -> list[Tensor]:
+        wait_for_offload_copies(self.optimizer)
         return cut(self._gradients(), self.pieces)
 
     def clear_gradient(self) -> None:
