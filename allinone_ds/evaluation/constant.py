@@ -21,7 +21,7 @@ from allinone_ds.run_folder.names import CONSTANT_FILE
 from allinone_ds.tasks import Prediction, Task
 
 Constant = Callable[[Sample], Prediction]
-"""Returns the same prediction for every image; the sample gives its size, and to some kinds the true boxes."""
+"""Returns the same prediction for every image of a sample's size."""
 _LEARNED = 200  # training samples that constants are computed from
 
 
@@ -50,8 +50,8 @@ def constant_metrics(task: Task, train: SampleDataset, test: SampleDataset) -> d
     """Return for each metric of known direction the best value that a constant prediction reaches on the test data.
 
     The constants: the most frequent class; the mean of numbers, points and normals, the median of depths; the mean
-    frequency of attributes; everywhere 0 and everywhere 1 for edges and saliency; for detection, one box of the mean
-    place. Keypoints and instances are even given the true boxes, with the mean points or the whole box as mask.
+    frequency of attributes; everywhere 0 and everywhere 1 for edges and saliency; for objects, one box of the mean place
+    and the most frequent class, with the mean points, or filled.
 
     Args:
         task: a task of one of these kinds.
@@ -143,33 +143,32 @@ def _one_box(task: Task, learned: Sequence[Sample]) -> list[Constant]:
     return [predict]
 
 
-def _true_boxes(sample: Sample) -> Prediction:
-    boxes, labels = sample["boxes"].as_subclass(Tensor), sample["labels"]
-    return {"boxes": boxes, "labels": labels, "scores": torch.ones(len(labels))}
+def _one_mask(task: Task, learned: Sequence[Sample]) -> list[Constant]:
+    def with_mask(of_box: Constant) -> Constant:
+        def predict(sample: Sample) -> Prediction:
+            found = of_box(sample)
+            masks = torch.zeros(1, *_image_size(sample), dtype=torch.uint8)
+            x1, y1, x2, y2 = found["boxes"][0].round().int().tolist()
+            masks[0, y1:y2, x1:x2] = 1
+            return {**found, "masks": masks}
 
+        return predict
 
-def _whole_boxes(task: Task, learned: Sequence[Sample]) -> list[Constant]:
-    def predict(sample: Sample) -> Prediction:
-        found = _true_boxes(sample)
-        masks = torch.zeros(len(found["boxes"]), *_image_size(sample), dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, found["boxes"].round().int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = 1
-        return {**found, "masks": masks}
-
-    return [predict]
+    return [with_mask(of_box) for of_box in _one_box(task, learned)]
 
 
 def _mean_points(task: Task, learned: Sequence[Sample]) -> list[Constant]:
-    corners = torch.cat([sample["boxes"].as_subclass(Tensor) for sample in learned]).view(-1, 2, 2)  # (n, 2, xy)
-    points = torch.cat([sample["keypoints"].as_subclass(Tensor) for sample in learned])  # (n, P, 2)
-    mean = ((points - corners[:, :1]) / (corners[:, 1:] - corners[:, :1])).mean(0)  # (P, 2), parts of the box
+    H, W = _image_size(learned[0])
+    points = torch.cat([sample["keypoints"].as_subclass(Tensor) for sample in learned]).mean(0)  # (P, 2)
 
-    def predict(sample: Sample) -> Prediction:
-        found = _true_boxes(sample)
-        low, high = found["boxes"].view(-1, 2, 2)[:, :1], found["boxes"].view(-1, 2, 2)[:, 1:]
-        return {**found, "keypoints": low + mean * (high - low)}
+    def with_points(of_box: Constant) -> Constant:
+        def predict(sample: Sample) -> Prediction:
+            height, width = _image_size(sample)
+            return {**of_box(sample), "keypoints": points[None] * torch.tensor([width / W, height / H])}
 
-    return [predict]
+        return predict
+
+    return [with_points(of_box) for of_box in _one_box(task, learned)]
 
 
 _CONSTANTS: dict[str, Callable[[Task, Sequence[Sample]], list[Constant]]] = {
@@ -183,6 +182,6 @@ _CONSTANTS: dict[str, Callable[[Task, Sequence[Sample]], list[Constant]]] = {
     "edges": _maps,
     "saliency": _maps,
     "keypoints": _mean_points,
-    "instances": _whole_boxes,
+    "instances": _one_mask,
 }
 """Kind of task -> its constant predictors."""

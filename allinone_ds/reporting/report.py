@@ -26,7 +26,7 @@ PICTURES_ALONE, PICTURES_BESIDE = 12, 4
 
 _CONSTANTS = (
     "<p>A constant predictor gives every image the same answer, the best one for each metric: the most frequent class, "
-    "a mean, one value everywhere. For keypoints and masks it is even given the true boxes.</p>"
+    "a mean, one value everywhere, one box of the mean place.</p>"
 )
 
 

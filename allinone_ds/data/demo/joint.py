@@ -53,7 +53,9 @@ class JointSizes(Strict):
     """Images to train on."""
     test: PositiveInt = 300
     """Images to evaluate on."""
-    look: SceneLook = Field(default=SceneLook(size=64, objects=(1, 3), scale=(0.35, 0.75), nearest_last=True))
+    look: SceneLook = Field(
+        default=SceneLook(size=64, objects=(1, 3), scale=(0.3, 0.65), overlap=0.3, nearest_last=True)
+    )
     """Content of the scenes."""
 
 
