@@ -50,8 +50,8 @@ def constant_metrics(task: Task, train: SampleDataset, test: SampleDataset) -> d
     """Return for each metric of known direction the best value that a constant prediction reaches on the test data.
 
     The constants: the most frequent class; the mean of numbers, points and normals, the median of depths; the mean
-    frequency of attributes; everywhere 0 and everywhere 1 for edges and saliency; for objects, one box of the mean place
-    and the most frequent class, with the mean points, or filled.
+    frequency of attributes; everywhere 0 and everywhere 1 for edges and saliency; for objects, one box of the mean
+    place and the most frequent class, with the mean points, or filled.
 
     Args:
         task: a task of one of these kinds.
