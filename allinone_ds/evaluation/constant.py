@@ -87,6 +87,12 @@ def _image_size(sample: Sample) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _sides(sample: Sample) -> Tensor:
+    """Return width and height of an image (2,)."""
+    height, width = _image_size(sample)
+    return torch.tensor([width, height], dtype=torch.float32)
+
+
 def _numbers(key: str, prediction: str) -> Callable[[Task, Sequence[Sample]], list[Constant]]:
     def constants(task: Task, learned: Sequence[Sample]) -> list[Constant]:
         mean = torch.stack([torch.as_tensor(sample[key]).double() for sample in learned]).nanmean(0)
@@ -132,12 +138,11 @@ def _label_maps(task: Task, learned: Sequence[Sample]) -> list[Constant]:
 def _one_box(task: Task, learned: Sequence[Sample]) -> list[Constant]:
     labels = Counter(int(label) for sample in learned for label in sample["labels"])
     label, _ = labels.most_common(1)[0]
-    H, W = _image_size(learned[0])
-    mean = torch.cat([sample["boxes"].as_subclass(Tensor) for sample in learned]).mean(0) / torch.tensor([W, H, W, H])
+    relative = [sample["boxes"].as_subclass(Tensor) / _sides(sample).repeat(2) for sample in learned]
+    mean = torch.cat(relative).mean(0)  # (4,), parts of the width and height
 
     def predict(sample: Sample) -> Prediction:
-        height, width = _image_size(sample)
-        box = mean * torch.tensor([width, height, width, height])
+        box = mean * _sides(sample).repeat(2)
         return {"boxes": box[None], "scores": torch.ones(1), "labels": torch.tensor([label])}
 
     return [predict]
@@ -158,13 +163,13 @@ def _one_mask(task: Task, learned: Sequence[Sample]) -> list[Constant]:
 
 
 def _mean_points(task: Task, learned: Sequence[Sample]) -> list[Constant]:
-    H, W = _image_size(learned[0])
-    points = torch.cat([sample["keypoints"].as_subclass(Tensor) for sample in learned]).mean(0)  # (P, 2)
+    relative = torch.cat([sample["keypoints"].as_subclass(Tensor) / _sides(sample) for sample in learned])  # (n, P, 2)
+    known = torch.cat([sample["visible"] > 0 for sample in learned])[..., None]  # (n, P, 1)
+    points = (relative * known).sum(0) / known.sum(0).clamp(min=1)  # (P, 2)
 
     def with_points(of_box: Constant) -> Constant:
         def predict(sample: Sample) -> Prediction:
-            height, width = _image_size(sample)
-            return {**of_box(sample), "keypoints": points[None] * torch.tensor([width / W, height / H])}
+            return {**of_box(sample), "keypoints": points[None] * _sides(sample)}
 
         return predict
 

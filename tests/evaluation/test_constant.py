@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from allinone_ds.data.base import Sample
 from allinone_ds.data.demo import JointSizes, make_joint_demo_data
 from allinone_ds.data.joint.batches import by_task
-from allinone_ds.evaluation.constant import constant_metrics
+from allinone_ds.evaluation.constant import _CONSTANTS, constant_metrics
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.build import build_model, classes_of, open_test_data, open_train_data
@@ -48,3 +50,18 @@ def test_the_data_of_the_demo_has_no_fault(config: RunConfig) -> None:
     for part in (open_train_data(config), open_test_data(config, classes_of(open_train_data(config)))):
         assert not [p for data in part.values() for p in data.dataset.structural if p.level == "error"]
         assert Path(part["scenes"].dataset.path(0)).is_file()
+
+
+def test_boxes_and_points_of_images_of_different_sizes_are_averaged_as_parts_of_them() -> None:
+    """A point without a label does not count."""
+
+    def sample(size: int, x: float, seen: int) -> Sample:
+        box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size
+        points = torch.tensor([[[x, 0.5]]]) * size
+        return {"image": torch.zeros(3, size, size), "boxes": box, "labels": torch.tensor([0]), "keypoints": points,
+                "visible": torch.tensor([[seen]])}  # fmt: skip
+
+    learned = [sample(40, 0.4, 2), sample(80, 0.6, 1), sample(200, 0.0, 0)]
+    (of_box,), (of_points,) = (_CONSTANTS[kind](SimpleNamespace(), learned) for kind in ("detection", "keypoints"))
+    assert of_box(sample(100, 0, 2))["boxes"].tolist() == [[25, 25, 75, 75]]
+    torch.testing.assert_close(of_points(sample(100, 0, 2))["keypoints"], torch.tensor([[[50.0, 50.0]]]))
