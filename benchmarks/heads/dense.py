@@ -21,11 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.sources import open_source
+from allinone_ds.evaluation.constant import constant_metrics
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.tasks import task_class
 from allinone_ds.tasks.base import Task
@@ -33,36 +30,10 @@ from benchmarks.common.report import make_parser, print_head, print_row, write_r
 from benchmarks.heads.dense_scenes import write_scenes
 
 CONFIG = "configs/runs/dense.yaml"
-COUNTED = 200  # training scenes that constants are computed from
 
 
-def constant_metrics(kind: str, train: SampleDataset, test: SampleDataset) -> dict[str, float]:
-    """Return for each metric of a kind the best value that a constant prediction reaches on the test data."""
-    targets = [train[i][kind].as_subclass(Tensor) for i in range(min(COUNTED, len(train)))]
-    constants: list[Tensor]
-    if kind == "depth":
-        numbers = torch.cat([target[target.isfinite()] for target in targets])
-        constants = [numbers.median(), numbers.mean(), numbers.log().mean().exp()]
-    elif kind == "normals":
-        mean = torch.cat([target[:, target.isfinite().all(0)] for target in targets], dim=1).mean(1)
-        constants = [mean / mean.norm(), torch.tensor([0.0, 0.0, 1.0])]
-    else:
-        constants = [torch.tensor(0.0), torch.tensor(1.0)]
-    found = [_metrics(kind, constant, test) for constant in constants]
-    better = task_class(kind).greater_is_better
-    return {name: (max if better[name] else min)(values[name] for values in found) for name in found[0]}
-
-
-def _metrics(kind: str, constant: Tensor, test: SampleDataset) -> dict[str, float]:
-    metric = _task(kind).metric()
-    for i in range(len(test)):
-        sample = test[i]
-        prediction = constant.reshape(-1, 1, 1).expand(-1, *sample["image"].shape[-2:])
-        metric.update([{kind: prediction if kind == "normals" else prediction[0]}], [sample])
-    return metric.compute()
-
-
-def _task(kind: str) -> Task:
+def constant_task(kind: str) -> Task:
+    """Return a task whose metric, and nothing else, is used."""
     return task_class(kind)("constant", [], channels=8, stride=8, num_levels=1, image_size=(64, 80))
 
 
@@ -85,7 +56,7 @@ def main() -> None:
     for name, task in config.tasks.items():
         assert task.test_source is not None
         train, test = (open_source(source, data) for source in (task.train_source, task.test_source))
-        for metric, constant in constant_metrics(task.type, train, test).items():
+        for metric, constant in constant_metrics(constant_task(task.type), train, test).items():
             value = trained[f"eval_{name}_{metric}"]
             rows.append({"task": name, "metric": metric, "constant": constant, "trained": value})
             print_row(name, metric, f"{constant:.3f}", f"{value:.3f}")
