@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -354,27 +353,6 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
     return checked
 
 
-def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -> int | None:
-    """Return the optimizer steps that the key `epochs` stands for; None without the key.
-
-    Args:
-        config: configuration of the run.
-        samples: task or joint group -> number of its training samples.
-        ranks: number of ranks R.
-
-    Example:
-        >>> from allinone_ds.run_config.schema import load_config
-        >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
-        >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
-        10
-    """
-    if config.epochs is None:
-        return None
-    [(name, count)] = config.epochs.items()
-    images = config.images[name]
-    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
-
-
 def arguments_from_config(config: RunConfig) -> AllInOneArguments:
     """Return the training arguments of a run.
 
@@ -387,7 +365,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
             raise ConfigError(
                 f"trainer.max_steps with epochs = {config.epochs}: both set the length of the run; set one to null"
             )
-        trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
+        trainer["max_steps"] = 1  # until the sizes of the data are known, see `length.steps_of_epochs`
     return AllInOneArguments(
         output_dir=str(config.run_dir),
         run_name=config.name,
