@@ -38,16 +38,10 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import (
-    changes_since,
-    check_optimizer,
-    read_loop_state,
-    saved_frequencies,
-    saved_step,
-)
+from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
-from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
+from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -271,12 +265,7 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
-        self.schedule.continue_from(0, {})
-        self.changes = None
-        if self._resumed is not None:
-            self.changes = changes_since(self.model, self._resumed, self.continues)
-            state = read_loop_state(self._resumed, self.args.process_index)
-            continue_data(self, state, saved_step(self._resumed), self.changes)
+        self.changes = begin_data(self, self._resumed)
         if self.deepspeed is None:
             if self._resumed is not None:
                 check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
