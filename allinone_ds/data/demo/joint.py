@@ -103,7 +103,8 @@ def make_joint_demo_data(
             count = getattr(sizes, split)
             row = bar.add_task(f"composing {split}", total=count)
             rngs = (np.random.default_rng([seed, number, i]) for i in range(count))
-            _write_split(root / split, pools[split] if pools else load_pool(split), sizes.look, rngs, partial(bar.advance, row))
+            pool = pools[split] if pools else load_pool(split)
+            _write_split(root / split, pool, sizes.look, rngs, partial(bar.advance, row))
     return root
 
 
