@@ -30,6 +30,7 @@ from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
+from allinone_ds.zero.params import forget_copies
 from allinone_ds.zero.support import checked_release, refuse_unsupported
 from allinone_ds.zero.traces import ParameterTraces
 
@@ -62,8 +63,8 @@ class TaskBalancer(RankGroups):
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
-            discarded at every change of task. Also gather weights once per step instead of once per micro-step, where
-            the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
+            discarded at every change of task. Also keep min(stage3_max_live_parameters, stage3_max_reuse_distance / 2)
+            elements of weights gathered over the step: the whole model, or the last layers of the backbone.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with
@@ -139,12 +140,13 @@ class TaskBalancer(RankGroups):
         )
         if self._agreement:
             self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
-        self._traces = ParameterTraces(engine) if task_traces else None
+        self._traces = ParameterTraces(engine, backbone) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
         adapter.discard()  # gradients of steps that the engine took without a balancer
+        forget_copies(engine)  # of weights that were loaded since
         self._running: RunningTask | None = None
         self._clear()
 

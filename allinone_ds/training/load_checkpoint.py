@@ -19,7 +19,7 @@ from allinone_ds.training.save_checkpoint import loop_file
 from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
-from allinone_ds.zero.params import whole_shape
+from allinone_ds.zero.params import forget_copies, whole_shape
 
 
 def best_checkpoint(checkpoint: Path) -> str | None:
@@ -55,6 +55,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
     if stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
         deepspeed_load_checkpoint(engine, str(checkpoint))
+        forget_copies(engine)
     elif 0 in (stage, saved_stage):
         raise ConfigError(
             f"{checkpoint} was saved with ZeRO stage {saved_stage}, this run uses stage {stage}: checkpoints "

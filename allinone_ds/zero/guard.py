@@ -9,6 +9,8 @@ from typing import Any
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from allinone_ds.zero.params import forget_copies
+
 
 class EngineGuard:
     """Refuses an engine's `backward` and `step`, gradients of any other backward, and steps of its optimizer.
@@ -41,7 +43,7 @@ class EngineGuard:
         self._guard(engine, "step", "engine.step", step)
         for owner, name in ((engine, "engine"), (engine.optimizer, "optimizer")):
             self._guard(owner, "zero_grad", f"{name}.zero_grad", "nothing: every step begins without gradients", True)
-        self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True)
+        self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True, forget_copies)
         base = engine.basic_optimizer
         self._params = [param for param in engine.module.parameters() if param.requires_grad]
         self._kept: list[Parameter] | None = None
@@ -49,13 +51,24 @@ class EngineGuard:
         if isinstance(base, Optimizer):
             self._hooks.append(base.register_step_pre_hook(lambda *_: self._check("optimizer.step", step)))
 
-    def _guard(self, owner: Any, method: str, name: str, use: str, in_step_only: bool = False) -> None:
+    def _guard(
+        self,
+        owner: Any,
+        method: str,
+        name: str,
+        use: str,
+        in_step_only: bool = False,
+        then: Callable[[Any], None] | None = None,
+    ) -> None:
         own: Callable[..., Any] = getattr(owner, method)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.in_step or not in_step_only:
                 self._check(name, use)
-            return own(*args, **kwargs)
+            result = own(*args, **kwargs)
+            if then is not None:
+                then(owner)
+            return result
 
         setattr(owner, method, guarded)
         self._replaced.append((owner, method))

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parameters
+from allinone_ds.zero.params import forget_copies
 
 
 class Stage3Adapter(EngineAdapter):
@@ -121,11 +122,12 @@ class Stage3Adapter(EngineAdapter):
 
     def _partitions_changed(self, params: Sequence[Any]) -> None:
         """Let every later use of `params` see their partitions as they are now. Collective."""
-        self.optimizer.invalidate_secondary_tensor()  # copies within a host (zero_hpz_partition_size)
         self.synchronize()  # weights are gathered on a stream of their own
         gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
+        forget_copies(self.engine)  # those that `partition` just made of the old values too
+        if gathered:
             gathered[0].all_gather(gathered)
 
 
