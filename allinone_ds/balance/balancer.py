@@ -16,7 +16,7 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
 from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
-from allinone_ds.balance.heads import HeadUse, agreed_backbone
+from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
@@ -25,6 +25,7 @@ from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse
 from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.balance.weightings.clipping import Sum
 from allinone_ds.balance.weightings.gram import as_weighting, kind_of
 from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
@@ -79,6 +80,7 @@ class TaskBalancer(RankGroups):
 
     Attributes:
         groups: which ranks run which task; `groups.tasks` are all names.
+        nothing_shared: whether all of the backbone is frozen, so that the heads get their raw gradients.
         skipped_steps: task -> number of steps that left it out because it was not finite.
 
     Raises:
@@ -120,6 +122,9 @@ class TaskBalancer(RankGroups):
         refuse_unsupported(engine, allow_gradient_clipping)
         backbone = agreed_backbone(engine.module, shared, options)
         check_options(norm, sketch_size, parallel, cosines_every, nonfinite)
+        self.nothing_shared = not backbone
+        if self.nothing_shared:
+            backbone, weighting, norm = without_backbone(engine.module), Sum(), "exact"
         self.weighting = as_weighting(weighting)
         self.weighting.check_tasks(tasks)
         self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
@@ -142,7 +147,7 @@ class TaskBalancer(RankGroups):
             self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
         self._traces = ParameterTraces(engine, backbone) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
-        self._heads = HeadUse(engine.module, backbone, self._guard)
+        self._heads = HeadUse(engine.module, backbone, self._guard, shares=not self.nothing_shared)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
         adapter.discard()  # gradients of steps that the engine took without a balancer

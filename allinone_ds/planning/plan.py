@@ -106,6 +106,11 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     joint = {name: group.tasks for name, group in config.joint.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
     notes += [f"{name}: what a joint group sends is counted as that of separate tasks" for name in joint]
+    if config.model.thaw:
+        notes.append(
+            "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
+            "shards and float32 weights from the start, and the optimizer's moments only once it is thawed"
+        )
     moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = 1 if weighting.streams else len(sizes.heads)
     size = balancer.sketch_size or default_size(sizes.trained)

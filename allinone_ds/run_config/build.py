@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
@@ -32,14 +33,14 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks`, `model.freeze` and `model.lora` are used.
+        config: configuration of the run; only `tasks`, `model.freeze`, `model.thaw` and `model.lora` are used.
         facts: backbone configuration and class names.
 
     Raises:
         ConfigError: an invalid head, option or test-time view.
     """
     backbone = build_backbone(facts.backbone)
-    freeze_backbone(backbone, config.model.freeze)
+    freeze_backbone(backbone, config.model.never_trained)  # the trainer freezes what is thawed later
     if config.model.lora is not None:
         add_lora(backbone, config.model.lora)
     tasks = {
@@ -107,6 +108,27 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
                 joint=joint,
             )
     return data
+
+
+def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -> int | None:
+    """Return the optimizer steps that the key `epochs` stands for; None without the key.
+
+    Args:
+        config: configuration of the run.
+        samples: task or joint group -> number of its training samples.
+        ranks: number of ranks R.
+
+    Example:
+        >>> from allinone_ds.run_config.schema import load_config
+        >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
+        >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
+        10
+    """
+    if config.epochs is None:
+        return None
+    [(name, count)] = config.epochs.items()
+    images = config.images[name]
+    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
 
 
 def classes_of(data: Mapping[str, TaskData]) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
+    trainer.freezing.thaw()
     settings = group_settings(engine.optimizer)
     check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
@@ -176,4 +177,23 @@ def check_optimizer(checkpoint: Path, optim: str) -> None:
         raise ConfigError(
             f"trainer.optim = '{optim}': {checkpoint} was saved with '{saved}', whose state does not fit; use "
             f"that, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
+
+
+def check_freezing(checkpoint: Path, stages: list[Any]) -> None:
+    """Refuse a checkpoint of a run that thaws the backbone in other stages, in whatever steps: its groups differ.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        stages: what is frozen in each stage of this run.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    saved = read_file(checkpoint / loop_file(0)).get("freezing", [])
+    if saved != stages:
+        raise ConfigError(
+            f"model.thaw: {checkpoint} was saved with the stages {saved}, this run has {stages} (freeze, then the "
+            "values of thaw); use the same, of which only the steps may differ, or start a new run with a different "
+            f"output_dir and model.start_from={checkpoint}"
         )

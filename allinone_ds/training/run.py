@@ -14,13 +14,14 @@ from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.report import write_predictions_page, write_report
-from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config
 from allinone_ds.run_config.build import (
     build_model,
     classes_of,
     inspect_data,
     open_test_data,
     open_train_data,
+    steps_of_epochs,
     without_checkpoint,
 )
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
@@ -98,12 +99,6 @@ def _train(
         balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), *callbacks],
     )
-    if trainer.weighting_unused:
-        trainer.warn(
-            0,
-            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
-            "gradient, and the logged norms are those of the heads",
-        )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
     result = trainer.train(resume_from_checkpoint=resume_from)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.fragments import Fragment
 
@@ -225,9 +226,9 @@ class EngineAdapter(ABC):
         self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Take the engine's optimizer step on what `set_gradient` set."""
+        """Take the engine's optimizer step on what `set_gradient` set; parameters that are frozen now stand still."""
         self.set_reduces(True)
-        with scale_changes_after_step(self.engine):
+        with scale_changes_after_step(self.engine), self._frozen_unmoved():
             self.engine.step()
         self._after_step()
 
@@ -270,6 +271,32 @@ class EngineAdapter(ABC):
     def _weights_restored(self, params: Sequence[Parameter]) -> None:  # noqa: B027 - most engines need nothing
         """Update further copies of `params` that the engine keeps, after `unmoved` has restored `weights`."""
 
+    @abstractmethod
+    def model_groups(self) -> list[list[Parameter]]:
+        """Return the parameters that each of `masters` holds, on any rank."""
+
+    @contextlib.contextmanager
+    def _frozen_unmoved(self) -> Iterator[None]:
+        """Keep parameters where they are that were frozen after the engine was made; their step counts do not rise.
+
+        The optimizer leaves masters without a gradient alone. A master that holds frozen and trained parameters steps,
+        and what is frozen in it is restored.
+        """
+        groups = self.model_groups()
+        if all(param.requires_grad for group in groups for param in group):
+            yield
+            return
+        still, mixed = [], []
+        for master, group in zip(self.masters(), groups, strict=True):
+            frozen = [param for param in group if not param.requires_grad]
+            if len(frozen) == len(group):
+                still.append(master)
+            else:
+                mixed += frozen
+        base = self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.optimizer
+        with torch.no_grad(), self.unmoved(mixed), without_gradients(base, {id(master) for master in still}):
+            yield
+
     @contextlib.contextmanager
     def unmoved(self, params: Sequence[Parameter]) -> Iterator[None]:
         """Keep `params` where they are over an optimizer step, momentum and weight decay included.
@@ -308,9 +335,10 @@ class EngineAdapter(ABC):
         masters = {span.group: self.master(span) for span in self.spans if span.group in groups}
         if any(not _per_element(value, master) for master, state in masters.values() for value in state.values()):
             warnings.warn(
-                "a step without some tasks, and an optimizer that counts steps per parameter group, as AdamW does: the "
-                "heads of absent tasks do not move, but their step counts rise with those of the other parameters in "
-                "their group; give every head a parameter group of its own",
+                "a step without some tasks, or with frozen parameters, and an optimizer that counts steps per "
+                "parameter group, as AdamW does: the heads of absent tasks and frozen parameters do not move, but "
+                "their step counts rise with those of the other parameters in their group; give every head, and what "
+                "is thawed together, a parameter group of its own",
                 stacklevel=2,
             )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from allinone_ds.zero.engines.base import EngineAdapter, Piece, Span, cut, merge_spans
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
@@ -123,6 +124,9 @@ class Stage12Adapter(EngineAdapter):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.bit16_groups
 
     def publish_masters(self) -> None:
         self.optimizer.update_lp_params()

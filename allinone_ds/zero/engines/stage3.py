@@ -99,6 +99,9 @@ class Stage3Adapter(EngineAdapter):
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)
 
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.fp16_groups
+
     def publish_masters(self) -> None:
         for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
