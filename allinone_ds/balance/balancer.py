@@ -14,8 +14,8 @@ from torch.nn import Module, Parameter
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
-from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
+from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
@@ -27,7 +27,7 @@ from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import Sum
 from allinone_ds.balance.weightings.gram import as_weighting, kind_of
-from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_size
+from allinone_ds.distributed import rank, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
@@ -144,7 +144,7 @@ class TaskBalancer(RankGroups):
             adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
         )
         if self._agreement:
-            self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
+            self._combiner.wait = self._agreement.wait
         self._traces = ParameterTraces(engine, backbone) if task_traces else None
         self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard, shares=not self.nothing_shared)

@@ -17,7 +17,6 @@ from transformers.training_args import OptimizerNames
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
 from allinone_ds.balance.heads import NOTHING_TO_BALANCE
-from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.data.joint.batches import by_task, task_names
 from allinone_ds.data.loading.ahead import ahead
@@ -40,7 +39,7 @@ from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
 from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import groups_of_run
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -268,7 +267,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
+        for gap in [*self._gaps, *settings_to_warn_of(self.args)]:
             self.warn(self.state.global_step, gap)
         return super().train(*args, **kwargs)
 
@@ -320,12 +319,14 @@ class AllInOneTrainer(EvaluatingTrainer):
             return self._balanced_step(model, inputs)
 
     def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
-        model.train()
         if self.freezing.apply(inputs.step) or self.balancer is None or self.balancer.engine is not model:
+            self._modules = list(model.modules())
             self._open_balancer(model, inputs.step)
         if self._resumed is not None:
             self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
             self._resumed = None
+        if not all(module.training for module in self._modules):  # `train` itself takes 1 % of a step of a small model
+            model.train()
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
@@ -352,7 +353,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         for _ in range(sum(map(len, inputs.batches.values())), self._most_micro_batches):
             self.mark(f"step {inputs.step}, after its tasks")
         self.mark(f"the optimizer step of step {inputs.step}")
-        report = self._step(inputs.step)
+        report = self._streaks.step(self.balancer, inputs.step)
         self._logs.add(report)
         return torch.stack([loss.float() for loss in report.losses.values()]).sum()
 
@@ -372,10 +373,6 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.balancer.nothing_shared:
             self.warn(step, f"model.freeze: {NOTHING_TO_BALANCE}")
         self.stop_signal.travel_with(self.balancer)
-
-    def _step(self, step: int) -> StepReport:
-        assert self.balancer is not None
-        return self._streaks.step(self.balancer, step)
 
     def _get_learning_rate(self) -> float:
         # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor

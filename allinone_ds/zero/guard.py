@@ -41,11 +41,13 @@ class EngineGuard:
         self._replaced: list[tuple[Any, str]] = []
         self._guard(engine, "backward", "engine.backward", "balancer.backward(loss) inside balancer.task(...)")
         self._guard(engine, "step", "engine.step", step)
-        for owner, name in ((engine, "engine"), (engine.optimizer, "optimizer")):
-            self._guard(owner, "zero_grad", f"{name}.zero_grad", "nothing: every step begins without gradients", True)
-        self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True, forget_copies)
+        nothing = "nothing: every step begins without gradients"
+        self._guard(engine, "zero_grad", "engine.zero_grad", nothing, True, self._remove_gradients)
+        self._guard(engine.optimizer, "zero_grad", "optimizer.zero_grad", nothing, True)
+        self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True, then=forget_copies)
         base = engine.basic_optimizer
-        self._params = [param for param in engine.module.parameters() if param.requires_grad]
+        self._all_params = list(engine.module.parameters())
+        self._params = [param for param in self._all_params if param.requires_grad]
         self._kept: list[Parameter] | None = None
         self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params]
         if isinstance(base, Optimizer):
@@ -58,9 +60,10 @@ class EngineGuard:
         name: str,
         use: str,
         in_step_only: bool = False,
+        instead: Callable[..., Any] | None = None,
         then: Callable[[Any], None] | None = None,
     ) -> None:
-        own: Callable[..., Any] = getattr(owner, method)
+        own: Callable[..., Any] = instead or getattr(owner, method)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.in_step or not in_step_only:
@@ -80,6 +83,11 @@ class EngineGuard:
                 f"{name}() was called{within} on an engine that a TaskBalancer owns; use {use}, "
                 "or balancer.detach() to train without it"
             )
+
+    def _remove_gradients(self) -> None:
+        """Do what `engine.zero_grad` does, which looks for the names of all parameters: Trainer calls it every step."""
+        for param in self._all_params:
+            param.grad = None
 
     def _on_gradient(self, param: Parameter) -> None:
         if not self._open:

@@ -125,7 +125,9 @@ class Stage3Adapter(EngineAdapter):
 
     def _partitions_changed(self, params: Sequence[Any]) -> None:
         """Let every later use of `params` see their partitions as they are now. Collective."""
-        self.synchronize()  # weights are gathered on a stream of their own
+        stream = self.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if stream is not None:  # weights are gathered on a stream of their own
+            stream.wait_stream(get_accelerator().current_stream())
         gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
