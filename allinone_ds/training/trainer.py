@@ -372,7 +372,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._step(inputs.step)
         self._logs.add(report)
-        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
+        losses = [torch.zeros((), device=self.args.device), *report.losses.values()]  # a step may have no label at all
+        return torch.stack([loss.float() for loss in losses]).sum()
 
     def _step(self, step: int) -> StepReport:
         assert self.balancer is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ class EngineGuard:
 
     Attributes:
         in_step: whether a task of the current step has begun.
+        order: a number for the order in which parameters have got gradients since it was set to 0.
 
     Raises:
         error: the engine has a guard already.
@@ -30,6 +32,7 @@ class EngineGuard:
     def __init__(self, engine: Any, error: type[Exception]):
         self.engine = engine
         self.in_step = False
+        self.order = 0
         self._error = error
         self._open = False
         self._stray: str | None = None
@@ -44,6 +47,7 @@ class EngineGuard:
         self._guard(engine, "load_checkpoint", "engine.load_checkpoint", "it between steps", True)
         base = engine.basic_optimizer
         self._params = [param for param in engine.module.parameters() if param.requires_grad]
+        self._numbers = {id(param): number.to_bytes(4, "little") for number, param in enumerate(self._params)}
         self._kept: list[Parameter] | None = None
         self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params]
         if isinstance(base, Optimizer):
@@ -76,6 +80,7 @@ class EngineGuard:
             )
             param.grad = None
             raise self._error(self._stray)
+        self.order = zlib.crc32(self._numbers[id(param)], self.order)
 
     def begin_task(self) -> None:
         """Watch the gradients that micro-steps leave on parameters, until `end_task`."""

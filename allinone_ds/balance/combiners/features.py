@@ -79,6 +79,10 @@ class FeaturesCombiner(Combiner):
         skipped, overflow, _ = self._verdicts()
         return self._combined([], skipped, overflow, usable=not skipped)
 
+    def nothing_ran(self) -> Combined:
+        self.drop()
+        return super().nothing_ran()
+
     def hand_over(self, overflow: bool) -> None:
         if overflow:  # also at the features alone, which the engine does not see
             zeros = [torch.zeros(n, device=self.adapter.device, dtype=self.adapter.dtype) for n in self.adapter.sizes]
