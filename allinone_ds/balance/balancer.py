@@ -248,12 +248,12 @@ class TaskBalancer(RankGroups):
         self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
         ran = self._combiner.agree(self._ran)
         missing = [task for task in self.groups.tasks if task not in ran]
-        refuse_missing([task for task in missing if task not in self._ran], ran, require_all)
+        refuse_missing([task for task in missing if task not in self._ran], ran or tuple(self._ran), require_all)
         try:
             with self._stepping(inside=False):
                 self._heads.check_trainable()
                 with torch.no_grad():
-                    result = self._combiner.finish()
+                    result = self._combiner.finish() if ran else self._combiner.nothing_ran()
                 if self._traces:
                     self._traces.partition()
                 if result.skipped and self.nonfinite == "stop":
@@ -341,6 +341,7 @@ class TaskBalancer(RankGroups):
     @contextlib.contextmanager
     def _block(self, running: RunningTask) -> Iterator[None]:
         running.begin()
+        self._guard.order = 0
         self._combiner.begin(running.name)
         self._heads.begin(running.name)
         self._running = running
@@ -352,17 +353,20 @@ class TaskBalancer(RankGroups):
         with undone_after_error(running.fail, self._leave_task, *cleanups), self._watched():
             with self._trace(running.name, keep=True):
                 yield
-            running.end()
+            running.end(self._guard.order if self._combiner.reduces_in_order else 0)
             with torch.no_grad():
                 running.hand_over()
         self._heads.end(keep=True)
         self._running = None
         self._ran.update(dict.fromkeys(running.tasks, running.micro_steps))
 
-    def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False) -> None:
+    def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False, local: bool = False) -> None:
+        before = self._guard.order
         with self._guard.allowed():
             self._adapter.set_reduces(reduces)
             self._adapter.backward(loss, retain_graph)
+        if local:  # reduced afterwards, in an order of its own
+            self._guard.order = before
 
     def _take_step(self, result: Combined, missing: Sequence[str]) -> StepReport:
         for task in result.skipped:

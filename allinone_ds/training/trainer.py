@@ -355,7 +355,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.mark(f"the optimizer step of step {inputs.step}")
         report = self._streaks.step(self.balancer, inputs.step)
         self._logs.add(report)
-        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
+        losses = [torch.zeros((), device=self.args.device), *report.losses.values()]  # a step may have no label at all
+        return torch.stack([loss.float() for loss in losses]).sum()
 
     def _open_balancer(self, engine: Any, step: int) -> None:
         """Construct the balancer, anew after a thaw: then with the state of the one before."""

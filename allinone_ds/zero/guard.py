@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ class EngineGuard:
 
     Attributes:
         in_step: whether a task of the current step has begun.
+        order: a number for the order in which parameters have got gradients since it was set to 0.
 
     Raises:
         error: the engine has a guard already.
@@ -32,6 +34,7 @@ class EngineGuard:
     def __init__(self, engine: Any, error: type[Exception]):
         self.engine = engine
         self.in_step = False
+        self.order = 0
         self._error = error
         self._open = False
         self._stray: str | None = None
@@ -48,6 +51,7 @@ class EngineGuard:
         base = engine.basic_optimizer
         self._all_params = list(engine.module.parameters())
         self._params = [param for param in self._all_params if param.requires_grad]
+        self._numbers = {id(param): number.to_bytes(4, "little") for number, param in enumerate(self._params)}
         self._kept: list[Parameter] | None = None
         self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._params]
         if isinstance(base, Optimizer):
@@ -97,6 +101,7 @@ class EngineGuard:
             )
             param.grad = None
             raise self._error(self._stray)
+        self.order = zlib.crc32(self._numbers[id(param)], self.order)
 
     def begin_task(self) -> None:
         """Watch the gradients that micro-steps leave on parameters, until `end_task`."""

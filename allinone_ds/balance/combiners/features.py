@@ -80,6 +80,10 @@ class FeaturesCombiner(Combiner):
         verdict = self._verdict()
         return self._combined([], verdict.skipped, verdict.overflow, usable=not verdict.skipped)
 
+    def nothing_ran(self) -> Combined:
+        self.drop()
+        return super().nothing_ran()
+
     def hand_over(self, overflow: bool) -> None:
         if overflow:  # also at the features alone, which the engine does not see
             zeros = [torch.zeros(n, device=self.adapter.device, dtype=self.adapter.dtype) for n in self.adapter.sizes]
