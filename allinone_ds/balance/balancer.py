@@ -134,13 +134,18 @@ class TaskBalancer(RankGroups):
         apart = parallel == "tasks"
         self._agreement = Agreement() if check_ranks or apart else None
         self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
-        self._combiner = choose_combiner(
-            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
-        )
+        adapter.take_over()
+        try:
+            self._combiner = choose_combiner(
+                adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
+            )
+            self._guard = EngineGuard(engine, BalancerError)
+        except BaseException:
+            adapter.give_back()
+            raise
         if self._agreement:
             self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
         self._traces = ParameterTraces(engine) if task_traces else None
-        self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
@@ -300,7 +305,7 @@ class TaskBalancer(RankGroups):
         if self._traces:
             self._traces.partition()
         self._combiner.close()
-        self._adapter.restore_boundary()
+        self._adapter.give_back()
         self._guard.remove()
         self._heads.close()
 
