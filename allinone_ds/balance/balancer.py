@@ -140,13 +140,18 @@ class TaskBalancer(RankGroups):
         apart = parallel == "tasks"
         self._agreement = Agreement() if check_ranks or apart else None
         self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
-        self._combiner = choose_combiner(
-            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
-        )
+        adapter.take_over()
+        try:
+            self._combiner = choose_combiner(
+                adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
+            )
+            self._guard = EngineGuard(engine, BalancerError)
+        except BaseException:
+            adapter.give_back()
+            raise
         if self._agreement:
             self._combiner.wait = self._agreement.wait
         self._traces = ParameterTraces(engine, backbone) if task_traces else None
-        self._guard = EngineGuard(engine, BalancerError)
         self._heads = HeadUse(engine.module, backbone, self._guard, shares=not self.nothing_shared)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
@@ -307,7 +312,7 @@ class TaskBalancer(RankGroups):
         if self._traces:
             self._traces.partition()
         self._combiner.close()
-        self._adapter.restore_boundary()
+        self._adapter.give_back()
         self._guard.remove()
         self._heads.close()
 

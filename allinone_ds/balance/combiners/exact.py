@@ -79,7 +79,7 @@ class ExactCombiner(Combiner):
             seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
-        if first and key not in self._parts and not self.adapter.replicated:
+        if first and key not in self._parts and not self.adapter.replicated and not self.adapter.needs_sum:
             self._left = usable
         else:  # without ZeRO it is where a stray backward of the user would change it
             self._add_raw(pieces, usable)

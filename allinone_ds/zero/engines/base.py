@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
+from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
 from allinone_ds.zero.fragments import Fragment
 
 
@@ -75,6 +76,7 @@ class EngineAdapter(ABC):
     replicated: bool = False
     keeps_local_gradients: bool = False
     allows_clipping: bool = True
+    _muon: MuonUpdate | None = None
 
     @classmethod
     @abstractmethod
@@ -88,6 +90,23 @@ class EngineAdapter(ABC):
         self.sizes = self._shard_sizes()
         first = self.masters()[0]
         self.device, self.dtype = first.device, first.dtype
+
+    def take_over(self) -> None:
+        """Prepare the engine for balanced steps, until `give_back`."""
+        if self.stage and uses_muon(self.optimizer.optimizer):
+            self._muon = MuonUpdate(self)
+
+    def give_back(self) -> None:
+        """Leave the engine as it was before `take_over`."""
+        self.restore_boundary()
+        if self._muon is not None:
+            self._muon.give_back()
+            self._muon = None
+
+    @property
+    def needs_sum(self) -> bool:
+        """Whether every `step` needs `set_gradient` before it: a gradient left in the engine would not do."""
+        return self._muon is not None
 
     # ---- gradients ----
 
@@ -125,20 +144,26 @@ class EngineAdapter(ABC):
     def clear_gradient(self) -> None:
         """Forget the gradient that `gradient` returned."""
 
-    @abstractmethod
     def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
-        """Give the engine the gradient for its next step.
+        """Give the engine the gradient for its next step. Collective where `needs_sum`.
 
         Args:
             flats: one 1-D tensor per group, of `sizes` elements, `device` and `dtype`; the engine may change them.
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
+        if self._muon is not None and not overflow:
+            self._muon.orthogonalise(flats, self.loss_scale)
+        self._set_gradient(flats, overflow)
+
+    @abstractmethod
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+        """Give the engine what its optimizer steps on; arguments as of `set_gradient`."""
 
     def reduce_accumulated(self) -> None:
         """Average, over ranks, what several backwards without a reduction have added up since `begin_task`. Collective.
 
         It is what the engine's step does where the config has `managed_gradient_accumulation: false`. `gradient` then
-        returns the average, and `step` may follow without `set_gradient`.
+        returns the average, and `step` may follow without `set_gradient` (not where `needs_sum`).
         """
         self.set_reduces(True)
         self.engine.allreduce_gradients()
@@ -231,6 +256,8 @@ class EngineAdapter(ABC):
         with scale_changes_after_step(self.engine), self._frozen_unmoved():
             self.engine.step()
         self._after_step()
+        if self._muon is not None:
+            self._muon.end_step(self.overflow)
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
         """Correct what the engine reports or keeps after its step."""

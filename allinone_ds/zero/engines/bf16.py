@@ -64,7 +64,7 @@ class BF16Adapter(EngineAdapter):
     def clear_gradient(self) -> None:
         self.optimizer.clear_hp_grads()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self.optimizer.fp32_groups_gradient_flat_partition, flats, strict=True):
             gradient.copy_(flat)
         for flags in self.optimizer.fp32_groups_has_gradients:

@@ -68,7 +68,7 @@ class Stage0Adapter(EngineAdapter):
         for param in self._params:
             param.grad = None
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for param, flat in zip(self._params, flats, strict=True):
             param.grad = flat.view_as(param).to(param.dtype)
         if overflow and self._params[0].grad is not None:

@@ -90,7 +90,7 @@ class Stage12Adapter(EngineAdapter):
             self.optimizer.averaged_gradients[group] = None
             self.optimizer.all_grad_tensors[group] = None
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         if overflow:
             flats[0][0] = torch.inf
         for group, flat in enumerate(flats):
@@ -188,7 +188,7 @@ class Stage12OffloadAdapter(Stage12Adapter):
         for gradient in self._gradients():
             gradient.zero_()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self._gradients(), flats, strict=True):
             gradient.copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)

@@ -64,7 +64,7 @@ class Stage3Adapter(EngineAdapter):
     def clear_gradient(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
             # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
             views = flat.split([int(param.partition_numel()) for param in self.optimizer.fp16_groups[group]])
@@ -143,7 +143,7 @@ class Stage3OffloadAdapter(Stage3Adapter):
     def serves(cls, engine: Any) -> bool:
         return super().serves(engine) and bool(engine.optimizer.offload_optimizer)
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)
