@@ -20,6 +20,7 @@ from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
+from allinone_ds.balance.renaming import Names, renamed_state
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
 from allinone_ds.balance.self_test import self_test as run_self_test
@@ -287,6 +288,7 @@ class TaskBalancer(RankGroups):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
         return {
+            "tasks": list(self.groups.tasks),
             "skipped_steps": dict(self.skipped_steps),
             "steps": self._steps,
             "weighting": self.weighting.state_dict(),
@@ -294,12 +296,16 @@ class TaskBalancer(RankGroups):
             "combiner": self._combiner.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh."""
+    def load_state_dict(self, state: Mapping[str, Any], names: Names | None = None) -> None:
+        """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh.
+
+        `names` maps a task of `state` to its name in this balancer, or to None where it does not go on.
+        """
+        state = renamed_state(state, names or {}, self.groups.tasks)
         self.skipped_steps.update({t: n for t, n in state["skipped_steps"].items() if t in self.skipped_steps})
         self._steps = state["steps"]
         if state.get("weighting_kind", kind_of(self.weighting)) == kind_of(self.weighting):
-            self.weighting.load_state_dict(state["weighting"])  # that of a different one would mean something else
+            self.weighting.load_state_dict(state["weighting"])  # that of another would mean something else
         self._clear()
         self._combiner.load_state_dict(state["combiner"])
 
