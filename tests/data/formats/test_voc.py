@@ -114,7 +114,6 @@ def test_masks_in_the_colours_of_their_palette(root):
     assert opened(merged, root).classes == ["ground", "animal"]
 
 
-
 def test_lists_of_one_class_and_no_list(root):
     assert len(opened({**VOC, "split": "cat_train"}, root)) == 3
     assert len(opened({**VOC, "split": None}, root)) == 5
