@@ -29,6 +29,8 @@ class Stage3Adapter(EngineAdapter):
     keeps_local_gradients = True
     _backwards = 0
     """Backwards of the current task."""
+    _counters: Sequence[tuple[Any, dict[str, int]]] = ()
+    """Modules and their counters, while a graph is kept for further backwards."""
 
     @classmethod
     def serves(cls, engine: Any) -> bool:
@@ -55,8 +57,16 @@ class Stage3Adapter(EngineAdapter):
         # DeepSpeed counts micro-steps in `engine.forward`; a loss may come from `engine.module`, or from a forward
         # before an earlier backward, and its gradient would then overwrite the one that it should be added to
         self.optimizer.micro_step_id = self._backwards
+        if retain_graph and not self._counters:
+            self._counters = [(module, _counters(module)) for module in self.engine.module.modules()]
         super().backward(loss, retain_graph)
         self._backwards += 1
+        # hooks fetch and release a module's weights as often as its forward ran, so those of a second backward of the
+        # same graph would leave weights that are not retained partitioned
+        for module, counters in self._counters:
+            module.__dict__.update(counters if retain_graph else dict.fromkeys(counters, 0))
+        if not retain_graph:
+            self._counters = ()
 
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.grad_partitions_flat_buffer.split(self.sizes), self.pieces)
@@ -88,6 +98,7 @@ class Stage3Adapter(EngineAdapter):
         self.optimizer.finalize_gradient_accumulation_boundary()  # every backward has reduced its part
 
     def _discard(self) -> None:
+        self._counters = ()
         self.clear_gradient()
         self.synchronize()  # buffers are reused on other streams
         for group in self.optimizer.fp16_groups:
@@ -154,6 +165,12 @@ class Stage3OffloadAdapter(Stage3Adapter):
         self.optimizer.reset_cpu_buffers()
         for master in self.optimizer.fp32_partitioned_groups_flat:
             master.grad.zero_()
+
+
+def _counters(module: Any) -> dict[str, int]:
+    """Return how often the hooks of a module still fetch and release its weights (`runtime/zero/parameter_offload`)."""
+    names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    return {name: module.__dict__[name] for name in names if name in module.__dict__}
 
 
 def _partition(param: Any) -> Any:
