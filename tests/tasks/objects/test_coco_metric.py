@@ -166,6 +166,22 @@ def test_a_mask_that_fits_its_loss_is_pasted_where_it_was():
     assert mask_loss(-maps[:, None], [boxes], labels).min() > 10
 
 
+def test_objects_whose_mask_has_no_pixel_are_no_targets():
+    """After a resize to the size of the network nothing may be left of a small object."""
+    masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    masks[1, 3, 4] = 1
+    sample = {
+        "image": torch.zeros(3, 16, 16, dtype=torch.uint8),
+        "boxes": torch.tensor([[2.0, 2.0, 2.4, 2.4], [4.0, 3.0, 5.0, 4.0], [0.0, 0.0, 0.2, 0.2]]),
+        "labels": torch.tensor([0, 1, 2]),
+        "masks": masks,
+    }
+    (target,) = InstancesTask.collate([sample])["labels"]
+    assert (
+        target["labels"].tolist() == [1] and target["masks"].sum() == 1 and target["boxes"].tolist() == [[4, 3, 5, 4]]
+    )
+
+
 def keypoints(**options) -> KeypointsTask:
     return KeypointsTask("it", options.pop("classes", ["fish"]), 8, 4, 1, (16, 16), width=16, **options)
 
