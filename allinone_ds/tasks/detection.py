@@ -60,18 +60,7 @@ class DetectionTask(ObjectsTask):
         )
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        if tuple(pixel_values.shape[-2:]) != self.image_size:
-            raise ValueError(
-                f"tasks.{self.name}: images of {tuple(pixel_values.shape[-2:])} pixels, but image_size is "
-                f"{self.image_size}; resize the images"
-            )
-        if labels is not None:
-            for target in labels:
-                if target["boxes"].dtype != torch.float32:
-                    raise TypeError(
-                        f"tasks.{self.name}: target boxes are {target['boxes'].dtype}, which rounds them to whole "
-                        "pixels or more; they must be torch.float32, cast pixel_values only"
-                    )
+        self.check_inputs(pixel_values, labels)
         return self.detector(features, pixel_values, labels)
 
     @staticmethod

@@ -55,6 +55,29 @@ class ObjectsTask(Task):
             large: whether small images are enlarged.
         """
 
+    def check_inputs(self, pixel_values: Tensor, labels: Any) -> None:
+        """Check that images have the size that boxes are learned at, and that no box was rounded.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            labels: for each image {"boxes": (n, 4), ...}, or None.
+
+        Raises:
+            ValueError: the images have another size than `image_size`.
+            TypeError: boxes are not float32.
+        """
+        if tuple(pixel_values.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"tasks.{self.name}: images of {tuple(pixel_values.shape[-2:])} pixels, but image_size is "
+                f"{self.image_size}; resize the images"
+            )
+        for target in labels or ():
+            if target["boxes"].dtype != torch.float32:
+                raise TypeError(
+                    f"tasks.{self.name}: target boxes are {target['boxes'].dtype}, which rounds them to whole pixels "
+                    "or more; they must be torch.float32, cast pixel_values only"
+                )
+
     def count_labels(self, labels: Any) -> int:
         """Return the number that the head divides its loss by: objects, or the positive locations of FCOS."""
         return self.detector.count_labels(labels)

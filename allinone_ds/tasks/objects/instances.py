@@ -63,6 +63,7 @@ class InstancesTask(ObjectsTask):
             )
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        self.check_inputs(pixel_values, labels)
         if isinstance(self.detector, Mask2FormerInstances):
             return self.detector(features, labels)
         return self.detector(features, pixel_values, labels, mask_loss)

@@ -95,6 +95,7 @@ class KeypointsTask(ObjectsTask):
         )  # fmt: skip
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        self.check_inputs(pixel_values, labels)
         for target in labels or ():
             self._check(target)
         return self.detector(features, pixel_values, labels, heatmap_loss)
