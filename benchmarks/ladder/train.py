@@ -28,7 +28,7 @@ import allinone_ds.training.trainer as trainer
 from allinone_ds import TBGC, StepRecord, TaskBalancer, Weighting
 from allinone_ds.balance.options import WEIGHTINGS
 from allinone_ds.balance.weightings.base import EPS
-from allinone_ds.zero.engines.base import cut
+from allinone_ds.zero.engines.pieces import cut
 
 
 class OwnHeads(TBGC):

@@ -16,7 +16,8 @@ from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import ConfigError
-from allinone_ds.zero.engines.base import EngineAdapter, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import cut
 
 
 class ExactCombiner(Combiner):

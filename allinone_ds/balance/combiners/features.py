@@ -13,7 +13,8 @@ from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce
 from allinone_ds.errors import BalancerError
-from allinone_ds.zero.engines.base import EngineAdapter, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import cut
 
 
 class FeaturesCombiner(Combiner):

@@ -1,8 +1,6 @@
 """What every kind of DeepSpeed engine offers the balancer, the checkpoints and the averaged weights.
 
-S elements of this rank's shard. An engine keeps its shard in one flat vector per optimizer group (ZeRO-3: per
-sub-group). A `Piece` is a run of such a vector that belongs wholly to the shared backbone or wholly not. Norms and
-factors work on pieces, so partitions that straddle parameters, groups or ranks need no special case.
+S elements of this rank's shard, which is divided into pieces (pieces.py).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,34 +22,8 @@ from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
+from allinone_ds.zero.engines.pieces import Piece, Span, merge_spans
 from allinone_ds.zero.fragments import Fragment
-
-
-@dataclass(frozen=True)
-class Span:
-    """The elements of a parameter that this rank owns.
-
-    Args:
-        param: the parameter.
-        group: index of the flat vector that holds the elements.
-        start: first of the elements in the flat vector.
-        length: number of elements.
-    """
-
-    param: Parameter
-    group: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one flat vector of this rank that is wholly shared backbone (`shared`) or wholly not."""
-
-    group: int
-    start: int
-    length: int
-    shared: bool
 
 
 class EngineAdapter(ABC):
@@ -368,28 +339,6 @@ class EngineAdapter(ABC):
                 "is thawed together, a parameter group of its own",
                 stacklevel=2,
             )
-
-
-def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
-    """Return the fewest pieces that cover each group's shard; padding (always zero) joins the piece before it."""
-    pieces: list[Piece] = []
-    for group, size in enumerate(sizes):
-        runs: list[list[int]] = []  # [start, shared]
-        for span in sorted((s for s in spans if s.group == group and s.length), key=lambda s: s.start):
-            kind = int(id(span.param) in shared)
-            if not runs:
-                runs.append([0, kind])
-            elif runs[-1][1] != kind:
-                runs.append([span.start, kind])
-        runs = runs or [[0, 0]]  # the last ranks may have nothing but padding of a small group
-        ends = [start for start, _ in runs[1:]] + [size]
-        pieces += [Piece(group, start, end - start, bool(kind)) for (start, kind), end in zip(runs, ends, strict=True)]
-    return pieces
-
-
-def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
-    """Return views of `flats`, one flat tensor per group, as `pieces`."""
-    return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
 
 
 def _per_element(value: Any, master: Tensor) -> bool:

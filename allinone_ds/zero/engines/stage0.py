@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span
 
 
 class Stage0Adapter(EngineAdapter):

@@ -16,7 +16,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Piece, Span, cut, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Piece, Span, cut, merge_spans
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, as_partition, uses_flat_partition, wait_for_offload_copies
 

@@ -18,7 +18,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parameters
 from allinone_ds.zero.params import forget_copies
 
