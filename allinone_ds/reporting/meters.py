@@ -38,8 +38,8 @@ class Means:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values, name -> scalar. The names are the same in every step."""
         row = torch.stack(
-            [torch.as_tensor(v, device=self.device).detach().reshape(()).double() for v in values.values()]
-        )
+            [torch.as_tensor(v, device=self.device).detach().reshape(()) for v in values.values()]
+        ).double()
         finite = torch.isfinite(row)
         step = torch.stack([torch.where(finite, row, 0.0), finite.double()])
         if self._sums is None:

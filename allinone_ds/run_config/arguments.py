@@ -34,6 +34,7 @@ SET_ELSEWHERE = {
     "label_smoothing_factor": "tasks.NAME.options",
     "head_lr_factor": "tasks.NAME.lr_factor",
     "head_weight_decay": "tasks.NAME.weight_decay",
+    "freeze_schedule": "model.freeze' and 'model.thaw",
     "max_broken_images": "max_broken_images",
 }
 """Training argument -> the key of the YAML file that sets it instead of `trainer`."""
@@ -68,6 +69,13 @@ class AllInOneArguments(TrainingArguments):
     )
     head_weight_decay: dict[str, float] | None = field(
         default=None, metadata={"help": "Weight decay of a task's head; `weight_decay` for tasks that are not named."}
+    )
+    freeze_schedule: dict[int, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Step -> what of the backbone is frozen from it on, from step 0: `backbone`, a number of layers, "
+            "`embeddings` or None."
+        },
     )
     ema_decay: float | None = field(
         default=None,
@@ -374,5 +382,6 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
         head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
+        freeze_schedule=config.model.freeze_stages or None,
         **trainer,
     )

@@ -90,11 +90,16 @@ def script_run_files(
     balancer = config_from_weighting(weighting)
     if balancer is None:
         gaps.append(f"config.yaml has the default weighting, since {weighting!r} is not one of the package")
+    stages = dict(args.freeze_schedule or {})
     content = {
         "name": Path(str(args.output_dir)).name or "run",
         "output_dir": str(args.output_dir),
         "data_root": str(root),
-        "model": {"backbone": without_checkpoint(model.backbone.settings, model.backbone.config).model_dump()},
+        "model": {
+            "backbone": without_checkpoint(model.backbone.settings, model.backbone.config).model_dump(),
+            "freeze": stages.pop(0, None),
+            "thaw": stages,
+        },
         "tasks": tasks,
         "joint": groups,
         "balancer": {**(balancer or {}), **balancer_options},

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 
 from allinone_ds.distributed import extend_timeouts
-from allinone_ds.errors import RunError
+from allinone_ds.errors import ConfigError, RunError
+from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.background_saver import BackgroundSaver
 from allinone_ds.run_folder.checkpoints import check_resume, clear_unfinished, parse_resume, step_of
@@ -44,12 +45,21 @@ class DurableTrainer(Trainer):
 
     Args:
         kwargs: arguments of `transformers.Trainer`.
+
+    Attributes:
+        freezing: what of the model's backbone is frozen in which step.
+
+    Raises:
+        ConfigError: the last stage of `freeze_schedule` is never reached.
     """
 
     args: AllInOneArguments
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.freezing = FreezeSchedule(getattr(self.model, "backbone", None), self.args.freeze_schedule or {})
+        if self.freezing.last and self.freezing.last >= self.args.max_steps:
+            raise ConfigError(f"model.thaw: step {self.freezing.last} is never reached in {self.args.max_steps} steps")
         self.stop_signal = StopOnSignal()
         self.add_callback(self.stop_signal)
         self.saver: BackgroundSaver | None = None

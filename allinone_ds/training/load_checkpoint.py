@@ -22,7 +22,7 @@ from allinone_ds.training.start.changed_tasks import Continues, SavedTasks, Task
 from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
-from allinone_ds.zero.params import whole_shape
+from allinone_ds.zero.params import forget_copies, whole_shape
 
 
 def best_checkpoint(checkpoint: Path) -> str | None:
@@ -51,6 +51,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
+    trainer.freezing.thaw()
     settings = group_settings(engine.optimizer)
     changes = trainer.changes if resume else None
     if changes is None:
@@ -60,6 +61,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
     if changes is None and stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
         deepspeed_load_checkpoint(engine, str(checkpoint))
+        forget_copies(engine)
     elif 0 in (stage, saved_stage):
         raise ConfigError(
             f"{checkpoint} was saved with ZeRO stage {saved_stage}, this run uses stage {stage}: checkpoints "
@@ -262,4 +264,23 @@ def check_optimizer(checkpoint: Path, optim: str) -> None:
         raise ConfigError(
             f"trainer.optim = '{optim}': {checkpoint} was saved with '{saved}', whose state does not fit; use "
             f"that, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
+
+
+def check_freezing(checkpoint: Path, stages: list[Any]) -> None:
+    """Refuse a checkpoint of a run that thaws the backbone in other stages, in whatever steps: its groups differ.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        stages: what is frozen in each stage of this run.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    saved = read_file(checkpoint / loop_file(0)).get("freezing", [])
+    if saved != stages:
+        raise ConfigError(
+            f"model.thaw: {checkpoint} was saved with the stages {saved}, this run has {stages} (freeze, then the "
+            "values of thaw); use the same, of which only the steps may differ, or start a new run with a different "
+            f"output_dir and model.start_from={checkpoint}"
         )

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.freezing import FreezeSchedule
+from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
 from allinone_ds.zero.checkpoint.layout import read_file
@@ -50,6 +52,7 @@ def parameter_groups(
     layer_lr_decay: float = 1.0,
     head_lr_factor: Mapping[str, float] | None = None,
     head_weight_decay: Mapping[str, float] | None = None,
+    thaw_stages: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an AllInOneModel.
 
@@ -66,11 +69,12 @@ def parameter_groups(
         layer_lr_decay: learning rate of a backbone layer divided by that of the next layer; 1: no layer-wise decay.
         head_lr_factor: task -> learning rate of its head divided by `learning_rate`; 1 for all others.
         head_weight_decay: task -> weight decay of its head; `weight_decay` for all others.
+        thaw_stages: parameter of the backbone -> number of the stage that thaws it, for those that are frozen at first.
 
     Returns:
-        Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume
-        may change them.
+        Groups with `name` ("head/NAME/decay", "backbone/no_decay", "backbone/layer03/decay" with layer-wise decay, or
+        "backbone/thaw1/decay" for what is thawed first), `params`, `lr` and `weight_decay`. Heads come first. The order
+        does not depend on the rates, so that a resume may change them.
 
     Raises:
         ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
@@ -92,7 +96,8 @@ def parameter_groups(
             continue
         parts = name.split(".")
         if parts[0] == "backbone":
-            component, lr = "backbone", learning_rate * backbone_lr_factor
+            stage = (thaw_stages or {}).get(name.removeprefix("backbone."))
+            component, lr = f"backbone/thaw{stage}" if stage else "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
                 layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
@@ -114,6 +119,28 @@ def parameter_groups(
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
+
+
+def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, Any]]:
+    """Return the `parameter_groups` of a model with the settings of a run.
+
+    Args:
+        model: an AllInOneModel.
+        args: arguments of the run.
+
+    Raises:
+        ConfigError: as of `parameter_groups` and `FreezeSchedule`.
+    """
+    return parameter_groups(
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        args.backbone_lr_factor,
+        args.layer_lr_decay,
+        args.head_lr_factor,
+        args.head_weight_decay,
+        FreezeSchedule(model.backbone, args.freeze_schedule or {}).stage_numbers(),
+    )
 
 
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")

@@ -102,12 +102,6 @@ def _train(
         sampling=config.sampling,
         continues={name: task.continues for name, task in config.tasks.items() if task.continues is not None},
     )
-    if trainer.weighting_unused:
-        trainer.warn(
-            0,
-            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
-            "gradient, and the logged norms are those of the heads",
-        )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
     result = trainer.train(resume_from_checkpoint=resume_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
+from allinone_ds.balance.heads import NOTHING_TO_BALANCE
 from allinone_ds.balance.options import sampling_error
-from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.weightings.clipping import TBGC, Sum
+from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.data.joint.batches import by_task, task_names
 from allinone_ds.data.loading.ahead import ahead
 from allinone_ds.data.loading.loader import StepBatch, train_loader
@@ -38,9 +39,9 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
-from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
+from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
+from allinone_ds.training.optimizer import groups_of_run
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
 from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
@@ -67,8 +68,8 @@ class AllInOneTrainer(EvaluatingTrainer):
     objects given here, so that the commands `report`, `eval`, `export` and `predict` and `allinone_ds.load` work on it
     as on the run of a YAML file. `finish_run` adds the weights and results at the end.
 
-    If the whole backbone is frozen there is nothing to balance: the heads train on their own gradients (`Sum`), and the
-    logged norms are those of the heads.
+    While the whole backbone is frozen there is nothing to balance: the heads train on their own gradients, the logged
+    norms are those of the heads, and a warning says so.
 
     Args:
         model: an AllInOneModel.
@@ -92,7 +93,6 @@ class AllInOneTrainer(EvaluatingTrainer):
         events: the event log of the run, RUN/log.jsonl.
         run_files: what writes config.yaml and model.json to the run's folder and to every checkpoint; None if the model
             cannot be built again from such files.
-        weighting_unused: whether the whole backbone is frozen.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
         details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
             described in `allinone_ds.tasks.details`.
@@ -161,11 +161,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
             move_buffers(model, args.device)
         self.weighting = weighting
-        self._shared: Any = "backbone"
         self._first_head = next(iter(known_tasks))
-        self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
-        if self.weighting_unused:
-            self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
         self.balancer_options = options
         sizes = {task: len(data.dataset) for task, data in train_dataset.items()}
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -257,7 +253,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
+        for gap in [*self._gaps, *settings_to_warn_of(self.args)]:
             self.warn(self.state.global_step, gap)
         if self.schedule.sampling is not None:
             self.schedule.sampling.check_run(self.args.max_steps)
@@ -269,6 +265,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.deepspeed is None:
             if self._resumed is not None:
                 check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                check_freezing(self._resumed, list(self.freezing.stages.values()))
                 self._frequencies |= saved_frequencies(self._resumed, self.changes)
             data: Any = self.train_dataset
             datasets = {task: of_task.dataset for task, of_task in by_task(data).items()}
@@ -293,17 +290,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
-            groups = parameter_groups(
-                module,
-                args.learning_rate,
-                args.weight_decay,
-                args.backbone_lr_factor,
-                args.layer_lr_decay,
-                args.head_lr_factor,
-                args.head_weight_decay,
-            )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer = cls(groups_of_run(module, args), **kwargs)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -320,20 +308,15 @@ class AllInOneTrainer(EvaluatingTrainer):
             return self._balanced_step(model, inputs)
 
     def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
-        model.train()
-        if self.balancer is None or self.balancer.engine is not model:
-            self.balancer = TaskBalancer(
-                model,
-                self.tasks,
-                self._shared,
-                self.weighting,
-                nonfinite=self.args.nonfinite,
-                **self.balancer_options,
-            )
-            self.stop_signal.travel_with(self.balancer)
+        if self.freezing.apply(inputs.step) or self.balancer is None or self.balancer.engine is not model:
+            self._modules = list(model.modules())
+            self._open_balancer(model, inputs.step)
+        assert self.balancer is not None
         if self._resumed is not None:
             load_loop_state(self, read_loop_state(self._resumed, self.args.process_index), self.changes)
             self._resumed = None
+        if not all(module.training for module in self._modules):  # `train` itself takes 1 % of a step of a small model
+            model.train()
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
@@ -342,7 +325,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
             what = f"task '{name}'" if joint is None else f"joint group '{name}'"
-            with block(self.balancer, name, joint, len(batches), frozen=self.weighting_unused):
+            with block(self.balancer, name, joint, len(batches)):
                 for number, batch in enumerate(batches, 1):
                     where = f"step {inputs.step}, {what}, micro-step {number} of {len(batches)}"
                     self.mark(where)
@@ -360,13 +343,27 @@ class AllInOneTrainer(EvaluatingTrainer):
         for _ in range(sum(map(len, inputs.batches.values())), self._most_micro_batches):
             self.mark(f"step {inputs.step}, after its tasks")
         self.mark(f"the optimizer step of step {inputs.step}")
-        report = self._step(inputs.step)
+        report = self._streaks.step(self.balancer, inputs.step)
         self._logs.add(report)
-        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
+        losses = [torch.zeros((), device=self.args.device), *report.losses.values()]  # a step may have no label at all
+        return torch.stack([loss.float() for loss in losses]).sum()
 
-    def _step(self, step: int) -> StepReport:
-        assert self.balancer is not None
-        return self._streaks.step(self.balancer, step)
+    def _open_balancer(self, engine: Any, step: int) -> None:
+        """Construct the balancer, anew after a thaw: then with the state of the one before."""
+        before = self.balancer if self.balancer is not None and self.balancer.engine is engine else None
+        if before is not None:
+            before.detach()
+        options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
+            self.balancer = TaskBalancer(engine, self.tasks, "backbone", self.weighting, **options)
+        if before is not None:
+            self.balancer.load_state_dict(before.state_dict())
+        if thawed := self.freezing.message(step):
+            self.note(step, thawed)
+        if self.balancer.nothing_shared:
+            self.warn(step, f"model.freeze: {NOTHING_TO_BALANCE}")
+        self.stop_signal.travel_with(self.balancer)
 
     def _get_learning_rate(self) -> float:
         # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor

@@ -34,6 +34,7 @@ def loop_state(trainer: Any) -> dict[str, Any] | None:
         "optim": str(OptimizerNames(trainer.args.optim).value),
         "classes": {name: list(task.classes) for name, task in trainer.model.tasks.items()},
         "continues": dict(trainer.continues),
+        "freezing": list(trainer.freezing.stages.values()),
         "groups": [group.get("name") for group in trainer.deepspeed.optimizer.param_groups],
     }
 
