@@ -185,6 +185,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
         self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
         self.tasks = task_names(train_dataset)
+        self._tasks_in = {n: self.joint[n].tasks if n in self.joint else (n,) for n in train_dataset}
         self._label_weights = LabelWeights(
             known_tasks,
             {task: data.micro_steps * args.world_size for task, data in train_data.items()},
@@ -321,6 +322,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         weights = self._label_weights.of_step(inputs.batches)
+        if self.schedule.sampling is not None:
+            self.balancer.plan_step([(self._tasks_in[name], len(of)) for name, of in inputs.batches.items()])
         copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
