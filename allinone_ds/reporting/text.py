@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 _MOST = 12
 """Tasks that a line shows one by one."""
 
