@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from allinone_ds.run_folder.weights import shards_of
 from allinone_ds.zero.checkpoint.layout import Segments, read_file
 from allinone_ds.zero.checkpoint.reshard import reshard_flats
+from allinone_ds.zero.checkpoint.whole import copy_whole
 from allinone_ds.zero.engines.choose import open_engine
 
 
@@ -73,13 +74,16 @@ class ShardEMA:
         return {"steps": self.steps, "shards": self.shards}
 
     @torch.no_grad()
-    def load(self, checkpoint: str | Path, segments: Segments | None = None) -> bool:
+    def load(
+        self, checkpoint: str | Path, segments: Segments | None = None, names: Sequence[str] | None = None
+    ) -> bool:
         """Load the average of a checkpoint.
 
         Args:
             checkpoint: folder of a checkpoint of any number of ranks and any ZeRO stage that the engine can resume.
             segments: where tensors are that have other names, or other rows, in the checkpoint; the average of the
                 others starts at their weights.
+            names: of the parameters of a checkpoint without ZeRO, if `segments` are given.
 
         Returns:
             False if the checkpoint holds no average; nothing changes then.
@@ -89,7 +93,9 @@ class ShardEMA:
             return False
         saved = [read_file(file) for file in files]
         shards = shards_of(Path(checkpoint))
-        if shards is None:  # without ZeRO every rank holds the full average
+        if shards is None and segments is not None:
+            copy_whole(self.engine, names or (), saved[0]["shards"], self.shards, segments)
+        elif shards is None:  # without ZeRO every rank holds the full average
             for average, loaded in zip(self.shards, saved[0]["shards"], strict=True):
                 average.copy_(loaded)
         else:
@@ -112,7 +118,8 @@ class AverageWeights(TrainerCallback):
         ema = self.trainer.ema = ShardEMA(self.trainer.deepspeed, args.ema_decay)
         folder = self.trainer.resumed_from
         changes = self.trainer.changes
-        if folder is not None and not ema.load(folder, None if changes is None else changes.segments):
+        known = () if changes is None else (changes.segments, changes.parameters)
+        if folder is not None and not ema.load(folder, *known):
             self.trainer.warn(
                 state.global_step,
                 f"{folder} holds no average of the weights (ema_decay): the average starts from the current weights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from allinone_ds.training.save_checkpoint import loop_file
 from allinone_ds.training.start.changed_tasks import Continues, SavedTasks, TaskChanges, task_changes
 from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
+from allinone_ds.zero.checkpoint.whole import load_whole
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
 from allinone_ds.zero.params import forget_copies, whole_shape
 
@@ -62,6 +63,9 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
     if changes is None and stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
         deepspeed_load_checkpoint(engine, str(checkpoint))
         forget_copies(engine)
+    elif changes is not None and stage == saved_stage == 0:
+        folder = checkpoint / (checkpoint / "latest").read_text().strip()
+        load_whole(engine, folder, changes.parameters or (), changes.segments)
     elif 0 in (stage, saved_stage):
         raise ConfigError(
             f"{checkpoint} was saved with ZeRO stage {saved_stage}, this run uses stage {stage}: checkpoints "
@@ -128,11 +132,12 @@ def changes_since(model: Any, checkpoint: Path, continues: Continues) -> TaskCha
     if changes is None:
         _refuse_difference(shapes, checkpoint)
         return None
-    if shards_of(checkpoint) is None or read_manifest(checkpoint)["zero_stage"] == 0:
+    changes = replace(changes, parameters=read_file(checkpoint / loop_file(0)).get("parameters"))
+    if read_manifest(checkpoint)["zero_stage"] == 0 and changes.parameters is None:
         raise ConfigError(
-            f"{checkpoint} was saved with ZeRO stage 0, from which a run with other tasks cannot resume "
-            f"({'; '.join(changes.lines)}); use the same tasks, or start a new run with a different output_dir and "
-            f"model.start_from={checkpoint}"
+            f"{checkpoint} was saved with ZeRO stage 0 in 16 bit, or by an earlier release; a run with other tasks "
+            f"cannot resume from it ({'; '.join(changes.lines)}): use the same tasks, or start a new run with a "
+            f"different output_dir and model.start_from={checkpoint}"
         )
     return changes
 

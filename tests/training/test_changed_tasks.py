@@ -15,7 +15,8 @@ def ranks(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 CHECKS = (
-    "check_sampling 2", "check_sampling 3", "check_other_tasks 1", "check_other_tasks 2", "check_other_tasks 3",
+    "check_sampling 2", "check_sampling 3", "check_other_tasks 0", "check_other_tasks 1", "check_other_tasks 2",
+    "check_other_tasks 3",
     "check_positions", "check_refusals_of_sampling", "check_next_resume", "check_refusals",
 )  # fmt: skip
 

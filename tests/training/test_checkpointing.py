@@ -176,7 +176,7 @@ def test_an_average_that_restarts_is_reported(monkeypatch: pytest.MonkeyPatch) -
         warn=lambda step, message: messages.append(message),
     )
     for has_one in (True, False):
-        average = SimpleNamespace(load=lambda folder, segments, has_one=has_one: has_one)
+        average = SimpleNamespace(load=lambda folder, has_one=has_one: has_one)
         monkeypatch.setattr("allinone_ds.training.ema.ShardEMA", lambda engine, decay, average=average: average)
         AverageWeights(trainer).on_train_begin(SimpleNamespace(ema_decay=0.9), SimpleNamespace(global_step=4), None)
         assert bool(messages) != has_one

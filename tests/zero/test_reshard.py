@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from allinone_ds.zero.checkpoint.layout import SavedShards
-from allinone_ds.zero.checkpoint.reshard import _number, kinds_of_state
+from allinone_ds.zero.checkpoint.reshard import kinds_of_state, load_number
 from allinone_ds.zero.support import UnsupportedEngine
 from tests.launcher import run_ranks
 from tests.zero.test_layout import saved_shards
@@ -37,7 +37,7 @@ def test_a_factored_optimizer_state_is_refused(tmp_path: Path) -> None:
 def test_numbers_of_a_fused_optimizer_go_beside_its_weights() -> None:
     """AdamW's number of steps is on the device of the weights where it is fused, else on the CPU."""
     saved, meta = torch.tensor(3.0), torch.device("meta")
-    assert _number(saved, None, meta).device == meta
-    assert _number(saved, None, None).device.type == "cpu" and _number(saved, None, None) is not saved
-    assert _number(saved, torch.zeros((), device="meta"), None).device == meta
-    assert _number(0.9, None, meta) == 0.9
+    assert load_number(saved, None, meta).device == meta
+    assert load_number(saved, None, None).device.type == "cpu" and load_number(saved, None, None) is not saved
+    assert load_number(saved, torch.zeros((), device="meta"), None).device == meta
+    assert load_number(0.9, None, meta) == 0.9

@@ -45,12 +45,14 @@ class TaskChanges:
         segments: {tensor of this run: where its elements are in the checkpoint}; what no segment covers starts fresh.
         reclassed: tasks of this run that go on with other classes.
         lines: one text per task, for the user.
+        parameters: names of the parameters of a checkpoint without ZeRO, as its optimizer numbers them.
     """
 
     names: Mapping[str, str | None]
     segments: Mapping[str, Sequence[Segment]]
     reclassed: tuple[str, ...]
     lines: tuple[str, ...]
+    parameters: Sequence[str] | None = None
 
 
 def task_changes(

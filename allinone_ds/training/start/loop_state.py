@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 from allinone_ds.balance.renaming import Names, by_new_name
 from allinone_ds.training.load_checkpoint import changes_since, read_loop_state, saved_step
 from allinone_ds.training.start.changed_tasks import TaskChanges
+from allinone_ds.zero.checkpoint.whole import optimizer_names
 
 
 def loop_state(trainer: Any) -> dict[str, Any] | None:
@@ -35,6 +36,7 @@ def loop_state(trainer: Any) -> dict[str, Any] | None:
         "classes": {name: list(task.classes) for name, task in trainer.model.tasks.items()},
         "continues": dict(trainer.continues),
         "freezing": list(trainer.freezing.stages.values()),
+        "parameters": optimizer_names(trainer.deepspeed),
         "groups": [group.get("name") for group in trainer.deepspeed.optimizer.param_groups],
     }
 

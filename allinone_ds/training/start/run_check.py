@@ -29,7 +29,7 @@ from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer,
 from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
-from allinone_ds.training.load_checkpoint import check_model, check_resumable
+from allinone_ds.training.load_checkpoint import changes_since, check_resumable
 from allinone_ds.training.optimizer import groups_of_run
 from allinone_ds.training.start.arguments import argument_problems
 from allinone_ds.training.start.callbacks import configured_callbacks
@@ -280,7 +280,8 @@ def _check_folders(found: list[str], config: RunConfig, model: nn.Module) -> Non
             return
         checkpoint = checkpoints(config.run_dir)[-1] if resume_from is True else Path(resume_from)
         _collect(found, lambda: check_resumable(checkpoint))
-        _collect(found, lambda: check_model(model, checkpoint))
+        continues = {name: task.continues for name, task in config.tasks.items() if task.continues is not None}
+        _collect(found, lambda: changes_since(model, checkpoint, continues))
     elif config.model.start_from is not None:
         source = config.model.start_from
         _collect(found, lambda: start_from(model, source))  # type: ignore[arg-type]

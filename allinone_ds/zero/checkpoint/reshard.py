@@ -49,7 +49,7 @@ def load_resharded(engine: Any, shards: Path, segments: Segments | None = None) 
     engine.global_samples = saved.model["global_samples"]
     engine.skipped_steps = saved.model["skipped_steps"]
     adapter.publish_masters()
-    _load_untrained(engine.module, saved.untrained(), segments)
+    load_untrained(engine.module, saved.untrained(), segments)
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def _load_states(
         rank, there, *_ = next(saved.where(names[group], 0, 1))
         source = saved.states[rank][there]
         for key in plain & source.keys():
-            state[master][key] = _number(source[key], state[master].get(key), master.device if beside else None)
+            state[master][key] = load_number(source[key], state[master].get(key), master.device if beside else None)
         for key in flat & source.keys():
             if key not in state[master]:
                 state[master][key] = torch.zeros_like(master.data)
@@ -119,7 +119,7 @@ def _load_states(
         saved.fill(targets, [fragment for fragment in wanted if fragment.group in groups], sources)
 
 
-def _number(value: Any, old: Any, device: torch.device | None) -> Any:
+def load_number(value: Any, old: Any, device: torch.device | None) -> Any:
     """Return a copy of an optimizer's single number on the device where its step expects it.
 
     Args:
@@ -158,21 +158,29 @@ def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
     return flat, plain
 
 
-def _load_untrained(module: torch.nn.Module, values: dict[str, Tensor], segments: Segments) -> None:
+def load_untrained(module: torch.nn.Module, values: Mapping[str, Tensor], segments: Segments) -> None:
     """Load buffers and frozen parameters, which are in no shard."""
     for name, buffer in module.named_buffers():
-        _copy_segments(buffer, values, segments.get(name, _same(name, buffer)))
+        copy_segments(buffer, values, segments.get(name, same_place(name, buffer)))
     for name, param in module.named_parameters():
         if not param.requires_grad:
             with whole_on_rank_0(param):  # on other ranks than 0 it is empty under ZeRO-3
-                _copy_segments(param, values, segments.get(name, _same(name, param)))
+                copy_segments(param, values, segments.get(name, same_place(name, param)))
 
 
-def _same(name: str, value: Tensor) -> tuple[Segment]:
+def same_place(name: str, value: Tensor) -> tuple[Segment]:
+    """Return where a tensor is in a checkpoint that has it under the same name."""
     return (Segment(0, value.numel(), name, 0),)
 
 
-def _copy_segments(target: Tensor, values: dict[str, Tensor], parts: Sequence[Segment]) -> None:
+def copy_segments(target: Tensor, values: Mapping[str, Tensor], parts: Sequence[Segment]) -> None:
+    """Copy the elements of a tensor that a checkpoint has.
+
+    Args:
+        target: the tensor; without elements nothing is copied.
+        values: tensors of the checkpoint by name; those that are absent are left out.
+        parts: where the elements are.
+    """
     for part in parts if target.numel() else ():
         if part.name in values:
             source = values[part.name].reshape(-1).narrow(0, part.offset, part.length)
