@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,13 @@ class JointSizes(Strict):
     """Content of the scenes."""
 
 
-def make_joint_demo_data(root: Path, seed: int = 0, sizes: JointSizes | None = None, progress: bool = True) -> Path:
+def make_joint_demo_data(
+    root: Path,
+    seed: int = 0,
+    sizes: JointSizes | None = None,
+    progress: bool = True,
+    pools: Mapping[str, Pool] | None = None,
+) -> Path:
     """Write the joint demo data, unless `root` already contains it.
 
     For each split: `images/` (jpg); of the same names `label_maps/` (classes, 255: none), `depth/` (16-bit png in mm,
@@ -72,6 +79,7 @@ def make_joint_demo_data(root: Path, seed: int = 0, sizes: JointSizes | None = N
         seed: seed of the scenes; equal seeds give equal files.
         sizes: number of images, and their look; None is that of the demo.
         progress: show a progress bar.
+        pools: products and backgrounds by split, instead of those that come with the package.
 
     Returns:
         The folder.
@@ -95,7 +103,8 @@ def make_joint_demo_data(root: Path, seed: int = 0, sizes: JointSizes | None = N
             count = getattr(sizes, split)
             row = bar.add_task(f"composing {split}", total=count)
             rngs = (np.random.default_rng([seed, number, i]) for i in range(count))
-            _write_split(root / split, load_pool(split), sizes.look, rngs, partial(bar.advance, row))
+            pool = pools[split] if pools else load_pool(split)
+            _write_split(root / split, pool, sizes.look, rngs, partial(bar.advance, row))
     return root
 
 
