@@ -227,7 +227,10 @@ class AttributesMetric:
         ap = torch.full((len(some),), float("nan"), dtype=torch.float64)
         if some.any():  # the function fails for an attribute that no image has an entry of
             ap[some] = multilabel_average_precision(
-                scores[:, some], target[:, some], int(some.sum()), average="none", ignore_index=_UNKNOWN
+                *(scores[:, some], target[:, some], int(some.sum())),
+                average="none",
+                ignore_index=_UNKNOWN,
+                validate_args=False,  # which refuses a single attribute
             ).double()
         self._columns = {
             "ap": ap,
