@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -128,37 +128,29 @@ class TaskBalancer(RankGroups):
             backbone, weighting, norm = without_backbone(engine.module), Sum(), "exact"
         self.weighting = as_weighting(weighting)
         self.weighting.check_tasks(tasks)
-        self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
-        self.engine = engine
+        self.engine, self.norm, self.parallel, self.nonfinite = engine, norm, parallel, nonfinite
         adapter = self._adapter = open_engine(engine, backbone)
-        error = combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients)
-        if error is not None:
+        if error := combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients):
             raise error
         if self_test or (self_test is None and not checked_release()):
             warn_of_unchecked_release()
             run_self_test(engine, TaskBalancer, norm, parallel)
         self.groups = groups_for(parallel, groups, tasks, world_size())
-        apart = parallel == "tasks"
-        self._agreement = Agreement() if check_ranks or apart else None
+        self._agreement = Agreement() if check_ranks or parallel == "tasks" else None
         self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
-        adapter.take_over()
-        try:
-            self._combiner = choose_combiner(
-                adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
-            )
-            self._guard = EngineGuard(engine, BalancerError)
-        except BaseException:
-            adapter.give_back()
-            raise
+        self._combiner = choose_combiner(
+            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if parallel == "tasks" else None
+        )
         if self._agreement:
             self._combiner.wait = self._agreement.wait
-        self._traces = ParameterTraces(engine, backbone) if task_traces else None
+        self._traces = ParameterTraces(engine, backbone, task_traces)
+        self._guard = EngineGuard(engine, BalancerError)
+        adapter.take_over()
         self._heads = HeadUse(engine.module, backbone, self._guard, shares=not self.nothing_shared)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
         adapter.discard()  # gradients of steps that the engine took without a balancer
         forget_copies(engine)  # of weights that were loaded since
-        self._running: RunningTask | None = None
         self._clear()
 
     @property
@@ -213,7 +205,7 @@ class TaskBalancer(RankGroups):
 
     def evaluation(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Evaluate a task inside this block: under ZeRO-3 its forwards have a parameter trace of their own."""
-        return self._trace(("evaluation", name))
+        return self._traces.use(("evaluation", name))
 
     def backward(self, loss: Any, count: Any = None) -> None:
         """Run the backward of one micro-step of the current task, never scaled by the engine's accumulation steps.
@@ -260,8 +252,7 @@ class TaskBalancer(RankGroups):
                 self._heads.check_trainable()
                 with torch.no_grad():
                     result = self._combiner.finish() if ran else self._combiner.nothing_ran()
-                if self._traces:
-                    self._traces.partition()
+                self._traces.partition()
                 if result.skipped and self.nonfinite == "stop":
                     raise NonFinite(result.skipped)
                 self._agree("the optimizer step")
@@ -315,8 +306,7 @@ class TaskBalancer(RankGroups):
         Other ranks that wait for this one in a task or a step raise a `BalancerError` that names it.
         """
         self._leave()
-        if self._traces:
-            self._traces.partition()
+        self._traces.partition()
         self._combiner.close()
         self._adapter.give_back()
         self._guard.remove()
@@ -325,9 +315,6 @@ class TaskBalancer(RankGroups):
     def __repr__(self) -> str:
         options = f"weighting={self.weighting!r}, norm={self.norm!r}, parallel={self.parallel!r}"
         return f"TaskBalancer(tasks={self.groups.tasks}, {options}, zero_stage={self._adapter.stage})"
-
-    def _trace(self, key: Hashable, keep: bool = False) -> contextlib.AbstractContextManager[None]:
-        return self._traces.use(key, keep) if self._traces else contextlib.nullcontext()
 
     def _leave_task(self) -> None:
         self._running = None
@@ -362,7 +349,7 @@ class TaskBalancer(RankGroups):
         if isinstance(running, JointTasks):  # some of its tasks, or micro-steps, are in a sum already
             cleanups = (self._combiner.reset, self._restore_weighting, self._clear)
         with undone_after_error(running.fail, self._leave_task, *cleanups), self._watched():
-            with self._trace(running.name, keep=True):
+            with self._traces.use(running.name, keep=True):
                 yield
             running.end(self._guard.order if self._combiner.reduces_in_order else 0)
             with torch.no_grad():
@@ -372,12 +359,9 @@ class TaskBalancer(RankGroups):
         self._ran.update(dict.fromkeys(running.tasks, running.micro_steps))
 
     def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False, local: bool = False) -> None:
-        before = self._guard.order
-        with self._guard.allowed():
+        with self._guard.allowed(counted=not local):
             self._adapter.set_reduces(reduces)
             self._adapter.backward(loss, retain_graph)
-        if local:  # reduced afterwards, in an order of its own
-            self._guard.order = before
 
     def _take_step(self, result: Combined, missing: Sequence[str]) -> StepReport:
         for task in result.skipped:
@@ -412,5 +396,5 @@ class TaskBalancer(RankGroups):
         self._weighting_before = self.weighting.state_dict()
         if self._agreement:
             self._agreement.end_step(complete=False)
-        self._running = None
+        self._running: RunningTask | None = None
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

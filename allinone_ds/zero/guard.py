@@ -116,8 +116,11 @@ class EngineGuard:
         self._stray = None
 
     @contextlib.contextmanager
-    def allowed(self) -> Iterator[None]:
+    def allowed(self, counted: bool = True) -> Iterator[None]:
         """Allow every call inside this block.
+
+        Args:
+            counted: whether `order` takes note of the gradients; False where they are reduced afterwards.
 
         Raises:
             error: a different backward has left gradients, or those of an earlier micro-step are gone.
@@ -129,11 +132,12 @@ class EngineGuard:
                 "gradients of an earlier micro-step of this task are gone, as after zero_grad() of the module; a block "
                 "begins without gradients, so remove the call"
             )
-        self._open = True
+        self._open, before = True, self.order
         try:
             yield
         finally:
             self._open = False
+            self.order = self.order if counted else before
         if self._kept is not None:
             self._kept = [param for param in self._params if param.grad is not None]
 
