@@ -24,6 +24,7 @@ CASES = [
     *(Case(f"zero{stage} bf16", stage, "bf16") for stage in (0, 2, 3)),
     Case("zero1 bf16 fp32", 1, "bf16", "fp32"),
     *(Case(f"zero{stage} fp16", stage, "fp16") for stage in (0, 1, 3)),
+    Case("zero3 not retained", 3, zero={"stage3_max_live_parameters": 10}),  # as a model of 1e9 parameters is not
 ]
 
 

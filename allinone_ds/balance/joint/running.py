@@ -204,7 +204,7 @@ class JointAtBackbone(JointTasks):
             BalancerError: the graph of one has nothing in common with those of the others.
         """
         given = {task: loss for task, loss in losses.items() if loss is not None}
-        if not self._heads.met.issuperset(given):
+        if self._heads.shares and not self._heads.met.issuperset(given):  # on a frozen backbone no graphs meet
             check_one_forward(given)
             self._heads.met.update(given)
 
@@ -332,6 +332,7 @@ def joint_tasks(
     """
     if at not in PLACES:
         raise ConfigError(f"balancer.joint(at={at!r}); {did_you_mean(str(at), PLACES)}")
+    at = at if heads.shares else "backbone"  # no gradient comes back to the features of a frozen backbone
     if isinstance(combiner, FeaturesCombiner):
         if at == "backbone":
             raise ConfigError(
