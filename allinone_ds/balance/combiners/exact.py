@@ -296,5 +296,8 @@ def require_exact(combiner: Combiner, what: str) -> ExactCombiner:
         ConfigError: norms are not exact, or tasks run on different ranks.
     """
     if not isinstance(combiner, ExactCombiner):
-        raise ConfigError(f"{what} needs norm='exact' and parallel='data'; construct the TaskBalancer with them")
+        raise ConfigError(
+            f"{what} needs the gradient of each task by itself, averaged over all ranks, as norm='exact' with "
+            "parallel='data' computes it (norm='features' serves it too); construct the TaskBalancer with them"
+        )
     return combiner

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.joint.counts import check_counts
-from allinone_ds.balance.joint.gate import Gate, reached_from
-from allinone_ds.balance.joint.measure import gram_matrix, scaled_sums, squares
+from allinone_ds.balance.joint.gate import Gate, Sums, reached_from
+from allinone_ds.balance.joint.measure import add_scaled, gram_matrix, squares
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.balance.weightings.clipping import TaskClip
@@ -29,6 +29,8 @@ from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
+_AT_ONCE = 8
+"""Tasks whose gradients one rank holds at a time, where it measures them alone."""
 _active: FeatureBlock | None = None
 
 
@@ -79,6 +81,7 @@ class FeatureBlock:
     ):
         self.tasks, self.weighting, self.micro_steps, self.group = tuple(tasks), weighting, micro_steps, group
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self._alone = self._world == 1 and weighting.streams  # several ranks send one message for all tasks
         self._gates: dict[tuple[int, ...], Gate] = {}
         self._left = micro_steps
         self._in_backward = False
@@ -141,7 +144,7 @@ class FeatureBlock:
                     f"task_features: task '{task}' marks other features than task '{first}', and {self.weighting!r} "
                     "compares the tasks' gradients; mark the same tensors for every task: all levels in one tuple"
                 )
-            self._gates[key] = Gate(tensors, self._combine)
+            self._gates[key] = Gate(tensors, self._combine, _AT_ONCE if self._alone else None)
         marked = self._gates[key].mark(task)
         return marked[0] if isinstance(features, Tensor) else marked
 
@@ -252,12 +255,15 @@ class FeatureBlock:
         self._labelled = known if all(known) else (every > 0).tolist()
         return own / every.clamp(min=1e-30)
 
-    def _combine(self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """Measure the tasks of one gate over all ranks and return sum_t c_t g_t per tensor. Collective.
+    def _combine(
+        self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]], sums: Sums
+    ) -> list[Tensor | None]:
+        """Measure tasks of one gate over all ranks and return sums + sum_t c_t g_t per tensor. Collective.
 
         Args:
-            marked: the tasks of the gate.
+            marked: the tasks.
             gradients: task -> gradient of each marked tensor; None where there is none.
+            sums: of each tensor so far, changed in place.
         """
         index = [i for i, task in enumerate(self.tasks) if task in marked]
         found = [gradients.get(self.tasks[i], ()) for i in index]
@@ -272,7 +278,7 @@ class FeatureBlock:
         norms = gram.diagonal().clamp(min=0).sqrt()
         factors = self._factors(index, gram, norms, losses)
         self._record(index, torch.stack([losses, norms, factors.double()]))
-        return scaled_sums(found, factors)
+        return add_scaled(found, factors, sums)
 
     def _factors(self, index: Sequence[int], gram: Tensor, norms: Tensor, losses: Tensor) -> Tensor:
         """Return the factors of the tasks of a gate, (T,): 0 for one without labels or that is not finite."""
