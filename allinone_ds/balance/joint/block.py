@@ -80,7 +80,7 @@ class FeatureBlock:
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._gates: dict[tuple[int, ...], Gate] = {}
         self._left = micro_steps
-        self._unit = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
+        self._unit: float | Tensor = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
         self._parts = torch.empty(0)  # of the micro-step: this rank's part of each task's mean loss, (T,)
         self._labelled: list[bool] = []  # of the micro-step: whether any rank has a label of each task
         self._sums: Tensor | None = None  # losses, norms and factors, each a sum over labelled micro-steps, (3, T)
@@ -148,7 +148,7 @@ class FeatureBlock:
         self,
         losses: Mapping[str, Tensor | None],
         counts: Mapping[str, Tensor | float] | None = None,
-        loss_scale: float = 1.0,
+        loss_scale: float | Tensor = 1.0,
         labels: Sequence[tuple[float, float]] | None = None,
     ) -> Iterator[Tensor]:
         """Run one micro-step's backward inside this block, on the loss that it yields. Collective.

@@ -181,12 +181,12 @@ class EngineAdapter(ABC):
         return self.engine.device
 
     @property
-    def loss_scale(self) -> float:
-        """The factor that gradients carry and the engine's step divides by; 1 where losses are not scaled."""
+    def loss_scale(self) -> float | Tensor:
+        """The factor that gradients carry and the engine's step divides by, a number or 0-dim on `compute_device`."""
         return loss_scale(self.engine)
 
     @property
-    def missing_loss_scale(self) -> float:
+    def missing_loss_scale(self) -> float | Tensor:
         """The part of `loss_scale` that the engine's `backward` does not apply to the loss."""
         return 1.0
 
