@@ -160,8 +160,10 @@ class Combiner(ABC):
         if self.adapter.replicated:
             squares = squares / self.world
         sums = torch.cat([squares, loss.double().view(1)])
-        all_reduce(sums)
-        return self._record_of(task, sums[0] * unit**2, sums[1] * unit**2, sums[2] * unit / self.world)
+        square, whole, loss = all_reduce(sums)
+        if unit != 1.0:
+            square, whole, loss = square * unit**2, whole * unit**2, loss * unit
+        return self._record_of(task, square, whole, loss / self.world)
 
     def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
         """Return a task's record, and whether its gradient is usable.

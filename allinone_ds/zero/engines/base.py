@@ -222,7 +222,9 @@ class EngineAdapter(ABC):
             loss: scalar, of one micro-batch of this rank.
             retain_graph: keep the graph for the losses of other tasks of the same forward.
         """
-        self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
+        missing = self.missing_loss_scale
+        loss = loss * missing if isinstance(missing, Tensor) or missing != 1.0 else loss
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set."""
