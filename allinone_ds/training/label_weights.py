@@ -121,9 +121,7 @@ class LabelWeights:
         return images if count is None else int(count), images
 
 
-def block(
-    balancer: TaskBalancer, name: str, joint: Joint | None, micro_steps: int, frozen: bool
-) -> AbstractContextManager[None]:
+def block(balancer: TaskBalancer, name: str, joint: Joint | None, micro_steps: int) -> AbstractContextManager[None]:
     """Return the balancer's block of a task or joint group.
 
     Args:
@@ -131,11 +129,10 @@ def block(
         name: of the task or group.
         joint: settings of the group; None: it is a task.
         micro_steps: number of micro-batches.
-        frozen: whether no weight is shared. Nothing is balanced then, and no gradient comes back to the features.
     """
     if joint is None:
         return balancer.task(name, micro_steps=micro_steps)
-    return balancer.joint(joint.tasks, micro_steps=micro_steps, at="backbone" if frozen else joint.at)
+    return balancer.joint(joint.tasks, micro_steps=micro_steps, at=joint.at)
 
 
 def losses_of(

@@ -16,6 +16,7 @@ from allinone_ds.errors import UnsupportedEngine
 from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
+from allinone_ds.zero.engines.muon import unfit_for_muon, uses_muon
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
 
 _SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
@@ -55,7 +56,7 @@ def refuse_unsupported(engine: Any, allow_gradient_clipping: bool) -> None:
         raise UnsupportedEngine(f"{reason} cannot be balanced; {advice}")
     clip = float(engine.gradient_clipping())
     adapter = adapter_class(engine)
-    may_clip = adapter is not None and adapter.allows_clipping
+    may_clip = adapter is not None and adapter.allows_clipping and not uses_muon(engine.basic_optimizer)
     if clip and not (allow_gradient_clipping and may_clip):
         raise UnsupportedEngine(
             f"gradient_clipping is {clip} in the DeepSpeed config (1.0 when the key is absent, and Hugging Face fills "
@@ -88,6 +89,28 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
     except Exception as error:  # DeepSpeed raises many types, among them AssertionError and KeyError
         return [*unknown, f": {' '.join(str(error).split()) or repr(error)}"]
     return unknown + [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
+
+
+def _muon_refusals(engine: Any) -> list[tuple[bool, str, str]]:
+    """Rows of `_refusals` on optimizers that change gradients themselves."""
+    optimizer = getattr(engine, "basic_optimizer", None)
+    name = type(optimizer).__name__
+    if not uses_muon(optimizer):
+        changes = any(word in name.lower() for word in _CHANGES_GRADIENTS)
+        return [(changes, f"the optimizer {name}", "it changes gradients itself; use an element-wise one such as "
+                 "AdamW or SGD, or DeepSpeed's MuonWithAuxAdam")]  # fmt: skip
+    zero, unfit = engine.optimizer, unfit_for_muon(engine)
+    offload = bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
+    heads = any(getattr(param, "muon_num_heads", None) for param in engine.module.parameters())
+    return [
+        (offload, "Muon with the optimizer on the CPU", "keep the optimizer on the accelerator, or use AdamW"),
+        (bool(unfit), f"Muon on parameters that are no matrices ({', '.join(unfit[:3])})",
+         "put them into a parameter group with use_muon=False"),
+        (engine.zero_optimization_stage() == 0 and next(engine.module.parameters()).dtype != torch.float32,
+         "Muon in 16 bit on ZeRO-0", "its iteration enlarges the rounding of the balanced sum; use ZeRO 1, 2 or 3"),
+        (heads and engine.zero_optimization_stage() == 0, "per_head_muon on ZeRO-0",
+         "DeepSpeed ignores it there; use ZeRO 1, 2 or 3, or remove the key"),
+    ]  # fmt: skip
 
 
 def _without_auto(content: Any) -> Any:
@@ -179,7 +202,6 @@ def _dtypes_exist(config: Any) -> bool:
 
 def _refusals(engine: Any) -> list[tuple[str, str]]:
     """(what is not served, what to do instead) of everything that applies to the engine."""
-    optimizer_name = type(getattr(engine, "basic_optimizer", None)).__name__
     rows: list[tuple[bool, str, str]] = [
         (isinstance(engine, PipelineEngine), "a pipeline engine", "use ZeRO without PipelineModule"),
         (adapter_class(engine) is None, "an engine without an optimizer of its own",
@@ -194,7 +216,6 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "DeepSpeed would multiply by one scale and divide by both; do not call it"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
-        (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
-         "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
+        *_muon_refusals(engine),
     ]  # fmt: skip
     return _setting_refusals(engine._config) + [(reason, advice) for wrong, reason, advice in rows if wrong]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.engines.choose import ADAPTERS
+from allinone_ds.zero.engines.pieces import Span, merge_spans
 from allinone_ds.zero.engines.stage3 import Stage3Adapter
 from allinone_ds.zero.params import move_buffers
 from allinone_ds.zero.support import config_problems

@@ -279,8 +279,8 @@ class Agreement:
         texts = self._texts([sent.code, sent.state])
         if state == READY:
             raise self._known(
-                f"ranks disagree on what comes next ({texts}); every rank must run the same tasks with the same number "
-                "of micro-steps in the same order: derive the order from (seed, step), not from a rank's own data"
+                f"ranks disagree on what comes next ({texts}); every rank must run the same tasks, micro-steps, layers "
+                "and heads in the same order: derive the order from (seed, step), not from a rank's own data"
             )
         if state == FAILED:
             raise self._known(

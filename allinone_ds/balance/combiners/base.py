@@ -60,6 +60,11 @@ class Combiner(ABC):
         return tuple(task for task in self.order if task in self.records)
 
     @property
+    def reduces_in_order(self) -> bool:
+        """Whether ranks reduce gradients in the order in which a backward yields them, which must be one order."""
+        return self.adapter.stage >= 2
+
+    @property
     def bytes(self) -> int:
         """Bytes of the flat tensors kept on this rank."""
         return sum(flat.numel() * flat.element_size() for flats in self._kept for flat in flats)
@@ -111,6 +116,10 @@ class Combiner(ABC):
 
         Waits for the device once, to learn which tasks are not finite.
         """
+
+    def nothing_ran(self) -> Combined:
+        """Return what became of a step in which no rank has a label of any task: nothing to step on."""
+        return self._combined([], (), overflow=False, usable=False)
 
     def hand_over(self, overflow: bool) -> None:
         """Give the engine the sum for its next step."""

@@ -16,7 +16,8 @@ from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import ConfigError
-from allinone_ds.zero.engines.base import EngineAdapter, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import cut
 
 
 class ExactCombiner(Combiner):
@@ -79,7 +80,7 @@ class ExactCombiner(Combiner):
             seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
-        if first and key not in self._parts and not self.adapter.replicated:
+        if first and key not in self._parts and not self.adapter.replicated and not self.adapter.needs_sum:
             self._left = usable
         else:  # without ZeRO it is where a stray backward of the user would change it
             self._add_raw(pieces, usable)

@@ -46,6 +46,10 @@ class LocalCombiner(Combiner):
         self._steps = 0
 
     @property
+    def reduces_in_order(self) -> bool:
+        return False  # parameter by parameter, in their own order
+
+    @property
     def norm_error(self) -> float:
         """Bound of the relative standard error of the norms."""
         return norm_error(self.sketcher.size)
