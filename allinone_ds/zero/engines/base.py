@@ -123,7 +123,7 @@ class EngineAdapter(ABC):
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
         if self._muon is not None and not overflow:
-            self._muon.orthogonalise(flats, self.loss_scale)
+            self._muon.orthogonalise(flats, float(self.loss_scale))
         self._set_gradient(flats, overflow)
 
     @abstractmethod
