@@ -77,17 +77,16 @@ def check_a_step_waits_for_the_verdict_only() -> None:
 def check_weightings_that_see_all_tasks_wait_once_too() -> None:
     for weighting in (TBGC(0.1, target="mean"), DBMTL(), GradNorm(), DWA(), FAMO(), RandomWeights()):
         at_most(waits_in_a_step(weighting=weighting), 1)
-    for options in ({"norm": "delayed"}, {"parallel": "tasks"}, {"cosines_every": 1}, {"tasks": toy.TASKS[:2]}):
+    for options in ({"norm": "delayed"}, {"parallel": "tasks"}, {"tasks": toy.TASKS[:2]}):
         at_most(waits_in_a_step(weighting=DBMTL(), **options), 1)
 
 
 def check_methods_of_torchjd_get_their_matrix_with_the_verdict() -> None:
-    for name in ("UPGradWeighting", "AlignedMTLWeighting", "IMTLGWeighting", "PCGradWeighting", "MGDAWeighting"):
+    for name in ("UPGradWeighting", "AlignedMTLWeighting", "IMTLGWeighting"):
         at_most(waits_in_a_step(weighting=getattr(aggregation, name)()), 1)
     for options in ({"norm": "delayed"}, {"parallel": "tasks"}):
         at_most(waits_in_a_step(weighting=aggregation.CAGradWeighting(c=0.4), **options), 1)
-    for config in ({"name": "nash_mtl", "n_tasks": T}, {"name": "fairgrad", "alpha": 1.0}):
-        at_most(waits_in_a_step(weighting=weighting_from_config(config)), 1)
+    at_most(waits_in_a_step(weighting=weighting_from_config({"name": "nash_mtl", "n_tasks": T})), 1)
 
 
 def check_blocks_that_balance_at_the_features_do_not_wait() -> None:
@@ -97,10 +96,10 @@ def check_blocks_that_balance_at_the_features_do_not_wait() -> None:
 
 
 def check_an_offloaded_optimizer_waits_for_the_factor_of_each_task() -> None:
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         at_most(waits_in_a_step(f"zero{stage} fp32 offload"), 1, exact=T)
-        at_most(waits_in_a_step(f"zero{stage} fp32 offload", weighting=TBGC(0.1, target="mean")), 1)
-        at_most(waits_in_a_step(f"zero{stage} fp32 offload", weighting=aggregation.UPGradWeighting()), 1)
+    at_most(waits_in_a_step("zero2 fp32 offload", weighting=TBGC(0.1, target="mean")), 1)
+    at_most(waits_in_a_step("zero3 fp32 offload", weighting=aggregation.UPGradWeighting()), 1)
 
 
 def check_weights_that_are_put_back_are_ordered_without_a_wait() -> None:
