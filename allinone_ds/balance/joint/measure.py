@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import CHUNK
+from allinone_ds.device_constants import copied_to
 
 Gradients = Sequence[Sequence[Tensor | None]]
 """T rows of L gradients; an empty row is a task without any."""
@@ -38,7 +39,7 @@ def squares(gradients: Gradients, device: torch.device) -> Tensor:
     return (
         values
         if owners == list(range(len(found)))
-        else found.index_add_(0, torch.tensor(owners, device=device), values)
+        else found.index_add_(0, copied_to(torch.tensor(owners), device), values)
     )
 
 
