@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
+from allinone_ds.zero.engines.muon import make_muon
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -114,6 +118,70 @@ def parameter_groups(
     return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
 
 
+def optimizer_of_run(
+    model: nn.Module, groups: Sequence[dict[str, Any]], args: AllInOneArguments
+) -> torch.optim.Optimizer:
+    """Return the optimizer that the arguments of a run name.
+
+    Args:
+        model: an AllInOneModel.
+        groups: its `parameter_groups`.
+        args: arguments of the run.
+
+    Raises:
+        ConfigError: as of `groups_for_muon`.
+    """
+    if args.optim_name == MUON:
+        settings, betas = MuonSettings.parse(args.optim_args), (args.adam_beta1, args.adam_beta2)
+        factor = (settings.muon_lr or args.learning_rate) / args.learning_rate
+        of_muon = groups_for_muon(model, groups, factor)
+        return make_muon(of_muon, settings.momentum, settings.ns_method, betas, args.adam_epsilon)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    return cls(groups, **kwargs)
+
+
+def groups_for_muon(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return parameter groups in which Muon trains the matrices of the backbone's layers, and AdamW all others.
+
+    AdamW keeps heads, vectors, embeddings, kernels of convolutions and the matrices of adapters (LoRA).
+
+    Args:
+        model: an AllInOneModel.
+        groups: its `parameter_groups`.
+        lr_factor: learning rate of Muon divided by that of AdamW in the same place.
+
+    Returns:
+        Groups with `use_muon`; those of the backbone that are decayed are divided, as "backbone/decay" into
+        "backbone/muon" and "backbone/decay".
+
+    Raises:
+        ConfigError: the backbone has no such matrix that is trained.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        component, _, kind = group["name"].rpartition("/")
+        matrices = [p for p in group["params"] if component.startswith("backbone") and kind == "decay"
+                    and len(whole_shape(p)) == 2 and not any(word in names[p] for word in _NOT_OF_MUON)]  # fmt: skip
+        taken = set(matrices)
+        others = [parameter for parameter in group["params"] if parameter not in taken]
+        if matrices:
+            lr = group["lr"] * lr_factor
+            found.append({**group, "name": f"{component}/muon", "params": matrices, "lr": lr, "use_muon": True})
+        if others:
+            found.append({**group, "params": others, "use_muon": False})
+    if not any(group["use_muon"] for group in found):
+        raise ConfigError(
+            "trainer.optim = 'muon': no matrix of the backbone's layers is trained (it is frozen, adapted or of "
+            "convolutions), so Muon would train nothing; use adamw_torch"
+        )
+    return found
+
+
+_NOT_OF_MUON = ("embed", "lora_")
+"""Words in the names of matrices that AdamW trains."""
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")
 """Keys of optimizer groups that are settings, not state."""
 _ADAPTIVE = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps", "min_lrs", "max_lrs",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -37,7 +36,7 @@ from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
 from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
-from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.optimizer import optimizer_of_run, parameter_groups
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
@@ -208,7 +207,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             "nonfinite": self._streaks.state_dict(),
             "data": self.schedule.basis(),
             "frequencies": self._frequencies,
-            "optim": str(OptimizerNames(self.args.optim).value),
+            "optim": self.args.optim_name,
         }
 
     def _load_loop_state(self, state: dict[str, Any]) -> None:
@@ -278,7 +277,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
         if self.deepspeed is None:
             if self._resumed is not None:
-                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                check_optimizer(self._resumed, self.args.optim_name)
                 self._frequencies |= saved_frequencies(self._resumed)
             data: Any = self.train_dataset
             datasets = {task: of_task.dataset for task, of_task in by_task(data).items()}
@@ -312,8 +311,7 @@ class AllInOneTrainer(EvaluatingTrainer):
                 args.head_lr_factor,
                 args.head_weight_decay,
             )
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer = optimizer_of_run(module, groups, args)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]

@@ -25,12 +25,13 @@ from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.models.pretrained import checkpoint_config
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
 from allinone_ds.run_config.build import without_checkpoint
+from allinone_ds.run_config.optimizer_settings import MUON
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
 from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
 from allinone_ds.training.load_checkpoint import check_model, check_resumable
-from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.optimizer import groups_for_muon, parameter_groups
 from allinone_ds.training.start.arguments import argument_problems
 from allinone_ds.training.start.callbacks import configured_callbacks
 from allinone_ds.training.warm_start import start_from
@@ -87,7 +88,7 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         found += argument_problems(args, evaluated if complete else None)
     model = _collect(found, lambda: AllInOneModel(backbone, tasks)) if complete else None
     if model is not None and args is not None:
-        _collect(
+        groups = _collect(
             found,
             lambda: parameter_groups(
                 model,
@@ -99,6 +100,8 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
                 args.head_weight_decay,
             ),
         )
+        if groups is not None and args.optim_name == MUON:
+            _collect(found, lambda: groups_for_muon(model, groups))
         _check_folders(found, config, model)
     return config, list(dict.fromkeys(found))
 

@@ -254,9 +254,9 @@ class EngineAdapter(ABC):
         self.set_reduces(True)
         with scale_changes_after_step(self.engine):
             self.engine.step()
+            if self._muon is not None:
+                self._muon.end_step(self.overflow)
         self._after_step()
-        if self._muon is not None:
-            self._muon.end_step(self.overflow)
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
         """Correct what the engine reports or keeps after its step."""
