@@ -17,7 +17,7 @@ from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.engines.muon import unfit_for_muon, uses_muon
-from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
+from allinone_ds.zero.releases import RELEASE
 
 _SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
 _CHANGES_GRADIENTS = ("muon", "onebit", "zeroone")
@@ -138,14 +138,12 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
         (nvme, "NVMe offload", "offload to cpu or not at all"),
         (float(getattr(zero.offload_optimizer, "ratio", 1.0)) < 1, "offload_optimizer.ratio below 1",
-         "a part of the gradient would be on the CPU and a part on the accelerator; remove the key"),
+         "DeepSpeed saves no moments of the part on the accelerator, whose first group ignores the schedule; remove it"),
         (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
         (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
         (bool(zero.zero_quantized_gradients), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
         (bool(config.compile_config.deepcompile), "DeepCompile", "set compile.deepcompile to false"),
-        (MANAGES_ACCUMULATION and not config.managed_gradient_accumulation,
-         "managed_gradient_accumulation = false", "remove the key"),
         (scaled and config.float16_config.enabled, "torch_autocast in fp16 beside the fp16 section",
          "DeepSpeed scales the loss once and divides its gradient by both scales; remove one of the two sections"),
         (scaled and not getattr(zero, "compute_grad_norm", True),
@@ -158,9 +156,6 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
          "DeepSpeed fails with it on a model of several heads; remove the key"),
         (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
          "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
-        (config.float16_config.fp16_master_weights_and_grads, "fp16_master_weights_and_grads", "remove the key"),
-        (config.bfloat16_config.bf16_master_weights_and_grads and zero.stage < 3,
-         "bf16_master_weights_and_grads on ZeRO 1 and 2", "use ZeRO-3, or remove the key"),
         (bool(config.data_efficiency_enabled), "data_efficiency",
          "DeepSpeed would change batches or layers by itself; remove the section"),
         (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),

@@ -25,6 +25,7 @@ from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
 from allinone_ds.zero.fragments import Fragment
+from allinone_ds.zero.releases import MANAGES_ACCUMULATION
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,17 @@ class EngineAdapter(ABC):
 
     def take_over(self) -> None:
         """Prepare the engine for balanced steps, until `give_back`."""
+        if MANAGES_ACCUMULATION:  # where it is off, `engine.step` would reduce once more
+            self._managed = self.engine._config.managed_gradient_accumulation
+            self.engine._config.managed_gradient_accumulation = True
         if self.stage and uses_muon(self.optimizer.optimizer):
             self._muon = MuonUpdate(self)
 
     def give_back(self) -> None:
         """Leave the engine as it was before `take_over`."""
         self.restore_boundary()
+        if MANAGES_ACCUMULATION:
+            self.engine._config.managed_gradient_accumulation = self._managed
         if self._muon is not None:
             self._muon.give_back()
             self._muon = None

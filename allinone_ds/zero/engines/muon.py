@@ -13,16 +13,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.zero.params import whole_shape
-
-if TYPE_CHECKING:
-    from allinone_ds.zero.engines.base import EngineAdapter
 
 MOMENTUM = "muon_momentum"
 """Key of the momentum in the optimizer's state: laid out like the weights, unlike DeepSpeed's own on ZeRO-1 and 2."""
@@ -93,10 +90,10 @@ class MuonUpdate:
     """Turns the gradient shards of an engine into the update of Muon, once per step.
 
     Args:
-        adapter: of an engine of ZeRO stage 1, 2 or 3 whose optimizer is DeepSpeed's Muon.
+        adapter: the `EngineAdapter` of an engine of ZeRO stage 1, 2 or 3 whose optimizer is DeepSpeed's Muon.
     """
 
-    def __init__(self, adapter: EngineAdapter):
+    def __init__(self, adapter: Any):
         self.adapter = adapter
         self._zero = adapter.optimizer
         self._base = adapter.optimizer.optimizer
@@ -172,7 +169,7 @@ class MuonUpdate:
 class _Layout:
     """Which rank orthogonalises which matrix, and where the parts of the matrices are."""
 
-    def __init__(self, adapter: EngineAdapter, groups: Mapping[int, Mapping[str, Any]]):
+    def __init__(self, adapter: Any, groups: Mapping[int, Mapping[str, Any]]):
         self._group = adapter.optimizer.dp_process_group
         self.rank, self.world = dist.get_rank(self._group), dist.get_world_size(self._group)
         own = [_Part(f.name, f.offset, f.group, f.start, f.length) for f in adapter.fragments() if f.group in groups]
