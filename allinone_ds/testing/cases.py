@@ -52,7 +52,7 @@ class Case:
     optimizer: str = "sgd"
     """A name of `exactness.OPTIMIZERS`; those in `KERNELS` need kernels that DeepSpeed compiles."""
     rate: float = 1.0
-    """Factor of SGD's learning rate: above 1 where weights that are rounded must move far beside the rounding."""
+    """Factor of the learning rate: above 1 where weights that are rounded must move far beside the rounding."""
     keys: dict = field(default_factory=dict)
     """Further keys of the DeepSpeed config."""
 
@@ -157,12 +157,12 @@ def _option_cases() -> list[Case]:
             Case(f"zero{stage} fp32 offload cpu adam", stage, offload=True, optimizer="cpu adam"),
             Case(f"zero{stage} bf16 offload cpu adam", stage, "bf16", offload=True, optimizer="cpu adam"),
             Case(f"zero{stage} bf16 masters offload cpu adam", stage, "bf16", offload=True, optimizer="cpu adam",
-                 keys=masters),
+                 keys=masters, rate=20.0),
             Case(f"zero{stage} fp16 masters offload cpu adam", stage, "fp16", offload=True, optimizer="cpu adam",
-                 keys={"fp16": {"enabled": True, "fp16_master_weights_and_grads": True, "loss_scale": 0,
-                                "initial_scale_power": 2}}),
+                 rate=20.0, keys={"fp16": {"enabled": True, "fp16_master_weights_and_grads": True, "loss_scale": 0,
+                                           "initial_scale_power": 2}}),
             Case(f"zero{stage} bf16 masters and states offload cpu adam", stage, "bf16", offload=True,
-                 optimizer="cpu adam in bf16", keys=low),
+                 optimizer="cpu adam in bf16", keys=low, rate=20.0),
         ]  # fmt: skip
     cases += [
         Case("zero3 fp32 offload sub-groups", 3, offload=True, zero={"sub_group_size": 150}),

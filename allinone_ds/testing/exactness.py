@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,13 +118,15 @@ def run_case(
     head_lr = toy.RAW_RATE if case.at == "features" else None  # their gradient is raw
     model = toy.make_model(checkpointing=bool(case.checkpointing)).float()
     groups = toy.param_groups(model, not case.one_group, head_lr if case.optimizer == "sgd" else None)
-    optimizer = _optimizer(case.optimizer, model, groups, lr)
+    adam = {**ADAMW, "lr": ADAMW["lr"] * case.rate}
+    optimizer = _optimizer(case.optimizer, model, groups, lr, adam)
     config = case.config()
     if case.checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(None, deepspeed_config=config)
         model.backbone.checkpoint = deepspeed.checkpointing.checkpoint
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    scaler = getattr(engine.optimizer, "torch_autocast_gradscaler", None) or engine.torch_autocast_z0_gradscaler
+    owners = (engine.optimizer, "torch_autocast_gradscaler"), (engine, "torch_autocast_z0_gradscaler")
+    scaler = next((found for found in (getattr(*owner, None) for owner in owners) if found is not None), None)
     if scaler is not None:
         scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})  # the losses differ by 3,000
     options = {"parallel": "tasks" if case.apart else "data", **({} if case.norm == "exact" else {"norm": case.norm})}
@@ -131,7 +134,13 @@ def run_case(
     with newton_schulz_in_float32() if "muon" in case.optimizer else contextlib.nullcontext():
         reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
     dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
-    by_hand = None if case.optimizer == "sgd" else MuonByHand() if "muon" in case.optimizer else ByTorch(_adamw)
+    by_hand = (
+        None
+        if case.optimizer == "sgd"
+        else MuonByHand()
+        if "muon" in case.optimizer
+        else ByTorch(partial(torch.optim.AdamW, **adam))
+    )
     wanted = reference_run(
         weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at,
         optimizer=by_hand,
@@ -144,23 +153,21 @@ def run_case(
     return found
 
 
-def _adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, **ADAMW)
-
-
-def _optimizer(name: str, model: toy.ToyModel, groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer of a case."""
+def _optimizer(
+    name: str, model: toy.ToyModel, groups: list[dict], lr: float, adam: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a case; `lr` is of SGD, `adam` are the settings of an AdamW."""
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
     if name.startswith("muon"):
         return muon(model, "standard" if "standard" in name else "gram")
     if name == "adamw":
-        return _adamw(groups)
+        return torch.optim.AdamW(groups, **adam)
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     if name == "fused adam":
-        return FusedAdam(groups, **ADAMW)
-    return DeepSpeedCPUAdam(groups, **ADAMW, fp32_optimizer_states="bf16" not in name)
+        return FusedAdam(groups, **adam)
+    return DeepSpeedCPUAdam(groups, **adam, fp32_optimizer_states="bf16" not in name)
 
 
 def _largest_ratio(found: Sequence[Mapping[str, Tensor]], wanted: Sequence[Mapping[str, float]]) -> float:

@@ -17,7 +17,7 @@ from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.engines.muon import unfit_for_muon, uses_muon
-from allinone_ds.zero.releases import RELEASE
+from allinone_ds.zero.releases import RELEASE, SERVES_MUON
 
 _SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
 _CHANGES_GRADIENTS = ("muon", "onebit", "zeroone")
@@ -103,6 +103,7 @@ def _muon_refusals(engine: Any) -> list[tuple[bool, str, str]]:
     offload = bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
     heads = any(getattr(param, "muon_num_heads", None) for param in engine.module.parameters())
     return [
+        (not SERVES_MUON, f"Muon of DeepSpeed {RELEASE}", "use DeepSpeed 0.19.8 or newer"),
         (offload, "Muon with the optimizer on the CPU", "keep the optimizer on the accelerator, or use AdamW"),
         (bool(unfit), f"Muon on parameters that are no matrices ({', '.join(unfit[:3])})",
          "put them into a parameter group with use_muon=False"),
@@ -138,7 +139,7 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
         (nvme, "NVMe offload", "offload to cpu or not at all"),
         (float(getattr(zero.offload_optimizer, "ratio", 1.0)) < 1, "offload_optimizer.ratio below 1",
-         "DeepSpeed saves no moments of the part on the accelerator, whose first group ignores the schedule; remove it"),
+         "DeepSpeed saves no moments of the part on the accelerator, and one group there has a fixed rate; remove it"),
         (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
         (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
@@ -166,7 +167,7 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (config.weight_quantization_config is not None, "weight_quantization",
          "it changes the weights by itself; remove the section"),
         (config._param_dict.get("sequence_parallel_size", 1) > 1, "sequence parallelism", _SEQUENCES),
-        (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
+        (getattr(config, "gradient_allreduce_op", "mean") != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip
     return [(reason, advice) for wrong, reason, advice in rows if wrong]
