@@ -127,7 +127,7 @@ def all_cases() -> list[Case]:
     cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
-    return cases + _muon_cases() + _option_cases()
+    return [*cases, *_muon_cases(), *_option_cases(), *_hpz_cases()]
 
 
 KERNELS = ("cpu adam", "cpu adam in bf16", "fused adam")
@@ -193,6 +193,14 @@ def _muon_cases() -> list[Case]:
     cases.append(Case("zero2 fp32 muon round robin", 2, optimizer="muon", zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 muon sub-groups", 3, optimizer="muon", zero={"sub_group_size": 150}))
     return cases
+
+
+def _hpz_cases() -> list[Case]:
+    """Weights copied within groups of two ranks. They come last: later engines of a process have the groups too."""
+    zero = {"zero_hpz_partition_size": 2}
+    cases = [Case(f"zero3 {dtype} hpz", 3, dtype, zero=zero) for dtype in ("fp32", "bf16")]
+    cases.append(Case("zero3 fp32 hpz offload", 3, offload=True, zero=zero))
+    return cases + [Case(f"zero3 fp32 hpz {way}", 3, zero=zero, **options) for way, options in JOINT.items()]
 
 
 def _joint_cases() -> list[Case]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -85,7 +85,7 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
     try:
         config = DeepSpeedConfig({**_without_auto(part), **batch})
     except ValidationError as error:
-        return unknown + [f"{_place(content, e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        return unknown + [_invalid(content, one) for one in error.errors()]
     except Exception as error:  # DeepSpeed raises many types, among them AssertionError and KeyError
         return [*unknown, f": {' '.join(str(error).split()) or repr(error)}"]
     return unknown + [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
@@ -118,6 +118,18 @@ def _without_auto(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key: _without_auto(value) for key, value in content.items() if value != "auto"}
     return content
+
+
+def _invalid(content: Mapping[str, Any], error: Any) -> str:
+    """Return the line of an error of pydantic: at a key, or of a section whose keys do not fit each other."""
+    place = _place(content, error["loc"])
+    return f"{place} = {error['input']!r}: {error['msg']}" if place else f": {error['msg']}"
+
+
+def _enables(section: Any) -> bool:
+    """Return whether a section or one inside it is enabled: DeepSpeed does not ask the outer ones in every place."""
+    inner = section.items() if isinstance(section, Mapping) else ()
+    return any(bool(value) if key == "enabled" else _enables(value) for key, value in inner)
 
 
 def _place(content: Mapping[str, Any], path: tuple[Any, ...], where: str = "") -> str:
@@ -157,7 +169,7 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
          "DeepSpeed fails with it on a model of several heads; remove the key"),
         (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
          "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
-        (bool(config.data_efficiency_enabled), "data_efficiency",
+        (_enables(config._param_dict.get("data_efficiency")), "data_efficiency",
          "DeepSpeed would change batches or layers by itself; remove the section"),
         (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),
         (bool(getattr(config, "datastates_config", None)) and bool(config.datastates_config.enabled),
@@ -166,11 +178,22 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
          "expert_parallel", "gradients of experts are averaged over other ranks; remove the section"),
         (config.weight_quantization_config is not None, "weight_quantization",
          "it changes the weights by itself; remove the section"),
-        (config._param_dict.get("sequence_parallel_size", 1) > 1, "sequence parallelism", _SEQUENCES),
+        (str(config._param_dict.get("sequence_parallel_size") or 1) != "1", "sequence parallelism", _SEQUENCES),
+        (not _dtypes_exist(config), "data_types with a type that DeepSpeed does not know", "use fp32, bf16 or fp16"),
+        ({"bf16", "bfloat16"} <= set(config._param_dict), "bf16 beside its old name bfloat16",
+         "DeepSpeed would ignore the second; remove bfloat16"),
         (getattr(config, "gradient_allreduce_op", "mean") != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip
     return [(reason, advice) for wrong, reason, advice in rows if wrong]
+
+
+def _dtypes_exist(config: Any) -> bool:
+    """Return whether the engine will understand the data types of a configuration."""
+    try:
+        return all(name is None or DtypeEnum(name) for name in (config.grad_accum_dtype, config.param_dtype))
+    except ValueError:
+        return False
 
 
 def _refusals(engine: Any) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
     ranks_devices,
     ranks_error_paths,
+    ranks_freezing,
     ranks_gradients,
     ranks_habits,
     ranks_local_norms,
@@ -225,6 +226,7 @@ def all_checks(world: int) -> dict:
         checks |= _all_in(globals())
         for module in (
             ranks_devices,
+            ranks_freezing,
             ranks_partial_steps,
             ranks_misuse,
             ranks_muon,

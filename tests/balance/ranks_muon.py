@@ -125,6 +125,31 @@ def check_muon_leaves_heads_of_absent_and_skipped_tasks_alone() -> None:
         finish(balancer)
 
 
+def check_muon_leaves_frozen_parameters_alone() -> None:
+    """DeepSpeed's Muon steps on a parameter without a gradient too, with decay and momentum."""
+    for case in FP32:
+        engine = make_engine(case)
+        balancer = make_balancer(engine)
+        step(balancer)
+        backbone = [
+            p for name, p in engine.module.named_parameters() if name.startswith("backbone.") and p.requires_grad
+        ]
+        before = weights(engine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for param in backbone:
+                param.requires_grad_(False)
+            step(balancer, 1)
+            after = weights(engine)
+            assert largest_change(before, after, "backbone.") == 0.0, case
+            assert largest_change(before, after, "heads.") > 0, case
+            for param in backbone:
+                param.requires_grad_(True)
+            step(balancer, 2)
+        assert largest_change(after, weights(engine), "backbone.blocks") > 0, case
+        finish(balancer)
+
+
 def check_an_overflow_leaves_the_momentum_of_muon_alone() -> None:
     for stage in (1, 2, 3):
         fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "hysteresis": 1}

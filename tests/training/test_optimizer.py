@@ -121,10 +121,11 @@ def test_muon_trains_the_matrices_of_the_layers_and_adamw_all_else(tmp_path: Pat
     given = parameter_groups(model, 1e-3, 0.1, backbone_lr_factor=0.1, layer_lr_decay=0.5)
     names = {parameter: name for name, parameter in model.named_parameters()}
     zero3 = {"zero_optimization": {"stage": 3}}
-    settings = {"optim": "muon", "optim_args": "muon_lr=0.02,momentum=0.9", "learning_rate": 1e-3, "adam_beta2": 0.95}
-    args = AllInOneArguments(str(tmp_path), max_steps=10, deepspeed=zero3, **settings)
+    settings = {"optim": "muon", "optim_args": "muon_lr=0.02,momentum=0.9", "adam_beta2": 0.95}
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.1, "backbone_lr_factor": 0.1, "layer_lr_decay": 0.5}
+    args = AllInOneArguments(str(tmp_path), max_steps=10, deepspeed=zero3, **settings, **rates)
     assert args.optim_name == "muon" and args.deepspeed["zero_optimization"]["reduce_scatter"] is False
-    optimizer = optimizer_of_run(model, given, args)
+    optimizer = optimizer_of_run(model, args)
     assert type(optimizer).__name__ == "MuonWithAuxAdam"
     before = {group["name"]: group for group in given}
     seen = set()

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
+from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 
 
@@ -85,6 +87,9 @@ class BF16Adapter(EngineAdapter):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat_partition)
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.bf16_groups
 
     def publish_masters(self) -> None:
         self.optimizer.update_lp_params()

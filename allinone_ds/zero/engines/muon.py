@@ -90,7 +90,7 @@ class MuonUpdate:
     """Turns the gradient shards of an engine into the update of Muon, once per step.
 
     Args:
-        adapter: the `EngineAdapter` of an engine of ZeRO stage 1, 2 or 3 whose optimizer is DeepSpeed's Muon.
+        adapter: `EngineAdapter` of an engine of ZeRO stage 1, 2 or 3 whose optimizer is DeepSpeed's Muon.
     """
 
     def __init__(self, adapter: Any):
