@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -47,7 +46,7 @@ from allinone_ds.training.load_checkpoint import (
     saved_frequencies,
     saved_step,
 )
-from allinone_ds.training.optimizer import groups_of_run
+from allinone_ds.training.optimizer import optimizer_of_run
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
 from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
@@ -276,7 +275,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             continue_data(self, state, saved_step(self._resumed), self.changes)
         if self.deepspeed is None:
             if self._resumed is not None:
-                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                check_optimizer(self._resumed, self.args.optim_name)
                 check_freezing(self._resumed, list(self.freezing.stages.values()))
                 self._frequencies |= saved_frequencies(self._resumed, self.changes)
             data: Any = self.train_dataset
@@ -300,10 +299,8 @@ class AllInOneTrainer(EvaluatingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
-            args = self.args
             module: Any = self.model if model is None else model
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = cls(groups_of_run(module, args), **kwargs)
+            self.optimizer = optimizer_of_run(module, self.args)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
