@@ -134,7 +134,9 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero, "module_granularity_threshold", 0)), "stage3_module_granularity_threshold",
          "DeepSpeed fails with it on a model of several heads; remove the key"),
         (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
-         "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
+         "a weight is rounded together with those that are gathered with it, so tasks see different weights; set "
+         "zero_quantized_weights and zero_quantized_nontrainable_weights false, zero_hpz_partition_size to the GPUs "
+         "of a node to send less"),
         (config.float16_config.fp16_master_weights_and_grads, "fp16_master_weights_and_grads", "remove the key"),
         (config.bfloat16_config.bf16_master_weights_and_grads and zero.stage < 3,
          "bf16_master_weights_and_grads on ZeRO 1 and 2", "use ZeRO-3, or remove the key"),
