@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from allinone_ds.balance.assignment import TaskGroups
+from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.model import AllInOneModel
 from allinone_ds.run_config.engine_settings import Engine
+
+
+class JointTasks(NamedTuple):
+    """A joint group: its tasks, and where its gradients are balanced.
+
+    Example:
+        >>> JointTasks(("seg", "depth"), "features").at
+        'features'
+    """
+
+    tasks: Sequence[str]
+    """Names of the tasks."""
+    at: str
+    """"backbone" or "features"."""
+
+
+class Passes(NamedTuple):
+    """The passes of one task, or of one joint group, through the model in an optimizer step.
+
+    Example:
+        >>> Passes(forward=120, backwards=[110, 110], micro_steps=4, joint=True).micro_steps
+        4
+    """
+
+    forward: int
+    """Trained elements of what a forward runs."""
+    backwards: Sequence[int]
+    """Trained elements of what each backward of a micro-step runs."""
+    micro_steps: int
+    """Forwards per step."""
+    joint: bool = False
+    """Whether gradients are averaged over the ranks in every micro-step; else where the engine keeps none, in one."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +57,7 @@ class Sizes:
         micro_steps: task -> micro-steps per optimizer step.
         frozen: elements that are not trained.
         frozen_below: those of them that are used before the first trained parameter, so not in a backward.
+        joint: the joint groups.
     """
 
     backbone: int
@@ -30,6 +65,21 @@ class Sizes:
     micro_steps: Mapping[str, int]
     frozen: int = 0
     frozen_below: int = 0
+    joint: Sequence[JointTasks] = ()
+
+    @property
+    def passes(self) -> list[Passes]:
+        """The forwards and backwards of a step: those of each joint group, and of each other task."""
+        alone = dict(self.heads)
+        found = []
+        for group in self.joint:
+            heads = [alone.pop(task) for task in group.tasks]
+            whole = self.backbone + sum(heads)
+            backwards = [whole] if group.at == "features" else [self.backbone + head for head in heads]
+            found.append(Passes(whole, backwards, self.micro_steps[group.tasks[0]], joint=True))
+        for task, head in alone.items():
+            found.append(Passes(self.backbone + head, [self.backbone + head], self.micro_steps[task]))
+        return found
 
     @property
     def trained(self) -> int:
@@ -42,18 +92,18 @@ class Sizes:
         return self.trained + self.frozen
 
     @property
-    def largest_head(self) -> int:
-        """Trained elements of the largest head."""
-        return max(self.heads.values())
+    def largest_forward(self) -> int:
+        """Trained elements of the largest forward."""
+        return max(passes.forward for passes in self.passes)
 
     @property
-    def largest_task(self) -> int:
-        """Trained elements of the backbone and the largest head."""
-        return self.backbone + self.largest_head
+    def largest_backward(self) -> int:
+        """Trained elements of the largest backward."""
+        return max(max(passes.backwards) for passes in self.passes)
 
 
-def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
-    """Return the sizes of a model on any device, also on the meta device."""
+def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequence[JointTasks] = ()) -> Sizes:
+    """Return the sizes of a model on any device, also on the meta device; see `Sizes`."""
 
     def trained(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -65,7 +115,22 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
         micro_steps=micro_steps,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         frozen_below=sum(p.numel() for p in below),
+        joint=joint,
     )
+
+
+def kept_shards(weighting: Weighting, sizes: Sizes) -> int:
+    """Return the gradient shards that the balancer keeps with exact norms.
+
+    Args:
+        weighting: one that scales a task's gradient before it knows those of the others keeps one, others T.
+        sizes: sizes of the model. A joint group at the backbone with several micro-steps keeps one per task, beside
+            that of the tasks before it.
+    """
+    if not weighting.streams:
+        return len(sizes.heads)
+    several = [len(p.backwards) for p in sizes.passes if p.joint and p.micro_steps > 1]
+    return 1 + max(several, default=0)
 
 
 def memory_parts(
@@ -140,8 +205,8 @@ def _gathered(engine: Engine, sizes: Sizes, norm: str) -> int:
     if kept == sizes.whole:
         return kept
     ahead = engine.live if engine.prefetched else 0
-    most = max(ahead, engine.retained, kept + sizes.largest_head if kept else 0)
-    return min(most, sizes.largest_task + sizes.frozen)
+    most = max(ahead, engine.retained, kept + sizes.largest_forward - sizes.backbone if kept else 0)
+    return min(most, sizes.largest_forward + sizes.frozen)
 
 
 def kept_elements(engine: Engine, sizes: Sizes, norm: str) -> int:
@@ -158,11 +223,11 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
     P, part = sizes.trained, -(-sizes.trained // gpus)
     shard = part * engine.gradient_bytes
     if engine.wraps_bf16:  # the whole gradient, in both dtypes
-        return P * 4 + sizes.largest_task * engine.weight_bytes
+        return P * 4 + sizes.largest_backward * engine.weight_bytes
     if local:  # the whole gradient, and the buffer that ZeRO-3 always has
         return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
     if engine.stage == 0:
         return P * engine.weight_bytes
     if engine.stage == 1:  # unreduced until the task's last micro-step
-        return sizes.largest_task * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
+        return sizes.largest_backward * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
     return shard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from allinone_ds.balance.assignment import TaskGroups
-from allinone_ds.planning.memory import Sizes, kept_elements
+from allinone_ds.planning.memory import Passes, Sizes, kept_elements
 from allinone_ds.run_config.engine_settings import Engine
 
 
@@ -30,15 +30,13 @@ def moved_parts(
     sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
-    reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
+    every = [(passes, elements) for passes in sizes.passes for elements in passes.backwards]
     if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):
         reduced = P  # once per step
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
-        reduced = P * len(of_task)
-    elif engine.stage == 1:
-        reduced = sum(of_task.values())
+        reduced = P * sum(passes.micro_steps if passes.joint else 1 for passes, _ in every)
     else:
-        reduced = reduced_each
+        reduced = sum(n * (p.micro_steps if p.joint or engine.stage > 1 else 1) for p, n in every)
     factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
     moved = {"gradients": round(sent * factor * reduced * w)}
     if engine.stage in (1, 2):
@@ -64,18 +62,21 @@ def _weights(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> dict[str, in
     """
     kept = kept_elements(engine, sizes, norm)
     gathered = kept
-    for name, head in sizes.heads.items():
-        used = sizes.backbone + sizes.frozen + head
-        stays = max(engine.retained, kept + min(head, engine.retained))
-        again = max(used - sizes.frozen_below - stays, 0)
-        if kept < sizes.whole:
-            gathered += (used - kept + again) * sizes.micro_steps[name]
+    if kept < sizes.whole:
+        gathered += sum(_gathers(engine, sizes, passes, kept) * passes.micro_steps for passes in sizes.passes)
     w, within = engine.weight_bytes, min(engine.copied_within, gpus)
     if within == 1:
         return {"weights": round((gpus - 1) / gpus * gathered * w)}
     first = min(gathered, sizes.trained)
     inside = round((within - 1) / within * (gathered - first) * w)
     return {"weights": round((gpus - 1) / gpus * first * w), "weights within a node": inside}
+
+
+def _gathers(engine: Engine, sizes: Sizes, passes: Passes, kept: int) -> int:
+    """Return the elements of weights that ZeRO-3 gathers in one micro-step; a backward releases what it used."""
+    stays = max(engine.retained, kept + min(passes.forward - sizes.backbone, engine.retained))
+    first, *others = (elements + sizes.frozen - sizes.frozen_below for elements in passes.backwards)
+    return passes.forward + sizes.frozen - kept + max(first - stays, 0) + sum(max(n - kept, 0) for n in others)
 
 
 def between_nodes(moved: Mapping[str, int], gpus: int, per_node: int, within: int) -> int:

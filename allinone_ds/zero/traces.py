@@ -59,10 +59,11 @@ class ParameterTraces:
     Args:
         engine: a DeepSpeedEngine.
         shared: `id` of every trainable parameter of the backbone.
+        enabled: False: leave DeepSpeed's one trace as it is.
     """
 
-    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset()):
-        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
+    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset(), enabled: bool = True):
+        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None) if enabled else None
         self._of: dict[Hashable, _Coordinator] = {}
         self._params: list[Any] = [] if self._offload is None else list(self._offload.module.parameters())
         self._kept = self._choose_kept(shared)

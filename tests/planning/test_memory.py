@@ -13,7 +13,7 @@ from allinone_ds.planning.savings import traffic_savings
 from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.engine_settings import Engine
 from tests.launcher import run_ranks
-from tests.planning.ranks_memory import CASES, name_of
+from tests.planning.ranks_memory import CASES, JOINT, name_of
 
 HERE = Path(__file__).parent
 
@@ -71,6 +71,11 @@ def test_the_least_traffic_that_fits_is_recommended() -> None:
     assert best(8, 5) == [{"stage3_max_live_parameters": 521 * 10**6, "stage3_max_reuse_distance": 1002 * 10**6}]
     assert best(64, 80, dataclasses.replace(engine, copied_within=8)) == [{}]
     assert best(64, 1) == [] and best(64, 80, Engine(2)) == []
+
+
+@pytest.mark.parametrize("case", JOINT, ids=name_of)
+def test_a_joint_group_holds_averages_and_gathers_what_is_planned(ranks: dict[str, str], case: tuple) -> None:
+    assert ranks[name_of(case)] == ""
 
 
 def test_bytes_moved_follow_the_collectives() -> None:
