@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
+from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
@@ -54,7 +55,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an AllInOneModel.
 
-    A group holds parameters of either the backbone or one head, because ZeRO partitions each group separately.
+    A group holds parameters of either the backbone or one head, because ZeRO partitions each group separately. Adapters
+    of a task's own belong to its head.
 
     With layer-wise decay d, layer i of a backbone with L layers has d ** (L + 1 - i) times the learning rate of the
     backbone. The embeddings (i = 0) have the lowest rate (BEiT, https://arxiv.org/abs/2106.08254).
@@ -93,14 +95,16 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        if parts[0] == "backbone":
+        adapter = adapter_of(name) if parts[0] == "backbone" else None
+        task = parts[1] if parts[0] == "tasks" and len(parts) > 2 else adapter if adapter != SHARED else None
+        if task is not None:
+            component, lr = f"head/{task}", learning_rate * factors.get(task, 1.0)
+        elif parts[0] == "backbone":
             stage = (thaw_stages or {}).get(name.removeprefix("backbone."))
             component, lr = f"backbone/thaw{stage}" if stage else "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
                 layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
-        elif parts[0] == "tasks" and len(parts) > 2:
-            component, lr = f"head/{parts[1]}", learning_rate * factors.get(parts[1], 1.0)
         else:
             raise ConfigError(
                 f"parameter '{name}' is neither in model.backbone nor in model.tasks; move it into one, or freeze it"

@@ -27,6 +27,7 @@ from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
+from allinone_ds.models.lora import shared_parameters
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.trackers import use_own_trackers
@@ -364,7 +365,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
-            self.balancer = TaskBalancer(engine, self.tasks, "backbone", self.weighting, **options)
+            shared = shared_parameters(engine.module.backbone)
+            self.balancer = TaskBalancer(engine, self.tasks, shared, self.weighting, **options)
         if before is not None:
             self.balancer.load_state_dict(before.state_dict())
         if thawed := self.freezing.message(step):

@@ -8,16 +8,21 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from allinone_ds.distributed import barrier, rank
+from allinone_ds import TBGC, AllInOneModel, TaskBalancer
+from allinone_ds.distributed import barrier, rank, world_size
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import LoraOptions, add_lora, is_adapter, shared_parameters
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.training import run
+from allinone_ds.training.optimizer import parameter_groups
 from tests.launcher import run_checks
+from tests.tiny import LIGHT, tiny_model
 
 HOME = Path(sys.argv[2])
 SHORT = ["trainer.eval_strategy=no", "trainer.save_steps=1", "trainer.logging_steps=1", "trainer.ema_decay=0.5",
@@ -98,9 +103,88 @@ def check_thaw_across_stages() -> None:
         trained("other", "model.freeze=backbone", "model.thaw={2: null}", after=thawed(2) / "checkpoint-1")
 
 
+LORA = LoraOptions(rank=3, target_modules=["q_proj", "v_proj"])
+OWN = LoraOptions(rank=2)
+
+
+def _adapted_model() -> AllInOneModel:
+    """A model with shared adapters, and adapters of the task "seg" in more layers, none of them zero."""
+    model = tiny_model({name: LIGHT[name] for name in ("seg", "cls")}, stem="patch")
+    add_lora(model.backbone, LORA)
+    add_lora(model.backbone, OWN, "seg")
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.backbone.named_parameters():
+        if is_adapter(name):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def _batch(task: str, step: int, of_rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7 * step + of_rank + (100 if task == "seg" else 0))
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    shape = (2, 32, 32) if task == "seg" else (2,)
+    return {"pixel_values": pixels, "labels": torch.randint(3, shape, generator=generator)}
+
+
+STEPS = (("seg", "cls"), ("cls",), ("seg", "cls"))
+
+
+def _adapted_reference() -> dict[str, Tensor]:
+    """Train in float64 on one process: norms over the shared adapters alone, own adapters scaled as their head is."""
+    model = _adapted_model().double()
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, 0.1, 1.0), momentum=0.9)
+    shared = shared_parameters(model.backbone)
+    for step, tasks in enumerate(STEPS):
+        optimizer.zero_grad()
+        for task in tasks:
+            losses = [model(task, **_batch(task, step, of_rank)).loss for of_rank in range(world_size())]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(torch.stack(losses).mean(), trained, allow_unused=True)
+            gradients = {id(p): g for p, g in zip(trained, found, strict=True) if g is not None}
+            norm = torch.cat([gradients[id(p)].flatten() for p in shared if id(p) in gradients]).norm()
+            for parameter in trained:
+                if (gradient := gradients.get(id(parameter))) is not None:
+                    scaled = gradient * min(1.0, 0.01 / (float(norm) + 1e-6))
+                    parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+def check_adapters_equal_the_reference() -> None:
+    expected = _adapted_reference()
+    start = dict(_adapted_model().named_parameters())
+    for stage in (0, 1, 2, 3):
+        for checkpointing in (False, True):
+            model = _adapted_model()
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+            config = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_optimization": zero,
+                      "zero_allow_untested_optimizer": True}  # fmt: skip
+            optimizer = torch.optim.SGD(parameter_groups(model, 1.0, 0.1, 1.0), momentum=0.9)
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+            balancer = TaskBalancer(engine, ("seg", "cls"), shared_parameters(model.backbone), TBGC(0.01))
+            for step, tasks in enumerate(STEPS):
+                for task in tasks:
+                    with balancer.task(task):
+                        loss = engine(task=task, **_batch(task, step, rank())).loss
+                        with torch.no_grad():  # a forward of another task before the backward changes nothing
+                            engine(task="cls", **_batch("cls", 9, rank()))
+                        balancer.backward(loss)
+                balancer.step(require_all=False)
+            for name, parameter in model.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    change, wanted = parameter.detach() - start[name], expected[name].detach() - start[name]
+                where = f"ZeRO-{stage}, checkpointing {checkpointing}, {name}"
+                torch.testing.assert_close(change.double(), wanted, rtol=1e-3, atol=3e-6, msg=where)
+                assert bool(change.any()) == (is_adapter(name) or name.startswith("tasks.")), where
+            balancer.detach()
+            engine.destroy()
+
+
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_thaw {stage}": partial(check_thaw, stage) for stage in (0, 1, 2, 3)}
-    checks |= {name: value for name, value in globals().items() if name == "check_thaw_across_stages"}
+    checks |= {n: value for n, value in globals().items() if n.startswith("check_") and n != "check_thaw"}
     wanted = sys.argv[3:]
     run_checks({n: c for n, c in checks.items() if not wanted or any(w in n for w in wanted)}, sys.argv[1])
