@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,9 @@ def add_lora(backbone: Backbone, options: LoraOptions, task: str | None = None) 
 
     net: Any = backbone.net
     try:
-        inject_adapter_in_model(config, net, SHARED if task is None else task)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, net, SHARED if task is None else task)
     except ValueError as error:
         raise ConfigError(f"{where}.target_modules = {options.target_modules}: {error}") from error
     for name, parameter in net.named_parameters():  # peft freezes adapters that are not active

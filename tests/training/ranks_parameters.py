@@ -21,6 +21,7 @@ from allinone_ds.models.lora import LoraOptions, add_lora, is_adapter, shared_pa
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.training import run
 from allinone_ds.training.optimizer import parameter_groups
+from tests.export.untrained import untrained_run
 from tests.launcher import run_checks
 from tests.tiny import LIGHT, tiny_model
 
@@ -180,6 +181,40 @@ def check_adapters_equal_the_reference() -> None:
                 assert bool(change.any()) == (is_adapter(name) or name.startswith("tasks.")), where
             balancer.detach()
             engine.destroy()
+
+
+ADAPTED = [
+    f"model.start_from={HOME / 'earlier'}",
+    "model.backbone.stem=patch",
+    "model.lora={rank: 4, target_modules: [q_proj, v_proj]}",
+    "tasks.det.lora={rank: 2}",
+    "trainer.gradient_checkpointing=true",
+    "trainer.learning_rate=0.01",
+]
+
+
+@cache
+def adapted(stage: int) -> Path:
+    """A run with shared adapters and those of the task "det"."""
+    if rank() == 0 and not (HOME / "earlier").exists():
+        untrained_run(HOME / "earlier", home=HOME)
+    barrier()
+    return trained(f"adapted{stage}", *ADAPTED, stage=stage)
+
+
+def check_own_adapters_in_a_run() -> None:
+    """They train, and resume bit for bit."""
+    runs = {stage: weights(adapted(stage), 4) for stage in (1, 3)}
+    start = weights(adapted(1), 1)
+    own = [name for name in start if ".lora_" in name and ".det." in name]
+    assert len(own) == 2 * 12 and len([name for name in start if ".lora_" in name]) == 2 * (12 + 4)
+    for name, value in runs[1].items():
+        trains = ".lora_" in name or name.startswith("tasks.")
+        assert torch.equal(value, start[name]) != trains or name.endswith(("running_mean", "running_var")), name
+    for stage, found in runs.items():
+        again = trained(f"adapted{stage}again", *ADAPTED, stage=stage, after=adapted(stage) / "checkpoint-2")
+        resumed = weights(again, 4)
+        assert all(torch.equal(value, resumed[name]) for name, value in found.items())
 
 
 if __name__ == "__main__":
