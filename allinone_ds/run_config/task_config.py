@@ -28,6 +28,7 @@ from allinone_ds.data.joint.sources import GroupSource, JointSources, TaskOfGrou
 from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.lora import LoraOptions
+from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.yaml_files import read_yaml
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.test_time import TestTime
@@ -100,6 +101,8 @@ class HeadConfig(Strict):
     """Learning rate of the head divided by `trainer.learning_rate`."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the head; None is `trainer.weight_decay`."""
+    schedule: HeadSchedule | None = None
+    """Learning-rate schedule of the head; None is that of `trainer.lr_scheduler_type`."""
     lora: LoraOptions | None = None
     """Adapters of the task's own in the backbone, beside those of `model.lora`; they are balanced with its head."""
     test_time: TestTime | None = None

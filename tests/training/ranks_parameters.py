@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from functools import cache, partial
@@ -215,6 +216,31 @@ def check_own_adapters_in_a_run() -> None:
         again = trained(f"adapted{stage}again", *ADAPTED, stage=stage, after=adapted(stage) / "checkpoint-2")
         resumed = weights(again, 4)
         assert all(torch.equal(value, resumed[name]) for name, value in found.items())
+
+
+SCHEDULES = ["tasks.det.schedule={type: constant_with_warmup, warmup_steps: 3}", "tasks.det.lr_factor=2",
+             "tasks.cls.schedule={type: cosine}"]  # fmt: skip
+
+
+def check_schedules_of_heads() -> None:
+    """Each head follows its own schedule, before and after a resume; the others follow that of the run."""
+    whole = trained("schedules", *SCHEDULES)
+    again = trained("schedules again", *SCHEDULES, after=whole / "checkpoint-2")
+    rates = {
+        "learning_rate": [1e-3, 7.5e-4, 5e-4, 2.5e-4],
+        "learning_rate/det": [0, 2e-3 / 3, 4e-3 / 3, 2e-3],
+        "learning_rate/cls": [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)],
+    }
+    usual = weights(trained("usual", "tasks.det.lr_factor=2", "trainer.max_steps=1"), 1)
+    first = weights(whole, 1)
+    for folder in (whole, again):
+        for key, values in rates.items():
+            assert history(folder, key) == pytest.approx(values), (folder, key)
+    found, expected = weights(again, 4), weights(whole, 4)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    same = {name: torch.equal(value, usual[name]) for name, value in first.items()}
+    assert all(same[name] for name in same if name.startswith("tasks.seg."))
+    assert not any(same[name] for name in same if name.startswith("tasks.det.") and name.endswith("conv.weight"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ CHECKS = (
     "check_thaw_across_stages",
     "check_adapters_equal_the_reference",
     "check_own_adapters_in_a_run",
+    "check_schedules_of_heads",
 )
 
 
@@ -46,10 +47,13 @@ SHARED = ["model.lora={rank: 4}", "model.start_from=x"]
         (["tasks.det.lora={}", "model.freeze=backbone", "model.thaw={2: null}"], "whose weights are frozen"),
         ([*SHARED, "tasks.det.lora={}", "balancer.norm=features"], "tasks.det.lora with balancer.norm: features"),
         ([*SHARED, "tasks.det.lora={ranks: 4}"], "rank"),
+        (["tasks.det.schedule={type: cosin}"], "did you mean 'cosine'"),
+        (["tasks.det.schedule={type: reduce_lr_on_plateau}"], "follows a metric"),
+        (["tasks.det.schedule={type: cosine, options: {foo: 1}}"], "with options"),
         ([*SHARED, "model.freeze=1", "model.thaw={2: null}"], "'freeze' and 'lora' are both set"),
     ],
 )
-def test_settings_of_adapters_that_cannot_work_are_refused_when_read(home: Path, changes: list[str], says: str) -> None:
+def test_settings_that_cannot_work_are_refused_when_read(home: Path, changes: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config(home / "tiny.yaml", changes)
 
