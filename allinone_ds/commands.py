@@ -238,7 +238,7 @@ def check(args: argparse.Namespace) -> int:
     from allinone_ds.training.launcher import default_ranks
     from allinone_ds.training.start.run_check import check_run
 
-    config, mistakes = check_run(args.config, args.overrides, args.nproc or default_ranks())
+    config, mistakes, sources = check_run(args.config, args.overrides, args.nproc or default_ranks())
     for mistake in mistakes:
         console.print(f"error: {mistake}")
     if config is None:
@@ -248,15 +248,8 @@ def check(args: argparse.Namespace) -> int:
             check_resume(False, config.run_dir)
         except ConfigError as error:  # no error of the file: the run may be the one that is being checked
             console.print(f"warning: {error}")
-    sources, classes_of = {}, {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for name, images in config.images.items():
-        sources[f"{name} train"] = images.train_source
-        sizes |= {f"{name} {part}": images.image_size for part in ("train", "test")}
-        test = images.test_source
-        if test is not None:
-            sources[f"{name} test"] = test
-            classes_of[f"{name} test"] = f"{name} train"
+    classes_of = {f"{name} test": f"{name} train" for name in config.images if f"{name} test" in sources}
+    sizes = {label: config.images[label.rpartition(" ")[0]].image_size for label in sources}
     problems = check_sources(sources, config.data_root, classes_of=classes_of, image_sizes=sizes)
     for problem in problems:
         console.print(f"{problem.level}: {problem}")

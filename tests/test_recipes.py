@@ -70,7 +70,7 @@ def test_a_recipe_would_train(name: str, home: Path, monkeypatch: pytest.MonkeyP
     (home / "base.yaml").write_text(yaml.safe_dump(base))
     content.setdefault("base", "base.yaml")
     (home / "recipe.yaml").write_text(yaml.safe_dump({"name": "recipe", **content}))
-    config, problems = check_run(home / "recipe.yaml", [], ranks=3)
+    config, problems, _ = check_run(home / "recipe.yaml", [], ranks=3)
     assert problems == [] and config is not None
     for key, value in content.items():  # nothing of it is ignored
         if key == "tasks":

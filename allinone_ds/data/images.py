@@ -137,16 +137,17 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
         raise BrokenSample(
             path,
             f"is an image of mode {mode}; a label map has one channel of class ids (png of mode L, P or I;16); if its "
-            "colours are the classes, set class_colors of label_maps",
+            "colours are the classes, list them in class_colors",
         )
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
-def read_color_map(path: str) -> np.ndarray:
+def read_color_map(path: str, data: bytes | None = None) -> np.ndarray:
     """Read a label map whose colours are the classes; an alpha channel is left out.
 
     Args:
-        path: the file.
+        path: the file that is read, and that a `BrokenSample` names.
+        data: the content of the file, if it comes from elsewhere.
 
     Returns:
         int32 (H, W): red * 65536 + green * 256 + blue of each pixel
@@ -154,7 +155,7 @@ def read_color_map(path: str) -> np.ndarray:
     Raises:
         BrokenSample: the file is missing or truncated, or its channels do not have 8 bits.
     """
-    data = _read_bytes(path)
+    data = _read_bytes(path) if data is None else data
     try:
         with Image.open(io.BytesIO(data)) as picture:
             values = _channels(picture)

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from allinone_ds.balance.assignment import TaskGroups
+from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.lora import adapter_of, shared_parameters
 from allinone_ds.run_config.engine_settings import Engine
+
+
+class JointTasks(NamedTuple):
+    """A joint group: its tasks, and where its gradients are balanced.
+
+    Example:
+        >>> JointTasks(("seg", "depth"), "features").at
+        'features'
+    """
+
+    tasks: Sequence[str]
+    """Names of the tasks."""
+    at: str
+    """"backbone" or "features"."""
+
+
+class Passes(NamedTuple):
+    """The passes of one task, or of one joint group, through the model in an optimizer step.
+
+    Example:
+        >>> Passes(forward=120, backwards=[110, 110], micro_steps=4, joint=True).micro_steps
+        4
+    """
+
+    forward: int
+    """Trained elements of what a forward runs."""
+    backwards: Sequence[int]
+    """Trained elements of what each backward of a micro-step runs."""
+    micro_steps: int
+    """Forwards per step."""
+    joint: bool = False
+    """Whether gradients are averaged over the ranks in every micro-step; else where the engine keeps none, in one."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +57,28 @@ class Sizes:
         heads: task -> trained elements of its head.
         micro_steps: task -> micro-steps per optimizer step.
         frozen: elements that are not trained.
+        joint: the joint groups.
     """
 
     backbone: int
     heads: Mapping[str, int]
     micro_steps: Mapping[str, int]
     frozen: int = 0
+    joint: Sequence[JointTasks] = ()
+
+    @property
+    def passes(self) -> list[Passes]:
+        """The forwards and backwards of a step: those of each joint group, and of each other task."""
+        alone = dict(self.heads)
+        found = []
+        for group in self.joint:
+            heads = [alone.pop(task) for task in group.tasks]
+            whole = self.backbone + sum(heads)
+            backwards = [whole] if group.at == "features" else [self.backbone + head for head in heads]
+            found.append(Passes(whole, backwards, self.micro_steps[group.tasks[0]], joint=True))
+        for task, head in alone.items():
+            found.append(Passes(self.backbone + head, [self.backbone + head], self.micro_steps[task]))
+        return found
 
     @property
     def trained(self) -> int:
@@ -36,13 +86,18 @@ class Sizes:
         return self.backbone + sum(self.heads.values())
 
     @property
-    def largest_task(self) -> int:
-        """Trained elements of the backbone and the largest head."""
-        return self.backbone + max(self.heads.values())
+    def largest_forward(self) -> int:
+        """Trained elements of the largest forward."""
+        return max(passes.forward for passes in self.passes)
+
+    @property
+    def largest_backward(self) -> int:
+        """Trained elements of the largest backward."""
+        return max(max(passes.backwards) for passes in self.passes)
 
 
-def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
-    """Return the sizes of a model on any device, also on the meta device."""
+def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequence[JointTasks] = ()) -> Sizes:
+    """Return the sizes of a model on any device, also on the meta device; see `Sizes`."""
 
     def trained(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() for p in parameters if p.requires_grad)
@@ -55,7 +110,22 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int]) -> Sizes:
         heads={name: trained(task.parameters()) + adapters[name] for name, task in model.tasks.items()},
         micro_steps=micro_steps,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        joint=joint,
     )
+
+
+def kept_shards(weighting: Weighting, sizes: Sizes) -> int:
+    """Return the gradient shards that the balancer keeps with exact norms.
+
+    Args:
+        weighting: one that scales a task's gradient before it knows those of the others keeps one, others T.
+        sizes: sizes of the model. A joint group at the backbone with several micro-steps keeps one per task, beside
+            that of the tasks before it.
+    """
+    if not weighting.streams:
+        return len(sizes.heads)
+    several = [len(p.backwards) for p in sizes.passes if p.joint and p.micro_steps > 1]
+    return 1 + max(several, default=0)
 
 
 def memory_parts(
@@ -120,7 +190,7 @@ def _gathered(engine: Engine, sizes: Sizes, norm: str) -> int:
     """Return the largest number of elements of weights that ZeRO-3 has gathered at one time."""
     if _stays_gathered(engine, sizes, norm):
         return sizes.trained + sizes.frozen
-    return min(engine.prefetched + engine.retained, sizes.largest_task)
+    return min(engine.prefetched + engine.retained, sizes.largest_forward)
 
 
 def _stays_gathered(engine: Engine, sizes: Sizes, norm: str) -> bool:
@@ -134,14 +204,20 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
     P, part = sizes.trained, -(-sizes.trained // gpus)
     shard = part * engine.gradient_bytes
     if engine.wraps_bf16:  # the whole gradient, in both dtypes
-        return P * 4 + sizes.largest_task * engine.weight_bytes
+        return P * 4 + sizes.largest_backward * engine.weight_bytes
     if local:  # the whole gradient, and the buffer that ZeRO-3 always has
         return P * engine.weight_bytes + (shard if engine.stage == 3 else 0)
     if engine.stage == 0:
         return P * engine.weight_bytes
     if engine.stage == 1:  # unreduced until the task's last micro-step
-        return sizes.largest_task * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
+        return sizes.largest_backward * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
     return shard
+
+
+def _gathers(passes: Passes, retained: int) -> int:
+    """Return the elements of weights that ZeRO-3 gathers in one micro-step; a backward releases what it used."""
+    first, *others = passes.backwards
+    return passes.forward + max(first - retained, 0) + sum(others)
 
 
 def moved_parts(
@@ -163,24 +239,22 @@ def moved_parts(
     sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
-    reduced_each = sum(of_task[name] * sizes.micro_steps[name] for name in of_task)
+    every = [(passes, elements) for passes in sizes.passes for elements in passes.backwards]
     if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):
         reduced = P  # once per step
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
-        reduced = P * len(of_task)
-    elif engine.stage == 1:
-        reduced = sum(of_task.values())
+        reduced = P * sum(passes.micro_steps if passes.joint else 1 for passes, _ in every)
     else:
-        reduced = reduced_each
+        reduced = sum(n * (p.micro_steps if p.joint or engine.stage > 1 else 1) for p, n in every)
     factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
     moved = {"gradients": round(sent * factor * reduced * w)}
     if engine.stage in (1, 2):
         moved["new weights"] = round(sent * P * w)
     if _stays_gathered(engine, sizes, norm):
         moved["weights"] = round(sent * (P + sizes.frozen) * w)
-    elif engine.stage == 3:  # for the forward of every micro-step, and what was released again for its backward
-        again = sum(max(of_task[name] - engine.retained, 0) * sizes.micro_steps[name] for name in of_task)
-        moved["weights"] = round(sent * (reduced_each + again) * w)
+    elif engine.stage == 3:  # for the forward of every micro-step, and what was released again for its backwards
+        gathered = sum(_gathers(passes, engine.retained) * passes.micro_steps for passes in sizes.passes)
+        moved["weights"] = round(sent * gathered * w)
     message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4) * len(of_task)
     if norm == "features":  # the norm and the loss of each micro-step
         message = 2 * 8 * sum(sizes.micro_steps.values())

@@ -16,15 +16,17 @@ import torch
 from allinone_ds.balance.assignment import TaskGroups, groups_for
 from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.balance.options import NORMS, combination_error
+from allinone_ds.data.joint.dataset import JointDataset
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes
-from allinone_ds.planning.memory import memory_parts, moved_parts, sizes_of
+from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, moved_parts, sizes_of
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.engine_settings import Engine, read_engine
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
+from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks import task_class
 
@@ -92,27 +94,27 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     balancer, weighting = config.balancer, config.balancer.weighting()
     engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
     engine = dataclasses.replace(engine, task_traces=balancer.task_traces)
-    counts = {name: _class_count(config, name, classes or {}, notes) for name in config.tasks}
+    counts = _class_counts(config, classes or {}, notes)
     with torch.device("meta"):
         names = {name: [str(k) for k in range(count)] for name, count in counts.items()}
         backbone = config.model.backbone.model_copy(update={"checkpoint": None})
         if config.model.backbone.checkpoint is not None:
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
-    sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()})
+    groups_of_tasks = [JointTasks(group.tasks, group.at) for group in config.joint.values()]
+    sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()}, groups_of_tasks)
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     joint = {name: group.tasks for name, group in config.joint.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
-    notes += [f"{name}: what a joint group sends is counted as that of separate tasks" for name in joint]
     if config.model.thaw:
         notes.append(
             "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
             "shards and float32 weights from the start, and the optimizer's moments only once it is thawed"
         )
     moments = _moments(str(trainer.get("optim", "auto")), notes)
-    kept = 1 if weighting.streams else len(sizes.heads)
+    kept = kept_shards(weighting, sizes)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
     if balancer.parallel == "tasks":
@@ -155,20 +157,28 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     )
 
 
-def _class_count(config: RunConfig, name: str, given: Mapping[str, int], notes: list[str]) -> int:
-    """Return the number of classes of a task: as given, from its data, as expected, or DEFAULT_CLASSES."""
-    if not task_class(config.tasks[name].type).has_classes:
-        return 0
-    if name in given:
-        return given[name]
-    source = config.tasks[name].train_source
-    try:
-        return len(open_source(source, config.data_root).classes)
-    except DataError:
-        if source.expect is not None and source.expect.classes is not None:
-            return source.expect.classes
-        notes.append(f"{name}: its data cannot be read, {DEFAULT_CLASSES} classes are assumed")
-        return DEFAULT_CLASSES
+def _class_counts(config: RunConfig, given: Mapping[str, int], notes: list[str]) -> dict[str, int]:
+    """Return the number of classes of each task: as given, from its data, as expected, or DEFAULT_CLASSES."""
+    counts = {name: given.get(name, 0) for name in config.tasks}
+    for name, images in config.images.items():
+        tasks = images.tasks if isinstance(images, JointConfig) else [name]
+        wanted = [task for task in tasks if task_class(config.tasks[task].type).has_classes and task not in given]
+        if not wanted:
+            continue
+        source = images.train_source
+        try:
+            dataset = open_source(source, config.data_root)
+        except DataError:
+            for task in wanted:
+                named = config.tasks[task].classes if isinstance(images, JointConfig) else None
+                expected = source.expect.classes if source.expect is not None else None
+                counts[task] = len(named) if isinstance(named, list) else expected or DEFAULT_CLASSES
+                if not isinstance(named, list) and expected is None:
+                    notes.append(f"{task}: its data cannot be read, {DEFAULT_CLASSES} classes are assumed")
+        else:
+            found = dataset.classes_of if isinstance(dataset, JointDataset) else {name: dataset.classes}
+            counts |= {task: len(found[task]) for task in wanted}
+    return counts
 
 
 def _moments(optim: str, notes: list[str]) -> int:

@@ -377,7 +377,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
             raise ConfigError(
                 f"trainer.max_steps with epochs = {config.epochs}: both set the length of the run; set one to null"
             )
-        trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
+        trainer["max_steps"] = 1  # until the sizes of the data are known, see `length.steps_of_epochs`
     return AllInOneArguments(
         output_dir=str(config.run_dir),
         run_name=config.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
@@ -124,27 +123,6 @@ def open_test_data(config: RunConfig, classes: dict[str, list[str]]) -> dict[str
                 joint=joint,
             )
     return data
-
-
-def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -> int | None:
-    """Return the optimizer steps that the key `epochs` stands for; None without the key.
-
-    Args:
-        config: configuration of the run.
-        samples: task or joint group -> number of its training samples.
-        ranks: number of ranks R.
-
-    Example:
-        >>> from allinone_ds.run_config.schema import load_config
-        >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
-        >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
-        10
-    """
-    if config.epochs is None:
-        return None
-    [(name, count)] = config.epochs.items()
-    images = config.images[name]
-    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
 
 
 def classes_of(data: Mapping[str, TaskData]) -> dict[str, list[str]]:

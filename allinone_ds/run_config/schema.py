@@ -20,7 +20,8 @@ from pydantic import (
 
 from allinone_ds.balance.assignment import check_groups
 from allinone_ds.balance.joint.block import feature_weighting
-from allinone_ds.balance.options import BalancerConfig, combination_error
+from allinone_ds.balance.options import BalancerConfig, combination_error, sampling_error
+from allinone_ds.data.loading.sampling import Sampling
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.models.freezing import Freeze, check_stages
@@ -123,6 +124,8 @@ class RunConfig(Strict):
     epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)
     """{task: number of epochs}: length of the run as passes over the training data of one task or joint group, instead
     of `trainer.max_steps`."""
+    sampling: Sampling | None = None
+    """Which tasks run in an optimizer step; null: every task runs in each step."""
     early_stopping: EarlyStopping | None = None
     """End the run when its evaluations no longer improve."""
     callbacks: list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_callback)]] = Field(default=[])
@@ -210,6 +213,8 @@ class RunConfig(Strict):
         steps = self.trainer.get("max_steps")
         if isinstance(steps, int) and any(step >= steps for step in self.model.thaw):
             raise ConfigError(f"model.thaw: step {max(self.model.thaw)} is never reached: trainer.max_steps = {steps}")
+        if self.sampling is not None:
+            self.sampling.check_names(self.images)
         for name in self.epochs or {}:
             if name not in self.images:
                 raise ConfigError(f"epochs.{name}: the run has no such task; {did_you_mean(name, self.images)}")
@@ -327,6 +332,10 @@ def check_balancer(config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"balancer: {error}") from error
     engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
+    if config.sampling is not None:
+        refusal = sampling_error(balancer.norm, balancer.parallel, balancer.weighting())
+        if refusal is not None:
+            raise refusal
     for name, group in config.joint.items():
         if balancer.norm != "exact" or balancer.parallel != "data":
             raise ConfigError(

@@ -19,6 +19,7 @@ from allinone_ds.run_folder.collective import choose_checkpoint, find_faults, lo
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.training.load_checkpoint import best_checkpoint, check_resumable, load_engine
 from allinone_ds.training.save_checkpoint import save_checkpoint, save_weights
+from allinone_ds.training.start.changed_tasks import TaskChanges
 from allinone_ds.training.watch.signals import StopOnSignal
 from allinone_ds.training.watch.stall_watch import StallWatch
 
@@ -64,6 +65,7 @@ class DurableTrainer(Trainer):
         self.saver: BackgroundSaver | None = None
         self._watch: StallWatch | None = None
         self._resumed: Path | None = None
+        self.changes: TaskChanges | None = None
 
     def loop_state(self) -> dict[str, Any] | None:
         """Return the state of this rank's training loop that neither the engine nor Trainer saves.
@@ -86,6 +88,7 @@ class DurableTrainer(Trainer):
             RunError: a checkpoint could not be written, memory ran out, or a task was not finite for too many steps.
         """
         run = Path(str(self.args.output_dir))
+        self.freezing.thaw()  # after an earlier call, a checkpoint is compared with all that is ever trained
         lock_run(run)
         resume_from, self._resumed = parse_resume(resume_from_checkpoint), None
         if resume_from:  # unlike a run from a YAML file, this call may overwrite existing checkpoints
@@ -184,7 +187,9 @@ class DurableTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         initialized = super()._init_training_state(*args, **kwargs)
-        if self._resumed is not None:
+        if self._resumed is not None and self.changes is not None:  # scores of other tasks do not compare
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        elif self._resumed is not None:
             self.state.best_model_checkpoint = best_checkpoint(self._resumed) or self.state.best_model_checkpoint
             callbacks: Any = self.state.stateful_callbacks
             saved = callbacks.get(EarlyStoppingCallback.__name__)

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.strict import did_you_mean
-from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
+from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
+from allinone_ds.zero.checkpoint.layout import read_file
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -231,8 +233,11 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
             "saved with a schedule of a different kind (one follows a metric, the other the step), whose state does "
             f"not fit; use the same, or start a new run with a different output_dir and model.start_from={checkpoint}"
         )
+    rates = fresh["base_lrs"]
+    if trainer.changes is not None:
+        saved = _for_groups(saved, trainer.changes.names, checkpoint, [group["name"] for group in groups], rates)
     scheduler.load_state_dict(saved)
-    before, rates = saved.get("base_lrs", fresh["base_lrs"]), fresh["base_lrs"]
+    before = saved.get("base_lrs", rates)
     scheduler.base_lrs = list(rates)
     if isinstance(scheduler, LambdaLR):
         factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
@@ -263,6 +268,37 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
             for key, texts in changes.items()
         )
         trainer.warn(step, f"this run continues {checkpoint.name} with other settings from step {step} on: {named}")
+
+
+def _for_groups(
+    saved: Mapping[str, Any], names: Names, checkpoint: Path, groups: Sequence[str], rates: Sequence[float]
+) -> dict[str, Any]:
+    """Return the state of a schedule for the parameter groups of other tasks.
+
+    A new group has its rate of this run, and the reductions so far of the groups of the checkpoint.
+
+    Args:
+        saved: state of the schedule.
+        names: {task of the checkpoint: its name in this run, None where it does not go on}.
+        checkpoint: folder of the checkpoint.
+        groups: names of this run's groups.
+        rates: their learning rates at the start of the schedule.
+    """
+    places: dict[str, int] = {}
+    for place, group in enumerate(read_file(checkpoint / loop_file(0))["groups"]):
+        kind, _, rest = group.partition("/")
+        task, _, decay = rest.partition("/")
+        places["/".join([kind, str(names.get(task, task)), decay]) if kind == "head" else group] = place
+    before, last = saved.get("base_lrs", []), saved.get("_last_lr", [])
+    reduction = last[-1] / before[-1] if before and last and before[-1] else 1.0
+    changed = dict(saved)
+    for key, values in saved.items():
+        if isinstance(values, list) and len(values) == len(places):
+            new = [rate * reduction if key == "_last_lr" else rate for rate in rates]
+            if key not in ("base_lrs", "_last_lr"):
+                new = [values[-1]] * len(groups)
+            changed[key] = [values[places[g]] if g in places else new[i] for i, g in enumerate(groups)]
+    return changed
 
 
 def _shown(value: Any) -> str:

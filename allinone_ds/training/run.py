@@ -21,9 +21,9 @@ from allinone_ds.run_config.build import (
     inspect_data,
     open_test_data,
     open_train_data,
-    steps_of_epochs,
     without_checkpoint,
 )
+from allinone_ds.run_config.length import steps_of_epochs
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.atomic_file import write_atomically
@@ -80,7 +80,8 @@ def _train(
     set_seed(args.seed)
     train_data = open_train_data(config)
     sizes = {name: len(data.dataset) for name, data in train_data.items()}
-    args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    args.max_steps = steps_of_epochs(config, sizes, args.world_size, seed) or args.max_steps
     classes = classes_of(train_data)
     test_data = open_test_data(config, classes)
     if not resume_from:
@@ -98,6 +99,8 @@ def _train(
         weighting=weighting,
         balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), *callbacks],
+        sampling=config.sampling,
+        continues={name: task.continues for name, task in config.tasks.items() if task.continues is not None},
     )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)

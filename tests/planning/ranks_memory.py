@@ -6,10 +6,15 @@ from functools import partial
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.balance.combiners.sketch import default_size
-from allinone_ds.planning.memory import memory_parts, sizes_of
+from allinone_ds.data.augmentation.transforms import stack_pixels
+from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, moved_parts, sizes_of
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.zero.engines.choose import open_engine
@@ -128,9 +133,100 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
     assert not wrong, wrong
 
 
+class Traffic:
+    """Counts the elements of gradients that are averaged over the ranks, and of weights that are gathered."""
+
+    weights = PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__all_gather_params_"
+    reduced = (
+        (DeepSpeedZeroOptimizer, "average_tensor"),
+        (DeepSpeedZeroOptimizer_Stage3, "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"),
+    )
+
+    def __enter__(self):
+        self.elements = {"weights": 0, "gradients": 0}
+        self._before = {place: getattr(*place) for place in (self.weights, *self.reduced)}
+        for place, before in self._before.items():
+
+            def counting(owner, given, *args, before=before, place=place, **kwargs):
+                if place == self.weights:
+                    missing = [p.ds_numel for p in given if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+                    self.elements["weights"] += sum(missing)
+                elif isinstance(given, torch.Tensor):
+                    self.elements["gradients"] += given.numel()
+                else:
+                    self.elements["gradients"] += sum(p.grad.numel() for p in given)
+                return before(owner, given, *args, **kwargs)
+
+            setattr(*place, counting)
+        return self
+
+    def __exit__(self, *_):
+        for place, before in self._before.items():
+            setattr(*place, before)
+
+
+def check_joint(stage: int, at: str, micro_steps: int, live: int) -> None:
+    """A group of three tasks: what a rank holds, and the elements that a step averages and gathers."""
+    zero = {"stage": stage, "reduce_bucket_size": 50_000}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": live,
+                 "stage3_max_reuse_distance": 2 * live}  # fmt: skip
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000,
+    }
+    model = tiny_model(**SIZE)
+    tasks = tuple(model.tasks)
+    sizes = sizes_of(model, dict.fromkeys(tasks, micro_steps), [JointTasks(tasks, at)])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0, 1.0))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    balancer = TaskBalancer(engine, tasks, "backbone", TBGC(0.1))
+    made = samples(2)
+    pixels = stack_pixels(made)
+    labels = {task: engine.module.tasks[task].collate(made)["labels"] for task in tasks}
+    most = {"balancer": 0}
+    for _ in range(3):
+        with Traffic() as traffic:
+            with balancer.joint(tasks, micro_steps=micro_steps, at=at):
+                for _ in range(micro_steps):
+                    outputs = engine(task=list(tasks), pixel_values=pixels, labels=labels)
+                    balancer.backward({task: output.loss for task, output in outputs.items()})
+                    most["balancer"] = max(most["balancer"], balancer.extra_bytes)
+            balancer.step()
+            most["balancer"] = max(most["balancer"], balancer.extra_bytes)
+    read = read_engine(config)
+    world, kept = dist.get_world_size(), kept_shards(TBGC(0.1), sizes)
+    planned = memory_parts(read, sizes, world, "exact", 2, kept, 0)[0]
+    moved = moved_parts(read, sizes, world, "exact", 0)
+    factor = 2 if read.all_reduces else 1
+    elements = {"gradients": moved["gradients"] / factor, "weights": moved.get("weights", 0)}
+    elements = {key: value / 4 * world / (world - 1) for key, value in elements.items()}
+    measured = {"weights": bytes_of(weights(engine)), "optimizer": bytes_of(optimizer_tensors(engine)), **most}
+    wrong = [(key, planned[key], found) for key, found in measured.items() if abs(planned[key] - found) > 0.1 * found]
+    wrong += [(key, elements[key], found) for key, found in traffic.elements.items()
+              if abs(elements[key] - found) > 0.05 * found]  # fmt: skip
+    balancer.detach()
+    engine.destroy()
+    assert not wrong, wrong
+
+
+JOINT = [
+    (stage, at, micro_steps, live)
+    for stage, live in ((1, 0), (2, 0), (3, 10**9), (3, 100))
+    for at, micro_steps in (("backbone", 1), ("backbone", 2), ("features", 2))
+]
+
+
 def name_of(case) -> str:
+    if case in JOINT:
+        return "check_joint zero{} {} {} {}".format(*case)
     return "check_plan zero{} {} {}".format(*case)
 
 
 if __name__ == "__main__":
-    run_checks({name_of(case): partial(check_plan, *case) for case in CASES}, sys.argv[1])
+    checks = {name_of(case): partial(check_plan, *case) for case in CASES}
+    run_checks(checks | {name_of(case): partial(check_joint, *case) for case in JOINT}, sys.argv[1])

@@ -11,7 +11,7 @@ from allinone_ds.balance.assignment import task_groups
 from allinone_ds.planning.memory import Sizes, moved_parts
 from allinone_ds.run_config.engine_settings import Engine
 from tests.launcher import run_ranks
-from tests.planning.ranks_memory import CASES, name_of
+from tests.planning.ranks_memory import CASES, JOINT, name_of
 
 HERE = Path(__file__).parent
 
@@ -23,6 +23,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_part_is_within_15_percent_of_the_memory_of_a_rank(ranks: dict[str, str], case: tuple) -> None:
+    assert ranks[name_of(case)] == ""
+
+
+@pytest.mark.parametrize("case", JOINT, ids=name_of)
+def test_a_joint_group_holds_averages_and_gathers_what_is_planned(ranks: dict[str, str], case: tuple) -> None:
     assert ranks[name_of(case)] == ""
 
 

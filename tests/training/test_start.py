@@ -27,7 +27,7 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 @pytest.mark.parametrize("what", WRONG)
 def test_check_says_what_training_says(what: str, trained: dict[str, str], home: Path) -> None:
-    _, problems = check_run(home / "tiny.yaml", [f"output_dir={home / 'none'}", *WRONG[what]], ranks=1)
+    _, problems, _ = check_run(home / "tiny.yaml", [f"output_dir={home / 'none'}", *WRONG[what]], ranks=1)
     assert what in trained[what]
     number = list(WRONG).index(what)
     lines = [line.replace(f"{Path('run') / str(number)}", "none") for line in trained[what].splitlines()]
@@ -44,7 +44,7 @@ def test_a_right_run_has_no_problem_and_writes_nothing(home: Path) -> None:
         ["tasks.seg=null", "callbacks=[transformers.ProgressCallback]"],
         ["deepspeed=configs/deepspeed/zero3.json", "trainer.lr_scheduler_type=polynomial"],
     ):
-        config, problems = check_run(home / "tiny.yaml", [f"output_dir={home / 'none'}", *overrides], ranks=2)
+        config, problems, _ = check_run(home / "tiny.yaml", [f"output_dir={home / 'none'}", *overrides], ranks=2)
         assert problems == [] and config is not None
     assert not (home / "none").exists()
 
@@ -68,9 +68,9 @@ def test_all_problems_are_in_one_list(home: Path, capsys: pytest.CaptureFixture[
 
 def test_a_loss_that_fails_on_the_data_is_found(home: Path) -> None:
     task = "tasks.cls.type=tests.training.failing_task:Failing"
-    _, problems = check_run(home / "tiny.yaml", [task], ranks=1)
+    _, problems, _ = check_run(home / "tiny.yaml", [task], ranks=1)
     assert len(problems) == 1 and "tasks.cls, loss" in problems[0] and "IndexError: no such target" in problems[0]
-    _, problems = check_run(home / "tiny.yaml", ["tasks.cls.augment=[{RandomCrop: {size: -1}}]"], ranks=1)
+    _, problems, _ = check_run(home / "tiny.yaml", ["tasks.cls.augment=[{RandomCrop: {size: -1}}]"], ranks=1)
     assert len(problems) == 1 and "tasks.cls.augment" in problems[0]
 
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.objects import corner
-from allinone_ds.data.base import IGNORE, Problem, Sample, SampleDataset, SourceConfig
+from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
     are_fractions,
@@ -31,22 +31,17 @@ from allinone_ds.data.formats.common.hub_tables import (
     saved_split,
     stored_map,
 )
-from allinone_ds.data.formats.common.masks import (
-    check_mask_size,
-    check_numbering,
-    ids_to_labels,
-    single_class_warning,
-    validate_class_ids,
-)
+from allinone_ds.data.formats.common.mask_values import MaskValues
+from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.object_parts import OBJECT_KINDS, PointNames, checked_keypoints, mask_fields
 from allinone_ds.data.formats.maps.dense_maps import no_classes
 from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues, as_target, read_values
-from allinone_ds.data.images import image_size, read_image, read_label_map
+from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.strict import PathText, did_you_mean
 
 
-class DatasetsSource(MapValues, SourceConfig):
+class DatasetsSource(MapValues, MaskValues, SourceConfig):
     """A dataset of the `datasets` library.
 
     Example:
@@ -74,14 +69,6 @@ class DatasetsSource(MapValues, SourceConfig):
     """Class names in the order of the ids, or a text file with one name per line; null reads them from the columns."""
     bbox_format: Literal["coco", "pascal"] = "coco"
     """coco: x, y, width, height; pascal: x1, y1, x2, y2. In pixels."""
-    ignore_index: int = IGNORE
-    """Segmentation: value of the pixels without a class."""
-    first_id: int = Field(0, ge=0)
-    """Id of the first class in a column of numbers or a label map; 1 with `ignore_index: 0` if 0 stands for pixels
-    without a class."""
-
-    class_ids: list[NonNegativeInt] | None = None
-    """Segmentation: id of each class where they do not count up, as in `label_maps`."""
     absent: Literal[0, -1] = 0
     """Attributes: the value of an attribute that an image does not have, as in `image_table`."""
     flip_pairs: list[tuple[int, int]] | None = None
@@ -94,6 +81,8 @@ class DatasetsSource(MapValues, SourceConfig):
             "bbox_format": OBJECT_KINDS,
             "ignore_index": ("segmentation",),
             "class_ids": ("segmentation",),
+            "class_colors": ("segmentation",),
+            "ignore_colors": ("segmentation",),
             "absent": ("attributes",),
             "flip_pairs": ("keypoints",),
         }.items():
@@ -106,7 +95,6 @@ class DatasetsSource(MapValues, SourceConfig):
                 raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
         if self.kind in DENSE_KINDS and (self.first_id or self.classes is not None):
             raise ConfigError(f"first_id and classes number classes, {self.kind} has none; remove them")
-        check_numbering(self.class_ids, self.first_id)
         self.refuse_unused(self.kind)
         return self
 
@@ -202,9 +190,9 @@ class HubDataset(SampleDataset):
         self._label_of: dict[Any, int] = {**by_id, **{name: label_of[i] for i, name in enumerate(stored)}}
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.int64)
         if source.kind == "segmentation":
-            validate_class_ids(self.name, len(stored), source.first_id, source.ignore_index, source.class_ids)
+            source.fit_classes(self.name, len(stored))
             self._labels = self._labels.astype(np.uint8)
-            self.structural += single_class_warning(self, source.ignore_index)
+            self.structural += source.single_class(self)
         if source.kind == "keypoints":
             self._points = PointNames(self.name, [None] * len(self.classes), source.flip_pairs)
         if source.kind in ("classification", "retrieval"):
@@ -282,9 +270,7 @@ class HubDataset(SampleDataset):
         return read_values(stored_map(cell, path), self.kind, self.source, path)
 
     def _decode_mask(self, cell: Any, path: str) -> np.ndarray:
-        stored = read_label_map(path, file_bytes(cell, path))
-        source = self.source
-        return ids_to_labels(stored, path, self._labels, source.ignore_index, source.first_id, source.class_ids)
+        return self.source.read_mask(path, self._labels, file_bytes(cell, path))
 
     def _objects(self, cell: Any, size: tuple[int, int], path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return boxes (n, 4), labels (n,) and crowd flags (n,) of one row, a dict of lists or a list of dicts."""

@@ -15,13 +15,14 @@ from allinone_ds.data.base import Problem, SampleDataset, SourceConfig
 from allinone_ds.data.formats.coco import CocoDataset, CocoSource
 from allinone_ds.data.formats.common.class_names import ClassNames, read_classes
 from allinone_ds.data.formats.common.listing import read_text, require_folder, walk_images
+from allinone_ds.data.formats.common.mask_values import MaskValues
 from allinone_ds.data.formats.label_maps import LabelMapsDataset, LabelMapsSource
 from allinone_ds.data.images import MISSING_FILE
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText, did_you_mean
 
 
-class VocSource(SourceConfig):
+class VocSource(MaskValues, SourceConfig):
     """Images and annotations as in VOCdevkit/VOC2012.
 
     Example:
@@ -36,7 +37,8 @@ class VocSource(SourceConfig):
     split: str | None = None
     """Name of a list in ImageSets/Main, or in ImageSets/Segmentation: train, val, trainval or test; null: all files."""
     kind: Literal["detection", "segmentation"] = "detection"
-    """detection: boxes of `annotations`; segmentation: label maps in `label_maps`, in which 255 is ignored."""
+    """detection: boxes of `annotations`; segmentation: label maps in `label_maps`, of ids as in VOC's own files, or of
+    colours."""
     images: PathText = "JPEGImages"
     """Folder of the images below `path`."""
     annotations: PathText = "Annotations"
@@ -55,10 +57,12 @@ class VocSource(SourceConfig):
 
     @model_validator(mode="after")
     def _refuse_unused(self) -> VocSource:
-        """Refuse the folder of the other kind, which would change nothing."""
-        option, kind = ("label_maps", "segmentation") if self.kind == "detection" else ("annotations", "detection")
-        if getattr(self, option) != type(self).model_fields[option].default:
-            raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
+        """Refuse options of the other kind, which would change nothing."""
+        masks, boxes = ("label_maps", *MaskValues.model_fields), ("annotations",)
+        options, kind = (masks, "segmentation") if self.kind == "detection" else (boxes, "detection")
+        for option in options:
+            if getattr(self, option) != type(self).model_fields[option].default:
+                raise ConfigError(f"{option} is an option of kind {kind}, the kind is {self.kind}; remove it")
         return self
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
@@ -86,7 +90,9 @@ class VocSource(SourceConfig):
         if names is None:  # the folder of images also holds those without a label map
             require_folder(root / maps, "label_maps")
             names = [os.path.splitext(file)[0] for file in walk_images(root / maps)]
-        source = LabelMapsSource(format="label_maps", images=images, label_maps=maps, classes=self.classes)
+        source = LabelMapsSource(
+            format="label_maps", images=images, label_maps=maps, classes=self.classes, **self.mask_values()
+        )
         return LabelMapsDataset(source, root, classes, names)
 
     def _boxes(self, root: Path, names: list[str] | None, classes: Sequence[str] | None) -> CocoDataset:

@@ -127,7 +127,7 @@ class YoloDataset(SampleDataset):
         label_of = match_classes(self.name, names, classes)
         self.classes = list(names if classes is None else classes)
         if self.kind == "segmentation":
-            validate_class_ids(self.name, len(self.classes), 0, 255)
+            validate_class_ids(self.name, len(self.classes), 0, [255])
             self._background = label_of[names.index(BACKGROUND)]
         self._label_of = [label_of[len(names) - ids + i] for i in range(ids)]
         self.files = sorted(dict.fromkeys(file for place in places for file in _images(place, base)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.data.augmentation.transforms import eval_transform, normalize, stack_pixels, train_transform
-from allinone_ds.data.base import SampleDataset
-from allinone_ds.data.joint.dataset import view_of
+from allinone_ds.data.base import SampleDataset, SourceConfig
+from allinone_ds.data.joint.dataset import JointDataset, TaskView, view_of
 from allinone_ds.data.loading.further_samples import FurtherSamples
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
@@ -43,7 +43,11 @@ _CLASSES = 100
 """Classes of a task whose data cannot be opened."""
 
 
-def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[RunConfig | None, list[str]]:
+Opened = dict[str, SampleDataset | SourceConfig]
+"""Data sets by name of the task or joint group and part, "signs train"; the source of one that cannot be opened."""
+
+
+def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[RunConfig | None, list[str], Opened]:
     """Return everything that would end a run at its start, except faults of single data files.
 
     The configuration is read, the model is built without memory for its weights, and samples of every task pass
@@ -55,13 +59,15 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         ranks: number of ranks that the run is to start with.
 
     Returns:
-        The configuration without its invalid keys (None: too little of it is valid), and one line per problem.
+        The configuration without its invalid keys (None: too little of it is valid), one line per problem, and the
+        data of the run, each source opened once.
     """
     found: list[str] = []
     config, problems = read_config(path, overrides)
     found += problems
     if config is None:
-        return None, found
+        return None, found, {}
+    opened = _open(config)
     args = _arguments(config, found)
     unset_hf_deepspeed_config()  # else the model would be partitioned, which needs ranks
     _collect(found, lambda: check_balancer(config), f"{path}: ")
@@ -75,14 +81,17 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         with torch.device("meta"):
             _collect(found, lambda: add_adapters(backbone, config))
     else:
-        return config, found
+        return config, found, opened
     tasks = {}
-    for name, task in config.tasks.items():
-        built = _check_task(found, config, name, task, backbone)
-        if built is not None:
-            tasks[name] = built
-    for group in config.joint.values():
-        _check_pixels(found, config, group)
+    for name, images in config.images.items():
+        for task in images.tasks if isinstance(images, JointConfig) else [name]:
+            datasets = {part: _seen(opened, name, part, task) for part in ("train", "test")}
+            built = _check_task(found, task, config.tasks[task], backbone, datasets)
+            if built is not None:
+                tasks[task] = built
+        if isinstance(images, JointConfig):
+            _check_pixels(found, config, images, opened[f"{name} train"])
+    tasks = {name: tasks[name] for name in config.tasks if name in tasks}
     complete = len(tasks) == len(config.tasks)
     if args is not None:
         evaluated = {name: task for name, task in tasks.items() if config.tasks[name].test_source is not None}
@@ -91,7 +100,33 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
     if model is not None and args is not None:
         _collect(found, lambda: groups_of_run(model, args))
         _check_folders(found, config, model)
-    return config, list(dict.fromkeys(found))
+    return config, list(dict.fromkeys(found)), opened
+
+
+def _open(config: RunConfig) -> Opened:
+    """Open the data of every task and joint group; the check of the data files reports what cannot be opened."""
+    opened: Opened = {}
+    for name, images in config.images.items():
+        classes: Any = None
+        for part, source in (("train", images.train_source), ("test", images.test_source)):
+            if source is None:
+                continue
+            try:
+                dataset = open_source(source, config.data_root, classes, strict=False)
+            except DataError:
+                opened[f"{name} {part}"] = source
+                continue
+            opened[f"{name} {part}"] = dataset
+            classes = classes or (dataset.classes_of if isinstance(dataset, JointDataset) else dataset.classes)
+    return opened
+
+
+def _seen(opened: Opened, name: str, part: str, task: str) -> SampleDataset | None:
+    """Return what a task sees of opened data; None if there is none."""
+    dataset = opened.get(f"{name} {part}")
+    if isinstance(dataset, JointDataset):
+        return TaskView(dataset, task)
+    return dataset if isinstance(dataset, SampleDataset) else None
 
 
 def _without_weights(configured: BackboneConfig) -> BackboneConfig:
@@ -138,17 +173,12 @@ def _collect(found: list[str], function: Callable[[], _T], where: str = "") -> _
         return None
 
 
-def _check_task(found: list[str], config: RunConfig, name: str, task: TaskConfig, backbone: Any) -> Task | None:
+def _check_task(
+    found: list[str], name: str, task: TaskConfig, backbone: Any, data: Mapping[str, SampleDataset | None]
+) -> Task | None:
     """Build one task and compute its loss for samples of its data; return it on the meta device."""
-    datasets: dict[str, SampleDataset] = {}
-    classes: list[str] | None = None
-    for part, source in (("train", task.train_source), ("test", task.test_source)):
-        if source is not None:
-            try:
-                datasets[part] = open_source(source, config.data_root, classes, strict=False)
-                classes = classes or datasets[part].classes
-            except DataError:  # the check of the data files reports it
-                pass
+    datasets = {part: dataset for part, dataset in data.items() if dataset is not None}
+    classes = next(iter(datasets.values())).classes if datasets else None
     expect = task.train_source.expect
     names = classes or [str(k) for k in range((expect and expect.classes) or _CLASSES)]
 
@@ -204,12 +234,13 @@ def _check_samples(
     torch.set_rng_state(state)
 
 
-def _check_pixels(found: list[str], config: RunConfig, group: JointConfig) -> None:
+def _check_pixels(found: list[str], config: RunConfig, group: JointConfig, dataset: Any) -> None:
     """Refuse tasks of a joint group whose `collate` changes the pixels: the tasks share one batch of images."""
+    if not isinstance(dataset, JointDataset) or not len(dataset):
+        return
     try:
-        sample = open_source(group.train_source, config.data_root, strict=False)[0]
-        drawn = eval_transform(group.image_size)(sample)
-    except (DataError, BrokenSample):  # the check of the data files reports it
+        drawn = eval_transform(group.image_size)(dataset[0])
+    except BrokenSample:  # the check of the data files reports it
         return
     for task in group.tasks:
         if task in drawn["targets"]:

@@ -1,8 +1,6 @@
 """What every kind of DeepSpeed engine offers the balancer, the checkpoints and the averaged weights.
 
-S elements of this rank's shard. An engine keeps its shard in one flat vector per optimizer group (ZeRO-3: per
-sub-group). A `Piece` is a run of such a vector that belongs wholly to the shared backbone or wholly not. Norms and
-factors work on pieces, so partitions that straddle parameters, groups or ranks need no special case.
+S elements of this rank's shard, which is divided into pieces (pieces.py).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,34 +21,9 @@ from torch.nn import Parameter
 from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
+from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
+from allinone_ds.zero.engines.pieces import Piece, Span, merge_spans
 from allinone_ds.zero.fragments import Fragment
-
-
-@dataclass(frozen=True)
-class Span:
-    """The elements of a parameter that this rank owns.
-
-    Args:
-        param: the parameter.
-        group: index of the flat vector that holds the elements.
-        start: first of the elements in the flat vector.
-        length: number of elements.
-    """
-
-    param: Parameter
-    group: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one flat vector of this rank that is wholly shared backbone (`shared`) or wholly not."""
-
-    group: int
-    start: int
-    length: int
-    shared: bool
 
 
 class EngineAdapter(ABC):
@@ -75,6 +47,7 @@ class EngineAdapter(ABC):
     replicated: bool = False
     keeps_local_gradients: bool = False
     allows_clipping: bool = True
+    _muon: MuonUpdate | None = None
 
     @classmethod
     @abstractmethod
@@ -88,6 +61,23 @@ class EngineAdapter(ABC):
         self.sizes = self._shard_sizes()
         first = self.masters()[0]
         self.device, self.dtype = first.device, first.dtype
+
+    def take_over(self) -> None:
+        """Prepare the engine for balanced steps, until `give_back`."""
+        if self.stage and uses_muon(self.optimizer.optimizer):
+            self._muon = MuonUpdate(self)
+
+    def give_back(self) -> None:
+        """Leave the engine as it was before `take_over`."""
+        self.restore_boundary()
+        if self._muon is not None:
+            self._muon.give_back()
+            self._muon = None
+
+    @property
+    def needs_sum(self) -> bool:
+        """Whether every `step` needs `set_gradient` before it: a gradient left in the engine would not do."""
+        return self._muon is not None
 
     # ---- gradients ----
 
@@ -125,20 +115,26 @@ class EngineAdapter(ABC):
     def clear_gradient(self) -> None:
         """Forget the gradient that `gradient` returned."""
 
-    @abstractmethod
     def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
-        """Give the engine the gradient for its next step.
+        """Give the engine the gradient for its next step. Collective where `needs_sum`.
 
         Args:
             flats: one 1-D tensor per group, of `sizes` elements, `device` and `dtype`; the engine may change them.
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
+        if self._muon is not None and not overflow:
+            self._muon.orthogonalise(flats, self.loss_scale)
+        self._set_gradient(flats, overflow)
+
+    @abstractmethod
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+        """Give the engine what its optimizer steps on; arguments as of `set_gradient`."""
 
     def reduce_accumulated(self) -> None:
         """Average, over ranks, what several backwards without a reduction have added up since `begin_task`. Collective.
 
         It is what the engine's step does where the config has `managed_gradient_accumulation: false`. `gradient` then
-        returns the average, and `step` may follow without `set_gradient`.
+        returns the average, and `step` may follow without `set_gradient` (not where `needs_sum`).
         """
         self.set_reduces(True)
         self.engine.allreduce_gradients()
@@ -231,6 +227,8 @@ class EngineAdapter(ABC):
         with scale_changes_after_step(self.engine), self._frozen_unmoved():
             self.engine.step()
         self._after_step()
+        if self._muon is not None:
+            self._muon.end_step(self.overflow)
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
         """Correct what the engine reports or keeps after its step."""
@@ -341,28 +339,6 @@ class EngineAdapter(ABC):
                 "is thawed together, a parameter group of its own",
                 stacklevel=2,
             )
-
-
-def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
-    """Return the fewest pieces that cover each group's shard; padding (always zero) joins the piece before it."""
-    pieces: list[Piece] = []
-    for group, size in enumerate(sizes):
-        runs: list[list[int]] = []  # [start, shared]
-        for span in sorted((s for s in spans if s.group == group and s.length), key=lambda s: s.start):
-            kind = int(id(span.param) in shared)
-            if not runs:
-                runs.append([0, kind])
-            elif runs[-1][1] != kind:
-                runs.append([span.start, kind])
-        runs = runs or [[0, 0]]  # the last ranks may have nothing but padding of a small group
-        ends = [start for start, _ in runs[1:]] + [size]
-        pieces += [Piece(group, start, end - start, bool(kind)) for (start, kind), end in zip(runs, ends, strict=True)]
-    return pieces
-
-
-def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
-    """Return views of `flats`, one flat tensor per group, as `pieces`."""
-    return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
 
 
 def _per_element(value: Any, master: Tensor) -> bool:

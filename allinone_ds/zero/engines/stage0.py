@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span
 
 
 class Stage0Adapter(EngineAdapter):
@@ -68,7 +69,7 @@ class Stage0Adapter(EngineAdapter):
         for param in self._params:
             param.grad = None
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for param, flat in zip(self._params, flats, strict=True):
             param.grad = flat.view_as(param).to(param.dtype)
         if overflow and self._params[0].grad is not None:

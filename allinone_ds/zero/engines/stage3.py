@@ -18,8 +18,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parameters
+from allinone_ds.zero.params import forget_copies
 
 
 class Stage3Adapter(EngineAdapter):
@@ -28,6 +30,8 @@ class Stage3Adapter(EngineAdapter):
     keeps_local_gradients = True
     _backwards = 0
     """Backwards of the current task."""
+    _counters: Sequence[tuple[Any, dict[str, int]]] = ()
+    """Modules and their counters, while a graph is kept for further backwards."""
 
     @classmethod
     def serves(cls, engine: Any) -> bool:
@@ -54,8 +58,16 @@ class Stage3Adapter(EngineAdapter):
         # DeepSpeed counts micro-steps in `engine.forward`; a loss may come from `engine.module`, or from a forward
         # before an earlier backward, and its gradient would then overwrite the one that it should be added to
         self.optimizer.micro_step_id = self._backwards
+        if retain_graph and not self._counters:
+            self._counters = [(module, _counters(module)) for module in self.engine.module.modules()]
         super().backward(loss, retain_graph)
         self._backwards += 1
+        # hooks fetch and release a module's weights as often as its forward ran, so those of a second backward of the
+        # same graph would leave weights that are not retained partitioned
+        for module, counters in self._counters:
+            module.__dict__.update(counters if retain_graph else dict.fromkeys(counters, 0))
+        if not retain_graph:
+            self._counters = ()
 
     def gradient(self) -> list[Tensor]:
         return cut(self.optimizer.grad_partitions_flat_buffer.split(self.sizes), self.pieces)
@@ -63,7 +75,7 @@ class Stage3Adapter(EngineAdapter):
     def clear_gradient(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
             # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
             views = flat.split([int(param.partition_numel()) for param in self.optimizer.fp16_groups[group]])
@@ -87,6 +99,7 @@ class Stage3Adapter(EngineAdapter):
         self.optimizer.finalize_gradient_accumulation_boundary()  # every backward has reduced its part
 
     def _discard(self) -> None:
+        self._counters = ()
         self.clear_gradient()
         self.synchronize()  # buffers are reused on other streams
         for group in self.optimizer.fp16_groups:
@@ -124,11 +137,14 @@ class Stage3Adapter(EngineAdapter):
 
     def _partitions_changed(self, params: Sequence[Any]) -> None:
         """Let every later use of `params` see their partitions as they are now. Collective."""
-        self.optimizer.invalidate_secondary_tensor()  # copies within a host (zero_hpz_partition_size)
-        self.synchronize()  # weights are gathered on a stream of their own
+        stream = self.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if stream is not None:  # weights are gathered on a stream of their own
+            stream.wait_stream(get_accelerator().current_stream())
         gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
+        forget_copies(self.engine)  # those that `partition` just made of the old values too
+        if gathered:
             gathered[0].all_gather(gathered)
 
 
@@ -139,7 +155,7 @@ class Stage3OffloadAdapter(Stage3Adapter):
     def serves(cls, engine: Any) -> bool:
         return super().serves(engine) and bool(engine.optimizer.offload_optimizer)
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)
@@ -150,6 +166,12 @@ class Stage3OffloadAdapter(Stage3Adapter):
         self.optimizer.reset_cpu_buffers()
         for master in self.optimizer.fp32_partitioned_groups_flat:
             master.grad.zero_()
+
+
+def _counters(module: Any) -> dict[str, int]:
+    """Return how often the hooks of a module still fetch and release its weights (`runtime/zero/parameter_offload`)."""
+    names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+    return {name: module.__dict__[name] for name in names if name in module.__dict__}
 
 
 def _partition(param: Any) -> Any:

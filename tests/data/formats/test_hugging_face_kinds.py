@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as rle
 
 from allinone_ds.data.inspection.targets import target_problems
@@ -92,3 +93,22 @@ def test_keypoints(tmp_path):
     assert uneven[0]["visible"].shape == (1, 2)
     with pytest.raises(BrokenSample, match="keypoints has 1 points, the category has 2"):
         uneven[2]
+
+
+def test_label_maps_of_colours_equal_those_of_ids(tmp_path):
+    colors = np.array([[0, 0, 0], [0, 130, 200], [255, 0, 10], [9, 9, 9]], dtype=np.uint8)
+    ids = [np.random.default_rng(i).integers(0, 4, SIZE) for i in range(COUNT)]
+    save(tmp_path, {**IMAGE, "label": datasets.Image()},
+         {"image": IMAGES, "label": [Image.fromarray(colors[i]) for i in ids]})  # fmt: skip
+    coded = {"classes": CLASSES, "class_colors": ["#000000", [0, 130, 200], "#ff000a"], "ignore_colors": ["#090909"]}
+    dataset = opened(tmp_path, "segmentation", **coded)
+    for i in range(COUNT):
+        assert np.array_equal(dataset[i]["mask"].numpy(), np.where(ids[i] == 3, 255, ids[i]))
+    with pytest.raises(BrokenSample, match="is an image of mode RGB.*list them in class_colors"):
+        opened(tmp_path, "segmentation", classes=CLASSES)[0]
+    with pytest.raises(BrokenSample, match="1 colours .*: #090909"):
+        opened(tmp_path, "segmentation", **{**coded, "ignore_colors": []})[0]
+    with pytest.raises(DataError, match="class_colors has 3 colours for 2 classes"):
+        opened(tmp_path, "segmentation", **{**coded, "classes": CLASSES[:2]})
+    with pytest.raises((ConfigError, ValueError), match="class_colors is an option of kind segmentation"):
+        opened(tmp_path, "depth", class_colors=["#000000"])

@@ -133,15 +133,33 @@ def test_class_ids_that_do_not_count_up(maps_root):
     ("options", "message"),
     [
         ({"class_ids": [0, 2]}, "class_ids has 2 ids for 3 classes"),
-        ({"class_ids": [0, 2, 2]}, "class_ids has 3 ids for 3 classes; give each class one id"),
+        ({"class_ids": [0, 2, 2]}, r"class_ids has 3 ids for 3 classes \(2 more than once\); give each class one id"),
         ({"class_ids": [0, 1, 9]}, r"contains 2 in \d+ pixels; allowed are 0, 1, 9 and 255"),
         ({"class_ids": [0, 1, 2], "first_id": 1}, "'class_ids' and 'first_id' are both set"),
         ({"class_ids": [0, 1, -2]}, "greater than or equal to 0"),
+        ({"class_ids": [0, [1, 0], 2]}, r"class_ids has 3 ids for 3 classes \(0 more than once\)"),
+        ({"class_ids": [0, [], 2]}, "give each class one id, or a list of ids of its own"),
+        ({"class_ids": [0, [1, 9], 7], "ignore_index": [5, 255]}, r"allowed are 0, 1, 7, 9 and 5, 255 \(ignore\)"),
+        ({"ignore_index": [255, 2]}, "ignore_index 255, 2; .* an ignore_index that is not a class id"),
     ],
 )
 def test_class_ids_that_do_not_fit_are_refused(maps_root, options, message):
     with pytest.raises((DataError, BrokenSample, ValueError), match=message):
         opened({**MAPS, **options}, maps_root)[0]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_several_ids_of_one_class_and_several_values_without_a_class(maps_root, dtype):
+    stored = {file: np.array(Image.open(file)) for file in (maps_root / "maps").iterdir()}  # 0, 1, 2 and 255
+    for file, values in stored.items():
+        name = file.with_suffix(".png" if dtype == np.uint8 else ".tif")
+        file.unlink()
+        Image.fromarray(np.where(values == 255, 7, values).astype(dtype)).save(name)
+    merged = {**MAPS, "classes": ["one", "rest"], "class_ids": [1, [2, 300, 0]], "ignore_index": [255, 7]}
+    mask = opened(merged, maps_root)[0]["mask"].numpy()
+    own = stored[maps_root / "maps" / "0.png"]
+    assert np.array_equal(mask, np.select([own == 1, own == 255], [0, 255], 1)) and mask.dtype == np.uint8
+    assert errors(merged, maps_root) == []
 
 
 COLORS = np.array([[0, 0, 0], [0, 130, 200], [255, 0, 10], [9, 9, 9]], dtype=np.uint8)
@@ -182,7 +200,7 @@ def test_colours_that_are_not_listed_are_named(colored_root):
     Image.new("RGB", (WIDTH, HEIGHT), "#010203").save(root / "maps" / "0.png")
     with pytest.raises(BrokenSample, match=rf"1 colours .*: #010203 \({WIDTH * HEIGHT} pixels\); list them there"):
         opened(CODED, root)[0]
-    with pytest.raises(BrokenSample, match="is an image of mode RGB.*set class_colors of label_maps"):
+    with pytest.raises(BrokenSample, match="is an image of mode RGB.*list them in class_colors"):
         opened(MAPS, root)[0]
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
 from allinone_ds.data.check import check_sources
-from allinone_ds.errors import DataError
+from allinone_ds.errors import BrokenSample, DataError
 from tests.data.tiny_sets import HEIGHT, WIDTH, errors, opened, pixels, source, warnings
 
 VOC = {"format": "voc", "path": "VOCdevkit/VOC2012", "split": "train"}
@@ -91,6 +92,26 @@ def test_masks_equal_those_of_torchvision(root):
     assert len(opened({**MASKS, "split": None}, root)) == 3
     with pytest.raises(DataError, match="set 'classes' of the source or of the task"):
         opened({**MASKS, "classes": None}, root)
+
+
+def test_masks_in_the_colours_of_their_palette(root):
+    """RGB copies of the indexed png files give the same masks."""
+    dataset = opened(MASKS, root)
+    expected = [dataset[i]["mask"] for i in range(2)]
+    for file in (base(root) / "SegmentationClass").iterdir():
+        with Image.open(file) as picture:
+            picture.convert("RGB").save(file)
+    with pytest.raises(BrokenSample, match="is an image of mode RGB.*list them in class_colors"):
+        opened(MASKS, root)[0]
+    colors = [[k * 7 % 256, k * 31 % 256, k * 57 % 256] for k in (0, 1, 2, 255)]
+    coded = {**MASKS, "class_colors": colors[:3], "ignore_colors": colors[3:]}
+    assert all(torch.equal(opened(coded, root)[i]["mask"], expected[i]) for i in range(2)) and errors(coded, root) == []
+    with pytest.raises(BrokenSample, match="contains 1 colours that are neither in class_colors nor in ignore_colors"):
+        opened({**coded, "ignore_colors": []}, root)[0]
+    with pytest.raises(ValueError, match="class_colors is an option of kind segmentation"):
+        opened({**VOC, "class_colors": colors[:3]}, root)
+    merged = {**MASKS, "classes": ["ground", "animal"], "class_ids": [0, [1, 2]]}
+    assert opened(merged, root).classes == ["ground", "animal"]
 
 
 def test_lists_of_one_class_and_no_list(root):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,33 +16,38 @@ from allinone_ds.errors import BrokenSample, ConfigError, DataError
 _EXAMINED = 8  # label maps that `single_class_warning` reads
 
 
+Ids = Sequence[int | Sequence[int]]
+"""The stored id of each class; several ids of one class are a sequence."""
+
+
 def validate_class_ids(
-    name: str, classes: int, first_id: int, ignore_index: int, class_ids: Sequence[int] | None = None
+    name: str, classes: int, first_id: int, ignored: Sequence[int], class_ids: Ids | None = None
 ) -> None:
-    """Raise a `DataError` if label maps cannot have this number of classes or this ignored value.
+    """Raise a `DataError` if label maps cannot have this number of classes or these ignored values.
 
     Args:
         name: the file that the message names.
         classes: number of classes K.
         first_id: stored id of the first class.
-        ignore_index: stored value of the pixels without a class.
-        class_ids: stored id of each class; None counts them from `first_id`.
+        ignored: stored values of the pixels without a class.
+        class_ids: stored id, or ids, of each class; None counts them from `first_id`.
     """
-    if class_ids is not None and (len(class_ids) != classes or len(set(class_ids)) < len(class_ids)):
-        raise DataError(f"{name}: class_ids has {len(class_ids)} ids for {classes} classes; give each class one id")
-    if class_ids is not None and 1 <= classes <= IGNORE:
-        return
-    if not 1 <= classes <= IGNORE or first_id <= ignore_index < first_id + classes:
+    if class_ids is not None:
+        flat = [stored for stored, _ in _flat(class_ids)]
+        if len(class_ids) != classes or len(set(flat)) < len(flat) or [] in class_ids:
+            twice = sorted({i for i in flat if flat.count(i) > 1})
+            more = f" ({', '.join(map(str, twice))} more than once)" if twice else ""
+            raise DataError(
+                f"{name}: class_ids has {len(class_ids)} ids for {classes} classes{more}; give each class one id, or a "
+                "list of ids of its own"
+            )
+        if 1 <= classes <= IGNORE:
+            return
+    if not 1 <= classes <= IGNORE or any(first_id <= value < first_id + classes for value in ignored):
         raise DataError(
-            f"{name}: {classes} classes with ids from {first_id}, and ignore_index {ignore_index}; "
+            f"{name}: {classes} classes with ids from {first_id}, and ignore_index {_listed(ignored)}; "
             "give 1 to 255 classes, and an ignore_index that is not a class id"
         )
-
-
-def check_numbering(class_ids: Sequence[int] | None, first_id: int) -> None:
-    """Raise a `ConfigError` if a source gives both the ids of its classes and the first of them."""
-    if class_ids is not None and first_id:
-        raise ConfigError("'class_ids' and 'first_id' are both set; remove 'first_id'")
 
 
 def colors_to_labels(
@@ -63,11 +68,8 @@ def colors_to_labels(
     Raises:
         BrokenSample: a colour stands for nothing.
     """
-    known = np.array([*class_colors, *ignored])
-    meaning = np.array([*labels, *[IGNORE] * len(ignored)], dtype=np.uint8)
-    order = np.argsort(known)
-    place = order[np.searchsorted(known[order], stored).clip(max=len(known) - 1)]  # (H, W)
-    unknown = known[place] != stored
+    meaning = dict.fromkeys(ignored, IGNORE) | dict(zip(class_colors, labels.tolist(), strict=True))
+    mask, unknown = _look_up(stored, meaning)
     if unknown.any():
         colors, counts = np.unique(stored[unknown], return_counts=True)
         most = np.argsort(-counts)[:5]
@@ -77,7 +79,7 @@ def colors_to_labels(
             f"contains {len(colors)} colours that are neither in class_colors nor in ignore_colors: {shown}; list them "
             "there, or write the label map again without smoothing and without JPEG",
         )
-    return meaning[place]
+    return mask
 
 
 def color_number(color: Any) -> Any:
@@ -108,9 +110,9 @@ def ids_to_labels(
     stored: np.ndarray,
     path: str,
     labels: np.ndarray,
-    ignore_index: int,
+    ignored: Sequence[int],
     first_id: int,
-    class_ids: Sequence[int] | None = None,
+    class_ids: Ids | None = None,
 ) -> np.ndarray:
     """Return the labels of a label map.
 
@@ -118,50 +120,56 @@ def ids_to_labels(
         stored: integers (H, W).
         path: the file that errors name.
         labels: uint8 (K,), the label of each class in the order of the stored ids.
-        ignore_index: stored value of the pixels without a class.
+        ignored: stored values of the pixels without a class.
         first_id: stored id of the first class.
-        class_ids: stored id of each class; None counts them from `first_id`. An id in it is a class even if it equals
-            `ignore_index`.
+        class_ids: stored id, or ids, of each class; None counts them from `first_id`. An id in it is a class even if
+            it is in `ignored`.
 
     Returns:
         uint8 (H, W), 0..K-1 or 255
 
     Raises:
-        BrokenSample: a value is neither a class id nor `ignore_index`.
+        BrokenSample: a value is neither a class id nor ignored.
     """
-    if class_ids is not None:
-        stored, ignore_index = _numbered(stored, class_ids, ignore_index, path), -1
-        first_id = 0
-    last_id = first_id + len(labels) - 1
-    ignored = stored == ignore_index
-    unknown = ((stored < first_id) | (stored > last_id)) & ~ignored
+    ids = _flat(range(first_id, first_id + len(labels)) if class_ids is None else class_ids)
+    meaning = dict.fromkeys(ignored, IGNORE) | {i: int(labels[place]) for i, place in ids}
+    mask, unknown = _look_up(stored, meaning)
     if unknown.any():
-        values = ", ".join(str(v) for v in np.unique(stored[unknown])[:5])
+        values = _listed(np.unique(stored[unknown])[:5])
+        last_id = first_id + len(labels) - 1
+        allowed = f"{first_id}..{last_id}" if class_ids is None else _listed(sorted(i for i, _ in ids)[:20])
+        keys = "'classes', 'first_id'" if class_ids is None else "'class_ids'"
         raise BrokenSample(
             path,
-            f"contains {values} in {int(unknown.sum())} pixels; allowed are {first_id}..{last_id} and {ignore_index} "
-            "(ignore); correct the label map, 'classes', 'first_id' or 'ignore_index'",
+            f"contains {values} in {int(unknown.sum())} pixels; allowed are {allowed} and {_listed(ignored)} (ignore); "
+            f"correct the label map, {keys} or 'ignore_index'",
         )
-    mask = labels[np.where(ignored, 0, stored - first_id)]
-    mask[ignored] = IGNORE
     return mask
 
 
-def _numbered(stored: np.ndarray, class_ids: Sequence[int], ignore_index: int, path: str) -> np.ndarray:
-    """Return the position of each pixel's id in `class_ids`, int64 (H, W), -1 for pixels without a class."""
-    order = np.argsort(class_ids)
-    ascending = np.asarray(class_ids)[order]
-    place = np.searchsorted(ascending, stored).clip(max=len(ascending) - 1)  # (H, W)
-    known = ascending[place] == stored
-    unknown = ~known & (stored != ignore_index)
-    if unknown.any():
-        values = ", ".join(str(v) for v in np.unique(stored[unknown])[:5])
-        raise BrokenSample(
-            path,
-            f"contains {values} in {int(unknown.sum())} pixels; allowed are {', '.join(map(str, ascending[:20]))} and "
-            f"{ignore_index} (ignore); correct the label map, 'class_ids' or 'ignore_index'",
-        )
-    return np.where(known, order[place], -1)
+def _look_up(stored: np.ndarray, meaning: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the stored numbers (H, W) stand for, uint8, and which of them stand for nothing."""
+    if stored.dtype in (np.uint8, np.uint16):
+        table = np.full(np.iinfo(stored.dtype).max + 1, -1, dtype=np.int16)
+        for number, label in meaning.items():
+            if number < len(table):
+                table[number] = label
+        found = table[stored]
+        return found.astype(np.uint8), found < 0
+    known = np.array(sorted(meaning))
+    place = np.searchsorted(known, stored).clip(max=len(known) - 1)  # (H, W)
+    labels = np.array([meaning[number] for number in known.tolist()], dtype=np.uint8)
+    return labels[place], known[place] != stored
+
+
+def _flat(class_ids: Ids) -> list[tuple[int, int]]:
+    """Return (stored id, position of its class) of all ids."""
+    several = ([ids] if isinstance(ids, int) else ids for ids in class_ids)
+    return [(stored, place) for place, ids in enumerate(several) for stored in ids]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def check_mask_size(mask: np.ndarray, image: torch.Tensor | np.ndarray, path: str, what: str = "label map") -> None:
@@ -174,9 +182,7 @@ def check_mask_size(mask: np.ndarray, image: torch.Tensor | np.ndarray, path: st
         )
 
 
-def single_class_warning(
-    dataset: Any, ignored: int | str, advice: str = "store that class's id instead"
-) -> list[Problem]:
+def single_class_warning(dataset: Any, ignored: str, advice: str = "store that class's id instead") -> list[Problem]:
     """Return a warning if the label maps of several classes contain only one class and ignored pixels.
 
     Two classes stored as 0 and 255 look like this. The second class would be ignored, and both loss and mIoU would be
@@ -184,7 +190,7 @@ def single_class_warning(
 
     Args:
         dataset: a dataset whose method `mask` reads the mask of one sample; eight of them are read.
-        ignored: stored value of the pixels without a class.
+        ignored: stored values of the pixels without a class.
         advice: what to do if that value stands for a class.
     """
     found: set[int] = set()

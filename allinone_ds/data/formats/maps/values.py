@@ -32,6 +32,8 @@ class MapValues(Strict):
 
     scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Depth: what a stored number is multiplied by. With 0.001, millimetres become metres."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """Depth: what is added to a stored number before it is multiplied; -1 for the disparities of Cityscapes."""
     invalid: Annotated[list[float] | None, BeforeValidator(lambda v: [v] if isinstance(v, int | float) else v)] = None
     """Stored numbers of the pixels without a value (of normals: in all three channels); null: 0 for depth and normals,
     none for edges and saliency. NaN and infinity never are values."""
@@ -65,6 +67,7 @@ class MapValues(Strict):
 
 _KINDS_OF = {
     "scale": ("depth",),
+    "offset": ("depth",),
     "minimum": ("depth",),
     "maximum": ("depth",),
     "invalid": DENSE_KINDS,
@@ -136,7 +139,7 @@ def _binary(values: np.ndarray, unknown: np.ndarray, threshold: float | None, pa
 
 def _depth(values: np.ndarray, unknown: np.ndarray, options: MapValues, path: str) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
-        depth = values * np.float32(options.scale)
+        depth = (values + np.float32(options.offset)) * np.float32(options.scale)
         if options.minimum is not None:
             unknown |= depth < options.minimum
         if options.maximum is not None:
