@@ -19,7 +19,7 @@ from allinone_ds.models.lora import SHARED, adapters_of, merge_lora, save_adapte
 from allinone_ds.run_config.run_files import ModelFacts, read_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.names import EXPORT, WEIGHTS_FILE
-from allinone_ds.run_folder.weights import read_weights
+from allinone_ds.run_folder.weights import read_weights, without_ties
 
 ONNX_FILE = "model.onnx"
 ADAPTER = "adapter"
@@ -140,8 +140,8 @@ def _write_folder(
     """Write the backbone and the heads of the described tasks."""
     _clear(folder)
     kept = ("backbone.", *(f"tasks.{name}." for name in description.tasks))
-    weights = {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(kept)}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    weights = {name: value for name, value in model.state_dict().items() if name.startswith(kept)}
+    save_file(without_ties(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     description.save(folder)
     (folder / CARD_FILE).write_text(model_card(description, origin, model))
     done.folders.append(folder)

@@ -43,7 +43,8 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     _, facts = read_run_files(folder)
     state, source = open_weights(folder)
     saved = shapes_of(state)
-    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Any] = {**named, **dict(model.named_buffers())}
     adapted = any(is_adapter(name) for name in saved)
     theirs = {name: name if adapted else name_without_lora(name) for name in (*tensors, *model.state_dict())}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}

@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -241,6 +242,28 @@ def check_schedules_of_heads() -> None:
     same = {name: torch.equal(value, usual[name]) for name, value in first.items()}
     assert all(same[name] for name in same if name.startswith("tasks.seg."))
     assert not any(same[name] for name in same if name.startswith("tasks.det.") and name.endswith("conv.weight"))
+
+
+def check_tied_weights() -> None:
+    """A weight of backbone and head trains as the backbone's; checkpoints hold it under both names and resume."""
+    build, names = run.build_model, ("backbone.net.layernorm.weight", "tasks.seg.segmenter.fuse.norm.weight")
+
+    def tied(*args: Any) -> AllInOneModel:
+        model = build(*args)
+        model.tasks["seg"].segmenter.fuse.norm.weight = model.backbone.net.layernorm.weight
+        return model
+
+    run.build_model = tied
+    try:
+        for stage in (1, 3):
+            whole = trained(f"tied{stage}", stage=stage)
+            found = weights(whole, 4)
+            assert torch.equal(found[names[0]], found[names[1]])
+            assert not torch.equal(found[names[0]], weights(whole, 1)[names[0]])
+            resumed = weights(trained(f"tied{stage}again", stage=stage, after=whole / "checkpoint-2"), 4)
+            assert all(torch.equal(resumed[name], value) for name, value in found.items())
+    finally:
+        run.build_model = build
 
 
 if __name__ == "__main__":

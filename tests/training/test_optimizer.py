@@ -114,3 +114,20 @@ def test_a_task_has_its_own_rate_and_decay_and_the_order_stays() -> None:
     assert {g["lr"] for g in groups if g["name"].startswith("backbone")} == {0.1}
     with pytest.raises(ConfigError, match="'dett'.*did you mean 'det'"):
         parameter_groups(model, 1.0, 0.5, 0.1, head_lr_factor={"dett": 2.0})
+
+
+def test_tied_parameters_have_one_group_and_heads_with_different_settings_share_none() -> None:
+    model = tiny_model()
+    shared = model.tasks["cls"].norm.weight
+    model.tasks["seg"].more = nn.LayerNorm(32)
+    model.tasks["seg"].more.weight = shared
+    model.tasks["det"].more = nn.LayerNorm(32)
+    model.tasks["det"].more.weight = model.backbone.net.layernorm.weight
+    found = {group["name"]: group["params"] for group in parameter_groups(model, 1.0, 0.5, 0.1)}
+    assert [p is shared for p in found["head/seg+cls/no_decay"]] == [True]
+    assert any(p is model.backbone.net.layernorm.weight for p in found["backbone/no_decay"])
+    members = [id(p) for params in found.values() for p in params]
+    assert sorted(members) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+    for key, given in (("lr_factor", {"head_lr_factor": {"seg": 2.0}}), ("schedule", {"head_schedule": {"cls": {}}})):
+        with pytest.raises(ConfigError, match=f"heads of 'seg' and 'cls', which differ in {key}"):
+            parameter_groups(model, 1.0, 0.5, 0.1, **given)

@@ -29,6 +29,7 @@ CHECKS = (
     "check_adapters_equal_the_reference",
     "check_own_adapters_in_a_run",
     "check_schedules_of_heads",
+    "check_tied_weights",
 )
 
 
