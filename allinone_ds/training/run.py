@@ -184,9 +184,9 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
         )
-    for part in data.values():
-        for problem in part.dataset.structural[:_MAX_WARNINGS]:
-            trainer.warn(0, str(problem))
+    problems = [str(problem) for part in data.values() for problem in part.dataset.structural[:_MAX_WARNINGS]]
+    for message in dict.fromkeys(problems):  # several tasks may read one data set
+        trainer.warn(0, message)
 
 
 def _last_evaluation(trainer: AllInOneTrainer) -> tuple[dict[str, float], Mapping[str, Any]]:

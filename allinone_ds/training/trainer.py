@@ -39,17 +39,10 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import (
-    changes_since,
-    check_freezing,
-    check_optimizer,
-    read_loop_state,
-    saved_frequencies,
-    saved_step,
-)
+from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
 from allinone_ds.training.optimizer import groups_of_optimizer, head_rates, optimizer_of_run, with_head_schedules
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
-from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
+from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -192,6 +185,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
         self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
         self.tasks = task_names(train_dataset)
+        self._tasks_in = {n: self.joint[n].tasks if n in self.joint else (n,) for n in train_dataset}
         self._label_weights = LabelWeights(
             known_tasks,
             {task: data.micro_steps * args.world_size for task, data in train_data.items()},
@@ -268,12 +262,7 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
-        self.schedule.continue_from(0, {})
-        self.changes = None
-        if self._resumed is not None:
-            self.changes = changes_since(self.model, self._resumed, self.continues)
-            state = read_loop_state(self._resumed, self.args.process_index)
-            continue_data(self, state, saved_step(self._resumed), self.changes)
+        self.changes = begin_data(self, self._resumed)
         if self.deepspeed is None:
             if self._resumed is not None:
                 check_optimizer(self._resumed, self.args.optim_name)
@@ -328,6 +317,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         weights = self._label_weights.of_step(inputs.batches)
+        if self.schedule.sampling is not None:
+            self.balancer.plan_step([(self._tasks_in[name], len(of)) for name, of in inputs.batches.items()])
         copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
