@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from allinone_ds.data.formats.common.tables import MISSING
@@ -54,7 +53,7 @@ def number_columns(rows: Rows, columns: Sequence[str], taken: Collection[str | N
 
 
 def identity_column(rows: Rows, columns: Sequence[str]) -> str | None:
-    """Return the column of identities, most of which have several images; None if there is none.
+    """Return the column of identities, some of which have several images; None if there is none.
 
     Example:
         >>> identity_column([{"pid": "a"}, {"pid": "a"}], ["pid"])
@@ -62,8 +61,7 @@ def identity_column(rows: Rows, columns: Sequence[str]) -> str | None:
     """
     for column in columns:
         if re.sub(r"[^a-z0-9]", "", column.lower()) in _IDENTITIES:
-            counts = Counter(row[column] for row in rows)
-            if 2 * len(counts) <= len(rows):
+            if len({row[column] for row in rows}) < len(rows):
                 return column
     return None
 

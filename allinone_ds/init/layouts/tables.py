@@ -54,8 +54,8 @@ def find(tree: FileTree) -> list[FoundTask]:
             if part_of(file) in parts[kind]:
                 notes[kind].append(f"{file} is one more table of images; it is not used")
             else:
+                notes[kind] += [f"{file}: {text}" for text in said if not parts[kind]]  # the same of every part
                 parts[kind][part_of(file)] = {**source, **options}
-                notes[kind] += [f"{file}: {text}" for text in said]
     tasks = []
     for kind, of_kind in parts.items():
         train, test, chosen = choose_parts(of_kind)
