@@ -94,7 +94,7 @@ def join_ranks() -> None:
 
     from allinone_ds.zero.kernels import spare_cpu_kernel
 
-    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+    if deepspeed.accelerator.get_accelerator().device_name() != "cuda":  # the CPU, or a fake device on it
         spare_cpu_kernel()
     deepspeed.init_distributed()
 

@@ -35,7 +35,7 @@ COMMAND = "python -m tools.make_reference"
 TITLES = {"JointConfig": "joint.NAME", "PairedSource": "Source of a joint group, format: joint",
           "RunConfig": "Top level", "ModelConfig": "model", "BackboneConfig": "model.backbone",
           "TaskConfig": "tasks.NAME", "TestTime": "tasks.NAME.test_time", "AugmentConfig": "tasks.NAME.augment",
-          "Branch": "tasks.NAME.augment.branches.NAME", "EarlyStopping": "early_stopping",
+          "Branch": "tasks.NAME.augment.branches.NAME", "EarlyStopping": "early_stopping", "Sampling": "sampling",
           "BalancerConfig": "balancer"}  # fmt: skip
 """Configuration class -> title of its section; other classes are titled by their names."""
 SOURCES = "source"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,22 +14,25 @@ from torch.nn import Module, Parameter
 
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, groups_for, task_names
-from allinone_ds.balance.combiners.base import Combined
 from allinone_ds.balance.combiners.choose import choose_combiner
-from allinone_ds.balance.heads import HeadUse, agreed_backbone
+from allinone_ds.balance.combiners.outcome import Combined
+from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
 from allinone_ds.balance.rank_groups import RankGroups
+from allinone_ds.balance.renaming import Names, renamed_state
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
 from allinone_ds.balance.self_test import self_test as run_self_test
 from allinone_ds.balance.self_test import warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
+from allinone_ds.balance.weightings.clipping import Sum
 from allinone_ds.balance.weightings.gram import as_weighting, kind_of
-from allinone_ds.distributed import rank, wait_for_device, watched_waits, world_size
+from allinone_ds.distributed import rank, watched_waits, world_size
 from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
+from allinone_ds.zero.params import forget_copies
 from allinone_ds.zero.support import checked_release, refuse_unsupported
 from allinone_ds.zero.traces import ParameterTraces
 
@@ -62,8 +65,8 @@ class TaskBalancer(RankGroups):
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
-            discarded at every change of task. Also gather weights once per step instead of once per micro-step, where
-            the model is within stage3_max_live_parameters and twice the model within stage3_max_reuse_distance.
+            discarded at every change of task. Also keep min(stage3_max_live_parameters, stage3_max_reuse_distance / 2)
+            elements of weights gathered over the step: the whole model, or the last layers of the backbone.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with
@@ -78,6 +81,7 @@ class TaskBalancer(RankGroups):
 
     Attributes:
         groups: which ranks run which task; `groups.tasks` are all names.
+        nothing_shared: whether all of the backbone is frozen, so that the heads get their raw gradients.
         skipped_steps: task -> number of steps that left it out because it was not finite.
 
     Raises:
@@ -119,33 +123,34 @@ class TaskBalancer(RankGroups):
         refuse_unsupported(engine, allow_gradient_clipping)
         backbone = agreed_backbone(engine.module, shared, options)
         check_options(norm, sketch_size, parallel, cosines_every, nonfinite)
+        self.nothing_shared = not backbone
+        if self.nothing_shared:
+            backbone, weighting, norm = without_backbone(engine.module), Sum(), "exact"
         self.weighting = as_weighting(weighting)
         self.weighting.check_tasks(tasks)
-        self.norm, self.parallel, self.nonfinite = norm, parallel, nonfinite
-        self.engine = engine
+        self.engine, self.norm, self.parallel, self.nonfinite = engine, norm, parallel, nonfinite
         adapter = self._adapter = open_engine(engine, backbone)
-        error = combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients)
-        if error is not None:
+        if error := combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients):
             raise error
         if self_test or (self_test is None and not checked_release()):
             warn_of_unchecked_release()
             run_self_test(engine, TaskBalancer, norm, parallel)
         self.groups = groups_for(parallel, groups, tasks, world_size())
-        apart = parallel == "tasks"
-        self._agreement = Agreement() if check_ranks or apart else None
+        self._agreement = Agreement() if check_ranks or parallel == "tasks" else None
         self._leave = weakref.finalize(self, self._agreement.leave if self._agreement else int)
         self._combiner = choose_combiner(
-            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if apart else None
+            adapter, self.weighting, norm, sketch_size, self.groups, self._agreement if parallel == "tasks" else None
         )
         if self._agreement:
-            self._combiner.before_verdict = partial(wait_for_device, self._agreement.wait)
-        self._traces = ParameterTraces(engine) if task_traces else None
+            self._combiner.wait = self._agreement.wait
+        self._traces = ParameterTraces(engine, backbone, task_traces)
         self._guard = EngineGuard(engine, BalancerError)
-        self._heads = HeadUse(engine.module, backbone, self._guard)
+        adapter.take_over()
+        self._heads = HeadUse(engine.module, backbone, self._guard, shares=not self.nothing_shared)
         self._cosines_every, self._steps = cosines_every, 0
         self.skipped_steps = dict.fromkeys(tasks, 0)
         adapter.discard()  # gradients of steps that the engine took without a balancer
-        self._running: RunningTask | None = None
+        forget_copies(engine)  # of weights that were loaded since
         self._clear()
 
     @property
@@ -200,7 +205,7 @@ class TaskBalancer(RankGroups):
 
     def evaluation(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Evaluate a task inside this block: under ZeRO-3 its forwards have a parameter trace of their own."""
-        return self._trace(("evaluation", name))
+        return self._traces.use(("evaluation", name))
 
     def backward(self, loss: Any, count: Any = None) -> None:
         """Run the backward of one micro-step of the current task, never scaled by the engine's accumulation steps.
@@ -241,14 +246,13 @@ class TaskBalancer(RankGroups):
         self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
         ran = self._combiner.agree(self._ran)
         missing = [task for task in self.groups.tasks if task not in ran]
-        refuse_missing([task for task in missing if task not in self._ran], ran, require_all)
+        refuse_missing([task for task in missing if task not in self._ran], ran or tuple(self._ran), require_all)
         try:
             with self._stepping(inside=False):
                 self._heads.check_trainable()
                 with torch.no_grad():
-                    result = self._combiner.finish()
-                if self._traces:
-                    self._traces.partition()
+                    result = self._combiner.finish() if ran else self._combiner.nothing_ran()
+                self._traces.partition()
                 if result.skipped and self.nonfinite == "stop":
                     raise NonFinite(result.skipped)
                 self._agree("the optimizer step")
@@ -275,6 +279,7 @@ class TaskBalancer(RankGroups):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the engine's own state; the same on every rank."""
         return {
+            "tasks": list(self.groups.tasks),
             "skipped_steps": dict(self.skipped_steps),
             "steps": self._steps,
             "weighting": self.weighting.state_dict(),
@@ -282,12 +287,16 @@ class TaskBalancer(RankGroups):
             "combiner": self._combiner.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh."""
+    def load_state_dict(self, state: Mapping[str, Any], names: Names | None = None) -> None:
+        """Restore, between steps, what `state_dict` returned; tasks that it does not know start fresh.
+
+        `names` maps a task of `state` to its name in this balancer, or to None where it does not go on.
+        """
+        state = renamed_state(state, names or {}, self.groups.tasks)
         self.skipped_steps.update({t: n for t, n in state["skipped_steps"].items() if t in self.skipped_steps})
         self._steps = state["steps"]
         if state.get("weighting_kind", kind_of(self.weighting)) == kind_of(self.weighting):
-            self.weighting.load_state_dict(state["weighting"])  # that of a different one would mean something else
+            self.weighting.load_state_dict(state["weighting"])  # that of another would mean something else
         self._clear()
         self._combiner.load_state_dict(state["combiner"])
 
@@ -297,19 +306,15 @@ class TaskBalancer(RankGroups):
         Other ranks that wait for this one in a task or a step raise a `BalancerError` that names it.
         """
         self._leave()
-        if self._traces:
-            self._traces.partition()
+        self._traces.partition()
         self._combiner.close()
-        self._adapter.restore_boundary()
+        self._adapter.give_back()
         self._guard.remove()
         self._heads.close()
 
     def __repr__(self) -> str:
         options = f"weighting={self.weighting!r}, norm={self.norm!r}, parallel={self.parallel!r}"
         return f"TaskBalancer(tasks={self.groups.tasks}, {options}, zero_stage={self._adapter.stage})"
-
-    def _trace(self, key: Hashable, keep: bool = False) -> contextlib.AbstractContextManager[None]:
-        return self._traces.use(key, keep) if self._traces else contextlib.nullcontext()
 
     def _leave_task(self) -> None:
         self._running = None
@@ -334,6 +339,7 @@ class TaskBalancer(RankGroups):
     @contextlib.contextmanager
     def _block(self, running: RunningTask) -> Iterator[None]:
         running.begin()
+        self._guard.order = 0
         self._combiner.begin(running.name)
         self._heads.begin(running.name)
         self._running = running
@@ -343,17 +349,17 @@ class TaskBalancer(RankGroups):
         if isinstance(running, JointTasks):  # some of its tasks, or micro-steps, are in a sum already
             cleanups = (self._combiner.reset, self._restore_weighting, self._clear)
         with undone_after_error(running.fail, self._leave_task, *cleanups), self._watched():
-            with self._trace(running.name, keep=True):
+            with self._traces.use(running.name, keep=True):
                 yield
-            running.end()
+            running.end(self._guard.order if self._combiner.reduces_in_order else 0)
             with torch.no_grad():
                 running.hand_over()
         self._heads.end(keep=True)
         self._running = None
         self._ran.update(dict.fromkeys(running.tasks, running.micro_steps))
 
-    def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False) -> None:
-        with self._guard.allowed():
+    def _run_backward(self, loss: Tensor, reduces: bool, retain_graph: bool = False, local: bool = False) -> None:
+        with self._guard.allowed(counted=not local):
             self._adapter.set_reduces(reduces)
             self._adapter.backward(loss, retain_graph)
 
@@ -390,5 +396,5 @@ class TaskBalancer(RankGroups):
         self._weighting_before = self.weighting.state_dict()
         if self._agreement:
             self._agreement.end_step(complete=False)
-        self._running = None
+        self._running: RunningTask | None = None
         self._ran: dict[str, int] = {}  # task -> micro-steps, on this rank

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from allinone_ds.distributed import first_difference
+from allinone_ds.distributed import first_difference, rank
 from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.guard import EngineGuard
 from allinone_ds.zero.params import whole_shape
 
+NOTHING_TO_BALANCE = (
+    "no parameter of the backbone is trained, so there is nothing to balance: the heads get their raw gradients, and "
+    "norms are those of the heads"
+)
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]) -> set[int]:
-    """Return the `id` of every trainable parameter of the backbone.
+    """Return the `id` of every trainable parameter of the backbone; none if all of it is frozen.
 
     Args:
         module: the engine's module.
         shared: dotted name of a submodule, the submodule, or its parameters.
 
     Raises:
-        ValueError: no such submodule, parameters of a different module, or nothing that can be trained.
+        ValueError: no such submodule, parameters of a different module, or no parameter at all.
         TypeError: `shared` is neither.
     """
     if isinstance(shared, str):
@@ -47,10 +52,11 @@ def shared_parameters(module: Module, shared: str | Module | Iterable[Parameter]
             raise ValueError(
                 "shared has parameters that do not belong to the engine's module; take them from engine.module"
             )
-    trainable = {id(p) for p in params if p.requires_grad}
-    if not trainable:
-        raise ValueError(f"shared: {origin} has no trainable parameter, so there is nothing to balance")
-    return trainable
+    if not params:
+        raise ValueError(f"shared: {origin} has no parameter; pass the backbone")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError("shared: no parameter of the engine's module is trainable, so there is nothing to train")
+    return {id(p) for p in params if p.requires_grad}
 
 
 def agreed_backbone(module: Module, shared: str | Module | Iterable[Parameter], options: Mapping[str, Any]) -> set[int]:
@@ -87,6 +93,20 @@ def agreed_backbone(module: Module, shared: str | Module | Iterable[Parameter], 
     return backbone
 
 
+def without_backbone(module: Module) -> set[int]:
+    """Warn that nothing is balanced, since no parameter of the backbone is trained.
+
+    Args:
+        module: the engine's module.
+
+    Returns:
+        The `id` of every trainable parameter; the norms of a step are then those of the heads.
+    """
+    if rank() == 0:
+        warnings.warn(f"shared: {NOTHING_TO_BALANCE}", stacklevel=3)
+    return {id(p) for p in module.parameters() if p.requires_grad}
+
+
 class HeadUse:
     """Records which head parameters each task of a step gives a gradient, and tells the guard when a step is under way.
 
@@ -95,14 +115,17 @@ class HeadUse:
         backbone: `id` of the parameters of the backbone. If they are all that is trained, each counts as a head's: it
             stands still in a step without a task that uses it.
         guard: of the engine.
+        shares: whether any parameter of the backbone is trained.
 
     Attributes:
+        shares: as given.
         task: the task that runs now; None between tasks.
         met: tasks whose losses have been seen to come from one forward, in joint blocks.
         marked: tasks whose losses have been seen to read the features that are marked for them.
     """
 
-    def __init__(self, module: Module, backbone: set[int], guard: EngineGuard):
+    def __init__(self, module: Module, backbone: set[int], guard: EngineGuard, shares: bool = True):
+        self.shares = shares
         self.task: str | None = None
         self.met: set[str] = set()
         self.marked: set[str] = set()

@@ -225,6 +225,27 @@ def combination_error(
     return None
 
 
+def sampling_error(norm: str, parallel: str, weighting: Weighting | Any) -> ConfigError | None:
+    """Return the error of options that cannot serve steps of some of the tasks only; None when they can.
+
+    Args:
+        norm: "exact", "sketch", "delayed" or "features".
+        parallel: "data" or "tasks".
+        weighting: a weighting, or a function of Gram matrices.
+    """
+    if parallel == "tasks":
+        return ConfigError(
+            "sampling with parallel='tasks': the ranks of the tasks that a step leaves out would wait for the others; "
+            "use parallel='data'"
+        )
+    if norm == "delayed" and not getattr(weighting, "streams", False):
+        return ConfigError(
+            f"sampling with norm='delayed' and {weighting!r}: its factors depend on which tasks are in a step, so "
+            "those of the step before do not serve the next one; use norm='exact'"
+        )
+    return None
+
+
 def _features_error(parallel: str, weighting: Weighting | None, stage: int | None) -> ConfigError | None:
     if parallel == "tasks":
         return ConfigError(

@@ -65,7 +65,8 @@ def refuse_missing(missing: Sequence[str], ran: Sequence[str], require_all: bool
 
 
 Backward = Callable[..., None]
-"""The engine's backward: (loss, whether it averages the gradient over ranks, retain_graph=False)."""
+"""The engine's backward: (loss, whether it averages the gradient over ranks, retain_graph=False, local=False).
+`local`: the gradient stays on the rank and is averaged later."""
 
 
 class RunningTask:
@@ -195,11 +196,15 @@ class RunningTask:
             raise
         self._done += 1
 
-    def end(self) -> None:
+    def end(self, order: int = 0) -> None:
         """Raise unless all micro-steps are done, here and on the other ranks. Collective.
 
+        Args:
+            order: a number for the order in which parameters got their gradients, where all ranks must have the same:
+                DeepSpeed would add gradients of different parameters.
+
         Raises:
-            BalancerError: some are missing, or a rank has failed.
+            BalancerError: some are missing, ranks have run the model in different orders, or a rank has failed.
         """
         self._refuse_after_failure()
         if self._done != self.micro_steps:
@@ -208,7 +213,8 @@ class RunningTask:
                 "balancer.backward(loss) exactly micro_steps times inside the block"
             )
         if self._agreement:
-            self._agreement.reach(f"the end of task '{self.name}'")
+            model = f", whose layers and heads ran in the order {order:08x}" if order else ""
+            self._agreement.reach(f"the end of task '{self.name}'{model}")
 
     def fail(self, error: BaseException, inside: bool | None = None) -> None:
         """Tell the other ranks that this rank leaves the task with an error, unless they know.

@@ -21,7 +21,7 @@ from allinone_ds.run_folder.names import CONSTANT_FILE
 from allinone_ds.tasks import Prediction, Task
 
 Constant = Callable[[Sample], Prediction]
-"""Returns the same prediction for every image of a sample's size."""
+"""Returns a prediction for an image of a sample's size that does not depend on its pixels."""
 _LEARNED = 200  # training samples that constants are computed from
 
 
@@ -51,7 +51,7 @@ def constant_metrics(task: Task, train: SampleDataset, test: SampleDataset) -> d
 
     The constants: the most frequent class; the mean of numbers, points and normals, the median of depths; the mean
     frequency of attributes; everywhere 0 and everywhere 1 for edges and saliency; for objects, one box of the mean
-    place and the most frequent class, with the mean points, or filled.
+    place and the most frequent class, with the mean points, or filled. Retrieval gets random embeddings.
 
     Args:
         task: a task of one of these kinds.
@@ -176,6 +176,11 @@ def _mean_points(task: Task, learned: Sequence[Sample]) -> list[Constant]:
     return [with_points(of_box) for of_box in _one_box(task, learned)]
 
 
+def _random(task: Task, learned: Sequence[Sample]) -> list[Constant]:
+    generator = torch.Generator().manual_seed(0)
+    return [lambda sample: {"embedding": torch.randn(task.options.width, generator=generator)}]
+
+
 _CONSTANTS: dict[str, Callable[[Task, Sequence[Sample]], list[Constant]]] = {
     "detection": _one_box,
     "segmentation": _label_maps,
@@ -188,5 +193,6 @@ _CONSTANTS: dict[str, Callable[[Task, Sequence[Sample]], list[Constant]]] = {
     "saliency": _maps,
     "keypoints": _mean_points,
     "instances": _one_mask,
+    "retrieval": _random,
 }
 """Kind of task -> its constant predictors."""

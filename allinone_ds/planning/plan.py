@@ -108,6 +108,11 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     joint = {name: group.tasks for name, group in config.joint.items()}
     activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
+    if config.model.thaw:
+        notes.append(
+            "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
+            "shards and float32 weights from the start, and the optimizer's moments only once it is thawed"
+        )
     moments = _moments(str(trainer.get("optim", "auto")), notes)
     kept = kept_shards(weighting, sizes)
     size = balancer.sketch_size or default_size(sizes.trained)

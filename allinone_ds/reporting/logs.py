@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allinone_ds.balance.renaming import Names, by_new_name
 from allinone_ds.balance.report import StepReport
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.distributed import all_reduce, cpu_group, gather_objects
@@ -18,7 +19,7 @@ from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares
 class TaskLogs:
     """Values of a training log. Trackers write NAME as train/NAME (`reporting/trackers.py`).
 
-    Means over the steps since the last log:
+    Means over the steps since the last log that ran the task; a task that none of them ran has none of these values:
         loss/TASK               loss, mean over micro-steps and ranks
         grad_norm/TASK/raw      norm of the task's averaged backbone gradient, before scaling
         grad_norm/TASK/scale    factor of that gradient
@@ -64,6 +65,7 @@ class TaskLogs:
         members = {name: [task for task, own in (groups or {}).items() if own == name] for name in schedule.tasks}
         self.tasks = {task: name for name, tasks in members.items() for task in tasks or [name]}  # -> in the schedule
         self.device = device
+        self._since = 0  # the step of the last log
         self.max_broken_images = max_broken_images
         self.pace = Pace(images, device)
         self.warnings: list[str] = []
@@ -81,11 +83,8 @@ class TaskLogs:
         values: dict[str, Tensor] = {}
         for task in self.tasks:
             norm, scale = report.norms.get(task, none), report.scales.get(task, none)
-            values[f"loss/{task}"] = report.losses.get(task, none)
-            values[f"grad_norm/{task}/raw"] = norm
-            values[f"grad_norm/{task}/scale"] = scale
-            values[f"grad_norm/{task}/scaled"] = norm * scale
-            values[f"grad_norm/{task}/share"] = shares.get(task, none)
+            numbers = (report.losses.get(task, none), norm, scale, norm * scale, shares.get(task, none))
+            values.update(zip(_values_of(task), numbers, strict=True))
         self._means.add(values)
         if report.gram is not None:
             self._gram_report = report
@@ -106,7 +105,10 @@ class TaskLogs:
         with self.pace.working():
             logs = self._means.drain()
             self.warnings = self._low.drain(logs)
-        logs.update(self.pace.drain())
+        absent = {task for task in self.tasks if self.schedule.sampling and not self._runs(task, self._since, step)}
+        logs = {key: value for key, value in logs.items() if key.split("/")[1] not in absent}
+        logs.update(self.pace.drain(lambda task, steps: self._runs(task, step - steps, step)))
+        self._since = step
         logs.update({f"epoch/{task}": self.schedule.epoch(name, step) for task, name in self.tasks.items()})
         logs["broken_images"] = self._count_broken()
         if self._gram_report is not None:
@@ -119,6 +121,7 @@ class TaskLogs:
         """Return the values since the last log, of this rank."""
         report = self._gram_report
         return {
+            "since": self._since,
             "means": self._means.state_dict(),
             "low_shares": self._low.state_dict(),
             "gram": None if report is None else report.gram,
@@ -127,8 +130,16 @@ class TaskLogs:
             "broken_files": sorted(self._broken_files),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from values that `state_dict` returned."""
+    def load_state_dict(self, state: Mapping[str, Any], names: Names | None = None) -> None:
+        """Continue from values that `state_dict` returned.
+
+        Args:
+            state: the values.
+            names: {task in `state`: its name in this run, None where it starts fresh}, if tasks differ.
+        """
+        if names:
+            state = self._of_tasks(state, names)
+        self._since = state.get("since", 0)  # as the other defaults, for checkpoints of earlier releases
         self._means.load_state_dict(state["means"])
         if "low_shares" in state:  # not in checkpoints of earlier releases
             self._low.load_state_dict(state["low_shares"])
@@ -138,6 +149,29 @@ class TaskLogs:
         self._broken.clear()
         self.add_broken(state["broken"])
         self._broken_files = set(state.get("broken_files", ()))  # older checkpoints do not have it
+
+    def _of_tasks(self, state: Mapping[str, Any], names: Names) -> dict[str, Any]:
+        """Return a state with the values of this run's tasks under their names; new ones have none."""
+        means, low = state["means"], state.get("low_shares", {"steps": {}, "warned": []})
+        if means["sums"] is not None:
+            columns = {}
+            for column, value in enumerate(means["names"]):
+                first, task, *rest = value.split("/")
+                columns["/".join([first, names.get(task, task) or "", *rest])] = column
+            wanted = [value for task in self.tasks for value in _values_of(task)]
+            sums = means["sums"].new_zeros(2, len(wanted))
+            for column, value in enumerate(wanted):
+                if value in columns:
+                    sums[:, column] = means["sums"][:, columns[value]]
+            means = {"names": wanted, "sums": sums}
+        steps = by_new_name(low["steps"], names)
+        low = {"steps": steps, "warned": [names.get(t, t) for t in low["warned"] if names.get(t, t) in steps]}
+        return {**state, "means": means, "low_shares": low, "gram": None, "gram_tasks": []}
+
+    def _runs(self, task: str, first: int, end: int) -> int:
+        """Return the number of steps from `first` to before `end` that run a task."""
+        name = self.tasks[task]
+        return self.schedule.runs(name, end) - self.schedule.runs(name, first)
 
     def _count_broken(self) -> int:
         if not int(all_reduce(torch.tensor(len(self._broken), device=self.device))):
@@ -153,3 +187,8 @@ class TaskLogs:
                 "`allinone-ds check CONFIG` lists all of them"
             )
         return len(self._broken_files)
+
+
+def _values_of(task: str) -> list[str]:
+    """Return the names of the means of a task."""
+    return [f"loss/{task}", *(f"grad_norm/{task}/{what}" for what in ("raw", "scale", "scaled", "share"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +38,8 @@ class Means:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add one step's values, name -> scalar. The names are the same in every step."""
         row = torch.stack(
-            [torch.as_tensor(v, device=self.device).detach().reshape(()).double() for v in values.values()]
-        )
+            [torch.as_tensor(v, device=self.device).detach().reshape(()) for v in values.values()]
+        ).double()
         finite = torch.isfinite(row)
         step = torch.stack([torch.where(finite, row, 0.0), finite.double()])
         if self._sums is None:
@@ -120,8 +120,11 @@ class Pace:
         yield
         self._seconds[what] += time.perf_counter() - start
 
-    def drain(self) -> dict[str, float]:
+    def drain(self, runs: Callable[[str, int], int] | None = None) -> dict[str, float]:
         """Return the values of the slowest rank since the last call; {} without a step. Collective.
+
+        Args:
+            runs: returns in how many of the last n steps a task ran, from its name and n; None: in all.
 
         Returns:
             seconds/step; seconds/data_wait, which is part of it; images_per_second/TASK over all ranks; and
@@ -137,7 +140,10 @@ class Pace:
         return {
             "seconds/step": seconds / steps,
             "seconds/data_wait": wait / steps,
-            **{f"images_per_second/{task}": count * steps / seconds for task, count in self.images.items()},
+            **{
+                f"images_per_second/{task}": count * (steps if runs is None else runs(task, steps)) / seconds
+                for task, count in self.images.items()
+            },
             "memory/peak_gib": memory,
         }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ SET_ELSEWHERE = {
     "label_smoothing_factor": "tasks.NAME.options",
     "head_lr_factor": "tasks.NAME.lr_factor",
     "head_weight_decay": "tasks.NAME.weight_decay",
+    "freeze_schedule": "model.freeze' and 'model.thaw",
     "max_broken_images": "max_broken_images",
 }
 """Training argument -> the key of the YAML file that sets it instead of `trainer`."""
@@ -69,6 +69,13 @@ class AllInOneArguments(TrainingArguments):
     )
     head_weight_decay: dict[str, float] | None = field(
         default=None, metadata={"help": "Weight decay of a task's head; `weight_decay` for tasks that are not named."}
+    )
+    freeze_schedule: dict[int, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Step -> what of the backbone is frozen from it on, from step 0: `backbone`, a number of layers, "
+            "`embeddings` or None."
+        },
     )
     ema_decay: float | None = field(
         default=None,
@@ -354,27 +361,6 @@ def check_trainer_keys(given: Mapping[str, Any], where: str = "trainer") -> dict
     return checked
 
 
-def steps_of_epochs(config: RunConfig, samples: Mapping[str, int], ranks: int) -> int | None:
-    """Return the optimizer steps that the key `epochs` stands for; None without the key.
-
-    Args:
-        config: configuration of the run.
-        samples: task or joint group -> number of its training samples.
-        ranks: number of ranks R.
-
-    Example:
-        >>> from allinone_ds.run_config.schema import load_config
-        >>> run = load_config("configs/runs/demo.yaml", ["trainer=null", "epochs={detection: 3}"])
-        >>> steps_of_epochs(run, {"detection": 40}, ranks=2)    # 6 images per rank and step
-        10
-    """
-    if config.epochs is None:
-        return None
-    [(name, count)] = config.epochs.items()
-    images = config.images[name]
-    return math.ceil(count * samples[name] / (images.batch_size * images.micro_steps * ranks))
-
-
 def arguments_from_config(config: RunConfig) -> AllInOneArguments:
     """Return the training arguments of a run.
 
@@ -387,7 +373,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
             raise ConfigError(
                 f"trainer.max_steps with epochs = {config.epochs}: both set the length of the run; set one to null"
             )
-        trainer["max_steps"] = 1  # until the sizes of the data are known, see `steps_of_epochs`
+        trainer["max_steps"] = 1  # until the sizes of the data are known, see `length.steps_of_epochs`
     return AllInOneArguments(
         output_dir=str(config.run_dir),
         run_name=config.name,
@@ -396,5 +382,6 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
         head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
+        freeze_schedule=config.model.freeze_stages or None,
         **trainer,
     )

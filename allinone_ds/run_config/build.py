@@ -32,14 +32,14 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """Build the model of a run, with random weights or those of the backbone's checkpoint.
 
     Args:
-        config: configuration of the run; only `tasks`, `model.freeze` and `model.lora` are used.
+        config: configuration of the run; only `tasks`, `model.freeze`, `model.thaw` and `model.lora` are used.
         facts: backbone configuration and class names.
 
     Raises:
         ConfigError: an invalid head, option or test-time view.
     """
     backbone = build_backbone(facts.backbone)
-    freeze_backbone(backbone, config.model.freeze)
+    freeze_backbone(backbone, config.model.never_trained)  # the trainer freezes what is thawed later
     if config.model.lora is not None:
         add_lora(backbone, config.model.lora)
     tasks = {

@@ -20,10 +20,11 @@ from pydantic import (
 
 from allinone_ds.balance.assignment import check_groups
 from allinone_ds.balance.joint.block import feature_weighting
-from allinone_ds.balance.options import BalancerConfig, combination_error
+from allinone_ds.balance.options import BalancerConfig, combination_error, sampling_error
+from allinone_ds.data.loading.sampling import Sampling
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
-from allinone_ds.models.freezing import Freeze
+from allinone_ds.models.freezing import Freeze, check_stages
 from allinone_ds.models.lora import LoraOptions
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.run_config.task_config import ImagesConfig, JointConfig, TaskConfig
@@ -59,6 +60,8 @@ class ModelConfig(Strict):
     """The shared backbone."""
     freeze: Freeze | None = None
     """What of the backbone keeps its weights: "embeddings", N (the embeddings and the first N layers) or "backbone"."""
+    thaw: dict[PositiveInt, Freeze | None] = Field(default_factory=dict)
+    """{optimizer step: what keeps its weights from this step on, as in `freeze`; null: nothing}."""
     lora: LoraOptions | None = None
     """Train adapters (LoRA) instead of the backbone's weights, which are frozen; null: train the weights."""
     start_from: ConfigPath | None = None
@@ -69,9 +72,22 @@ class ModelConfig(Strict):
     def _lora_adapts_something(self) -> ModelConfig:
         if self.lora is not None and self.freeze is not None:
             raise ConfigError("'freeze' and 'lora' are both set; remove 'freeze': with adapters all weights are frozen")
+        if self.thaw and self.freeze is None:
+            raise ConfigError("'thaw' is set, but nothing is frozen; set 'freeze' to what is frozen at first")
+        check_stages(self.freeze_stages)
         if self.lora is not None and self.start_from is None and self.backbone.checkpoint is None:
             raise ConfigError("'lora' would adapt a backbone of random weights; set backbone.checkpoint or start_from")
         return self
+
+    @property
+    def freeze_stages(self) -> dict[int, Freeze | None]:
+        """Optimizer step -> what is frozen from it on; empty if nothing is thawed."""
+        return {0: self.freeze, **self.thaw} if self.thaw else {}
+
+    @property
+    def never_trained(self) -> Freeze | None:
+        """What of the backbone stays frozen to the end of the run."""
+        return self.thaw[max(self.thaw)] if self.thaw else self.freeze
 
 
 _OF_GROUP = {
@@ -108,6 +124,8 @@ class RunConfig(Strict):
     epochs: dict[str, PositiveFloat] | None = Field(default=None, min_length=1, max_length=1)
     """{task: number of epochs}: length of the run as passes over the training data of one task or joint group, instead
     of `trainer.max_steps`."""
+    sampling: Sampling | None = None
+    """Which tasks run in an optimizer step; null: every task runs in each step."""
     early_stopping: EarlyStopping | None = None
     """End the run when its evaluations no longer improve."""
     callbacks: list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_callback)]] = Field(default=[])
@@ -177,6 +195,11 @@ class RunConfig(Strict):
     def _check_length(self) -> RunConfig:
         if self.early_stopping is not None and self.trainer.get("eval_strategy", "no") in ("no", False):
             raise ConfigError("early_stopping: it needs evaluations; set trainer.eval_strategy to steps")
+        steps = self.trainer.get("max_steps")
+        if isinstance(steps, int) and any(step >= steps for step in self.model.thaw):
+            raise ConfigError(f"model.thaw: step {max(self.model.thaw)} is never reached: trainer.max_steps = {steps}")
+        if self.sampling is not None:
+            self.sampling.check_names(self.images)
         for name in self.epochs or {}:
             if name not in self.images:
                 raise ConfigError(f"epochs.{name}: the run has no such task; {did_you_mean(name, self.images)}")
@@ -294,6 +317,10 @@ def check_balancer(config: RunConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"balancer: {error}") from error
     engine = read_engine(config.deepspeed, bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16")))
+    if config.sampling is not None:
+        refusal = sampling_error(balancer.norm, balancer.parallel, balancer.weighting())
+        if refusal is not None:
+            raise refusal
     for name, group in config.joint.items():
         if balancer.norm != "exact" or balancer.parallel != "data":
             raise ConfigError(

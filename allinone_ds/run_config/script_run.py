@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from allinone_ds.balance.options import config_from_weighting
 from allinone_ds.data.augmentation.transforms import SampleTransform, eval_transform
 from allinone_ds.data.base import SourceConfig
+from allinone_ds.data.loading.sampling import Sampling
 from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
@@ -35,6 +36,7 @@ def script_run_files(
     test_data: Mapping[str, TaskData],
     weighting: Any,
     balancer_options: Mapping[str, Any],
+    sampling: Sampling | None = None,
 ) -> tuple[RunFiles | None, list[str]]:
     """Return what writes the run files of a script's run, and what these files cannot say.
 
@@ -45,6 +47,7 @@ def script_run_files(
         test_data: {task or joint group: evaluation data}.
         weighting: weighting of the task gradients.
         balancer_options: further options of `TaskBalancer`.
+        sampling: which tasks run in a step.
 
     Returns:
         None instead of the files if the model cannot be built again from them; and one sentence per gap.
@@ -87,14 +90,20 @@ def script_run_files(
     balancer = config_from_weighting(weighting)
     if balancer is None:
         gaps.append(f"config.yaml has the default weighting, since {weighting!r} is not one of the package")
+    stages = dict(args.freeze_schedule or {})
     content = {
         "name": Path(str(args.output_dir)).name or "run",
         "output_dir": str(args.output_dir),
         "data_root": str(root),
-        "model": {"backbone": without_checkpoint(model.backbone.settings, model.backbone.config).model_dump()},
+        "model": {
+            "backbone": without_checkpoint(model.backbone.settings, model.backbone.config).model_dump(),
+            "freeze": stages.pop(0, None),
+            "thaw": stages,
+        },
         "tasks": tasks,
         "joint": groups,
         "balancer": {**(balancer or {}), **balancer_options},
+        "sampling": None if sampling is None else sampling.model_dump(mode="json"),
         "trainer": _trainer(args),
         "deepspeed": args.deepspeed,
         "max_broken_images": args.max_broken_images,

@@ -101,6 +101,9 @@ class HeadConfig(Strict):
     """Weight decay of the head; None is `trainer.weight_decay`."""
     test_time: TestTime | None = None
     """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
+    continues: str | Literal[False] | None = None
+    """On a resume: the task of the checkpoint whose head, optimizer state and data this task goes on with; false: it
+    starts fresh; null: the one of the same name, if there is one."""
     classes: ClassNames | None = None
     """Class names in the order of the labels, or a text file with one name per line, for all sources of the task; None:
     those of the first source."""

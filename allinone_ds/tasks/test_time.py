@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
 
 _OVERLAP = 3
@@ -50,6 +51,24 @@ class View:
     flipped: bool
     outputs: list[Any]
     corners: list[tuple[int, int]]
+
+
+def refuse_windows(task: str, kind: str, options: TestTime) -> None:
+    """Refuse windows, which show only a part of an image.
+
+    Args:
+        task: name of the task.
+        kind: its kind.
+        options: its views.
+
+    Raises:
+        ConfigError: `windows` is set.
+    """
+    if options.windows:
+        raise ConfigError(
+            f"tasks.{task}.test_time.windows: a window shows only a part of the image and may cut objects, so {kind} "
+            "cannot merge windows; remove it"
+        )
 
 
 def view_size(image_size: tuple[int, int], scale: float, stride: int) -> tuple[int, int]:

@@ -48,6 +48,9 @@ class Case:
     norm: str = "exact"
     """Of the balancer; "features" balances there too."""
 
+    muon: str | None = None
+    """Newton-Schulz iteration of DeepSpeed's Muon on the backbone's matrices, with AdamW for the others; None: SGD."""
+
     @property
     def at(self) -> str:
         """Where tasks are balanced."""
@@ -56,6 +59,8 @@ class Case:
     def config(self) -> dict:
         """The DeepSpeed config."""
         zero = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400, **self.zero}
+        if self.muon and self.stage == 3:
+            zero["reduce_scatter"] = False  # DeepSpeed requires it
         if self.stage == 3:
             zero |= {"stage3_param_persistence_threshold": 20, "stage3_prefetch_bucket_size": 100}
         if self.offload:
@@ -112,7 +117,36 @@ def all_cases() -> list[Case]:
     cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
+    return [*cases, *_muon_cases(), *_hpz_cases()]
+
+
+def _muon_cases() -> list[Case]:
+    """DeepSpeed's Muon in every stage and precision, and in every way to run the tasks."""
+    cases = []
+    for stage in (0, 1, 2, 3):
+        cases.append(Case(f"zero{stage} fp32 muon", stage, muon="gram"))
+        if stage:
+            cases += [Case(f"zero{stage} {dtype} muon", stage, dtype, muon="gram") for dtype in ("bf16", "fp16")]
+            cases.append(Case(f"zero{stage} bf16 fp32-accumulation muon", stage, "bf16", "fp32", muon="gram"))
+        cases += [
+            Case(f"zero{stage} fp32 muon joint {at}", stage, joint_at=at, muon="gram")
+            for at in ("backbone", "features")
+        ]
+        cases.append(Case(f"zero{stage} fp32 muon norm=features", stage, norm="features", muon="gram"))
+    for stage in (1, 2):
+        cases.append(Case(f"zero{stage} fp32 muon tasks apart", stage, apart=True, muon="gram"))
+    cases.append(Case("zero2 fp32 muon standard iteration", 2, muon="standard"))
+    cases.append(Case("zero2 fp32 muon round robin", 2, muon="gram", zero={"round_robin_gradients": True}))
+    cases.append(Case("zero3 fp32 muon sub-groups", 3, muon="gram", zero={"sub_group_size": 150}))
     return cases
+
+
+def _hpz_cases() -> list[Case]:
+    """Weights copied within groups of two ranks. They come last: later engines of a process have the groups too."""
+    zero = {"zero_hpz_partition_size": 2}
+    cases = [Case(f"zero3 {dtype} hpz", 3, dtype, zero=zero) for dtype in ("fp32", "bf16")]
+    cases.append(Case("zero3 fp32 hpz offload", 3, offload=True, zero=zero))
+    return cases + [Case(f"zero3 fp32 hpz {way}", 3, zero=zero, **options) for way, options in JOINT.items()]
 
 
 def _joint_cases() -> list[Case]:
@@ -149,5 +183,5 @@ def weightings_for(case: Case) -> tuple[str, ...]:
         )
     if case.name.removesuffix(" tasks apart") == f"zero{case.stage} fp32":
         return tuple(WEIGHTINGS)
-    variant = case.zero or case.one_group or case.checkpointing
+    variant = case.zero or case.one_group or case.checkpointing or case.muon
     return ("tbgc",) if variant else LADDER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from allinone_ds.testing import toy
 from allinone_ds.testing.cases import GROUPS, STEPS, Case
+from allinone_ds.testing.muon import MuonByHand, muon, newton_schulz_in_float32
 from allinone_ds.testing.reference import Reference, reference_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,15 +113,21 @@ def run_case(
     lr = toy.rate(weighting)
     head_lr = toy.RAW_RATE if case.at == "features" else None  # their gradient is raw
     model = toy.make_model(checkpointing=case.checkpointing).float()
-    optimizer = torch.optim.SGD(toy.param_groups(model, not case.one_group, head_lr), lr=lr)
+    optimizer: torch.optim.Optimizer
+    if case.muon:
+        optimizer = muon(model, case.muon)
+    else:
+        optimizer = torch.optim.SGD(toy.param_groups(model, not case.one_group, head_lr), lr=lr)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
     options = {"parallel": "tasks" if case.apart else "data", **({} if case.norm == "exact" else {"norm": case.norm})}
     balancer = make_balancer(engine, weighting, **options)
-    reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
+    with newton_schulz_in_float32() if case.muon else contextlib.nullcontext():
+        reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
     dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
     wanted = reference_run(
-        weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at
-    )
+        weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at,
+        optimizer=MuonByHand() if case.muon else None,
+    )  # fmt: skip
     weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
     found = compare(weights, reports, wanted, toy.make_model())
     balancer.detach()

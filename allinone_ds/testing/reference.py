@@ -13,6 +13,24 @@ from allinone_ds.testing.toy import TASKS, ToyModel, inputs, make_model, rate
 
 
 @dataclass
+class SgdByHand:
+    """SGD on whole parameters.
+
+    Args:
+        lr: learning rate.
+        head_lr: of the heads, where it differs.
+    """
+
+    lr: float
+    head_lr: float | None = None
+
+    def step(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights after a step."""
+        rates = {n: self.lr if n.startswith("backbone.") or self.head_lr is None else self.head_lr for n in weights}
+        return {name: value - rates[name] * gradients.get(name, 0) for name, value in weights.items()}
+
+
+@dataclass
 class Reference:
     """What training must reach: final parameters, and per step the raw norms and factors of each task."""
 
@@ -113,6 +131,7 @@ def reference_run(
     delayed: bool = False,
     joint: bool = False,
     at: str = "backbone",
+    optimizer: Any = None,
 ) -> Reference:
     """Train with balanced SGD by hand, on one process.
 
@@ -128,11 +147,13 @@ def reference_run(
         delayed: factors come from the step before, as with norm="delayed"; the first step is exact.
         joint: all tasks read the data of the first.
         at: "backbone", or "features": balanced there in each micro-step, heads with their raw gradient.
+        optimizer: with `step(weights, gradients)`, which returns the weights after a step; None: SGD.
     """
-    lr = rate(weighting) if lr is None else lr
+    optimizer = optimizer or SgdByHand(rate(weighting) if lr is None else lr, head_lr)
     # engines round the weights first, then copy them to fp32
     model = (make_model() if model is None else model).to(dtype)
     master = {name: p.detach().double() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     own: dict[str, float] = {}
     norms_log, scales_log = [], []
     total: dict[str, Any]
@@ -148,8 +169,7 @@ def reference_run(
                 part = balanced_at_features(model, tasks, weighting, step, micro_steps[tasks[0]], world)
                 total = {name: total.get(name, 0) + part[0].get(name, 0) for name in {**total, **part[0]}}
                 norms, scale = {**norms, **part[1]}, {**scale, **part[2]}
-            rates = {name: lr if name.startswith("backbone.") or head_lr is None else head_lr for name in master}
-            master = {name: value - rates[name] * total.get(name, 0) for name, value in master.items()}
+            master |= optimizer.step({name: master[name] for name in trained}, total)
             norms_log.append(norms)
             scales_log.append(scale)
             continue
@@ -168,8 +188,7 @@ def reference_run(
             last = min(1.0, weighting["max_norm"] / (norm_of(total.values()) + 1e-6))
             total = {name: value * last for name, value in total.items()}
             scale = {task: c * last for task, c in scale.items()}
-        for name, value in total.items():
-            master[name] = master[name] - lr * value
+        master |= optimizer.step({name: master[name] for name in trained}, total)
         norms_log.append(norms)
         scales_log.append(scale)
     return Reference(master, norms_log, scales_log)

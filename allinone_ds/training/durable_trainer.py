@@ -10,7 +10,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, set_seed
 
 from allinone_ds.distributed import extend_timeouts
-from allinone_ds.errors import RunError
+from allinone_ds.errors import ConfigError, RunError
+from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.background_saver import BackgroundSaver
 from allinone_ds.run_folder.checkpoints import check_resume, clear_unfinished, parse_resume, step_of
@@ -18,6 +19,7 @@ from allinone_ds.run_folder.collective import choose_checkpoint, find_faults, lo
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.training.load_checkpoint import best_checkpoint, check_resumable, load_engine
 from allinone_ds.training.save_checkpoint import save_checkpoint, save_weights
+from allinone_ds.training.start.changed_tasks import TaskChanges
 from allinone_ds.training.watch.signals import StopOnSignal
 from allinone_ds.training.watch.stall_watch import StallWatch
 
@@ -43,17 +45,27 @@ class DurableTrainer(Trainer):
 
     Args:
         kwargs: arguments of `transformers.Trainer`.
+
+    Attributes:
+        freezing: what of the model's backbone is frozen in which step.
+
+    Raises:
+        ConfigError: the last stage of `freeze_schedule` is never reached.
     """
 
     args: AllInOneArguments
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.freezing = FreezeSchedule(getattr(self.model, "backbone", None), self.args.freeze_schedule or {})
+        if self.freezing.last and self.freezing.last >= self.args.max_steps:
+            raise ConfigError(f"model.thaw: step {self.freezing.last} is never reached in {self.args.max_steps} steps")
         self.stop_signal = StopOnSignal()
         self.add_callback(self.stop_signal)
         self.saver: BackgroundSaver | None = None
         self._watch: StallWatch | None = None
         self._resumed: Path | None = None
+        self.changes: TaskChanges | None = None
 
     def loop_state(self) -> dict[str, Any] | None:
         """Return the state of this rank's training loop that neither the engine nor Trainer saves.
@@ -174,7 +186,9 @@ class DurableTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         initialized = super()._init_training_state(*args, **kwargs)
-        if self._resumed is not None:
+        if self._resumed is not None and self.changes is not None:  # scores of other tasks do not compare
+            self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+        elif self._resumed is not None:
             self.state.best_model_checkpoint = best_checkpoint(self._resumed) or self.state.best_model_checkpoint
             callbacks: Any = self.state.stateful_callbacks
             saved = callbacks.get(EarlyStoppingCallback.__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from allinone_ds.run_folder.weights import shards_of
-from allinone_ds.zero.checkpoint.layout import read_file
+from allinone_ds.zero.checkpoint.layout import Segments, read_file
 from allinone_ds.zero.checkpoint.reshard import reshard_flats
 from allinone_ds.zero.engines.choose import open_engine
 
@@ -73,11 +73,13 @@ class ShardEMA:
         return {"steps": self.steps, "shards": self.shards}
 
     @torch.no_grad()
-    def load(self, checkpoint: str | Path) -> bool:
+    def load(self, checkpoint: str | Path, segments: Segments | None = None) -> bool:
         """Load the average of a checkpoint.
 
         Args:
             checkpoint: folder of a checkpoint of any number of ranks and any ZeRO stage that the engine can resume.
+            segments: where tensors are that have other names, or other rows, in the checkpoint; the average of the
+                others starts at their weights.
 
         Returns:
             False if the checkpoint holds no average; nothing changes then.
@@ -91,7 +93,7 @@ class ShardEMA:
             for average, loaded in zip(self.shards, saved[0]["shards"], strict=True):
                 average.copy_(loaded)
         else:
-            reshard_flats(self.engine, shards, [state["shards"] for state in saved], self.shards)
+            reshard_flats(self.engine, shards, [state["shards"] for state in saved], self.shards, segments)
         self.steps = saved[0]["steps"]
         return True
 
@@ -109,7 +111,8 @@ class AverageWeights(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ema = self.trainer.ema = ShardEMA(self.trainer.deepspeed, args.ema_decay)
         folder = self.trainer.resumed_from
-        if folder is not None and not ema.load(folder):
+        changes = self.trainer.changes
+        if folder is not None and not ema.load(folder, None if changes is None else changes.segments):
             self.trainer.warn(
                 state.global_step,
                 f"{folder} holds no average of the weights (ema_decay): the average starts from the current weights",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,13 +17,39 @@ from allinone_ds.distributed import cpu_group, world_size
 from allinone_ds.tasks import Task
 
 
+class StepWeights(Mapping[str, "Sequence[float] | None"]):
+    """Weights of the micro-batches of one step on this rank, by task; the first look waits for the other ranks' labels.
+
+    None stands for the weights of a task of a joint group that has no label in the step, on any rank.
+
+    Args:
+        received: waits for them.
+    """
+
+    def __init__(self, received: Callable[[], dict[str, list[float] | None]]) -> None:
+        self._received = received
+
+    @cached_property
+    def _weights(self) -> dict[str, list[float] | None]:
+        return self._received()
+
+    def __getitem__(self, task: str) -> Sequence[float] | None:
+        return self._weights[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 class LabelWeights:
     """Weights of the losses of a step.
 
     Rank r's loss of micro-step k is S_kr / d_kr: a sum over the micro-batch, divided by its labels or by 1 if it has
     none. The mean over all M micro-batches of the step of M d_kr / D times the loss is the sum of all S_kr divided by
     D, the labels of the whole step. The labels are counted on the CPU, and the ranks exchange the numbers of all tasks
-    in one message per step, so that nothing waits for the device.
+    in one message per step, which travels during the first forward, so that nothing waits for the device.
 
     Args:
         tasks: tasks by name, the same on every rank.
@@ -55,14 +82,11 @@ class LabelWeights:
         }
         self.micro_batches = dict(micro_batches)
 
-    def of_step(self, batches: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float] | None]:
+    def of_step(self, batches: Mapping[str, Sequence[Mapping[str, Any]]]) -> StepWeights:
         """Return for each task the weight of each of its micro-batches on this rank. Collective.
 
         Args:
             batches: task or joint group -> its micro-batches on this rank, on the CPU.
-
-        Returns:
-            None instead of the weights of a task of a joint group that has no label in the step, on any rank.
         """
         weights: dict[str, list[float] | None] = {}
         parts: dict[str, list[tuple[int, int]]] = {}
@@ -72,15 +96,22 @@ class LabelWeights:
                 if task in self.tasks:
                     parts[task] = [self._labels(task, batch, name in self.groups) for batch in of_step]
         sums = [[sum(column) for column in zip(*parts.get(name, [(0, 0)]), strict=True)] for name in self.tasks]
-        totals = torch.tensor(sums, dtype=torch.long).reshape(-1, 2)
+        totals = torch.tensor(sums, dtype=torch.long, device="cpu").reshape(-1, 2)
+        sent = None
         if world_size() > 1 and self.tasks:
-            dist.all_reduce(totals, group=cpu_group())
-        for name, (labels, images) in zip(self.tasks, totals.tolist(), strict=True):
-            if name in parts:
-                M = self.micro_batches[name]
-                own = [M * (max(n, 1) if used else 0) / max(labels, 1) for n, used in parts[name]]
-                weights[name] = own if images else None
-        return weights
+            sent = dist.all_reduce(totals, group=cpu_group(), async_op=True)
+
+        def received() -> dict[str, list[float] | None]:
+            if sent is not None:
+                sent.wait()
+            for name, (labels, images) in zip(self.tasks, totals.tolist(), strict=True):
+                if name in parts:
+                    M = self.micro_batches[name]
+                    own = [M * (max(n, 1) if used else 0) / max(labels, 1) for n, used in parts[name]]
+                    weights[name] = own if images else None
+            return weights
+
+        return StepWeights(received)
 
     def _labels(self, task: str, batch: Mapping[str, Any], joint: bool) -> tuple[int, int]:
         """Return the number of labels of a micro-batch, and of images that have some."""
@@ -90,9 +121,7 @@ class LabelWeights:
         return images if count is None else int(count), images
 
 
-def block(
-    balancer: TaskBalancer, name: str, joint: Joint | None, micro_steps: int, frozen: bool
-) -> AbstractContextManager[None]:
+def block(balancer: TaskBalancer, name: str, joint: Joint | None, micro_steps: int) -> AbstractContextManager[None]:
     """Return the balancer's block of a task or joint group.
 
     Args:
@@ -100,11 +129,10 @@ def block(
         name: of the task or group.
         joint: settings of the group; None: it is a task.
         micro_steps: number of micro-batches.
-        frozen: whether no weight is shared. Nothing is balanced then, and no gradient comes back to the features.
     """
     if joint is None:
         return balancer.task(name, micro_steps=micro_steps)
-    return balancer.joint(joint.tasks, micro_steps=micro_steps, at="backbone" if frozen else joint.at)
+    return balancer.joint(joint.tasks, micro_steps=micro_steps, at=joint.at)
 
 
 def losses_of(
@@ -112,7 +140,7 @@ def losses_of(
     name: str,
     joint: Joint | None,
     batch: Mapping[str, Any],
-    weights: Mapping[str, Sequence[float] | None],
+    weights: StepWeights,
     number: int,
 ) -> Any:
     """Return the weighted loss of a micro-batch, of a joint group task -> loss, None for a task without labels.

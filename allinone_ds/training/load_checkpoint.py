@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from safetensors import safe_open
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
+from allinone_ds.balance.renaming import by_new_name
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.manifest import read_manifest
-from allinone_ds.run_folder.names import CONFIG_FILE, TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import shards_of
 from allinone_ds.training.optimizer import continue_schedule, group_settings
 from allinone_ds.training.save_checkpoint import loop_file
+from allinone_ds.training.start.changed_tasks import Continues, SavedTasks, TaskChanges, task_changes
 from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
-from allinone_ds.zero.params import whole_shape
+from allinone_ds.zero.params import forget_copies, whole_shape
 
 
 def best_checkpoint(checkpoint: Path) -> str | None:
@@ -48,13 +51,17 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
             optimizer's state does not have the shape of the weights.
     """
     engine = trainer.deepspeed
+    trainer.freezing.thaw()
     settings = group_settings(engine.optimizer)
-    check_model(engine.module, checkpoint)
+    changes = trainer.changes if resume else None
+    if changes is None:
+        check_model(engine.module, checkpoint)
     own_checkpoint_files(engine)
     manifest = read_manifest(checkpoint)
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
-    if stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
+    if changes is None and stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
         deepspeed_load_checkpoint(engine, str(checkpoint))
+        forget_copies(engine)
     elif 0 in (stage, saved_stage):
         raise ConfigError(
             f"{checkpoint} was saved with ZeRO stage {saved_stage}, this run uses stage {stage}: checkpoints "
@@ -65,7 +72,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
         if shards is None:
             raise ConfigError(f"{checkpoint} holds no ZeRO shards; choose a different checkpoint")
         try:
-            load_resharded(engine, shards)
+            load_resharded(engine, shards, None if changes is None else changes.segments)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
     if resume:
@@ -95,6 +102,60 @@ def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
     Raises:
         ConfigError: names the tasks whose heads differ.
     """
+    shapes = _shapes(model, checkpoint)
+    if shapes is not None:
+        _refuse_difference(shapes, checkpoint)
+
+
+def changes_since(model: Any, checkpoint: Path, continues: Continues) -> TaskChanges | None:
+    """Return how the tasks of a run differ from those of a checkpoint that it resumes; None: they do not.
+
+    Args:
+        model: the AllInOneModel of the run; it may be on the meta device.
+        checkpoint: folder of the checkpoint.
+        continues: task -> the task of the checkpoint with which it goes on, or False.
+
+    Raises:
+        ConfigError: the backbones differ, or see `task_changes`.
+    """
+    shapes = _shapes(model, checkpoint)
+    if shapes is None:
+        return None
+    _refuse_difference(shapes.without_tasks(), checkpoint)
+    changes = task_changes(
+        model.tasks, shapes.own, shapes.saved, _saved_tasks(checkpoint, model), continues, checkpoint
+    )
+    if changes is None:
+        _refuse_difference(shapes, checkpoint)
+        return None
+    if shards_of(checkpoint) is None or read_manifest(checkpoint)["zero_stage"] == 0:
+        raise ConfigError(
+            f"{checkpoint} was saved with ZeRO stage 0, from which a run with other tasks cannot resume "
+            f"({'; '.join(changes.lines)}); use the same tasks, or start a new run with a different output_dir and "
+            f"model.start_from={checkpoint}"
+        )
+    return changes
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Shapes of the tensors of a model and of a checkpoint, as far as the checkpoint knows them."""
+
+    own: dict[str, tuple[int, ...]]
+    saved: dict[str, tuple[int, ...]]
+    trained: set[str]
+    saved_trained: set[str] | None
+
+    def without_tasks(self) -> _Shapes:
+        def rest(names: Any) -> Any:
+            kept = [name for name in names if not name.startswith("tasks.")]
+            return {name: names[name] for name in kept} if isinstance(names, dict) else set(kept)
+
+        trained = None if self.saved_trained is None else rest(self.saved_trained)
+        return _Shapes(rest(self.own), rest(self.saved), rest(self.trained), trained)
+
+
+def _shapes(model: torch.nn.Module, checkpoint: Path) -> _Shapes | None:
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     shards = shards_of(checkpoint)
@@ -106,10 +167,25 @@ def check_model(model: torch.nn.Module, checkpoint: Path) -> None:
     elif saved_trained is not None:  # ZeRO-3 that did not gather its weights
         saved, names = saved_trained, trained | (names & saved_trained.keys())
     else:
-        return
+        return None
     own = {name: tuple(whole_shape(tensors[name])) for name in tensors if name in names}
-    if own == saved and saved_trained is not None and trained != saved_trained.keys():
-        changed = sorted(trained ^ saved_trained.keys())
+    return _Shapes(own, saved, trained, None if saved_trained is None else set(saved_trained))
+
+
+def _saved_tasks(checkpoint: Path, model: Any) -> SavedTasks:
+    """Return what a checkpoint says of its tasks; one of an earlier release says it in model.json, or not at all."""
+    state = read_file(checkpoint / loop_file(0))
+    if "classes" in state:
+        return SavedTasks(state["classes"], state["continues"])
+    if (checkpoint / MODEL_FILE).is_file():
+        return SavedTasks(json.loads((checkpoint / MODEL_FILE).read_text())["classes"], {})
+    return SavedTasks({name: list(task.classes) for name, task in model.tasks.items()}, {})
+
+
+def _refuse_difference(shapes: _Shapes, checkpoint: Path) -> None:
+    own, saved, trained, saved_trained = shapes.own, shapes.saved, shapes.trained, shapes.saved_trained
+    if own == saved and saved_trained is not None and trained != saved_trained:
+        changed = sorted(trained ^ saved_trained)
         was, now = ("frozen", "trained") if changed[0] in trained else ("trained", "frozen")
         raise ConfigError(
             f"{checkpoint} cannot be resumed: {len(changed)} parameters were {was} there and are {now} in this run, "
@@ -155,9 +231,22 @@ def read_loop_state(checkpoint: Path, rank: int) -> dict[str, Any]:
     return state
 
 
-def saved_frequencies(checkpoint: Path) -> dict[str, list[float]]:
-    """Return the class frequencies by task that the run was started with; none of a checkpoint that has none."""
-    return read_file(checkpoint / loop_file(0)).get("frequencies", {})
+def saved_step(checkpoint: Path) -> int:
+    """Return the number of optimizer steps of a checkpoint."""
+    return int(json.loads((checkpoint / TRAINER_STATE).read_text())["global_step"])
+
+
+def saved_frequencies(checkpoint: Path, changes: TaskChanges | None) -> dict[str, list[float]]:
+    """Return the class frequencies by task that the run was started with; none of a checkpoint that has none.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        changes: of the tasks since then; those with other classes are counted again.
+    """
+    saved = read_file(checkpoint / loop_file(0)).get("frequencies", {})
+    if changes is None:
+        return saved
+    return {task: own for task, own in by_new_name(saved, changes.names).items() if task not in changes.reclassed}
 
 
 def check_optimizer(checkpoint: Path, optim: str) -> None:
@@ -175,4 +264,23 @@ def check_optimizer(checkpoint: Path, optim: str) -> None:
         raise ConfigError(
             f"trainer.optim = '{optim}': {checkpoint} was saved with '{saved}', whose state does not fit; use "
             f"that, or start a new run with a different output_dir and model.start_from={checkpoint}"
+        )
+
+
+def check_freezing(checkpoint: Path, stages: list[Any]) -> None:
+    """Refuse a checkpoint of a run that thaws the backbone in other stages, in whatever steps: its groups differ.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        stages: what is frozen in each stage of this run.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    saved = read_file(checkpoint / loop_file(0)).get("freezing", [])
+    if saved != stages:
+        raise ConfigError(
+            f"model.thaw: {checkpoint} was saved with the stages {saved}, this run has {stages} (freeze, then the "
+            "values of thaw); use the same, of which only the steps may differ, or start a new run with a different "
+            f"output_dir and model.start_from={checkpoint}"
         )

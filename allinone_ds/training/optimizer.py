@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.freezing import FreezeSchedule
+from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.strict import did_you_mean
-from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
+from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
+from allinone_ds.zero.checkpoint.layout import read_file
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -48,6 +52,7 @@ def parameter_groups(
     layer_lr_decay: float = 1.0,
     head_lr_factor: Mapping[str, float] | None = None,
     head_weight_decay: Mapping[str, float] | None = None,
+    thaw_stages: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an AllInOneModel.
 
@@ -64,11 +69,12 @@ def parameter_groups(
         layer_lr_decay: learning rate of a backbone layer divided by that of the next layer; 1: no layer-wise decay.
         head_lr_factor: task -> learning rate of its head divided by `learning_rate`; 1 for all others.
         head_weight_decay: task -> weight decay of its head; `weight_decay` for all others.
+        thaw_stages: parameter of the backbone -> number of the stage that thaws it, for those that are frozen at first.
 
     Returns:
-        Groups with `name` ("head/NAME/decay", "backbone/no_decay", or "backbone/layer03/decay" with layer-wise decay),
-        `params`, `lr` and `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume
-        may change them.
+        Groups with `name` ("head/NAME/decay", "backbone/no_decay", "backbone/layer03/decay" with layer-wise decay, or
+        "backbone/thaw1/decay" for what is thawed first), `params`, `lr` and `weight_decay`. Heads come first. The order
+        does not depend on the rates, so that a resume may change them.
 
     Raises:
         ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
@@ -90,7 +96,8 @@ def parameter_groups(
             continue
         parts = name.split(".")
         if parts[0] == "backbone":
-            component, lr = "backbone", learning_rate * backbone_lr_factor
+            stage = (thaw_stages or {}).get(name.removeprefix("backbone."))
+            component, lr = f"backbone/thaw{stage}" if stage else "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
                 layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
@@ -112,6 +119,28 @@ def parameter_groups(
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
+
+
+def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, Any]]:
+    """Return the `parameter_groups` of a model with the settings of a run.
+
+    Args:
+        model: an AllInOneModel.
+        args: arguments of the run.
+
+    Raises:
+        ConfigError: as of `parameter_groups` and `FreezeSchedule`.
+    """
+    return parameter_groups(
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        args.backbone_lr_factor,
+        args.layer_lr_decay,
+        args.head_lr_factor,
+        args.head_weight_decay,
+        FreezeSchedule(model.backbone, args.freeze_schedule or {}).stage_numbers(),
+    )
 
 
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")
@@ -149,8 +178,11 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
             "saved with a schedule of a different kind (one follows a metric, the other the step), whose state does "
             f"not fit; use the same, or start a new run with a different output_dir and model.start_from={checkpoint}"
         )
+    rates = fresh["base_lrs"]
+    if trainer.changes is not None:
+        saved = _for_groups(saved, trainer.changes.names, checkpoint, [group["name"] for group in groups], rates)
     scheduler.load_state_dict(saved)
-    before, rates = saved.get("base_lrs", fresh["base_lrs"]), fresh["base_lrs"]
+    before = saved.get("base_lrs", rates)
     scheduler.base_lrs = list(rates)
     if isinstance(scheduler, LambdaLR):
         factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
@@ -181,6 +213,37 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
             for key, texts in changes.items()
         )
         trainer.warn(step, f"this run continues {checkpoint.name} with other settings from step {step} on: {named}")
+
+
+def _for_groups(
+    saved: Mapping[str, Any], names: Names, checkpoint: Path, groups: Sequence[str], rates: Sequence[float]
+) -> dict[str, Any]:
+    """Return the state of a schedule for the parameter groups of other tasks.
+
+    A new group has its rate of this run, and the reductions so far of the groups of the checkpoint.
+
+    Args:
+        saved: state of the schedule.
+        names: {task of the checkpoint: its name in this run, None where it does not go on}.
+        checkpoint: folder of the checkpoint.
+        groups: names of this run's groups.
+        rates: their learning rates at the start of the schedule.
+    """
+    places: dict[str, int] = {}
+    for place, group in enumerate(read_file(checkpoint / loop_file(0))["groups"]):
+        kind, _, rest = group.partition("/")
+        task, _, decay = rest.partition("/")
+        places["/".join([kind, str(names.get(task, task)), decay]) if kind == "head" else group] = place
+    before, last = saved.get("base_lrs", []), saved.get("_last_lr", [])
+    reduction = last[-1] / before[-1] if before and last and before[-1] else 1.0
+    changed = dict(saved)
+    for key, values in saved.items():
+        if isinstance(values, list) and len(values) == len(places):
+            new = [rate * reduction if key == "_last_lr" else rate for rate in rates]
+            if key not in ("base_lrs", "_last_lr"):
+                new = [values[-1]] * len(groups)
+            changed[key] = [values[places[g]] if g in places else new[i] for i, g in enumerate(groups)]
+    return changed
 
 
 def _shown(value: Any) -> str:

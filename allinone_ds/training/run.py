@@ -14,7 +14,7 @@ from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
 from allinone_ds.reporting.plots import write_plots
 from allinone_ds.reporting.report import write_predictions_page, write_report
-from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, steps_of_epochs
+from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config
 from allinone_ds.run_config.build import (
     build_model,
     classes_of,
@@ -23,6 +23,7 @@ from allinone_ds.run_config.build import (
     open_train_data,
     without_checkpoint,
 )
+from allinone_ds.run_config.length import steps_of_epochs
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.atomic_file import write_atomically
@@ -79,7 +80,8 @@ def _train(
     set_seed(args.seed)
     train_data = open_train_data(config)
     sizes = {name: len(data.dataset) for name, data in train_data.items()}
-    args.max_steps = steps_of_epochs(config, sizes, args.world_size) or args.max_steps
+    seed = args.seed if args.data_seed is None else args.data_seed
+    args.max_steps = steps_of_epochs(config, sizes, args.world_size, seed) or args.max_steps
     classes = classes_of(train_data)
     test_data = open_test_data(config, classes)
     if not resume_from:
@@ -97,13 +99,9 @@ def _train(
         weighting=weighting,
         balancer_options=balancer_options,
         callbacks=[RunFiles(config, facts), *callbacks],
+        sampling=config.sampling,
+        continues={name: task.continues for name, task in config.tasks.items() if task.continues is not None},
     )
-    if trainer.weighting_unused:
-        trainer.warn(
-            0,
-            "model.freeze: the whole backbone is frozen, so there is nothing to balance: each head trains on its own "
-            "gradient, and the logged norms are those of the heads",
-        )
     if not resume_from:
         _warn_at_start(trainer, {**train_data, **{f"{name} test": data for name, data in test_data.items()}}, untrained)
     result = trainer.train(resume_from_checkpoint=resume_from)

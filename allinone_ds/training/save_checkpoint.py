@@ -48,6 +48,7 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
     if saver is not None:
         saver.finish()
     trainer.store_flos()
+    trainer.freezing.thaw()
     writer = CheckpointWriter(Path(trainer.args.output_dir), trainer.state.global_step, saver and saver.group)
     weights = None if saver is not None else gathered_weights(trainer)
     _locate_best(trainer.state, writer.target)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
-from allinone_ds.balance.report import StepReport
-from allinone_ds.balance.weightings.clipping import TBGC, Sum
+from allinone_ds.balance.heads import NOTHING_TO_BALANCE
+from allinone_ds.balance.options import sampling_error
+from allinone_ds.balance.weightings.clipping import TBGC
 from allinone_ds.data.joint.batches import by_task, task_names
 from allinone_ds.data.loading.ahead import ahead
 from allinone_ds.data.loading.loader import StepBatch, train_loader
+from allinone_ds.data.loading.sampling import Sampling, TaskSampling
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
@@ -36,9 +39,17 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import check_optimizer, read_loop_state, saved_frequencies
-from allinone_ds.training.optimizer import parameter_groups
-from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, slow_arithmetic
+from allinone_ds.training.load_checkpoint import (
+    changes_since,
+    check_freezing,
+    check_optimizer,
+    read_loop_state,
+    saved_frequencies,
+    saved_step,
+)
+from allinone_ds.training.optimizer import groups_of_run
+from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
+from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -64,8 +75,8 @@ class AllInOneTrainer(EvaluatingTrainer):
     objects given here, so that the commands `report`, `eval`, `export` and `predict` and `allinone_ds.load` work on it
     as on the run of a YAML file. `finish_run` adds the weights and results at the end.
 
-    If the whole backbone is frozen there is nothing to balance: the heads train on their own gradients (`Sum`), and the
-    logged norms are those of the heads.
+    While the whole backbone is frozen there is nothing to balance: the heads train on their own gradients, the logged
+    norms are those of the heads, and a warning says so.
 
     Args:
         model: an AllInOneModel.
@@ -76,6 +87,9 @@ class AllInOneTrainer(EvaluatingTrainer):
         balancer_options: further options of `TaskBalancer`, for example {"norm": "sketch"}. With {"parallel": "tasks"}
             each rank reads only the data of its own tasks; the samples of a step are the same.
         callbacks: further Trainer callbacks.
+        sampling: which tasks run in a step, a `Sampling` or its fields; None: every task runs in each step.
+        continues: task -> the task of the checkpoint with which it goes on when a run is resumed; False: it starts
+            fresh. Tasks that are not named go on with that of their own name, if there is one.
 
     Raises:
         ConfigError: the tasks of model and data differ, `groups` of ranks are invalid, or the metric that selects the
@@ -86,7 +100,6 @@ class AllInOneTrainer(EvaluatingTrainer):
         events: the event log of the run, RUN/log.jsonl.
         run_files: what writes config.yaml and model.json to the run's folder and to every checkpoint; None if the model
             cannot be built again from such files.
-        weighting_unused: whether the whole backbone is frozen.
         own_micro_batches: {task: (micro-step, rank) of each micro-batch of the schedule that this rank runs}.
         details: {(prefix, step): {task: details}} of the last evaluation and of that of the best checkpoint, as
             described in `allinone_ds.tasks.details`.
@@ -114,6 +127,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         weighting: Any = None,
         balancer_options: Mapping[str, Any] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        continues: Mapping[str, str | Literal[False]] | None = None,
     ) -> None:
         known_tasks = tasks_of(model)
         known = set(known_tasks)
@@ -127,11 +142,14 @@ class AllInOneTrainer(EvaluatingTrainer):
         raise_all(argument_problems(args, {name: known_tasks[name] for name in test_data}))
         settle_direction(args, known_tasks, set(test_data))
         weighting = TBGC() if weighting is None else weighting
+        options = dict(balancer_options or {})
+        sampling = None if sampling is None else Sampling.model_validate(sampling)
+        self.continues = dict(continues or {})
         self._gaps: list[str] = []
         self.run_files = find_callback(callbacks, RunFiles)
         if self.run_files is None:
             self.run_files, self._gaps = script_run_files(
-                model, args, train_dataset, eval_dataset or {}, weighting, balancer_options or {}
+                model, args, train_dataset, eval_dataset or {}, weighting, options, sampling
             )
         self.events = find_callback(callbacks, EventLog) or EventLog(str(args.output_dir))
         printed = find_callback(callbacks, PrintProgress) or PrintProgress()
@@ -150,21 +168,22 @@ class AllInOneTrainer(EvaluatingTrainer):
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
             move_buffers(model, args.device)
         self.weighting = weighting
-        self._shared: Any = "backbone"
         self._first_head = next(iter(known_tasks))
-        self.weighting_unused = not any(p.requires_grad for p in model.backbone.parameters())  # type: ignore[union-attr]
-        if self.weighting_unused:
-            self.weighting, self._shared = Sum(), [p for p in model.parameters() if p.requires_grad]
-        self.balancer_options = dict(balancer_options or {})
+        self.balancer_options = options
+        sizes = {task: len(data.dataset) for task, data in train_dataset.items()}
+        seed = args.seed if args.data_seed is None else args.data_seed
         self.schedule = Schedule(
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            sizes={task: len(data.dataset) for task, data in train_dataset.items()},
+            seed=seed,
+            sizes=sizes,
             batch={task: (data.batch_size, data.micro_steps) for task, data in train_dataset.items()},
             world_size=args.world_size,
             parts={task: data.dataset.draw_parts for task, data in train_dataset.items()},
+            sampling=None if sampling is None else TaskSampling(sampling, sizes, seed),
         )
-        parallel = self.balancer_options.get("parallel", "data")
-        groups = groups_for(parallel, self.balancer_options.get("groups"), self.schedule.tasks, args.world_size)
+        parallel = options.get("parallel", "data")
+        if sampling is not None and (refusal := sampling_error(options.get("norm", "exact"), parallel, weighting)):
+            raise refusal
+        groups = groups_for(parallel, options.get("groups"), self.schedule.tasks, args.world_size)
         micro_batches = [
             {task: groups.share(task, self.schedule.batch[task][1], rank) for task in groups.of(rank)}
             for rank in range(args.world_size)
@@ -193,41 +212,12 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.ema: ShardEMA | None = None
         if args.ema_decay is not None:
             self.add_callback(AverageWeights(self))
-        self._streaks = NonFiniteStreaks(self.tasks, args.nonfinite_limit)
+        self._streaks = NonFiniteStreaks(self.tasks, args.nonfinite_limit, sampled=sampling is not None)
 
     # ---- state of the training loop ----
 
     def loop_state(self) -> dict[str, Any] | None:
-        if self.balancer is None:
-            return None
-        return {
-            "balancer": self.balancer.state_dict(),
-            "logs": self._logs.state_dict(),
-            "loss": self._tr_loss,
-            "last_logged": self._globalstep_last_logged,
-            "nonfinite": self._streaks.state_dict(),
-            "data": self.schedule.basis(),
-            "frequencies": self._frequencies,
-            "optim": str(OptimizerNames(self.args.optim).value),
-        }
-
-    def _load_loop_state(self, state: dict[str, Any]) -> None:
-        assert self.balancer is not None
-        self.balancer.load_state_dict(state["balancer"])
-        self._logs.load_state_dict(state["logs"])
-        self._tr_loss += state["loss"].to(self._tr_loss.device)
-        self._total_loss_scalar -= float(state["loss"])  # it belongs to steps before this call of train()
-        self._globalstep_last_logged = state["last_logged"]
-        self._streaks.load_state_dict(state["nonfinite"])
-        now = self.schedule.basis()
-        before = state["data"]
-        changed = [f"{what} was {before.get(what)}, is {now[what]}" for what in now if now[what] != before.get(what)]
-        if changed:
-            self.warn(
-                self.state.global_step,
-                f"the order of the data changes at step {self.state.global_step} ({'; '.join(changed)}): in the "
-                "current epochs some samples are repeated and some are omitted",
-            )
+        return loop_state(self)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the averaged weights, to evaluate or save it. Collective.
@@ -270,16 +260,25 @@ class AllInOneTrainer(EvaluatingTrainer):
         return 0  # Trainer's estimate is for language models
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        for gap in [*self._gaps, *slow_arithmetic(self.args)]:
+        for gap in [*self._gaps, *settings_to_warn_of(self.args)]:
             self.warn(self.state.global_step, gap)
+        if self.schedule.sampling is not None:
+            self.schedule.sampling.check_run(self.args.max_steps)
         return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
+        self.schedule.continue_from(0, {})
+        self.changes = None
+        if self._resumed is not None:
+            self.changes = changes_since(self.model, self._resumed, self.continues)
+            state = read_loop_state(self._resumed, self.args.process_index)
+            continue_data(self, state, saved_step(self._resumed), self.changes)
         if self.deepspeed is None:
             if self._resumed is not None:
                 check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
-                self._frequencies |= saved_frequencies(self._resumed)
+                check_freezing(self._resumed, list(self.freezing.stages.values()))
+                self._frequencies |= saved_frequencies(self._resumed, self.changes)
             data: Any = self.train_dataset
             datasets = {task: of_task.dataset for task, of_task in by_task(data).items()}
             self._counted += use_frequencies(tasks_of(self.model), datasets, self._frequencies)
@@ -303,17 +302,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         if self.optimizer is None:
             args = self.args
             module: Any = self.model if model is None else model
-            groups = parameter_groups(
-                module,
-                args.learning_rate,
-                args.weight_decay,
-                args.backbone_lr_factor,
-                args.layer_lr_decay,
-                args.head_lr_factor,
-                args.head_weight_decay,
-            )
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer = cls(groups_of_run(module, args), **kwargs)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -330,20 +320,15 @@ class AllInOneTrainer(EvaluatingTrainer):
             return self._balanced_step(model, inputs)
 
     def _balanced_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
-        model.train()
-        if self.balancer is None or self.balancer.engine is not model:
-            self.balancer = TaskBalancer(
-                model,
-                self.tasks,
-                self._shared,
-                self.weighting,
-                nonfinite=self.args.nonfinite,
-                **self.balancer_options,
-            )
-            self.stop_signal.travel_with(self.balancer)
+        if self.freezing.apply(inputs.step) or self.balancer is None or self.balancer.engine is not model:
+            self._modules = list(model.modules())
+            self._open_balancer(model, inputs.step)
+        assert self.balancer is not None
         if self._resumed is not None:
-            self._load_loop_state(read_loop_state(self._resumed, self.args.process_index))
+            load_loop_state(self, read_loop_state(self._resumed, self.args.process_index), self.changes)
             self._resumed = None
+        if not all(module.training for module in self._modules):  # `train` itself takes 1 % of a step of a small model
+            model.train()
         if inputs.step != self.state.global_step:
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
@@ -352,7 +337,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
             what = f"task '{name}'" if joint is None else f"joint group '{name}'"
-            with block(self.balancer, name, joint, len(batches), frozen=self.weighting_unused):
+            with block(self.balancer, name, joint, len(batches)):
                 for number, batch in enumerate(batches, 1):
                     where = f"step {inputs.step}, {what}, micro-step {number} of {len(batches)}"
                     self.mark(where)
@@ -370,13 +355,27 @@ class AllInOneTrainer(EvaluatingTrainer):
         for _ in range(sum(map(len, inputs.batches.values())), self._most_micro_batches):
             self.mark(f"step {inputs.step}, after its tasks")
         self.mark(f"the optimizer step of step {inputs.step}")
-        report = self._step(inputs.step)
+        report = self._streaks.step(self.balancer, inputs.step)
         self._logs.add(report)
-        return torch.stack([loss.float() for loss in report.losses.values()]).sum()
+        losses = [torch.zeros((), device=self.args.device), *report.losses.values()]  # a step may have no label at all
+        return torch.stack([loss.float() for loss in losses]).sum()
 
-    def _step(self, step: int) -> StepReport:
-        assert self.balancer is not None
-        return self._streaks.step(self.balancer, step)
+    def _open_balancer(self, engine: Any, step: int) -> None:
+        """Construct the balancer, anew after a thaw: then with the state of the one before."""
+        before = self.balancer if self.balancer is not None and self.balancer.engine is engine else None
+        if before is not None:
+            before.detach()
+        options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
+            self.balancer = TaskBalancer(engine, self.tasks, "backbone", self.weighting, **options)
+        if before is not None:
+            self.balancer.load_state_dict(before.state_dict())
+        if thawed := self.freezing.message(step):
+            self.note(step, thawed)
+        if self.balancer.nothing_shared:
+            self.warn(step, f"model.freeze: {NOTHING_TO_BALANCE}")
+        self.stop_signal.travel_with(self.balancer)
 
     def _get_learning_rate(self) -> float:
         # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor

@@ -113,6 +113,14 @@ def _rows(table: Mapping[str, Mapping[str, str]], prefix: str) -> Iterator[tuple
         yield from ((f"{prefix}{key}", (verdict, note)) for key, note in notes.items())
 
 
+AUTO = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16.enabled", "fp16.enabled", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold",
+}  # fmt: skip
+"""Dotted keys whose value may be "auto", which Trainer fills in; DeepSpeed does not know the word."""
+
+
 CONFIG_KEYS: Mapping[str, tuple[str, str]] = dict(
     sorted(
         [
@@ -123,6 +131,32 @@ CONFIG_KEYS: Mapping[str, tuple[str, str]] = dict(
     )
 )
 """Dotted key -> (SERVED, IGNORED or REFUSED, note). Sections without keys of their own count as a whole."""
+_SECTION_NAMES = {key.rpartition(".")[0] for key in CONFIG_KEYS} - {""}
+
+
+def ignored_keys(content: Mapping[str, Any], section: str = "") -> list[str]:
+    """Return one line per key of a configuration that has no effect on a run, with the reason.
+
+    Args:
+        content: the configuration, or one of its sections.
+        section: dotted name of the section.
+
+    Example:
+        >>> ignored_keys({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}})
+        ['zero_optimization.elastic_checkpoint (checkpoints of this package fit any number of ranks)']
+    """
+    lines: list[str] = []
+    for key, value in content.items():
+        place = f"{section}.{key}" if section else str(key)
+        verdict, note = CONFIG_KEYS.get(place, ("", ""))
+        if isinstance(value, Mapping) and place in _SECTION_NAMES:
+            lines += ignored_keys(value, place)
+        elif verdict == IGNORED and key not in _OF_THE_TRAINER:
+            lines.append(f"{place} ({note})")
+    return lines
+
+
+_OF_THE_TRAINER = ("gradient_accumulation_steps", "train_batch_size")
 
 
 def known_part(content: Mapping[str, Any], section: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -151,10 +185,22 @@ def known_part(content: Mapping[str, Any], section: str = "") -> tuple[dict[str,
         if str(key) not in known and not _is_field_name(section, str(key), known):
             problems.append(f".{place}: DeepSpeed has no such key; {did_you_mean(str(key), known)}")
             continue
-        inner: list[str] = []
-        part[key], inner = known_part(value, place) if isinstance(value, Mapping) else (value, [])
-        problems += inner
+        if value == "auto" and place not in AUTO:
+            problems.append(f".{place} = 'auto': Trainer does not fill this key in; write its value or remove it")
+        elif isinstance(value, Mapping):
+            part[key], inner = known_part(value, place)
+            problems += inner
+        elif place in _SECTION_NAMES and (value is not None or "offload" not in place):
+            problems.append(f".{place} = {value!r}: this is a section; write its keys, such as {_example(place)}")
+        else:
+            part[key] = value
     return part, problems
+
+
+def _example(section: str) -> str:
+    """Return how to write a section, with one of its keys."""
+    usual = ("stage", "enabled", "device", "grad_accum_dtype", "throughput")
+    return f'{{"{next(key for key in usual if f"{section}.{key}" in CONFIG_KEYS)}": ...}}'
 
 
 def _is_field_name(section: str, key: str, known: set[str]) -> bool:

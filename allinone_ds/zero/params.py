@@ -43,6 +43,21 @@ def cast_unpartitioned(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def forget_copies(engine: Any) -> None:
+    """Let the next use of every weight see its partition as it is now.
+
+    With `zero_hpz_partition_size` ranks keep a copy of all weights within each group of ranks, from the first use of a
+    weight, or its construction, to the next step. DeepSpeed 0.19.8 drops the copies of trained weights after it loads
+    a checkpoint, but not those of frozen ones.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+    """
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
+
+
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Move the buffers of a model to the device of its engine.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -16,6 +16,7 @@ from allinone_ds.errors import UnsupportedEngine
 from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
+from allinone_ds.zero.engines.muon import unfit_for_muon, uses_muon
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
 
 _SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
@@ -55,7 +56,7 @@ def refuse_unsupported(engine: Any, allow_gradient_clipping: bool) -> None:
         raise UnsupportedEngine(f"{reason} cannot be balanced; {advice}")
     clip = float(engine.gradient_clipping())
     adapter = adapter_class(engine)
-    may_clip = adapter is not None and adapter.allows_clipping
+    may_clip = adapter is not None and adapter.allows_clipping and not uses_muon(engine.basic_optimizer)
     if clip and not (allow_gradient_clipping and may_clip):
         raise UnsupportedEngine(
             f"gradient_clipping is {clip} in the DeepSpeed config (1.0 when the key is absent, and Hugging Face fills "
@@ -84,16 +85,50 @@ def config_problems(content: Mapping[str, Any]) -> list[str]:
     try:
         config = DeepSpeedConfig({**_without_auto(part), **batch})
     except ValidationError as error:
-        return unknown + [f"{_place(content, e['loc'])} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        return unknown + [_invalid(content, one) for one in error.errors()]
     except Exception as error:  # DeepSpeed raises many types, among them AssertionError and KeyError
         return [*unknown, f": {' '.join(str(error).split()) or repr(error)}"]
     return unknown + [f": {reason} cannot be balanced; {advice}" for reason, advice in _setting_refusals(config)]
+
+
+def _muon_refusals(engine: Any) -> list[tuple[bool, str, str]]:
+    """Rows of `_refusals` on optimizers that change gradients themselves."""
+    optimizer = getattr(engine, "basic_optimizer", None)
+    name = type(optimizer).__name__
+    if not uses_muon(optimizer):
+        changes = any(word in name.lower() for word in _CHANGES_GRADIENTS)
+        return [(changes, f"the optimizer {name}", "it changes gradients itself; use an element-wise one such as "
+                 "AdamW or SGD, or DeepSpeed's MuonWithAuxAdam")]  # fmt: skip
+    zero, unfit = engine.optimizer, unfit_for_muon(engine)
+    offload = bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
+    heads = any(getattr(param, "muon_num_heads", None) for param in engine.module.parameters())
+    return [
+        (offload, "Muon with the optimizer on the CPU", "keep the optimizer on the accelerator, or use AdamW"),
+        (bool(unfit), f"Muon on parameters that are no matrices ({', '.join(unfit[:3])})",
+         "put them into a parameter group with use_muon=False"),
+        (engine.zero_optimization_stage() == 0 and next(engine.module.parameters()).dtype != torch.float32,
+         "Muon in 16 bit on ZeRO-0", "its iteration enlarges the rounding of the balanced sum; use ZeRO 1, 2 or 3"),
+        (heads and engine.zero_optimization_stage() == 0, "per_head_muon on ZeRO-0",
+         "DeepSpeed ignores it there; use ZeRO 1, 2 or 3, or remove the key"),
+    ]  # fmt: skip
 
 
 def _without_auto(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key: _without_auto(value) for key, value in content.items() if value != "auto"}
     return content
+
+
+def _invalid(content: Mapping[str, Any], error: Any) -> str:
+    """Return the line of an error of pydantic: at a key, or of a section whose keys do not fit each other."""
+    place = _place(content, error["loc"])
+    return f"{place} = {error['input']!r}: {error['msg']}" if place else f": {error['msg']}"
+
+
+def _enables(section: Any) -> bool:
+    """Return whether a section or one inside it is enabled: DeepSpeed does not ask the outer ones in every place."""
+    inner = section.items() if isinstance(section, Mapping) else ()
+    return any(bool(value) if key == "enabled" else _enables(value) for key, value in inner)
 
 
 def _place(content: Mapping[str, Any], path: tuple[Any, ...], where: str = "") -> str:
@@ -138,7 +173,7 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (config.float16_config.fp16_master_weights_and_grads, "fp16_master_weights_and_grads", "remove the key"),
         (config.bfloat16_config.bf16_master_weights_and_grads and zero.stage < 3,
          "bf16_master_weights_and_grads on ZeRO 1 and 2", "use ZeRO-3, or remove the key"),
-        (bool(config.data_efficiency_enabled), "data_efficiency",
+        (_enables(config._param_dict.get("data_efficiency")), "data_efficiency",
          "DeepSpeed would change batches or layers by itself; remove the section"),
         (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),
         (bool(getattr(config, "datastates_config", None)) and bool(config.datastates_config.enabled),
@@ -147,16 +182,26 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
          "expert_parallel", "gradients of experts are averaged over other ranks; remove the section"),
         (config.weight_quantization_config is not None, "weight_quantization",
          "it changes the weights by itself; remove the section"),
-        (config._param_dict.get("sequence_parallel_size", 1) > 1, "sequence parallelism", _SEQUENCES),
+        (str(config._param_dict.get("sequence_parallel_size") or 1) != "1", "sequence parallelism", _SEQUENCES),
+        (not _dtypes_exist(config), "data_types with a type that DeepSpeed does not know", "use fp32, bf16 or fp16"),
+        ({"bf16", "bfloat16"} <= set(config._param_dict), "bf16 beside its old name bfloat16",
+         "DeepSpeed would ignore the second; remove bfloat16"),
         (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip
     return [(reason, advice) for wrong, reason, advice in rows if wrong]
 
 
+def _dtypes_exist(config: Any) -> bool:
+    """Return whether the engine will understand the data types of a configuration."""
+    try:
+        return all(name is None or DtypeEnum(name) for name in (config.grad_accum_dtype, config.param_dtype))
+    except ValueError:
+        return False
+
+
 def _refusals(engine: Any) -> list[tuple[str, str]]:
     """(what is not served, what to do instead) of everything that applies to the engine."""
-    optimizer_name = type(getattr(engine, "basic_optimizer", None)).__name__
     rows: list[tuple[bool, str, str]] = [
         (isinstance(engine, PipelineEngine), "a pipeline engine", "use ZeRO without PipelineModule"),
         (adapter_class(engine) is None, "an engine without an optimizer of its own",
@@ -171,7 +216,6 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "DeepSpeed would multiply by one scale and divide by both; do not call it"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
-        (any(word in optimizer_name.lower() for word in _CHANGES_GRADIENTS), f"the optimizer {optimizer_name}",
-         "it changes gradients itself; use an element-wise one such as AdamW or SGD"),
+        *_muon_refusals(engine),
     ]  # fmt: skip
     return _setting_refusals(engine._config) + [(reason, advice) for wrong, reason, advice in rows if wrong]

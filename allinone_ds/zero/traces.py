@@ -7,13 +7,14 @@ parameters in flight and hold nothing after a backward, so each task can have it
 
 A coordinator releases weights after their last use in its trace, though the next task needs the same backbone, which no
 optimizer step has moved. The coordinators here can keep weights until `partition`, so that a step gathers them once,
-not once per micro-step. Weights that `GatheredParameters` partitions in between are gathered again when needed.
+not twice per micro-step. Weights that `GatheredParameters` partitions in between are gathered again when needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from deepspeed.runtime.zero.config import OffloadDeviceEnum
@@ -27,22 +28,22 @@ class _Coordinator(PartitionedParameterCoordinator):
     """A coordinator that can keep weights gathered.
 
     Attributes:
-        keeps: whether it does.
+        kept: `ds_id` of the parameters that it does not release.
     """
 
-    keeps = False
+    kept: AbstractSet[int] = frozenset()
 
     def _PartitionedParameterCoordinator__release_param(self, param: Any, *options: Any) -> None:
-        if not self.keeps:
+        if param.ds_id not in self.kept:
             super()._PartitionedParameterCoordinator__release_param(param, *options)
 
     def release_and_reset_all(self, module: Any) -> None:
-        """Release all weights, also where it keeps them: a checkpoint is saved in the middle of a step."""
-        keeps, self.keeps = self.keeps, False
+        """Release all weights, also those that it keeps: a checkpoint is saved in the middle of a step."""
+        kept, self.kept = self.kept, frozenset()
         try:
             super().release_and_reset_all(module)
         finally:
-            self.keeps = keeps
+            self.kept = kept
 
 
 class ParameterTraces:
@@ -50,24 +51,37 @@ class ParameterTraces:
 
     Args:
         engine: a DeepSpeedEngine.
+        shared: `id` of every trainable parameter of the backbone.
+        enabled: False: leave DeepSpeed's one trace as it is.
     """
 
-    def __init__(self, engine: Any):
-        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None)
+    def __init__(self, engine: Any, shared: AbstractSet[int] = frozenset(), enabled: bool = True):
+        self._offload: Any = getattr(engine.optimizer, "parameter_offload", None) if enabled else None
         self._of: dict[Hashable, _Coordinator] = {}
         self._params: list[Any] = [] if self._offload is None else list(self._offload.module.parameters())
+        self._kept = self._choose_kept(shared)
 
-    @property
-    def keeps(self) -> bool:
-        """Whether `use(key, keep=True)` keeps weights gathered.
+    def _choose_kept(self, shared: AbstractSet[int]) -> AbstractSet[int]:
+        """Return the `ds_id` of the parameters that `use(key, keep=True)` keeps gathered.
 
-        It does where DeepSpeed itself would keep all of them from a forward to its backward: the whole model is within
-        stage3_max_live_parameters, and twice the model within stage3_max_reuse_distance.
+        As many elements as DeepSpeed itself would keep from a forward to its backward: min(stage3_max_live_parameters,
+        stage3_max_reuse_distance / 2). All parameters if they fit; else the last layers of what every task uses, which
+        are those that DeepSpeed would keep, so that the peak is no higher.
         """
         if self._offload is None:
-            return False
+            return frozenset()
         live, reuse = self._offload._max_available_parameters_in_numel, self._offload._max_reuse_distance_in_numel
-        return sum(int(p.ds_numel) for p in self._params) <= min(live, reuse // 2)
+        left = min(live, reuse // 2)
+        if sum(int(p.ds_numel) for p in self._params) <= left:
+            return {p.ds_id for p in self._params}
+        kept = set()
+        for param in reversed(self._params):
+            if id(param) in shared or not param.requires_grad:
+                left -= int(param.ds_numel)
+                if left < 0:
+                    break
+                kept.add(param.ds_id)
+        return kept
 
     @contextlib.contextmanager
     def use(self, key: Hashable, keep: bool = False) -> Iterator[None]:
@@ -75,14 +89,14 @@ class ParameterTraces:
 
         Args:
             key: of the trace.
-            keep: leave weights gathered until `partition`, where `keeps` allows it.
+            keep: leave weights gathered until `partition`, as many as DeepSpeed's limits allow.
         """
         if self._offload is None:
             yield
             return
         before = self._offload.param_coordinator
         mine = self._of.pop(key, None) or self._new()
-        mine.keeps = keep and self.keeps
+        mine.kept = self._kept if keep else frozenset()
         self._offload.param_coordinator = mine
         try:
             yield

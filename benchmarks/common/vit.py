@@ -43,7 +43,7 @@ def build_model(width: int, layers: int, size: int, tasks: Iterable[str] = TASKS
     return Model()
 
 
-def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8) -> Any:
+def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8, bucket: int = 10**7) -> Any:
     """Return a DeepSpeed engine with AdamW on a model of `build_model`.
 
     Args:
@@ -51,6 +51,7 @@ def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8) 
         stage: ZeRO stage.
         accumulation: micro-steps per optimizer step.
         batch: images per rank and micro-step.
+        bucket: elements that ZeRO reduces at once.
     """
     import deepspeed
     import torch
@@ -59,7 +60,7 @@ def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8) 
     config = {
         "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**7, "overlap_comm": False,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": False,
                               "stage3_param_persistence_threshold": 10**4},
     }  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-4)

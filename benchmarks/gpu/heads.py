@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.part import Run
+from benchmarks.gpu.part import Run, run_command
 
 IMAGES = 4
 
@@ -112,7 +111,7 @@ def demo(run: Run) -> dict[str, Any]:
     """Return what `allinone-ds demo` ends with, in a trial after a few steps."""
     steps = run.pick([], ["--steps", "4"])
     command = [sys.executable, "-m", "allinone_ds.cli", "demo", *steps, "--output", str(run.folder / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, run.left() - 3), check=False)
+    status, output, errors = run_command(command, run.left() - 5)
     metrics = run.folder / "demo" / "metrics.json"
-    return {"head": "demo", "status": done.returncode, "metrics": metrics.read_text() if metrics.exists() else None,
-            "end": (done.stdout + done.stderr)[-500:] if done.returncode else ""}  # fmt: skip
+    return {"head": "demo", "status": status, "metrics": metrics.read_text() if metrics.exists() else None,
+            "end": (output + errors)[-500:] if status else ""}  # fmt: skip

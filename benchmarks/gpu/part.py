@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 T = TypeVar("T")
@@ -105,3 +108,24 @@ class Run:
             spare_cpu_kernel()
             deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, but it computes
         deepspeed.init_distributed(backend)
+
+
+def run_command(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
+    """Run a command; return its exit status, output and errors. After its time it is ended: status 124."""
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, errors = job.communicate(timeout=max(5.0, seconds))
+    except subprocess.TimeoutExpired:
+        end_tree(job.pid)
+        output, errors = job.communicate()
+        return 124, output, f"{errors}\nended after {seconds:.0f} s"
+    return job.returncode, output, errors
+
+
+def end_tree(pid: int) -> None:
+    """End a process and all that it has started, in other sessions too: they would keep memory of the device."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()

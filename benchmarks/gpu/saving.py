@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common.forked_run import make_run
-from benchmarks.gpu.part import Run
+from benchmarks.gpu.part import Run, run_command
 from benchmarks.gpu.steps import timed
 from benchmarks.gpu.vit import PLAIN, Vit, large
 
@@ -54,10 +53,10 @@ def resumed(run: Run) -> Iterator[dict[str, Any]]:
 def train(run: Run, file: Path, output: Path, *overrides: str) -> tuple[int, list[dict[str, Any]], str]:
     """Run the training on one rank; return its exit status, the logged steps, and the end of an error."""
     command = [sys.executable, "-W", "ignore", "-m", "allinone_ds.train", str(file), f"output_dir={output}", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, run.left()), check=False)
+    status, _, errors = run_command(command, run.left() - 5)
     log = output / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return done.returncode, [line for line in lines if "loss" in line], done.stderr[-500:] if done.returncode else ""
+    return status, [line for line in lines if "loss" in line], errors[-500:] if status else ""
 
 
 def largest_difference(steps: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float | None:

@@ -25,8 +25,12 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
             for mode in MODES:
                 if stage == 1 and mode in ("sketch", "delayed"):
                     continue  # BF16_Optimizer keeps no gradients on the rank
-                vit = Vit(run, large(run), side, batch, stage, mode)
-                row = timed(vit, run)
+                row: dict[str, Any] = {"side": side, "batch": batch, "stage": stage, "mode": mode}
+                try:
+                    row = timed(Vit(run, large(run), side, batch, stage, mode), run)
+                except Exception as error:  # what was measured before, and the other modes, stay worth having
+                    yield {**row, "error": f"{type(error).__name__}: {error}"[:500]}
+                    continue
                 plain = row["seconds"] if mode == PLAIN else plain
                 row |= {"ratio": row["seconds"] / plain if plain else None,
                         "utilisation": row["flops_per_s"] / stated if stated else None,
@@ -38,16 +42,17 @@ def timed(vit: Vit, run: Run, repeats: int = 5) -> dict[str, Any]:
     """Return time and memory of a ViT's steps."""
     before = run.allocated()
     vit.open()
-    run.time(vit.step, repeats=1, warm_up=2)
-    run.peak()
-    seconds = run.time(vit.step, repeats=repeats, warm_up=1)
-    peak, planned = run.peak() - before, vit.planned()
-    row = {
+    try:
+        run.time(vit.step, repeats=1, warm_up=2)
+        run.peak()
+        seconds = run.time(vit.step, repeats=repeats, warm_up=1)
+        peak, planned = run.peak() - before, vit.planned()
+        between = None if vit.mode == PLAIN else min(vit.milliseconds_between_tasks() for _ in range(3))
+        flops = vit.flops()
+    finally:
+        vit.close()
+    return {
         "side": vit.side, "batch": vit.batch, "stage": vit.stage, "mode": vit.mode, "seconds": seconds,
-        "images_per_s": 3 * vit.batch / seconds, "flops_per_s": vit.flops() / seconds, "peak_gib": peak / 2**30,
-        "planned_gib": sum(planned.values()) / 2**30,
+        "images_per_s": 3 * vit.batch / seconds, "flops_per_s": flops / seconds, "peak_gib": peak / 2**30,
+        "planned_gib": sum(planned.values()) / 2**30, "between_ms": between,
     }  # fmt: skip
-    if vit.mode != PLAIN:
-        row["between_ms"] = min(vit.milliseconds_between_tasks() for _ in range(3))
-    vit.close()
-    return row

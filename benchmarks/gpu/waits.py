@@ -62,23 +62,33 @@ def _waits_shown(run: Run, found: Counter[tuple[str, str]]) -> Iterator[None]:
     if not run.on_gpu:
         yield
         return
-    synchronize = torch.cuda.synchronize
-
-    def counted(device: Any = None) -> None:  # CUDA's debug mode does not see it
-        found[_place()] += 1
-        synchronize(device)
-
     show = warnings.showwarning
-    torch.cuda.synchronize = counted
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as restore:
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):  # CUDA's debug mode does not see these
+            restore.enter_context(_counted(owner, found))
+        torch.cuda.set_sync_debug_mode("warn")
+        restore.callback(torch.cuda.set_sync_debug_mode, "default")
+        restore.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *rest: found.update([_place()] * ("synchronizing" in str(message)))
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize, warnings.showwarning = synchronize, show
+        restore.callback(setattr, warnings, "showwarning", show)
+        yield
+
+
+@contextlib.contextmanager
+def _counted(owner: Any, found: Counter[tuple[str, str]]) -> Iterator[None]:
+    """Count the calls of `synchronize` of a module or class inside this block."""
+    original = owner.synchronize
+
+    def synchronize(*arguments: Any) -> None:
+        found[_place()] += 1
+        original(*arguments)
+
+    owner.synchronize = synchronize
+    try:
+        yield
+    finally:
+        owner.synchronize = original
 
 
 def _place() -> tuple[str, str]:

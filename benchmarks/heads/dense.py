@@ -21,20 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from allinone_ds.data.sources import open_source
-from allinone_ds.evaluation.constant import constant_metrics
-from allinone_ds.run_config.schema import load_config
-from allinone_ds.tasks import task_class
-from allinone_ds.tasks.base import Task
+from allinone_ds.evaluation.constant import write_constants
 from benchmarks.common.report import make_parser, print_head, print_row, write_record
 from benchmarks.heads.dense_scenes import write_scenes
 
 CONFIG = "configs/runs/dense.yaml"
-
-
-def constant_task(kind: str) -> Task:
-    """Return a task whose metric, and nothing else, is used."""
-    return task_class(kind)("constant", [], channels=8, stride=8, num_levels=1, image_size=(64, 80))
 
 
 def main() -> None:
@@ -50,13 +41,10 @@ def main() -> None:
     overrides = [f"data_root={data}", f"output_dir={run}", *args.overrides]
     subprocess.run([sys.executable, "-m", "allinone_ds.cli", "train", CONFIG, *overrides], check=True)
     trained = json.loads((run / "metrics.json").read_text())
-    config = load_config(CONFIG, overrides)
     print_head("task", "metric", "constant", "trained")
     rows: list[dict[str, Any]] = []
-    for name, task in config.tasks.items():
-        assert task.test_source is not None
-        train, test = (open_source(source, data) for source in (task.train_source, task.test_source))
-        for metric, constant in constant_metrics(constant_task(task.type), train, test).items():
+    for name, without in write_constants(run).items():
+        for metric, constant in without.items():
             value = trained[f"eval_{name}_{metric}"]
             rows.append({"task": name, "metric": metric, "constant": constant, "trained": value})
             print_row(name, metric, f"{constant:.3f}", f"{value:.3f}")

@@ -24,14 +24,18 @@ import signal
 import sys
 from pathlib import Path
 
-import yaml
-
 from allinone_ds.training.launcher import gpu_count
 from benchmarks.common.launch import ROOT
 from benchmarks.ladder.plots import write_plots
-from benchmarks.ladder.records import Records
+from benchmarks.ladder.records import Records, base_runs
 from benchmarks.ladder.runs import Runner
 from benchmarks.ladder.table import report, write_page
+
+PARTS = {
+    "adamw": ("composed", "adamw"), "sgd": ("composed", "sgd"), "native": ("native", "adamw"),
+    "joint": ("joint", "adamw"),
+}  # fmt: skip
+"""Name of a part of the ladder -> its data and optimizer."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("adamw", "sgd", "native"),
+        choices=tuple(PARTS),
         help="parts of the ladder (default: all, in this order)",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core (default: 1)")
@@ -58,12 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # ends the runs that are being trained as well
-    base = yaml.safe_load(Path(__file__).with_name(f"{args.size}.yaml").read_text())
-    if args.steps:
+    bases = base_runs(args.size)
+    for base in bases.values() if args.steps else ():
         base["trainer"] |= {"max_steps": args.steps, "logging_steps": min(args.steps, base["trainer"]["logging_steps"])}
-    records = Records(args.results / f"ladder_{args.size}.jsonl", base, args.size)
-    parts = {"adamw": ("composed", "adamw"), "sgd": ("composed", "sgd"), "native": ("native", "adamw")}
-    blocks = [parts[name] for name in args.only or parts]
+    records = Records(args.results / f"ladder_{args.size}.jsonl", bases, args.size)
+    blocks = [PARTS[name] for name in args.only or PARTS if PARTS[name][0] in bases]
     if not args.table:
         possible = [(data, optimizer) for data, optimizer in blocks if data != "native" or args.deepforest is not None]
         runner = Runner(records, args.work / args.size, args.deepforest, args.size == "gpu" and gpu_count() > 0)

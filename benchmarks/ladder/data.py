@@ -1,4 +1,5 @@
-"""Data of the ladder: composed scenes from all of Fashion-MNIST, and crops of aerial photos with their own boxes.
+"""Data of the ladder: composed scenes from all of Fashion-MNIST, with the labels of one task or of eight, and crops of
+aerial photos with their own boxes.
 
 Products come from Debian's package dataset-fashion-mnist: of each class in its training split the first 5,500 photos
 are for training and the last 500 for validation; its test split is for testing. Backgrounds are the photos of
@@ -20,7 +21,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from allinone_ds.data.demo import CLASSES, DemoSizes, Pool, SceneLook, load_pool, make_demo_data, make_pool
+from allinone_ds.data.demo import (
+    CLASSES,
+    DemoSizes,
+    JointSizes,
+    Pool,
+    SceneLook,
+    load_pool,
+    make_demo_data,
+    make_joint_demo_data,
+    make_pool,
+)
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 PER_CLASS = 6000  # photos per class in Fashion-MNIST's training split
@@ -53,6 +64,12 @@ SIZES = {
     },
 }  # fmt: skip
 """Number of images for (detection, segmentation, classification) by split, and looks that differ from the demo's."""
+
+JOINT = {
+    "cpu": JointSizes(train=6000, test=1000, look=SceneLook(size=32, scale=(0.4, 0.8), overlap=0.3, nearest_last=True)),
+}
+"""Size -> the scenes that have all labels; validation has 600."""
+JOINT_VALIDATION = 600
 
 TREES = {
     "train": ("2019_YELL_2_528000_4978000_image_crop2", (0, 0, 2299, 1850)),
@@ -108,6 +125,8 @@ def describe(data: str, size: str) -> dict[str, Any]:
     """Return everything that decides which images a run reads, as JSON values."""
     facts: dict[str, Any] = {split: composed(size, split).model_dump(mode="json") for split in SPLITS}
     facts |= {"seed": SEED, "held_out": HELD_OUT, "photos": VALIDATION_PHOTOS, "classes": KEPT[size]}
+    if data == "joint":
+        return {**facts, "scenes": JOINT[size].model_dump(mode="json"), "validation": JOINT_VALIDATION}
     return facts if data == "composed" else {**facts, "trees": TREES, "crop": CROP[size]}
 
 
@@ -118,7 +137,8 @@ def make_data(root: Path, data: str, size: str, wheel: Path | None = None) -> No
 
     Args:
         root: a folder that holds nothing else; its content is replaced.
-        data: "composed", or "native": detection on DeepForest's photos, the other two tasks as in "composed".
+        data: "composed"; "native": detection on DeepForest's photos, the other two tasks as in "composed"; or "joint":
+            scenes that have the labels of eight tasks.
         size: of `SIZES`.
         wheel: of DeepForest, for "native".
     """
@@ -130,6 +150,10 @@ def make_data(root: Path, data: str, size: str, wheel: Path | None = None) -> No
     made = pools(KEPT[size])
     for split in SPLITS:
         parts = {"train": made["train"], "test": made[split]}
+        if data == "joint":
+            sizes = JOINT[size].model_copy(update={"test": JOINT_VALIDATION} if split == "validation" else {})
+            make_joint_demo_data(root / split, SEED, sizes, progress=False, pools=parts)
+            continue
         make_demo_data(root / split, SEED, composed(size, split), progress=False, pools=parts)
     if data == "native":
         assert wheel is not None

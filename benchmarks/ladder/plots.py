@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.plan import BLOCKS, SINGLE, TASKS
+from benchmarks.ladder.plan import BLOCKS, SINGLE
 from benchmarks.ladder.records import Records
 from benchmarks.ladder.table import METRICS, REFERENCE, TITLES, Block
 
@@ -69,9 +69,10 @@ def _rates(plt: Any, block: Block) -> Any:
 
 
 def _scores(plt: Any, block: Block) -> Any:
-    figure, axes = plt.subplots(1, len(TASKS) + 1, figsize=(14, 0.45 * len(block.multi) + 1.6), sharey=True)
+    columns = len(block.tasks) + 1
+    figure, axes = plt.subplots(1, columns, figsize=(3.5 * columns, 0.45 * len(block.multi) + 1.6), sharey=True)
     order = list(reversed(block.multi))
-    for axis, task in zip(axes, TASKS, strict=False):
+    for axis, task in zip(axes, block.tasks, strict=False):
         for row, method in enumerate(order):
             _row(axis, row, [run["metrics"][task] for run in block.runs[method].values()])
         name = f"single_{task}"
@@ -95,12 +96,13 @@ def _row(axis: Any, row: int, values: Sequence[float]) -> None:
 
 
 def _norms(plt: Any, block: Block) -> Any:
-    colors = dict(zip(TASKS, ("#3366aa", "#cc6633", "#2f8f4e"), strict=True))
+    palette = ("#3366aa", "#cc6633", "#2f8f4e", "#8a5aa8", "#b8860b", "#5aa8a0", "#a83f5a", "#777777")
+    colors = dict(zip(block.tasks, palette, strict=False))
     runs = {method: run for method in block.multi if (run := block.chosen_run(method)) is not None}
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.6))
     for axis, method in zip(axes, ("sum", REFERENCE), strict=False):
         run = runs[method]
-        for task in TASKS:
+        for task in block.tasks:
             curve = run["norms"][task]["curve"]
             steps = [run["logging_steps"] * (i + 1) for i in range(len(curve))]
             axis.plot(steps, curve, color=colors[task], label=task, linewidth=1.4)
@@ -111,7 +113,7 @@ def _norms(plt: Any, block: Block) -> Any:
     axes[0].legend(frameon=False, fontsize=9)
     axes[0].sharey(axes[1])
     left = [0.0] * len(runs)
-    for task in TASKS:
+    for task in block.tasks:
         part = [run["shares"][task] for run in runs.values()]
         axes[2].barh(list(runs), part, left=left, color=colors[task])
         left = [a + b for a, b in zip(left, part, strict=True)]

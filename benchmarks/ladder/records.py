@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -11,8 +12,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.ladder.data import describe
-from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, CLIPPED, RATES, SEEDS, SGD_RATES, TASKS, Spec
+from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, CLIPPED, RATES, SEEDS, SGD_RATES, TASKS_OF, Spec
+
+
+def base_runs(size: str) -> dict[str, dict[str, Any]]:
+    """Return, for each kind of data of a size, the content of its runs without their method."""
+    folder = Path(__file__).parent
+    files = {data: folder / (f"{size}_joint.yaml" if data == "joint" else f"{size}.yaml") for data in TASKS_OF}
+    return {data: yaml.safe_load(file.read_text()) for data, file in files.items() if file.exists()}
 
 
 class Records:
@@ -23,18 +33,25 @@ class Records:
 
     Args:
         file: of the records, `results/ladder_SIZE.jsonl`.
-        base: content of the size's run, `SIZE.yaml`.
+        bases: data -> content of the run without its method, `SIZE.yaml` or `SIZE_joint.yaml`.
         size: its name.
     """
 
-    def __init__(self, file: Path, base: dict[str, Any], size: str):
-        self.file, self.base, self.size = file, base, size
+    def __init__(self, file: Path, bases: dict[str, dict[str, Any]], size: str):
+        self.file, self.bases, self.size = file, bases, size
         self._stamp: tuple[int, int] | None = None
         self._lines: dict[Spec, list[dict[str, Any]]] = {}
 
+    def earlier(self) -> Records:
+        """Return the records of a segmentation head that started from a bias of zero; no run adds to them."""
+        bases = copy.deepcopy(self.bases)
+        for base in bases.values():
+            base["tasks"]["segmentation"]["options"].pop("prior", None)
+        return Records(self.file, bases, self.size)
+
     def settings(self, data: str) -> str:
         """Return a digest of what comparable runs have in common: the base run and the data."""
-        text = json.dumps([self.base, describe(data, self.size)], sort_keys=True)
+        text = json.dumps([self.bases[data], describe(data, self.size)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def read(self, spec: Spec) -> dict[str, Any] | None:
@@ -57,7 +74,7 @@ class Records:
     def _is_valid(self, spec: Spec, record: dict[str, Any]) -> bool:
         try:
             comparable = record["settings"] == self.settings(spec.data)
-            comparable &= record["steps"] == self.base["trainer"]["max_steps"]
+            comparable &= record["steps"] == self.bases[spec.data]["trainer"]["max_steps"]
             return comparable and all(isinstance(record["metrics"][task], float) for task in spec.tasks)
         except (KeyError, TypeError):
             return False
@@ -108,7 +125,7 @@ class Records:
         record = None if lr is None else self.read(Spec(data, optimizer, "sum", lr, CHOICE_SEED, "validation"))
         if record is None or record["diverged"]:
             return None
-        norms = {task: record["norms"][task]["median"] for task in TASKS}
+        norms = {task: record["norms"][task]["median"] for task in TASKS_OF[data]}
         scale = statistics.fmean(norm**2 for norm in norms.values()) ** 0.5
         return {task: float(f"{scale / norm:.4g}") for task, norm in norms.items()}
 
@@ -119,7 +136,7 @@ class Records:
         for method in first:
             if method != "static" or self.static_weights(data, optimizer) is not None:
                 yield from self.choice(data, optimizer, method)
-        for seed in SEEDS:
+        for seed in SEEDS[data]:
             for method in methods:
                 lr = self.chosen(data, optimizer, method)
                 if lr is not None:

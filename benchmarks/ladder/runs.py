@@ -21,23 +21,37 @@ import yaml
 from benchmarks.common.launch import worker_environment
 from benchmarks.common.machine import processor_name
 from benchmarks.ladder.data import make_data
-from benchmarks.ladder.plan import METHODS, OPTIMIZERS, SINGLE, TASKS, Spec
+from benchmarks.ladder.plan import AT_BACKBONE, METHODS, OPTIMIZERS, SINGLE, TASKS_OF, Spec
 from benchmarks.ladder.records import Records
+
+UPDATES = "updates.jsonl"
+"""Name of the file in a run's folder that has the tasks' parts of the update."""
 
 
 def run_file(records: Records, spec: Spec, data_root: Path, folder: Path) -> dict[str, Any]:
     """Return the content of a run's YAML file: the size's base with method, optimizer, learning rate and seed."""
-    run = json.loads(json.dumps(records.base))
+    run = json.loads(json.dumps(records.bases[spec.data]))
     balancer: dict[str, Any] = {"name": "sum"} if spec.method in SINGLE else dict(METHODS[spec.method])
     if spec.method == "static":
         balancer["weights"] = records.static_weights(spec.data, spec.optimizer)
     run["tasks"] = {task: run["tasks"][task] for task in spec.tasks}
+    for group in run.get("joint", {}).values():
+        group["tasks"] = spec.tasks
+        group["at"] = "backbone" if spec.method in AT_BACKBONE else "features"
+        for split in ("train", "test"):
+            group[split]["labels"] = {task: group[split]["labels"][task] for task in spec.tasks}
     run["trainer"] |= {**OPTIMIZERS[spec.optimizer], "learning_rate": spec.lr, "seed": spec.seed}
     return {**run, "name": spec.name, "data_root": str(data_root), "output_dir": str(folder), "balancer": balancer}
 
 
-def command(file: Path, gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """Return command line and environment of a run on one rank, on the GPU or on one core."""
+def command(file: Path, gpu: bool, updates: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Return command line and environment of a run on one rank, on the GPU or on one core.
+
+    Args:
+        file: of the run.
+        gpu: whether it runs on the GPU.
+        updates: whether it measures the tasks' parts of the update.
+    """
     from allinone_ds.training.launcher import free_port, quiet_environment
 
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -45,7 +59,13 @@ def command(file: Path, gpu: bool) -> tuple[list[str], dict[str, str]]:
     environment = {**os.environ, **quiet_environment(), **one, **worker_environment(), "TORCHDYNAMO_DISABLE": "1"}
     if not gpu:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return [sys.executable, "-m", "allinone_ds.train", str(file)], environment
+    words = [sys.executable, "-m", "benchmarks.ladder.train", str(file)]
+    return [*words, *(["--updates", str(file.with_name(UPDATES))] if updates else [])], environment
+
+
+def measures_updates(spec: Spec) -> bool:
+    """Return whether a run measures what AdamW makes of the tasks' gradients: one run of every method does."""
+    return spec.optimizer == "adamw" and spec.split == "test" and spec.seed == 0 and len(spec.tasks) > 1
 
 
 def read_run(folder: Path, spec: Spec) -> dict[str, Any]:
@@ -58,15 +78,23 @@ def read_run(folder: Path, spec: Spec) -> dict[str, Any]:
         found = (entry.get(f"grad_norm/{task}/{kind}") for entry in logs)
         return [float(f"{value:.4g}") for value in found if value is not None]
 
+    metric_of = {task: TASKS_OF[spec.data][task] for task in spec.tasks}
     raw = {task: values(task, "raw") for task in spec.tasks}
+    updates = folder / UPDATES
+    steps = [json.loads(line) for line in updates.read_text().splitlines()] if updates.exists() else []
+    parts = {
+        kind: {name: round(statistics.fmean(step[kind][name] for step in steps), 4) for name in values}
+        for kind, values in (steps[0].items() if steps else ())
+    }
     return {
-        "metrics": {task: float(metrics[f"eval_{task}_{TASKS[task]}"]) for task in spec.tasks},
+        "metrics": {task: float(metrics[f"eval_{task}_{metric}"]) for task, metric in metric_of.items()},
         "steps": metrics["steps"],
         "norms": {
             task: {"median": statistics.median(curve or [math.nan]), "curve": curve} for task, curve in raw.items()
         },
         "scaled": {task: values(task, "scaled") for task in spec.tasks},
         "shares": {task: round(statistics.fmean(values(task, "share") or [math.nan]), 4) for task in spec.tasks},
+        **({"update": parts} if parts else {}),
         "losses": {task: float(f"{logs[-1][f'loss/{task}']:.4g}") for task in spec.tasks},
         "train_seconds": metrics["train_runtime"],
         "eval_seconds": metrics["eval_runtime"],
@@ -121,7 +149,7 @@ class Runner:
         folder.mkdir(parents=True)
         run = run_file(self.records, spec, data / spec.split, folder)
         (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-        words, environment = command(folder / "run.yaml", self.gpu)
+        words, environment = command(folder / "run.yaml", self.gpu, measures_updates(spec))
         with (folder / "run.log").open("wb") as log:
             process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.jobs[process.pid] = Job(spec, process, folder, run, time.perf_counter())
@@ -138,12 +166,12 @@ class Runner:
             found = {**read_run(job.folder, spec), "diverged": False}
         elif diverged(log):
             zero = dict.fromkeys(spec.tasks, 0.0)
-            found = {"metrics": zero, "steps": self.records.base["trainer"]["max_steps"], "diverged": True}
+            found = {"metrics": zero, "steps": self.records.bases[spec.data]["trainer"]["max_steps"], "diverged": True}
         else:
             raise SystemExit(f"{spec.name} failed; its log is {job.folder / 'run.log'}:\n{log[-2000:]}")
         self.records.append(spec, {
             "balancer": job.run["balancer"], **found,
-            "logging_steps": self.records.base["trainer"]["logging_steps"],
+            "logging_steps": self.records.bases[spec.data]["trainer"]["logging_steps"],
             "wall_seconds": round(time.perf_counter() - job.start, 1),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "peak_mib": usage.ru_maxrss // 1024, "device": device_name(self.gpu), "versions": versions(),

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS, Spec
+from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS_OF, Spec
 from benchmarks.ladder.records import Records
 from benchmarks.ladder.stats import ALPHA, compare, holm, relative_change
 
-METRICS = {"detection": "mAP50", "segmentation": "mIoU", "classification": "top-1"}
+METRICS = {
+    "detection": "mAP50", "segmentation": "mIoU", "classification": "top-1", "depth": "delta1", "edges": "ODS",
+    "saliency": "max F", "keypoints": "OKS mAP50", "attributes": "mAP", "count": "R2",
+}  # fmt: skip
 BEGIN, END = "<!-- written by benchmarks.ladder: begin -->", "<!-- written by benchmarks.ladder: end -->"
 REFERENCE = "tbgc"
 
@@ -31,20 +34,21 @@ class Block:
     def __init__(self, records: Records, data: str, optimizer: str):
         self.records, self.data, self.optimizer = records, data, optimizer
         self.methods = BLOCKS[data, optimizer]
+        self.tasks, self.seeds = list(TASKS_OF[data]), SEEDS[data]
+        self.short = " / ".join(task[:3] for task in self.tasks)
         self.multi = [method for method in self.methods if method in METHODS]
         self.runs: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in self.methods}
         for method in self.methods:
             lr = records.chosen(data, optimizer, method)
-            for seed in SEEDS if lr is not None else ():
+            for seed in self.seeds if lr is not None else ():
                 record = records.read(Spec(data, optimizer, method, lr, seed, "test"))
                 if record is not None:
                     self.runs[method][seed] = record
         self.single: dict[int, dict[str, float]] = {}  # by seed, for seeds with all single-task models
         names = [method for method in self.methods if method in SINGLE]
-        self.measure = "mean relative change" if len(names) == len(TASKS) else "relative change of " + " and ".join(
-            METRICS[SINGLE[name]] for name in names
-        )  # fmt: skip
-        for seed in SEEDS:
+        alone = " and ".join(METRICS[SINGLE[name]] for name in names)
+        self.measure = "mean relative change" if len(names) == len(self.tasks) else f"relative change of {alone}"
+        for seed in self.seeds:
             found = {SINGLE[n]: self.runs[n][seed]["metrics"][SINGLE[n]] for n in names if seed in self.runs[n]}
             if len(found) == len(names) and all(
                 score > 0 for score in found.values()
@@ -66,11 +70,22 @@ class Block:
         runs = self.runs[method]
         return {s: relative_change(runs[s]["metrics"], self.single[s]) for s in runs if s in self.single}
 
+    def mean_ranks(self) -> dict[str, str]:
+        """Return every method's rank by a task's metric, 1 the best, as a mean over tasks and seeds that all have."""
+        shared = [seed for seed in self.seeds if all(seed in self.runs[method] for method in self.multi)]
+        ranks: dict[str, list[int]] = {method: [] for method in self.multi}
+        for seed in shared:
+            for task in self.tasks:
+                scores = {method: self.runs[method][seed]["metrics"][task] for method in self.multi}
+                for method, score in scores.items():
+                    ranks[method].append(1 + sum(other > score for other in scores.values()))
+        return {method: f"{statistics.fmean(found):.1f}" for method, found in ranks.items() if found}
+
     def missing(self) -> tuple[int, int]:
         """Return the number of missing runs and of all runs."""
         chosen = sum(record is None for method in self.methods for _, record in self.choices(method))
-        seeds = sum(len(SEEDS) - len(runs) for runs in self.runs.values())
-        total = sum(len(self.records.rates(self.optimizer, method)) + len(SEEDS) for method in self.methods)
+        seeds = sum(len(self.seeds) - len(runs) for runs in self.runs.values())
+        total = sum(len(self.records.rates(self.optimizer, method)) + len(self.seeds) for method in self.methods)
         return chosen + seeds, total
 
 
@@ -121,14 +136,15 @@ def rates_table(block: Block) -> list[str]:
 
 def results_table(block: Block) -> list[str]:
     """Return the test metrics, mean relative change, parts of the update and times of every method."""
-    names = " | ".join([*METRICS.values(), f"{block.measure}, %", "share of the update det / seg / cls, %"])
-    lines = [
-        f"| method | seeds | {names} | wall s | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = [
+        "method", "seeds", *(METRICS[task] for task in block.tasks), f"{block.measure}, %", "mean rank",
+        f"share of the gradient {block.short}, %", "wall s", "CPU s",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    ranks = block.mean_ranks()
     singles = [method for method in block.methods if method in SINGLE]
     if singles:
-        cells = dict.fromkeys(TASKS, "")
+        cells = dict.fromkeys(block.tasks, "")
         for method in singles:
             runs = block.runs[method].values()
             cells[SINGLE[method]] = spread([run["metrics"][SINGLE[method]] for run in runs], _three)
@@ -139,22 +155,21 @@ def results_table(block: Block) -> list[str]:
         ]  # fmt: skip
         seeds = min(len(block.runs[method]) for method in singles)
         lines.append(
-            f"| single-task models | {seeds} | {' | '.join(cells.values())} | 0 | | {times[0]:.0f} | {times[1]:.0f} |"
+            f"| single-task models | {seeds} | {' | '.join(cells.values())} | 0 | | | {times[0]:.0f} | {times[1]:.0f} |"
         )
     for method in block.multi:
         runs = list(block.runs[method].values())
-        cells = {task: spread([run["metrics"][task] for run in runs], _three) for task in TASKS}
+        cells = {task: spread([run["metrics"][task] for run in runs], _three) for task in block.tasks}
         stable = [run for run in runs if not run["diverged"]]
-        parts = [_percent(statistics.fmean(run["shares"][task] for run in stable)) for task in TASKS if stable]
+        parts = [_percent(statistics.fmean(run["shares"][task] for run in stable)) for task in block.tasks if stable]
         share = " / ".join(parts)
         seconds = [
             f"{statistics.fmean(run[key] for run in runs):.0f}" if runs else ""
             for key in ("wall_seconds", "cpu_seconds")
         ]
         change = spread(list(block.change(method).values()), _signed)
-        lines.append(
-            f"| {method} | {len(runs)} | {' | '.join(cells.values())} | {change} | {share} | {' | '.join(seconds)} |"
-        )
+        row = [method, str(len(runs)), *cells.values(), change, ranks.get(method, ""), share, *seconds]
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
@@ -173,7 +188,7 @@ def tests_table(block: Block) -> list[str]:
         f"{METRICS[task]}: {REFERENCE} - sum": _paired(
             *({s: run["metrics"][task] for s, run in block.runs[m].items()} for m in (REFERENCE, "sum"))
         )
-        for task in TASKS
+        for task in block.tasks
     }
     lines = []
     for title, family in families.items():
@@ -188,7 +203,7 @@ def tests_table(block: Block) -> list[str]:
                 continue
             c = tested[name]
             verdict = "significant" if adjusted[name] < ALPHA else "not significant"
-            if c.n < len(SEEDS):
+            if c.n < len(block.seeds):
                 verdict = f"preliminary: {verdict}"
             lines.append(
                 f"| {name} | {c.n} | {_signed(c.mean)} | {_signed(c.low)} to {_signed(c.high)} | {_p(c.p)} "
@@ -205,22 +220,56 @@ def _paired(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
 def norms_table(block: Block) -> list[str]:
     """Return median raw backbone norms and how often they were below the clip, from runs at the chosen rate."""
     lines = [
-        "| method | median raw norm det / seg / cls | windows of steps with a norm below 0.1, % |",
+        f"| method | median raw norm {block.short} | windows of steps with a norm below 0.1, % |",
         "|---|---|---|",
     ]
     for method in block.multi:
         runs = [run for run in block.runs[method].values() if not run["diverged"]]
         if runs:
-            curves = {task: [v for run in runs for v in run["norms"][task]["curve"]] for task in TASKS}
+            curves = {task: [v for run in runs for v in run["norms"][task]["curve"]] for task in block.tasks}
             medians = " / ".join(f"{statistics.median(curve):.2g}" for curve in curves.values())
             below = " / ".join(_percent(statistics.fmean(v < 0.1 for v in curve)) for curve in curves.values())
             lines.append(f"| {method} | {medians} | {below} |")
     return lines if len(lines) > 2 else []
 
 
+def updates_table(block: Block) -> list[str]:
+    """Return every task's part of the gradient and of the update of the backbone, from one run of each method."""
+    lines = [
+        f"| method | part of the squared gradient {block.short}, % | of the squared update, % | of the way, % |",
+        "|---|---|---|---|",
+    ]
+    for method in block.multi:
+        run = block.runs[method].get(block.seeds[0], {})
+        if "update" in run:
+            parts = (run["shares"], run["update"]["squared"], run["update"]["along"])
+            cells = [" / ".join(_percent(part[task]) for task in block.tasks) for part in parts]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def earlier_table(block: Block, earlier: Block) -> list[str]:
+    """Return the results with the earlier segmentation head beside those of today, for methods that have both."""
+    names = ["method", *(METRICS[task] for task in block.tasks), f"{block.measure}, %"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for method in block.multi:
+        if not block.runs[method] or not earlier.runs[method]:
+            continue
+        cells = [f"{_mean_score(earlier, method, task)} to {_mean_score(block, method, task)}" for task in block.tasks]
+        changes = [list(one.change(method).values()) for one in (earlier, block)]
+        cells.append(" to ".join(_signed(statistics.fmean(values)) if values else "missing" for values in changes))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def _mean_score(block: Block, method: str, task: str) -> str:
+    return _three(statistics.fmean(run["metrics"][task] for run in block.runs[method].values()))
+
+
 TITLES = {
     ("composed", "adamw"): "Composed scenes, AdamW",
     ("composed", "sgd"): "Composed scenes, SGD with momentum 0.9",
+    ("joint", "adamw"): "Eight tasks on one set of images, AdamW",
     ("native", "adamw"): "Detection on aerial photos of trees (DeepForest), the other tasks as above, AdamW",
 }
 
@@ -243,6 +292,12 @@ def report(records: Records, blocks: Sequence[tuple[str, str]]) -> str:
             lines += [*results_table(block), "", *tests_table(block)]
             norms = norms_table(block)
             lines += [*norms, ""] if norms else []
+            updates = updates_table(block)
+            lines += [f"Seed {block.seeds[0]}, what AdamW makes of the gradients:", "", *updates, ""] if updates else []
+            earlier = earlier_table(block, Block(records.earlier(), data, optimizer))
+            if earlier:
+                lines += ["With a segmentation head that starts from a bias of zero, to the head of today:", ""]
+                lines += [*earlier, ""]
         if weights:
             lines += [
                 "Static weights: " + ", ".join(f"{task} {weight:g}" for task, weight in weights.items()) + ".",

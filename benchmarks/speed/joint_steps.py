@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from allinone_ds import TBGC, FeatureBalance, TaskBalancer, task_features
+from benchmarks.common.memory import storage_bytes
 from benchmarks.common.vit import build_engine, build_model
 
 CLASSES = 20
+BUCKET = 10**6
+"""Elements that ZeRO reduces at once; its buffer of so many is not to hide the differences between the ways."""
 ENGINES = ("plain sum", "separate", "backbone", "features", "norm=features")
 TORCH = ("torch sum", "FeatureBalance")
 LOCAL = ("torchjd mtl_backward", "torchjd at features", "torchjd autogram", "LibMTL", "LibMTL rep_grad")
@@ -68,14 +71,26 @@ def random_labels(args: argparse.Namespace, tasks: Sequence[str], seed: int) -> 
     return x, {task: torch.randint(CLASSES, shape, generator=generator) for task in tasks}
 
 
-def make_step(way: str, tasks: Sequence[str], args: argparse.Namespace) -> Callable[[], Any]:
-    """Return a function that takes one optimizer step. Call on every rank."""
+class Way(NamedTuple):
+    """One way of training, ready to run."""
+
+    step: Callable[[], Any]
+    """Takes one optimizer step."""
+    held: Callable[[], int]
+    """Returns the bytes of weights and optimizer state on this rank."""
+
+
+def make_way(way: str, tasks: Sequence[str], args: argparse.Namespace) -> Way:
+    """Return a way with a model and an optimizer of its own. Call on every rank."""
     x, y = random_labels(args, tasks, dist.get_rank())
     backbone = build_model(args.width, args.layers, args.size, ()).backbone
     backbone.embeddings.mask_token.requires_grad_(False)  # unused, which DistributedDataParallel refuses
     model = DenseModel(backbone, tasks, args.width)
     if way in ENGINES:
-        return _engine_step(way, tasks, build_engine(model, 2, 1, args.batch), x, y)
+        engine = build_engine(model, 2, 1, args.batch, bucket=BUCKET)
+        masters = engine.optimizer.single_partition_of_fp32_groups
+        held = _held(model, engine.optimizer.optimizer, masters)
+        return Way(_engine_step(way, tasks, engine, x, y), held)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     compute = _torch_step(way, tasks, model, x, y) if way in TORCH else _local_step(way, tasks, model, x, y)
 
@@ -84,7 +99,15 @@ def make_step(way: str, tasks: Sequence[str], args: argparse.Namespace) -> Calla
         compute()
         optimizer.step()
 
-    return step
+    return Way(step, _held(model, optimizer))
+
+
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor] = ()) -> Callable[[], int]:
+    def count() -> int:
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return storage_bytes([*model.parameters(), *masters, *states])
+
+    return count
 
 
 def _engine_step(way: str, tasks: Sequence[str], engine: Any, x: Tensor, y: Mapping[str, Tensor]) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer, task_features, weighting_from_config
 from allinone_ds.testing import cases, exactness, toy
+from allinone_ds.testing.muon import muon
 from allinone_ds.zero.params import whole_master
 
 __all__ = ["CASES", "FP32_KINDS", "cases", "finish", "inputs", "largest_change", "make_balancer", "make_engine",
@@ -23,7 +24,9 @@ def make_engine(case: str = "zero2 fp32", optimizer: str = "sgd", lr: float = 0.
     """A toy engine of a named case; keyword arguments replace keys of its config."""
     model = toy.make_model().float()
     groups = toy.param_groups(model, per_head=not CASES[case].one_group)
-    if optimizer == "sgd":
+    if CASES[case].muon or optimizer == "muon":
+        chosen = muon(model)
+    elif optimizer == "sgd":
         chosen = torch.optim.SGD(groups, lr=lr)
     elif optimizer == "momentum":
         chosen = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=0.1)

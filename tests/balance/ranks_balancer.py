@@ -16,11 +16,13 @@ from allinone_ds.testing.reference import gradients, reference_run
 from tests.balance import (
     ranks_devices,
     ranks_error_paths,
+    ranks_freezing,
     ranks_gradients,
     ranks_habits,
     ranks_local_norms,
     ranks_loss_scales,
     ranks_misuse,
+    ranks_muon,
     ranks_other_loops,
     ranks_partial_steps,
     ranks_task_parallel,
@@ -48,12 +50,14 @@ def exact(case: str, weighting: str, micro_steps: str) -> None:
     """fp32: weights within 1e-5, norms within 1e-5. 16 bit: within that type's rounding of the same step by hand.
 
     With `norm="features"` the tasks add up in the engine, in 16 bit too, which the step by hand does not: twice that.
+    Muon's iteration enlarges the smallest singular values some 500 times, with the rounding in them.
     """
     result = run_case(CASES[case], cases.WEIGHTINGS[weighting], cases.MICRO_STEPS[micro_steps])
     if CASES[case].dtype == "fp32":
         assert result["weights"] <= 1e-5 and result["norms"] <= 1e-5 and result["scales"] <= 1e-5, result
     else:
         rounding = {"bf16": 2**-8, "fp16": 2**-11}[CASES[case].dtype] * (2 if "norm=features" in case else 1)
+        rounding *= 50 if CASES[case].muon else 1
         assert result["weights_relative"] <= rounding and result["norms"] <= rounding, result
     assert result["overflows"] == 0
 
@@ -218,8 +222,10 @@ def all_checks(world: int) -> dict:
         checks |= _all_in(globals())
         for module in (
             ranks_devices,
+            ranks_freezing,
             ranks_partial_steps,
             ranks_misuse,
+            ranks_muon,
             ranks_gradients,
             ranks_habits,
             ranks_local_norms,

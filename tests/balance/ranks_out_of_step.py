@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer, Weighting
-from allinone_ds.balance import agreement
+from allinone_ds.balance.agreement import notices, protocol
 from allinone_ds.errors import BalancerError
 from tests.balance.engines import CASES, inputs, make_engine, run_task, toy
 from tests.launcher import join_ranks
@@ -157,7 +157,7 @@ def leaves(balancer: TaskBalancer, mine: bool) -> None:
 
 def stays_away(balancer: TaskBalancer, mine: bool) -> None:
     """A rank that is busy elsewhere; the others warn, and give up after a time."""
-    agreement.WARNING, agreement.WITHIN_STEP = 0.3, 1.0
+    protocol.WARNING, protocol.WITHIN_STEP = 0.3, 1.0
     run_task(balancer, "det")
     while mine and not _file(0).exists():
         time.sleep(0.05)
@@ -225,7 +225,7 @@ def write(kind: str, message: str = "", notes: list[str] | None = None) -> None:
 def main() -> None:
     """Run one loop; rank 0 writes the error, its message and its notes that ended the loop of each rank."""
     name, case, norm, good_steps = sys.argv[2:6]
-    agreement.POLL, agreement.GRACE, agreement._ANSWER = 0.1, 0.5, 0.5
+    protocol.POLL, protocol.GRACE, notices.ANSWER = 0.1, 0.5, 0.5
     join_ranks()
     world = dist.get_world_size()
     mine = dist.get_rank() == world - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -30,10 +30,10 @@ def made(name: str) -> Weighting:
     return weighting
 
 
-def records(world: int) -> list[StepRecord]:
+def records(world: int, orders: Sequence[tuple[str, ...]] = ORDERS) -> list[StepRecord]:
     """Records of the steps in the declared order, from gradients in float64 on one process."""
     model, found = toy.make_model(), []
-    for step, ran in enumerate(ORDERS):
+    for step, ran in enumerate(orders):
         tasks = tuple(task for task in toy.TASKS if task in ran)
         each = [gradients(model, task, step, 1, world) for task in tasks]
         names = [name for name, p in model.named_parameters() if name.startswith("backbone.") and p.requires_grad]
@@ -82,16 +82,48 @@ def check_every_weighting_follows_its_tasks_in_any_order_and_without_some() -> N
 
 
 def check_a_task_that_is_not_finite_leaves_methods_of_all_tasks_usable() -> None:
+    """Factors, and what a method remembers, are those of a step without the task."""
     engine = make_engine("zero2 fp32", lr=0.0)
-    for name in TORCHJD:
-        balancer = make_balancer(engine, made(name))
-        for step in range(2):
+    wanted_records = records(dist.get_world_size(), [("det", "cls"), toy.TASKS])
+    methods = {name: (made(name), made(name)) for name in (*WEIGHTINGS, *TORCHJD) if not made(name).streams}
+    methods["refuses nan"] = RefusesNan(), RefusesNan()
+    for name, (own, alone) in methods.items():
+        balancer = make_balancer(engine, own)
+        for step, record in enumerate(wanted_records):
             for task in toy.TASKS:
                 run_task(balancer, task, step, factor=float("nan") if task == "seg" and step == 0 else 1.0)
+            torch.manual_seed(step)
+            before = torch.get_rng_state()
             report = balancer.step()
+            torch.set_rng_state(before)
+            wanted = dict(zip(record.tasks, wanted_factors(alone, record), strict=True))
             assert report.skipped == (("seg",) if step == 0 else ()) and report.applied, (name, step)
+            for task, factor in wanted.items():
+                got = float(report.scales[task])
+                assert abs(got - factor) <= 2e-3 * max(map(abs, wanted.values())), (name, step, got, wanted)
         balancer.detach()
     engine.destroy()
+
+
+class RefusesNan(Weighting):
+    """A method of all tasks that remembers a norm, and raises for a matrix that is not finite, as solvers do."""
+
+    streams = False
+
+    def __init__(self) -> None:
+        self._norm = torch.zeros(())
+
+    def factors(self, record: StepRecord) -> torch.Tensor:
+        self._norm = self._norm + record.norms.max()
+        if not torch.isfinite(record.gram).all():
+            raise ValueError("not finite")
+        return record.norms / self._norm
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"norm": self._norm}
+
+    def load_state_dict(self, state) -> None:
+        self._norm = state["norm"]
 
 
 def check_numbers_per_task_are_counted_at_construction() -> None:

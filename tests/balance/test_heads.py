@@ -25,9 +25,13 @@ def test_the_name_is_that_of_the_model_before_it_was_compiled() -> None:
         shared_parameters(compiled, "backbon")
 
 
-def test_a_backbone_that_is_not_of_the_model_or_has_nothing_to_train_is_refused() -> None:
+def test_a_backbone_that_is_not_of_the_model_or_has_no_parameter_is_refused() -> None:
     model = toy.make_model()
     with pytest.raises(ValueError, match="do not belong to the engine's module"):
         shared_parameters(model, nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        shared_parameters(model, model.backbone.frozen)
+    with pytest.raises(ValueError, match="has no parameter"):
+        shared_parameters(model, [])
+    assert shared_parameters(model, model.backbone.frozen) == set()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        shared_parameters(model, "backbone")

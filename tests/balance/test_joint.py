@@ -20,7 +20,9 @@ def results(request, tmp_path_factory) -> dict[str, str]:
         "partial_labels_have_the_right_denominator", "a_missing_loss_on_zero3_is_an_error_of_all_ranks",
         "an_error_in_a_joint_block_leaves_nothing_of_it", "misuse_of_joint_blocks",
         "how_images_are_divided_does_not_matter_for_pixels_and_objects", "the_order_of_the_losses_does_not_matter",
-        "a_task_without_labels_in_the_whole_step_is_absent",
+        "a_task_without_labels_in_the_whole_step_is_absent", "ranks_run_the_heads_in_different_orders",
+        "layers_of_a_task_run_in_different_orders", "activation_checkpointing", "evaluation_inside_a_block",
+        "a_step_without_any_label_changes_nothing",
     ],
 )  # fmt: skip
 def test_joint(results, name):

@@ -11,14 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from benchmarks.ladder import data as ladder_data
 from benchmarks.ladder import plots, runs, stats, table
 from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, SEEDS, TASKS, Spec
-from benchmarks.ladder.records import Records
+from benchmarks.ladder.records import Records, base_runs
 
-BASE = yaml.safe_load(Path(runs.__file__).with_name("cpu.yaml").read_text())
+BASES = base_runs("cpu")
+
+
+def changed(**trainer: Any) -> dict[str, dict[str, Any]]:
+    """Return the base runs with other settings of the trainer."""
+    return {data: {**base, "trainer": {**base["trainer"], **trainer}} for data, base in BASES.items()}
+
+
 ADAMW = ("composed", "adamw")
 
 
@@ -30,14 +36,14 @@ def record(records: Records, spec: Spec, score: float, **values: Any) -> None:
         "norms": {task: {"median": sorted(curve[task])[1], "curve": curve[task]} for task in spec.tasks},
         "scaled": {task: curve[task] for task in spec.tasks},
         "shares": {task: 1 / len(spec.tasks) for task in spec.tasks},
-        "diverged": False, "steps": records.base["trainer"]["max_steps"], "logging_steps": 20, "wall_seconds": 9.0,
-        "cpu_seconds": 8.0, "settings": records.settings(spec.data), **values,
+        "diverged": False, "steps": records.bases[spec.data]["trainer"]["max_steps"], "logging_steps": 20,
+        "wall_seconds": 9.0, "cpu_seconds": 8.0, "settings": records.settings(spec.data), **values,
     })  # fmt: skip
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> Records:
-    return Records(tmp_path / "records.jsonl", BASE, "cpu")
+    return Records(tmp_path / "records.jsonl", BASES, "cpu")
 
 
 def spec_of(line: str) -> Spec:
@@ -71,10 +77,10 @@ def fill(records: Records, blocks: list[tuple[str, str]]) -> list[Spec]:
 def test_rates_are_chosen_before_seeds_and_seeds_are_done_one_by_one(records: Records) -> None:
     order = fill(records, [ADAMW])
     methods = BLOCKS[ADAMW]
-    assert len(order) == len(set(order)) == len(methods) * (3 + len(SEEDS))
+    assert len(order) == len(set(order)) == len(methods) * (3 + len(SEEDS["composed"]))
     choice, seeds = order[: 3 * len(methods)], order[3 * len(methods) :]
     assert {spec.split for spec in choice} == {"validation"} and {spec.seed for spec in choice} == {CHOICE_SEED}
-    assert CHOICE_SEED not in SEEDS and {spec.split for spec in seeds} == {"test"}
+    assert CHOICE_SEED not in SEEDS["composed"] and {spec.split for spec in seeds} == {"test"}
     assert [spec.seed for spec in seeds] == sorted(spec.seed for spec in seeds)
     assert all(spec.lr == records.rates("adamw", spec.method)[1] for spec in seeds)
     assert fill(records, [ADAMW]) == []
@@ -115,7 +121,7 @@ def test_a_record_is_valid_only_if_complete_and_of_the_same_settings(records: Re
 
 
 def test_settings_depend_on_the_base_run_and_the_data(records: Records) -> None:
-    longer = Records(records.file, {**BASE, "trainer": {**BASE["trainer"], "weight_decay": 0.1}}, "cpu")
+    longer = Records(records.file, changed(weight_decay=0.1), "cpu")
     digests = {records.settings("composed"), records.settings("native"), longer.settings("composed")}
     assert len(digests) == 3
 
@@ -156,8 +162,8 @@ def test_holm_by_hand() -> None:
 
 
 def test_the_report_names_what_is_missing_and_what_is_significant(records: Records, tmp_path: Path) -> None:
-    assert "80 of 80" not in table.report(records, [ADAMW])
-    assert "**80 are missing**" in table.report(records, [ADAMW])
+    assert "96 of 96" not in table.report(records, [ADAMW])
+    assert "**96 are missing**" in table.report(records, [ADAMW])
     fill(records, [ADAMW])
     steps = [0.00, 0.01, -0.01, 0.02, 0.01]
     for seed, step in enumerate(steps):
@@ -165,7 +171,7 @@ def test_the_report_names_what_is_missing_and_what_is_significant(records: Recor
         record(records, Spec(*ADAMW, "tbgc", lr, seed, "test"), 0.6 + step)  # single-task and all others: 0.5
         record(records, Spec(*ADAMW, "task_clip", lr, seed, "test"), 0.5 + step)
     text = table.report(records, [ADAMW])
-    assert "80 of 80 runs are done." in text and "missing**" not in text
+    assert "96 of 96 runs are done." in text and "missing**" not in text
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert "| +21.2 ± 2.3 |" in next(line for line in text.splitlines() if line.startswith("| tbgc | 5 |"))
     assert "| significant |" in rows["tbgc - sum"] and "| +21.2 |" in rows["tbgc - sum"]
@@ -180,10 +186,14 @@ def test_the_report_names_what_is_missing_and_what_is_significant(records: Recor
         table.write_page(page, text)
     content = page.read_text()
     assert content.startswith("above") and content.endswith("below\n") and "replaced" not in content
-    assert content.count("80 of 80") == 1
+    assert content.count("96 of 96") == 1
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="page.md"):
         table.write_page(page, text)
+    earlier = records.earlier()
+    assert earlier.settings("composed") != records.settings("composed") and "to the head of today" not in text
+    fill(earlier, [ADAMW])
+    assert "| sum | .500 to .500 | .500 to .500 | .500 to .500 | +0.0 to +0.0 |" in table.report(records, [ADAMW])
     drawn = {path.name for path in plots.write_plots(records, tmp_path) if path.stat().st_size > 0}
     assert drawn == {f"evidence-{kind}composed-adamw.png" for kind in ("", "rates-", "norms-")}
 
@@ -238,8 +248,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_runs_append_records_and_are_not_trained_twice(small: dict[str, Any], tmp_path: Path) -> None:
-    trainer = {**BASE["trainer"], "max_steps": 2, "logging_steps": 1}
-    records = Records(tmp_path / "records", {**BASE, "trainer": trainer}, "cpu")
+    records = Records(tmp_path / "records", changed(max_steps=2, logging_steps=1), "cpu")
     fill(records, [ADAMW])
     lr = records.rates("adamw", "static")[1]
     todo = [Spec(*ADAMW, "single_detection", lr, CHOICE_SEED, "validation"), Spec(*ADAMW, "static", lr, 0, "test")]
@@ -260,6 +269,8 @@ def test_runs_append_records_and_are_not_trained_twice(small: dict[str, Any], tm
     for task in TASKS:
         raw, scaled = static["norms"][task]["curve"], static["scaled"][task]
         assert len(raw) == 2 and scaled == pytest.approx([weights[task] * norm for norm in raw], rel=2e-3)
+    assert sum(static["update"]["along"].values()) == pytest.approx(1, abs=1e-3)
+    assert static["update"]["difference"]["sum"] < 1e-3, "the parts add up to the step that AdamW took"
     assert sum(static["shares"].values()) == pytest.approx(1, abs=1e-3) and alone["shares"] == {"detection": 1.0}
     assert static["cpu_seconds"] > 0 and static["wall_seconds"] > 0
     assert str(tmp_path) not in added

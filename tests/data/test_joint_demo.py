@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from allinone_ds.data.demo import CLASSES, IGNORE, JointSizes, SceneLook, compose_scene, load_pool, make_joint_demo_data
-from allinone_ds.data.demo.joint import COLOURS, DEPTH_SCALE, FAR, depth_map
+from allinone_ds.data.demo.joint import COLOURS, DEPTH_SCALE, depth_map, points_of
 
 CROWDED = SceneLook(size=64, objects=(3, 5), scale=(0.3, 0.6), overlap=0.6, nearest_last=True)
 
@@ -42,14 +42,28 @@ def test_masks_boxes_and_keypoints_are_those_of_the_label_map(split: Path, capsy
             assert (x, y, x + width, y + height) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             points = np.reshape(annotation["keypoints"], (-1, 3))
             assert mask[points[:, 1].astype(int), points[:, 0].astype(int)].all() and (points[:, 2] == 2).all()
-            assert (points[[0, 2], 0] == (x + 0.5, x + width - 0.5)).all()
-            assert (points[[1, 3], 1] == (y + 0.5, y + height - 0.5)).all()
+            middle_row, middle_column = rows.mean() + 0.5, columns.mean() + 0.5
+            assert points[0, 1] == points[2, 1] and abs(points[0, 1] - middle_row) <= 1
+            assert points[1, 0] == points[3, 0] and abs(points[1, 0] - middle_column) <= 1
+            assert points[0, 0] == columns[rows == int(points[0, 1])].min() + 0.5
+            assert points[3, 1] == rows[columns == int(points[3, 0])].max() + 0.5
         saliency, edges = pixels(split, "saliency", index), pixels(split, "edges", index)
         assert (saliency[covered] > 0).all() and set(saliency[~covered]) <= {0, 128}
         assert set(np.unique(edges)) == {0, 255} and (edges > 0).sum() < covered.sum() + 200
         depth = pixels(split, "depth", index)
-        assert ((depth == 0) == (label_map == IGNORE)).all()
-        assert set(depth[~covered & (depth > 0)]) == {round(FAR / DEPTH_SCALE)}
+        assert ((depth == 0) == (~covered | (label_map == IGNORE))).all()
+
+
+@pytest.mark.parametrize("shape", ["square", "two legs", "ring"])
+def test_points_of_a_mirrored_product_are_its_mirrored_points(shape: str) -> None:
+    """As training assumes when it mirrors images: straight sides and legs leave no choice."""
+    inside = np.zeros((21, 21), bool)
+    inside[4:17, 3:16] = True
+    inside[8:, 8:11] &= shape == "square"
+    inside[12:, 8:11] |= shape == "ring"
+    (left, top, right, bottom), mirrored = points_of(*np.nonzero(inside)), points_of(*np.nonzero(inside[:, ::-1]))
+    expected = [(21 - x, y) for x, y in (right, top, left, bottom)]
+    assert np.abs(np.subtract(mirrored, expected)).max() <= 1, (mirrored, expected)
 
 
 def test_the_table_has_what_is_in_each_image(split: Path) -> None:

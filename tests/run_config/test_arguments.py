@@ -11,7 +11,7 @@ import torch
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments, check_trainer_keys, default_optim
-from allinone_ds.training.start.arguments import slow_arithmetic
+from allinone_ds.training.start.arguments import settings_to_warn_of
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,20 @@ def test_deepspeeds_throughput_timer_is_off(tmp_path: Path) -> None:
 
 
 def test_float32_on_a_gpu_is_warned_of() -> None:
+    """And keys that have no effect."""
+
     def said(device: str = "cuda", bf16: bool = False, tf32: bool = False, **deepspeed) -> list[str]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
             args = SimpleNamespace(device=torch.device(device), bf16=bf16, fp16=False, deepspeed=deepspeed)
-            return slow_arithmetic(args)
+            return settings_to_warn_of(args)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
 
     assert "trainer.bf16: true" in said()[0]
     assert not said("cpu") and not said(bf16=True) and not said(tf32=True)
     assert not said(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    (warning,) = said("cpu", zero_optimization={"stage": 2, "elastic_checkpoint": True, "overlap_comm": True})
+    assert warning.endswith(
+        "zero_optimization.elastic_checkpoint (checkpoints of this package fit any number of ranks)"
+    )

@@ -1,14 +1,22 @@
 """Two ranks: metrics of unequal numbers of images, and ZeRO-3 in bfloat16. Started by test_kinds.py."""
 
+import json
 import sys
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
-from tests.launcher import run_checks
+from allinone_ds.data.demo import JointSizes, make_joint_demo_data
+from allinone_ds.evaluation.predictor import predict_images
+from allinone_ds.export.folders import export_run
+from allinone_ds.run_config.schema import load_config
+from allinone_ds.training.run import train_run
+from tests.launcher import ROOT, run_checks
 from tests.tasks.kinds import KINDS, kind_model, kind_samples
 
 
@@ -70,6 +78,7 @@ def check_zero3() -> None:
     for _ in range(4):
         for name, task in engine.module.tasks.items():
             made = kind_samples(4, boxes=dist.get_rank() == 0, kind=name)  # rank 1 has no targets
+            torch.manual_seed(1)  # mask2former looks at random points, the same in every step
             out = engine(task=name, **task.collate(made))
             assert out.loss.dtype == torch.float32 and out.loss.isfinite(), name
             engine.backward(out.loss)
@@ -84,6 +93,46 @@ def check_zero3() -> None:
         for name in ("binary", "numbers", "arcface", "mask2former"):
             assert losses[name][-1] < losses[name][0], (name, losses)
     engine.destroy()
+
+
+def check_strong_heads() -> None:
+    """A run from YAML with the strong heads: trained, evaluated, predicted and exported."""
+    folder = Path(sys.argv[1]).parent
+    if dist.get_rank() == 0:
+        make_joint_demo_data(folder / "data", sizes=JointSizes(train=8, test=3), progress=False)
+    dist.barrier()
+    content = yaml.safe_load((ROOT / "configs/runs/demo_joint.yaml").read_text())
+    decoder = {"num_queries": 8, "encoder_layers": 1, "decoder_layers": 2, "points": 64, "width": 32}
+    heads = {
+        "segmentation": {"type": "segmentation", "head": "mask2former", "options": decoder},
+        "instances": {"type": "instances", "head": "mask2former", "options": decoder},
+        "depth": {"type": "depth", "head": "dpt", "options": {"width": 16, "neck_widths": [16, 16, 16, 16]}},
+    }
+    joint = content["joint"]["scenes"] | {"tasks": list(heads), "batch_size": 2, "eval_batch_size": 3}
+    for split in ("train", "test"):
+        labels = joint[split]["labels"]
+        labels["instances"] = {"format": "coco", "kind": "instances", "annotations": f"{split}/objects.json"}
+        joint[split]["labels"] = {name: labels[name] for name in heads}
+    content |= {"tasks": heads, "joint": {"scenes": joint}, "data_root": str(folder / "data")}
+    content |= {"output_dir": str(folder / "strong"), "deepspeed": str(ROOT / content["deepspeed"])}
+    content["trainer"] |= {"max_steps": 2, "logging_steps": 1, "save_strategy": "no"}
+    content["model"]["backbone"]["config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    content["model"]["backbone"]["out_indices"] = [1, 2]
+    if dist.get_rank() == 0:
+        (folder / "strong.yaml").write_text(yaml.safe_dump(content))
+    dist.barrier()
+    metrics = train_run(load_config(folder / "strong.yaml"))
+    assert metrics is not None
+    assert {"eval_instances_map50", "eval_segmentation_miou", "eval_depth_delta1"} <= metrics.keys()
+    if dist.get_rank() == 0:
+        pictures = sorted((folder / "data" / "test" / "images").iterdir())[:1]
+        predict_images(folder / "strong", pictures, folder / "predicted")
+        (line,) = (folder / "predicted" / "predictions.jsonl").read_text().splitlines()
+        assert set(json.loads(line)) >= set(heads)
+        export_run(folder / "strong")
+        cards = "".join(path.read_text() for path in (folder / "strong" / "export").rglob("README.md"))
+        assert "(instances, head mask2former" in cards and "(depth, head dpt" in cards
+    dist.barrier()
 
 
 if __name__ == "__main__":

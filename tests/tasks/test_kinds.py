@@ -197,6 +197,6 @@ def ranks(tmp_path_factory):
     return run_ranks(Path(__file__).parent / "ranks_kinds.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("check", ["check_metrics", "check_zero3"])
+@pytest.mark.parametrize("check", ["check_metrics", "check_zero3", "check_strong_heads"])
 def test_two_ranks(ranks, check):
     assert ranks[check] == ""

@@ -102,14 +102,12 @@ def test_a_group_counts_the_images_that_have_labels_and_leaves_out_a_task_withou
     assert weights.of_step({"rooms": batches})["det"] == [2.0, 2.0]
 
 
-def test_a_frozen_backbone_is_balanced_at_no_features() -> None:
+def test_a_joint_group_is_balanced_where_its_settings_say() -> None:
     asked = []
     balancer = SimpleNamespace(
         task=lambda name, micro_steps: asked.append((name, micro_steps)),
         joint=lambda tasks, micro_steps, at: asked.append((tasks, micro_steps, at)),
     )
-    joint = Joint(("seg", "cls"), at="features")
-    block(balancer, "det", None, 3, frozen=False)
-    block(balancer, "rooms", joint, 2, frozen=False)
-    block(balancer, "rooms", joint, 2, frozen=True)
-    assert asked == [("det", 3), (("seg", "cls"), 2, "features"), (("seg", "cls"), 2, "backbone")]
+    block(balancer, "det", None, 3)
+    block(balancer, "rooms", Joint(("seg", "cls"), at="features"), 2)
+    assert asked == [("det", 3), (("seg", "cls"), 2, "features")]

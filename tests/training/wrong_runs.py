@@ -80,6 +80,10 @@ WRONG: dict[str, list[str]] = {
     ],
     "tasks.cls.test_time": ["tasks.cls.test_time.flip=true"],
     "model.freeze = 9: the backbone has 2 layers": ["model.freeze=9"],
+    "model.freeze = 7: the backbone has 2 layers": ["model.freeze=backbone", "model.thaw={2: 7}"],
+    "'thaw' is set, but nothing is frozen": ["model.thaw={2: null}"],
+    "from step 3 on 1 is frozen, which is not less than before": ["model.freeze=1", "model.thaw={3: 1}"],
+    "model.thaw: step 4 is never reached: trainer.max_steps = 4": ["model.freeze=1", "model.thaw={4: null}"],
     # folders, callbacks, length
     "/nowhere holds no config.yaml": ["model.start_from=/nowhere"],
     "there is no checkpoint in": ["trainer.resume_from_checkpoint=true"],

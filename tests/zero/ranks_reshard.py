@@ -17,11 +17,12 @@ from allinone_ds.training.ema import ShardEMA, ema_file
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import save_engine
 from allinone_ds.zero.engines.choose import open_engine
+from allinone_ds.zero.engines.muon import MOMENTUM
 from tests.balance.engines import finish, inputs, make_balancer, make_engine, toy
 from tests.launcher import run_checks
 
 PRECISIONS = ("fp32", "bf16", "bf16 fp32-accumulation", "fp16", "fp32 offload", "bf16 offload",
-              "bf16 fp32-accumulation offload", "fp16 offload")  # fmt: skip
+              "bf16 fp32-accumulation offload", "fp16 offload", "fp32 muon")  # fmt: skip
 STAGES = (1, 2, 3)
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
 NEXT_STEPS = 2
@@ -48,7 +49,9 @@ def whole(engine, ema: ShardEMA) -> dict[str, torch.Tensor]:
     masters, state = open_engine(engine).masters(), engine.optimizer.optimizer.state
     kept = [master.detach().clone() for master in masters]
     kinds = {"": kept, " average": ema.shards}
-    kinds |= {f" {key}": [state[master][key] for master in masters] for key in ("exp_avg", "exp_avg_sq")}
+    for key in ("exp_avg", "exp_avg_sq", MOMENTUM):
+        if any(key in state[master] for master in masters):
+            kinds[f" {key}"] = [state[master].get(key, torch.zeros_like(master)) for master in masters]
     found = {}
     for kind, flats in kinds.items():
         for master, flat in zip(masters, flats, strict=True):
@@ -58,7 +61,7 @@ def whole(engine, ema: ShardEMA) -> dict[str, torch.Tensor]:
                 found[name + kind] = safe_get_full_fp32_param(param).flatten().clone()
     for master, flat in zip(masters, kept, strict=True):
         master.data.copy_(flat)
-    steps = {float(state[master]["step"]) for master in masters}
+    steps = {float(state[master]["step"]) for master in masters if "step" in state[master]}
     found["counters"] = torch.tensor(
         [*steps, engine.global_steps, ema.steps, getattr(engine.optimizer, "loss_scale", 1)]
     )

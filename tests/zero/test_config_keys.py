@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from allinone_ds.run_config.schema import load_config
-from allinone_ds.zero.config_keys import CONFIG_KEYS, REFUSED, SERVED
+from allinone_ds.zero.config_keys import CONFIG_KEYS, IGNORED, REFUSED, SERVED, ignored_keys
 from allinone_ds.zero.support import checked_release, config_problems
 from tests.launcher import run_ranks
 from tests.zero.ranks_config_keys import TRIALS, ZERO, name_of
@@ -156,6 +156,61 @@ def test_unknown_keys_of_a_run_are_refused_with_the_nearest() -> None:
     ]  # fmt: skip
     for run in ("demo", "traffic_8gpu", "traffic_64gpu"):
         assert config_problems(load_config(f"configs/runs/{run}.yaml").deepspeed) == []
+
+
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimization": True}, '.zero_optimization = True: this is a section; write its keys, such as {"stage"'),
+    ({"zero_optimization": {"stage": "auto"}}, ".zero_optimization.stage = 'auto': Trainer does not fill"),
+    ({"bf16": "auto"}, ".bf16 = 'auto': Trainer does not fill"),
+    ({"bf16": True}, '.bf16 = True: this is a section; write its keys, such as {"enabled"'),
+    ({"bf16": {"enabled": True}, "bfloat16": {"enabled": False}}, "remove bfloat16"),
+    ({"bfloat16": {"imediate_grad_update": True}}, ".bfloat16.imediate_grad_update = True"),
+    ({"data_types": "fp32"}, ".data_types = 'fp32': this is a section"),
+    ({"data_types": {"grad_accum_dtype": "float8"}}, "data_types with a type that DeepSpeed does not know"),
+    ({"data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}}}, "data_efficiency cannot be balanced"),
+    ({"sequence_parallel_size": "2"}, "sequence parallelism cannot be balanced"),
+    ({"gradient_allreduce_op": "SUM"}, 'gradient_allreduce_op = "sum" cannot be balanced'),
+    ({"managed_gradient_accumulation": 0}, "managed_gradient_accumulation = false cannot be balanced"),
+    ({"hybrid_engine": {"enabled": "true"}}, "the hybrid engine cannot be balanced"),
+    ({"Zero_Optimization": {"stage": 2}}, "did you mean 'zero_optimization'"),
+    ({"grad_accum_dtype": "fp32"}, ".grad_accum_dtype: DeepSpeed has no such key"),
+    ({"amp": {"enabled": True}}, ".amp: DeepSpeed has no such key"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size: DeepSpeed has no such key"),
+    ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "ZenFlow cannot be balanced"),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": False, "offload_optimizer": None}}, "together"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'such as {"device": ...}'),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": "0.5"}}}, ": Assertion failed"),
+    ({"zero_optimization": {"stage": 3, "max_live_parameters": 1, "stage3_max_live_parameters": 2}}, "not permitted"),
+]
+"""Odd places and spellings of keys that are refused, and a part of the reason."""
+
+
+@pytest.mark.parametrize(("content", "reason"), ODD)
+def test_odd_places_and_spellings_are_refused_with_a_reason(content: dict[str, Any], reason: str) -> None:
+    (problem,) = config_problems(content)
+    assert reason in problem
+
+
+def test_old_names_and_numbers_as_texts_mean_what_deepspeed_reads() -> None:
+    zero = {"stage": "2", "cpu_offload": False, "reduce_bucket_size": "auto"}
+    whole = {"zero_optimization": zero, "bfloat16": {"enabled": True}, "gradient_clipping": "auto"}
+    assert config_problems(whole) == []
+    old = {"stage": 3, "max_live_parameters": 10, "stage3_gather_fp16_weights_on_model_save": True}
+    assert config_problems({"zero_optimization": old}) == []
+
+
+def test_keys_without_effect_are_named_with_the_reason() -> None:
+    ignored = {key for key, (verdict, _) in CONFIG_KEYS.items() if verdict == IGNORED}
+    whole: dict[str, Any] = {}
+    for key in ignored:
+        *sections, last = key.split(".")
+        inside = whole
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[last] = 1
+    named = {line.partition(" (")[0] for line in ignored_keys(whole)}
+    assert named == ignored - {"gradient_accumulation_steps", "train_batch_size"}  # which the trainer sets
+    assert ignored_keys({"zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {"enabled": True}}) == []
 
 
 def test_the_documents_show_the_table() -> None:

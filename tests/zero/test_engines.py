@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.engines.choose import ADAPTERS
+from allinone_ds.zero.engines.pieces import Span, merge_spans
 from allinone_ds.zero.engines.stage3 import Stage3Adapter
 from allinone_ds.zero.params import move_buffers
 from allinone_ds.zero.support import config_problems
@@ -50,10 +50,14 @@ def test_zero3_looks_for_an_overflow_after_it_was_written() -> None:
     zero3(grad_partitions_flat_buffer=buffer, reduce_and_partition_stream=None)._show_overflow(False)
 
 
-def test_zero3_gathers_changed_weights_in_order_and_no_copies_of_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero3_gathers_changed_weights_in_order_and_no_copies_of_the_old() -> None:
+    """The stream that gathers waits for the one that has changed them; the host does not."""
     done: list[str] = []
-    adapter = zero3(invalidate_secondary_tensor=lambda: done.append("forget the copies within a host"))
-    monkeypatch.setattr(adapter, "synchronize", lambda: done.append("wait"))
+    stream = SimpleNamespace(wait_stream=lambda _: done.append("wait"))
+    adapter = zero3(
+        invalidate_secondary_tensor=lambda: done.append("forget the copies within a host"),
+        parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream),
+    )
     adapter._partitions_changed([torch.nn.Parameter(torch.zeros(1))])  # none is gathered
     assert done == ["forget the copies within a host", "wait"]
 

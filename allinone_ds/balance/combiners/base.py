@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,55 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import scale, square_norm
-from allinone_ds.balance.report import StepReport
+from allinone_ds.balance.combiners.outcome import Combined, Verdict
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
-from allinone_ds.distributed import all_reduce, world_size
+from allinone_ds.device_constants import copied_to
+from allinone_ds.distributed import all_reduce, cpu_group, wait_for_device, world_size
 from allinone_ds.zero.engines.base import EngineAdapter
-
-
-@dataclass(frozen=True)
-class Combined:
-    """What became of each task in a step; fields as in `StepReport`.
-
-    Args:
-        usable: False when there is nothing that the optimizer should step on.
-    """
-
-    tasks: tuple[str, ...]
-    norms: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    losses: dict[str, Tensor]
-    whole_norms: dict[str, Tensor]
-    skipped: tuple[str, ...]
-    overflow: bool
-    usable: bool
-    norm_error: float = 0.0
-    gram: Tensor | None = None
-
-    def report(self, overflow: bool, applied: bool, watched: bool) -> StepReport:
-        """Return the report of the step.
-
-        Args:
-            overflow: whether fp16 gradients overflowed, before or in the engine's step.
-            applied: whether the optimizer changed the weights.
-            watched: whether the report gets the Gram matrix.
-        """
-        return StepReport(
-            norms=self.norms,
-            scales=self.scales,
-            losses=self.losses,
-            whole_norms=self.whole_norms,
-            skipped=self.skipped,
-            overflow=overflow,
-            applied=applied,
-            tasks=self.tasks,
-            gram=self.gram if watched else None,
-            norm_error=self.norm_error,
-        )
-
-
-def _nothing(device: torch.device) -> None:
-    pass
 
 
 class Combiner(ABC):
@@ -79,7 +34,7 @@ class Combiner(ABC):
         records: record of each task that was added since the last `clear`.
         usable: whether the gradient of each task is to be used, 0-dim bool on the device.
         factors: of each task, 0-dim.
-        before_verdict: called before this rank waits for the device, which may wait for other ranks.
+        wait: waits for work in which other ranks take part, and raises if they do not; None: nobody watches them.
     """
 
     watch: bool = False
@@ -93,7 +48,8 @@ class Combiner(ABC):
         self.records: dict[str, StepRecord] = {}
         self.usable: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
-        self.before_verdict: Callable[[torch.device], None] = _nothing
+        self.wait: Callable[[Any], None] | None = None
+        self._cpu_group = cpu_group() if weighting.on_cpu else None
         self._kept: list[list[Tensor]] = []
         self._sum: list[Tensor] = []
         self._gram: Tensor | None = None
@@ -102,6 +58,11 @@ class Combiner(ABC):
     def tasks(self) -> tuple[str, ...]:
         """Tasks added since the last `clear`, in the order in which they were declared."""
         return tuple(task for task in self.order if task in self.records)
+
+    @property
+    def reduces_in_order(self) -> bool:
+        """Whether ranks reduce gradients in the order in which a backward yields them, which must be one order."""
+        return self.adapter.stage >= 2
 
     @property
     def bytes(self) -> int:
@@ -153,8 +114,12 @@ class Combiner(ABC):
     def finish(self) -> Combined:
         """Compute the weighted sum of all tasks added.
 
-        Waits for the device once, to learn which tasks are not finite, and once more where factors are computed here.
+        Waits for the device once, to learn which tasks are not finite.
         """
+
+    def nothing_ran(self) -> Combined:
+        """Return what became of a step in which no rank has a label of any task: nothing to step on."""
+        return self._combined([], (), overflow=False, usable=False)
 
     def hand_over(self, overflow: bool) -> None:
         """Give the engine the sum for its next step."""
@@ -200,9 +165,10 @@ class Combiner(ABC):
         shared, other = self._split(pieces)
         square = square_norm(shared, self.adapter.device)
         whole = square + square_norm(other, self.adapter.device)
-        sums = torch.stack([square.to(loss.device), whole.to(loss.device), loss.double()])
+        squares = copied_to(torch.stack([square, whole]), loss.device)
         if self.adapter.replicated:
-            sums[:2] /= self.world
+            squares = squares / self.world
+        sums = torch.cat([squares, loss.double().view(1)])
         all_reduce(sums)
         return self._record_of(task, sums[0] * unit**2, sums[1] * unit**2, sums[2] * unit / self.world)
 
@@ -247,46 +213,98 @@ class Combiner(ABC):
         sketches = sketches.double()
         return sketches @ sketches.T / self.adapter.loss_scale**2
 
-    def _factors_of(self, record: StepRecord) -> dict[str, Tensor]:
-        """Return the finite factors from a record of several tasks; a task whose factor is not finite is absent.
+    def _factors_of(self, record: StepRecord) -> Tensor:
+        """Return the factors from a record of several tasks, (T,), on the device of the record.
 
         They are those of rank 0, since a method may draw at random or iterate.
         """
-        factors = torch.full((len(record.tasks),), torch.nan, device=self.adapter.compute_device)
+        factors = torch.full((len(record.tasks),), torch.nan, device=record.gram.device)
         try:
             factors.copy_(self.weighting.factors(record))
         finally:  # a rank whose weighting raises does not leave the others waiting
             if self.world > 1:
-                dist.broadcast(factors, 0)
-        return self._finite(dict(zip(record.tasks, factors, strict=True)))
+                self._send_from_first_rank(factors)
+        return factors
 
-    def _finite(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the factors that are finite; waits for the device."""
-        finite = torch.isfinite(torch.stack(list(factors.values()))).tolist()
-        return {task: factor for (task, factor), good in zip(factors.items(), finite, strict=True) if good}
+    def _send_from_first_rank(self, factors: Tensor) -> None:
+        """Give every rank the factors of rank 0, on the CPU or on the device. Collective."""
+        if not factors.is_cpu or self.adapter.compute_device.type == "cpu":
+            dist.broadcast(factors, 0)
+            return
+        work = dist.broadcast(factors, 0, group=self._cpu_group, async_op=True)
+        (self.wait or _wait)(work)
 
-    def _verdicts(self, factors: Mapping[str, Tensor] | None = None) -> tuple[tuple[str, ...], bool, dict[str, Tensor]]:
-        """Return what must be known on the CPU before a step; waits for the device, once.
+    def _verdict(self, factors: Mapping[str, Tensor] | None = None) -> Verdict:
+        """Return the verdict on a step; waits for the device, once.
 
         Args:
-            factors: of some tasks.
-
-        Returns:
-            The tasks to leave out, whether an fp16 gradient overflowed, and the factors that are finite.
+            factors: of some tasks, on the device.
         """
         factors = factors or {}
+        flags, (values,) = self._fetch([torch.stack(list(factors.values()))] if factors else [torch.zeros(0)])
+        on_cpu = {task: value for task, value in zip(factors, values, strict=True) if torch.isfinite(value)}
+        return Verdict(*flags, {task: factors[task] for task in on_cpu}, on_cpu)
+
+    def _joint_verdict(self, tasks: Sequence[str], gram: Tensor, partial: bool = True) -> Verdict:
+        """Return the verdict on a step whose factors depend on all its tasks; waits for the device, once.
+
+        The device computes the factors before it is known whether all tasks are finite; where some are not, it computes
+        those of the others again, and this rank waits for the device a second time.
+
+        Args:
+            tasks: that get a factor.
+            gram: their inner products, (T, T).
+            partial: whether the step is taken without the tasks that are not finite; False: no factors then.
+        """
+        record = self._joint_record(tasks, gram)
+        if self.weighting.on_cpu:
+            return self._verdict_from_cpu(record, partial)
+        before, failure = self.weighting.state_dict(), None
+        try:
+            factors = self._factors_of(record)
+        except Exception as error:  # which may be because of a task that is not finite
+            factors, failure = torch.full_like(record.losses, torch.nan), error
+        verdict = self._verdict(dict(zip(tasks, factors, strict=True)))
+        used = self._used(tasks, verdict.skipped, verdict.overflow, partial)
+        if len(used) == len(tasks):
+            if failure is not None:
+                raise failure
+            return verdict
+        self.weighting.load_state_dict(before)
+        if not used:
+            return Verdict(verdict.skipped, verdict.overflow, {}, {})
+        factors = self._factors_of(_rows(record, used))
+        return self._verdict(dict(zip(used, factors, strict=True)))
+
+    def _verdict_from_cpu(self, record: StepRecord, partial: bool) -> Verdict:
+        """Return the verdict on a step whose factors are computed on the CPU, from a record on the device."""
+        tasks = record.tasks
+        (skipped, overflow), fetched = self._fetch([record.gram, record.whole_norms, record.losses])
+        used = self._used(tasks, skipped, overflow, partial)
+        on_cpu: dict[str, Tensor] = {}
+        if used:
+            factors = self._factors_of(_rows(StepRecord(tasks, *fetched), used))
+            on_cpu = {task: factor for task, factor in zip(used, factors, strict=True) if torch.isfinite(factor)}
+        sent = copied_to(torch.stack(list(on_cpu.values())), self.adapter.compute_device) if on_cpu else ()
+        return Verdict(skipped, overflow, dict(zip(on_cpu, sent, strict=True)), on_cpu)
+
+    def _used(self, tasks: Sequence[str], skipped: Sequence[str], overflow: bool, partial: bool) -> list[str]:
+        """Return the tasks that a step uses."""
+        return [] if overflow or (skipped and not partial) else [task for task in tasks if task not in skipped]
+
+    def _fetch(self, tensors: Sequence[Tensor]) -> tuple[tuple[tuple[str, ...], bool], list[Tensor]]:
+        """Return what to skip, whether a gradient overflowed, and tensors on the CPU in float64, from one transfer."""
         ran = self.tasks
-        flags = [self.usable[task] for task in ran]
-        flags += [torch.isfinite(self.records[task].whole_norms[0]) for task in ran]
-        flags += [torch.isfinite(factor) for factor in factors.values()]
-        together = torch.stack(flags)
-        self.before_verdict(together.device)
-        answers = together.tolist()
-        usable, finite = answers[: len(ran)], answers[len(ran) : 2 * len(ran)]
-        skipped = tuple(task for task, good in zip(ran, usable, strict=True) if not good)
-        overflow = self.adapter.fp16 and any(u and not f for u, f in zip(usable, finite, strict=True))
-        good_factors = zip(factors.items(), answers[2 * len(ran) :], strict=True)
-        return skipped, overflow, {task: factor for (task, factor), good in good_factors if good}
+        finite = torch.isfinite(torch.cat([self.records[task].whole_norms for task in ran]))
+        flags = torch.stack([self.usable[task] for task in ran])
+        parts = [flags, finite, *tensors]
+        together = torch.cat([part.reshape(-1).double() for part in parts])
+        if self.wait is not None:
+            wait_for_device(self.wait, together.device)
+        usable, finite, *fetched = together.cpu().split([part.numel() for part in parts])
+        skipped = tuple(task for task, good in zip(ran, usable.tolist(), strict=True) if not good)
+        overflow = self.adapter.fp16 and bool((usable > finite).any())
+        return (skipped, overflow), [row.view(part.shape) for row, part in zip(fetched, tensors, strict=True)]
 
     def _combined(
         self, flats: list[Tensor], skipped: tuple[str, ...], overflow: bool, usable: bool, norm_error: float = 0.0
@@ -318,3 +336,15 @@ class Combiner(ABC):
         if not self.adapter.replicated:
             square = all_reduce(square.to(self.adapter.compute_device))
         return (square.sqrt() / self.adapter.loss_scale).float()
+
+
+def _wait(work: Any) -> None:
+    work.wait()
+
+
+def _rows(record: StepRecord, tasks: Sequence[str]) -> StepRecord:
+    """Return the record of some of its tasks."""
+    if len(tasks) == len(record.tasks):
+        return record
+    rows = copied_to(torch.tensor([record.tasks.index(task) for task in tasks]), record.gram.device)
+    return StepRecord(tuple(tasks), record.gram[rows][:, rows], record.whole_norms[rows], record.losses[rows])

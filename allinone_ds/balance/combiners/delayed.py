@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.combiners.base import Combined, Combiner
+from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.exact import exact_combiner
+from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
@@ -54,7 +55,7 @@ class DelayedCombiner(LocalCombiner):
 
     def begin(self, task: str) -> None:
         if self._exact:
-            self._exact.watch, self._exact.before_verdict = self.watch, self.before_verdict
+            self._exact.watch, self._exact.wait = self.watch, self.wait
             self._exact.begin(task)
             return
         super().begin(task)
@@ -128,17 +129,17 @@ class DelayedCombiner(LocalCombiner):
         for row, task in enumerate(ran):
             square, other = squares[row]
             self.records[task], self.usable[task] = self._record_of(task, square, square + other, losses[row])
-        following, before = {}, self.weighting.state_dict()
+        before = self.weighting.state_dict()
         if self.weighting.streams:
-            following = {task: self.weighting.factors(record)[0] for task, record in self.records.items()}
-        skipped, overflow, finite = self._verdicts(following)
-        self.factors = {task: self.factors[task] for task in ran}
-        result = self._reduced(skipped, overflow, usable=not skipped)
-        if skipped or overflow:
+            verdict = self._verdict({task: self.weighting.factors(record)[0] for task, record in self.records.items()})
+        else:
+            verdict = self._joint_verdict(ran, self._gram, partial=False)
+        given_up = bool(verdict.skipped) or verdict.overflow
+        if given_up:
             self.weighting.load_state_dict(before)
-        if not self.weighting.streams and not (skipped or overflow):
-            finite = self._factors_of(self._joint_record(ran, self._gram))
-        self._plan({} if skipped or overflow else finite)
+        self.factors = {task: self.factors[task] for task in ran}
+        result = self._reduced(verdict.skipped, verdict.overflow, usable=not verdict.skipped)
+        self._plan({} if given_up else verdict.factors)
         return result
 
     def _plan(self, factors: Mapping[str, Tensor]) -> None:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import add_scaled, inner_products, scale, scale_or_zero, square_norm
-from allinone_ds.balance.combiners.base import Combined, Combiner
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.outcome import Combined, Verdict
 from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
+from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import ConfigError
-from allinone_ds.zero.engines.base import EngineAdapter, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import cut
 
 
 class ExactCombiner(Combiner):
@@ -77,7 +80,7 @@ class ExactCombiner(Combiner):
             seen = torch.where(torch.isfinite(whole), norm, whole)  # an overflow of fp16
             self.records[task] = StepRecord((task,), norm.square().view(1, 1), seen.view(1), loss.view(1))
             self.usable[task], self.factors[task] = usable, factor
-        if first and key not in self._parts and not self.adapter.replicated:
+        if first and key not in self._parts and not self.adapter.replicated and not self.adapter.needs_sum:
             self._left = usable
         else:  # without ZeRO it is where a stray backward of the user would change it
             self._add_raw(pieces, usable)
@@ -88,16 +91,20 @@ class ExactCombiner(Combiner):
         """Add a gradient that is scaled already to the step's sum, or nothing unless `usable`."""
 
     def finish(self) -> Combined:
-        skipped, overflow, _ = self._verdicts()
-        if overflow:  # the engine is told of it together with a gradient
+        verdict = self._judge()
+        if verdict.overflow:  # the engine is told of it together with a gradient
             self._take_left()
         if self._left is not None:
-            return self._combined([], skipped, overflow, usable=not skipped)
-        return self._finish(skipped, overflow)
+            return self._combined([], verdict.skipped, verdict.overflow, usable=not verdict.skipped)
+        return self._finish(verdict)
+
+    def _judge(self) -> Verdict:
+        """Return the verdict on the step; waits for the device."""
+        return self._verdict()
 
     @abstractmethod
-    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
-        """Compute the weighted sum of the tasks that were added, without those that are `skipped`."""
+    def _finish(self, verdict: Verdict) -> Combined:
+        """Compute the weighted sum of the tasks that were added and are not to be skipped."""
 
     def hand_over(self, overflow: bool) -> None:
         if self._left is None:
@@ -170,12 +177,13 @@ class StreamingCombiner(ExactCombiner):
         totals = cut(self.flats, self.adapter.pieces)
         add_scaled(totals, pieces, torch.ones((), device=on_shard), usable.to(on_shard))
 
-    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
+    def _finish(self, verdict: Verdict) -> Combined:
         if self.watch and len(self._sketches) == len(self.tasks):  # balanced at the features: no sketch
             self._gram = self._gram_of(
                 torch.stack([self._sketches[task] for task in self.tasks]), summed=self.adapter.replicated
             )
-        return self._combined(self.flats, skipped, overflow, usable=len(skipped) < len(self.tasks))
+        usable = len(verdict.skipped) < len(self.tasks)
+        return self._combined(self.flats, verdict.skipped, verdict.overflow, usable)
 
     def _sketch(self, shared: Sequence[Tensor]) -> Tensor:
         """Return a sketch of this rank's part of a task's gradient; the sum over ranks is the sketch of the whole."""
@@ -226,22 +234,34 @@ class KeepingCombiner(ExactCombiner):
             total.add_(flat)
         self._spare.append(added)
 
-    def _finish(self, skipped: tuple[str, ...], overflow: bool) -> Combined:
-        used = [task for task in self.tasks if task in self.flats and task not in skipped]
+    def _judge(self) -> Verdict:
+        tasks = [task for task in self.tasks if task in self.flats]
+        if not tasks:
+            return self._verdict()
+        shared = [self._split(cut(self.flats[task], self.adapter.pieces))[0] for task in tasks]
+        gram = copied_to(inner_products(shared, self.adapter.device), self.adapter.compute_device)
+        if not self.adapter.replicated:
+            all_reduce(gram)
+        self._gram = gram = gram / self.adapter.loss_scale**2
+        return self._joint_verdict(tasks, gram)
+
+    def _finish(self, verdict: Verdict) -> Combined:
+        overflow = verdict.overflow
+        unusable = [] if overflow else [task for task in self.flats if task not in verdict.factors]
+        skipped = tuple(task for task in self.tasks if task in verdict.skipped or task in unusable)
         self.factors |= {task: torch.zeros_like(self.records[task].losses[0]) for task in self.flats}
-        if used and not overflow:
-            record = self._record(used)
-            self._gram = record.gram if len(used) == len(self.tasks) else None
-            factors = self._factors_of(record)
-            self.factors |= factors
-            skipped = tuple(task for task in self.tasks if task in skipped or (task in used and task not in factors))
-            used = list(factors)
-        parts = [self.flats[task] if overflow else self._scaled(task) for task in used]
+        self.factors |= verdict.factors
+        if overflow:
+            parts = [self.flats[task] for task in self.tasks if task in self.flats and task not in skipped]
+        else:
+            parts = [self._scaled(task, verdict) for task in verdict.factors]
         parts += [self._balanced] if self._balanced is not None else []
         total = parts[0] if parts else next(iter(self.flats.values()))
         for part in parts[1:]:
             for flat, other in zip(total, part, strict=True):
                 flat.add_(other)
+        if len(verdict.factors) < len(self.tasks):
+            self._gram = None
         return self._combined(total, skipped, overflow, usable=len(skipped) < len(self.tasks))
 
     def _copied(self, pieces: Sequence[Tensor]) -> list[Tensor]:
@@ -250,21 +270,13 @@ class KeepingCombiner(ExactCombiner):
             target.copy_(piece)
         return flats
 
-    def _scaled(self, task: str) -> list[Tensor]:
+    def _scaled(self, task: str, verdict: Verdict) -> list[Tensor]:
         """Return a task's gradient times its factor, in place."""
         shared, other = self._split(cut(self.flats[task], self.adapter.pieces))
-        factor = self.factors[task].to(self.adapter.device)
+        factor = (verdict.on_cpu if self.adapter.device.type == "cpu" else verdict.factors)[task]
         for piece in [*shared, *(other if self.weighting.heads == "same" else [])]:
             scale(piece, factor)
         return self.flats[task]
-
-    def _record(self, used: Sequence[str]) -> StepRecord:
-        """Return the record of the tasks in use, with the Gram matrix summed over ranks."""
-        shared = [self._split(cut(self.flats[task], self.adapter.pieces))[0] for task in used]
-        gram = inner_products(shared, self.adapter.device).to(self.adapter.compute_device)
-        if not self.adapter.replicated:
-            all_reduce(gram)
-        return self._joint_record(used, gram / self.adapter.loss_scale**2)
 
     def clear(self) -> None:
         super().clear()

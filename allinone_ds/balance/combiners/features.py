@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import square_norm
-from allinone_ds.balance.combiners.base import Combined, Combiner
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.distributed import all_reduce
 from allinone_ds.errors import BalancerError
 from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import cut
 
 
 class FeaturesCombiner(Combiner):
@@ -76,13 +78,22 @@ class FeaturesCombiner(Combiner):
             seen = torch.where(torch.isfinite(whole), record.norms[0], whole)
             self.records[task] = StepRecord((task,), record.gram, seen.view(1), record.losses)
             self.usable[task] = usable[index]
-        skipped, overflow, _ = self._verdicts()
-        return self._combined([], skipped, overflow, usable=not skipped)
+        verdict = self._verdict()
+        return self._combined([], verdict.skipped, verdict.overflow, usable=not verdict.skipped)
+
+    def nothing_ran(self) -> Combined:
+        self.drop()
+        return super().nothing_ran()
 
     def hand_over(self, overflow: bool) -> None:
-        if overflow:  # also at the features alone, which the engine does not see
-            zeros = [torch.zeros(n, device=self.adapter.device, dtype=self.adapter.dtype) for n in self.adapter.sizes]
-            self.adapter.set_gradient(zeros, overflow)
+        if not overflow and not self.adapter.needs_sum:
+            return
+        flats = [torch.zeros(n, device=self.adapter.device, dtype=self.adapter.dtype) for n in self.adapter.sizes]
+        if not overflow:  # one at the features alone is not seen by the engine
+            for target, piece in zip(cut(flats, self.adapter.pieces), self.adapter.gradient(), strict=True):
+                target.copy_(piece)
+            self.adapter.clear_gradient()
+        self.adapter.set_gradient(flats, overflow)
 
     def clear(self) -> None:
         super().clear()

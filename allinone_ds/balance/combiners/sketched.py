@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import scale_or_zero
-from allinone_ds.balance.combiners.base import Combined, Combiner
+from allinone_ds.balance.combiners.base import Combiner
+from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.combiners.sketch import Sketcher, default_size, norm_error
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
@@ -43,6 +44,10 @@ class LocalCombiner(Combiner):
         self.shared = [id(p) in adapter.shared for p in self.local.params]
         self._flats: list[Tensor] = []
         self._steps = 0
+
+    @property
+    def reduces_in_order(self) -> bool:
+        return False  # parameter by parameter, in their own order
 
     @property
     def norm_error(self) -> float:
@@ -152,12 +157,13 @@ class SketchCombiner(LocalCombiner):
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
 
     def finish(self) -> Combined:
-        skipped, overflow, _ = self._verdicts()
+        verdict = self._verdict()
         for index in list(self._sums):
             self.local.set(index, self._sums.pop(index))  # which may copy it: never two whole gradients
         if self._sketches:
             self._gram = self._gram_of(torch.stack([self._sketches[task] for task in self.tasks]), summed=True)
-        return self._reduced(skipped, overflow, usable=len(skipped) < len(self.tasks))
+        usable = len(verdict.skipped) < len(self.tasks)
+        return self._reduced(verdict.skipped, verdict.overflow, usable)
 
     def drop(self) -> None:
         self.local.remove_all()

@@ -12,10 +12,9 @@ from torch import Tensor
 from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.arithmetic import square_norm
 from allinone_ds.balance.assignment import TaskGroups
-from allinone_ds.balance.combiners.base import Combined
+from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
-from allinone_ds.device_constants import copied_to
 from allinone_ds.distributed import all_reduce, rank
 from allinone_ds.errors import BalancerError
 from allinone_ds.zero.engines.base import EngineAdapter
@@ -130,20 +129,19 @@ class GroupedCombiner(LocalCombiner):
             sums[:, :2] = sketches.square().sum(2)
         for task, (square, other, loss) in zip(self._ran, sums, strict=True):
             self.records[task], self.usable[task] = self._record_of(task, square, square + other, loss)
-        streamed = {t: self.weighting.factors(self.records[t])[0] for t in self._ran} if self.weighting.streams else {}
-        skipped, overflow, streamed = self._verdicts(streamed)
-        used = [task for task in self._ran if task not in skipped]
-        self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self._ran}
         if sketches is not None:
             self._gram = self._with_measured_norms(self._gram_of(sketches[:, 0], summed=True))
-        if used and not overflow:
-            if self.weighting.streams:
-                factors = {task: factor for task, factor in streamed.items() if task in used}
-            else:
-                factors = self._joint_factors(used)
-            skipped = tuple(task for task in self._ran if task not in factors)
-            used = list(factors)
-            self.factors.update(factors)
+        if self.weighting.streams:
+            verdict = self._verdict({task: self.weighting.factors(self.records[task])[0] for task in self._ran})
+        else:
+            assert self._gram is not None
+            verdict = self._joint_verdict(self._ran, self._gram)
+        used = [] if verdict.overflow else [t for t in verdict.factors if t not in verdict.skipped]
+        skipped, overflow = verdict.skipped, verdict.overflow
+        if not overflow:
+            skipped = tuple(task for task in self._ran if task not in used)
+        self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self._ran}
+        self.factors |= {task: verdict.factors[task] for task in used}
         self.agreement.check("the sum of the tasks")  # a weighting may have raised on one rank
         self.local.begin()  # a rank whose tasks did not run has not begun
         self._set_local_gradients(used)
@@ -201,14 +199,6 @@ class GroupedCombiner(LocalCombiner):
         norms = torch.stack([self.records[task].norms[0] for task in self._ran]).to(gram)
         ratio = norms / gram.diagonal().clamp(min=1e-60).sqrt()
         return gram * ratio[:, None] * ratio[None, :]
-
-    def _joint_factors(self, used: list[str]) -> dict[str, Tensor]:
-        assert self._gram is not None
-        gram = self._gram
-        if len(used) < len(self._ran):
-            rows = copied_to(torch.tensor([self._ran.index(task) for task in used]), gram.device)
-            gram = gram[rows][:, rows]
-        return self._factors_of(self._joint_record(used, gram))
 
     def _set_local_gradients(self, used: list[str]) -> None:
         """Give the engine this rank's scaled gradients, and zeros where only other ranks have one.

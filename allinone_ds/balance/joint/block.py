@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
@@ -80,6 +81,7 @@ class FeatureBlock:
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._gates: dict[tuple[int, ...], Gate] = {}
         self._left = micro_steps
+        self._in_backward = False
         self._unit = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
         self._parts = torch.empty(0)  # of the micro-step: this rank's part of each task's mean loss, (T,)
         self._labelled: list[bool] = []  # of the micro-step: whether any rank has a label of each task
@@ -124,12 +126,12 @@ class FeatureBlock:
             raise BalancerError(
                 f"task_features: the features of task '{task}' are {kinds}; pass a tensor or a tuple of them"
             )
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-            return features  # evaluation inside the block, or a frozen backbone
+        if self._in_backward or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            return features  # recomputed by activation checkpointing, evaluation, or a frozen backbone
         if any(task in gate.tasks for gate in self._gates.values()):
             raise BalancerError(
                 f"task_features: task '{task}' marks features a second time before balancer.backward(); mark them once "
-                "per forward, all of them in one tuple"
+                "per forward, all of them in one tuple, and run forwards without a backward under torch.no_grad()"
             )
         key = tuple(map(id, tensors))
         if key not in self._gates:
@@ -142,6 +144,10 @@ class FeatureBlock:
             self._gates[key] = Gate(tensors, self._combine)
         marked = self._gates[key].mark(task)
         return marked[0] if isinstance(features, Tensor) else marked
+
+    def order(self) -> int:
+        """Return a number for the order in which the heads of this forward marked their features."""
+        return zlib.crc32(" ".join(task for gate in self._gates.values() for task in gate.tasks).encode())
 
     @contextlib.contextmanager
     def micro_step(
@@ -169,9 +175,12 @@ class FeatureBlock:
             raise BalancerError(f"the block got more than its {self.micro_steps} micro-steps; pass micro_steps=K")
         self._unit = loss_scale / self.micro_steps * self._world
         try:
-            yield self._total(losses, counts, labels)
+            total = self._total(losses, counts, labels)
+            self._in_backward = True
+            yield total
             reached = {task for gate in self._gates.values() for task in gate.reached}
         finally:
+            self._in_backward = False
             self._gates.clear()
         lost = [task for task, loss in losses.items() if loss is not None and task not in reached]
         if lost:
@@ -324,7 +333,8 @@ class FeatureBlock:
             task = unread[0] if unread else self.tasks[0]
             raise BalancerError(
                 f"no features are marked for task '{task}' in this forward; call features = task_features(features, "
-                f"'{task}') between backbone and head, on every rank (a frozen backbone leaves nothing to balance)"
+                f"'{task}') between backbone and head, on every rank. A frozen backbone leaves nothing to balance; "
+                "checkpoint(..., use_reentrant=True) hides the marks inside it: use use_reentrant=False"
             )
         if bare and len(self._gates) > 1:
             raise BalancerError(

@@ -22,7 +22,7 @@ class Gate:
     Attributes:
         tasks: those whose heads read the tensors.
         outputs: the tensors, for the marks of the tasks.
-        reached: task -> the gradients that came back.
+        reached: task -> the gradients that came back; empty when they have been combined.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], combine: Combine):
@@ -40,6 +40,7 @@ class Gate:
     def combine(self) -> list[Tensor]:
         """Return the scaled sum of each tensor; zeros reach the backbone too, since all ranks take part in it."""
         sums = self._combine(self.tasks, self.reached) or [None] * len(self.tensors)
+        self.reached = dict.fromkeys(self.reached, ())  # not kept during the backward of the backbone
         return [torch.zeros_like(t) if s is None else s for s, t in zip(sums, self.tensors, strict=True)]
 
 

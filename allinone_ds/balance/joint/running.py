@@ -90,11 +90,15 @@ class JointTasks(RunningTask, ABC):
     def _weights(self, losses: Mapping[str, Tensor | None], count: Any) -> dict[str, float]:
         """Return what each loss is multiplied by, after the ranks have exchanged what they have. Collective."""
         numbers = [0 if losses[task] is None else 1 if count is None else count[task] for task in self.tasks]
-        weights = self._counts.weights(numbers, [int(losses[task] is not None) for task in self.tasks])
+        weights = self._counts.weights(numbers, self._flags(losses))
         self._alike = [len(set(of_ranks)) == 1 for of_ranks in zip(*self._counts.flags, strict=True)]
         if self._every_head:
             self._refuse_missing_losses(self._counts.flags)
         return dict(zip(self.tasks, weights, strict=True))
+
+    def _flags(self, losses: Mapping[str, Tensor | None]) -> list[int]:
+        """Return numbers that ranks exchange with their counts; where they differ, ranks reduce in an order of ours."""
+        return [int(losses[task] is not None) for task in self.tasks]
 
     def _average(self, part: Tensor | None, alike: bool, run: Backward, retain: bool = False) -> None:
         """Run a backward on the ranks that have the loss and average its gradient over all ranks. Collective.
@@ -114,7 +118,7 @@ class JointTasks(RunningTask, ABC):
             local = LocalGradients(adapter)
             local.begin()
             if part is not None:
-                run(part, False, retain)
+                run(part, False, retain, True)
             has = [local.get(index) is not None for index in range(len(local.params))]
             for index, wanted in enumerate(self._union(has)):
                 if wanted and not has[index]:
@@ -200,7 +204,7 @@ class JointAtBackbone(JointTasks):
             BalancerError: the graph of one has nothing in common with those of the others.
         """
         given = {task: loss for task, loss in losses.items() if loss is not None}
-        if not self._heads.met.issuperset(given):
+        if self._heads.shares and not self._heads.met.issuperset(given):  # on a frozen backbone no graphs meet
             apart = apart_from_others(given)
             if apart is not None:
                 raise BalancerError(
@@ -241,6 +245,9 @@ class JointAtFeatures(JointTasks):
     def forwards(self) -> contextlib.AbstractContextManager[None]:
         return self._block.active()
 
+    def _flags(self, losses: Mapping[str, Tensor | None]) -> list[int]:
+        return [*super()._flags(losses), self._block.order()]
+
     def hand_over(self) -> None:
         found = self._block.means()
         if found:
@@ -255,12 +262,22 @@ class JointAtFeatures(JointTasks):
         labelled = {task: losses[task] if sum(n) else None for task, n in zip(self.tasks, counts, strict=True)}
         with self._block.micro_step(labelled, None, self._combiner.adapter.loss_scale, labels) as total:
             if isinstance(self._taker, FeaturesCombiner):  # it joins the step's other tasks in the engine
+                self._refuse_orders()
                 run(total, False)
             else:
                 self._average(total, all(self._alike), run)
         if self.micro_steps > 1 and isinstance(self._taker, ExactCombiner):
             self._taker.accumulate(self.name)
         self._heads.end(keep=True)
+
+    def _refuse_orders(self) -> None:
+        """Raise if ranks have run the heads in different orders and the engine reduces in the order of the backward."""
+        if self._taker.reduces_in_order and not all(self._alike):
+            raise BalancerError(
+                f"ranks run the heads of the joint block '{self.name}' in different orders, and with norm='features' "
+                f"gradients of ZeRO-{self._taker.adapter.stage} are reduced in the order of the backward; run them in "
+                "one order on every rank, or use norm='exact'"
+            )
 
 
 class TaskAtFeatures(JointAtFeatures):
@@ -321,6 +338,7 @@ def joint_tasks(
     """
     if at not in PLACES:
         raise ConfigError(f"balancer.joint(at={at!r}); {did_you_mean(str(at), PLACES)}")
+    at = at if heads.shares else "backbone"  # no gradient comes back to the features of a frozen backbone
     if isinstance(combiner, FeaturesCombiner):
         if at == "backbone":
             raise ConfigError(

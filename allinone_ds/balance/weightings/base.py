@@ -54,6 +54,7 @@ class Weighting(ABC):
     Attributes:
         streams: True when the factor of a task depends on that task alone.
         batched: True when a weighting that streams computes the factors of several tasks in one call as well.
+        on_cpu: True when a weighting that does not stream gets its record on the CPU, where solvers run.
         heads: "same": the gradient of a head gets the factor of its task. "none": heads keep their raw gradient.
 
     Example:
@@ -70,6 +71,7 @@ class Weighting(ABC):
 
     streams: bool = True
     batched: bool = False
+    on_cpu: bool = False
     heads: str = "same"
 
     @abstractmethod
@@ -82,7 +84,8 @@ class Weighting(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return what `factors` carries from one step to the next, as tensors and plain values; empty for most.
 
-        A step that is given up restores it, so `factors` must not change these values in place.
+        A step that is given up, or goes on without a task that is not finite, restores it, so `factors` must not change
+        these values in place.
         """
         return {}
 

@@ -16,7 +16,8 @@ from allinone_ds.balance.weightings.per_task import check_numbers, restore_state
 class GramWeighting(Weighting):
     """Any function from the Gram matrix of the tasks' backbone gradients to weights, such as a `torchjd` Weighting.
 
-    Heads keep their raw gradient, since such methods are defined on the shared parameters. In a step without some of
+    The matrix is on the CPU, where such methods solve their problems, whatever the model computes on. Heads keep their
+    raw gradient, since such methods are defined on the shared parameters. In a step without some of
     the tasks the function gets the matrix of the others; a torchjd Weighting then uses its numbers per task, such as a
     preference vector, for these tasks.
 
@@ -33,6 +34,7 @@ class GramWeighting(Weighting):
     """
 
     streams = False
+    on_cpu = True
     heads = "none"
 
     def __init__(self, function: Callable[[Tensor], Tensor]):

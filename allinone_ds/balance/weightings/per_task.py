@@ -120,6 +120,45 @@ def restore_state(function: Any, state: Mapping[str, Any]) -> None:
             module._state_key = kept["key"]
 
 
+def resized_state(state: Mapping[str, Any], rows: Sequence[int | None], count: int) -> dict[str, Any]:
+    """Return what a torchjd Weighting remembers, for other tasks: as for a task that it has not seen, where it has not.
+
+    Args:
+        state: what `state_of` returned.
+        rows: place of each of the tasks among the earlier ones; None: it is new.
+        count: number of the earlier tasks.
+
+    Raises:
+        ValueError: what it remembers of a new task is not known.
+    """
+    here = [row for row, there in enumerate(rows) if there is not None]
+    there = [row for row in rows if row is not None]
+    if "prvs_alpha" in state:
+        alpha = torch.ones(len(rows), dtype=state["prvs_alpha"].dtype)
+        alpha[here] = state["prvs_alpha"][there]
+        return {**state, "prvs_alpha": alpha}
+    resized = dict(state)
+    for index, kept in state.items():
+        if not isinstance(kept, dict) or "buffers" not in kept:
+            continue
+        buffers = {}
+        for name, buffer in kept["buffers"].items():
+            if name != "_phi_t" and len(here) < len(rows):  # GradVac's averages of cosines begin at 0
+                raise ValueError(f"the weighting starts fresh: what its {name} is for a new task is not known")
+            buffers[name] = torch.zeros([len(rows)] * buffer.dim(), dtype=buffer.dtype)
+            if set(buffer.shape) == {count}:
+                buffers[name][_grid(buffers[name], here)] = buffer[_grid(buffer, there)]
+            else:
+                buffers[name] = buffer
+        key = kept["key"]
+        if isinstance(key, tuple):
+            key = tuple(len(rows) if isinstance(value, int) and value == count else value for value in key)
+        elif key == count:
+            key = len(rows)
+        resized[index] = {"buffers": buffers, "key": key}
+    return resized
+
+
 def _name(method: Any) -> str:
     return type(method).__name__.lstrip("_")
 

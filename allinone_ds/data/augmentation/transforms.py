@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet standard deviation of R, G, B on the scale 0..1."""
 
+_stacked: ContextVar[dict[tuple[int, ...], tuple[list[Any], Tensor]] | None] = ContextVar("stacked", default=None)
 _MEAN_255, _STD_255 = (torch.tensor(values).mul_(255).tolist() for values in (MEAN, STD))
 
 _TYPES: dict[str, type[tv_tensors.TVTensor]] = {
@@ -245,7 +248,31 @@ def stack_pixels(samples: Sequence[Sample]) -> Tensor:
         >>> stack_pixels([{"image": image} for image in images]).shape
         torch.Size([2, 3, 4, 6])
     """
-    return torch.stack([sample["image"].as_subclass(Tensor) for sample in samples])
+    images = [sample["image"] for sample in samples]
+    known = _stacked.get()
+    if known is None:
+        return torch.stack([image.as_subclass(Tensor) for image in images])
+    key = tuple(map(id, images))
+    if key not in known:  # together with the images, so that no other object gets the id of one
+        known[key] = images, torch.stack([image.as_subclass(Tensor) for image in images])
+    return known[key][1]
+
+
+@contextlib.contextmanager
+def stacked_once() -> Iterator[None]:
+    """Stack the same images once inside this block: all calls of `stack_pixels` for them return the same tensor.
+
+    Example:
+        >>> samples = [{"image": tv_tensors.Image(torch.zeros(3, 4, 6, dtype=torch.uint8))}]
+        >>> with stacked_once():
+        ...     stack_pixels(samples) is stack_pixels(samples)
+        True
+    """
+    token = _stacked.set({})
+    try:
+        yield
+    finally:
+        _stacked.reset(token)
 
 
 def stack_images(samples: Sequence[Sample]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,9 @@ from allinone_ds.strict import Strict
 
 DEPTH_SCALE = 0.001
 """Metres per unit of the stored depth maps; 0 stands for pixels without a depth."""
-FAR = 4.0
-"""Depth of the background in metres. A product whose tile is as wide as the image is at 1 m, one of half at 2 m."""
 POINTS = ("left", "top", "right", "bottom")
-"""Keypoints of a product: the outermost points of its visible part."""
+"""Keypoints of a product: where the row and the column through the middle of its visible part leave it. The outermost
+points would have no definite place on a straight side."""
 COLOURS = ("reddish", "greenish", "bluish")
 _CLEAR = 0.08  # distance from the largest to the next factor of a tint from which its colour has a name
 
@@ -54,24 +54,32 @@ class JointSizes(Strict):
     test: PositiveInt = 300
     """Images to evaluate on."""
     look: SceneLook = Field(
-        default=SceneLook(size=64, objects=(1, 3), scale=(0.3, 0.65), overlap=0.3, nearest_last=True)
+        default=SceneLook(size=64, objects=(1, 3), scale=(0.25, 0.75), overlap=0.3, nearest_last=True)
     )
     """Content of the scenes."""
 
 
-def make_joint_demo_data(root: Path, seed: int = 0, sizes: JointSizes | None = None, progress: bool = True) -> Path:
+def make_joint_demo_data(
+    root: Path,
+    seed: int = 0,
+    sizes: JointSizes | None = None,
+    progress: bool = True,
+    pools: Mapping[str, Pool] | None = None,
+) -> Path:
     """Write the joint demo data, unless `root` already contains it.
 
     For each split: `images/` (jpg); of the same names `label_maps/` (classes, 255: none), `depth/` (16-bit png in mm,
-    0: no value), `edges/` (255: outline of a product), `saliency/` (255: product, 128: blended with the background);
-    `objects.json` (COCO: boxes, masks, keypoints); `table.csv` (`image`, one column of 0 and 1 per class and colour,
-    empty where a colour is not clear, and `count`). And `classes.txt`, the names in the label maps.
+    0: no value, as everywhere in the background), `edges/` (255: outline of a product), `saliency/` (255: product,
+    128: blended with the background); `objects.json` (COCO: boxes, masks, keypoints); `table.csv` (`image`, one column
+    of 0 and 1 per class and colour, empty where a colour is not clear, and `count`). And `classes.txt`, the names in
+    the label maps.
 
     Args:
         root: folder to write to; it is created if necessary.
         seed: seed of the scenes; equal seeds give equal files.
         sizes: number of images, and their look; None is that of the demo.
         progress: show a progress bar.
+        pools: products and backgrounds by split, instead of those that come with the package.
 
     Returns:
         The folder.
@@ -89,13 +97,14 @@ def make_joint_demo_data(root: Path, seed: int = 0, sizes: JointSizes | None = N
     from rich.progress import Progress
 
     root, sizes = Path(root), sizes or JointSizes()
-    wanted = {"version": 1, "seed": seed, "sizes": sizes.model_dump(mode="json")}
+    wanted = {"version": 2, "seed": seed, "sizes": sizes.model_dump(mode="json")}
     with folder_to_fill(root, wanted, SPLITS) as new, Progress(disable=not progress, transient=True) as bar:
         for number, split in enumerate(SPLITS if new else ()):
             count = getattr(sizes, split)
             row = bar.add_task(f"composing {split}", total=count)
             rngs = (np.random.default_rng([seed, number, i]) for i in range(count))
-            _write_split(root / split, load_pool(split), sizes.look, rngs, partial(bar.advance, row))
+            pool = pools[split] if pools else load_pool(split)
+            _write_split(root / split, pool, sizes.look, rngs, partial(bar.advance, row))
     return root
 
 
@@ -130,8 +139,12 @@ def _write_split(folder: Path, pool: Pool, look: SceneLook, rngs: Rngs, advance:
 
 
 def depth_map(scene: Scene) -> NDArray[np.uint16]:
-    """Return the depth of every pixel in units of `DEPTH_SCALE` (H, W): a product of twice the size is half as far."""
-    depth = np.full(scene.instances.shape, FAR)
+    """Return the depth of every product's pixels in units of `DEPTH_SCALE` (H, W), 0 for all others.
+
+    A product whose tile is as wide as the image is at 1 m, one of half the width at 2 m. How far away the photo in the
+    background was taken is not known.
+    """
+    depth = np.zeros(scene.instances.shape)
     for number, side in zip(_visible(scene), scene.sides, strict=True):
         depth[scene.instances == number] = 1 / side
     depth[scene.label_map == IGNORE] = 0
@@ -155,8 +168,7 @@ def _objects(scene: Scene) -> list[dict[str, Any]]:
         inside = scene.instances == number
         encoded = rle.encode(np.asfortranarray(inside.astype(np.uint8)))
         rows, columns = np.nonzero(inside)
-        outermost = (columns.argmin(), rows.argmin(), columns.argmax(), rows.argmax())
-        points = [value for k in outermost for value in (columns[k] + 0.5, rows[k] + 0.5, 2)]
+        points = [value for x, y in points_of(rows, columns) for value in (x, y, 2.0)]
         annotations.append(
             {
                 "category_id": label + 1,
@@ -164,11 +176,25 @@ def _objects(scene: Scene) -> list[dict[str, Any]]:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": int(inside.sum()),
                 "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
-                "keypoints": [float(value) for value in points],
+                "keypoints": points,
                 "num_keypoints": len(POINTS),
             }
         )
     return annotations
+
+
+def points_of(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[tuple[float, float]]:
+    """Return x and y of the `POINTS` of a product, in pixels.
+
+    Args:
+        rows: (n,) rows of the pixels of its visible part.
+        columns: (n,) their columns.
+    """
+    row = rows[np.abs(rows - rows.mean()).argmin()]
+    column = columns[np.abs(columns - columns.mean()).argmin()]
+    across, down = columns[rows == row], rows[columns == column]
+    places = [(across.min(), row), (column, down.min()), (across.max(), row), (column, down.max())]
+    return [(float(x) + 0.5, float(y) + 0.5) for x, y in places]
 
 
 def _colours(scene: Scene) -> list[int | str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from allinone_ds.data.augmentation.transforms import stack_pixels
+from allinone_ds.data.augmentation.transforms import stack_pixels, stacked_once
 from allinone_ds.data.base import Sample
 from allinone_ds.data.joint.dataset import JointDataset, TaskView, view_of
 from allinone_ds.data.loading.task_data import Batch, Collate, TaskData
@@ -16,6 +16,9 @@ from allinone_ds.data.loading.task_data import Batch, Collate, TaskData
 @dataclass(frozen=True)
 class JointCollate:
     """Makes a batch of a joint group: the images once, and for each task the labels of the images that have some.
+
+    The `collate` of a task stacks pixels too. Those of all tasks that have labels of the same images are one tensor, so
+    a batch is stacked once, whatever the number of tasks.
 
     Args:
         collates: task -> `collate` of its class.
@@ -33,6 +36,10 @@ class JointCollate:
             (n,) of the images that these labels belong to, None for all; "labelled", task -> number of images with a
             label, 0 if the labels are those of an unlabelled image.
         """
+        with stacked_once():
+            return self._batch(samples)
+
+    def _batch(self, samples: list[Sample]) -> Batch:
         batch: Batch = {"pixel_values": stack_pixels(samples), "labels": {}, "rows": {}, "labelled": {}}
         for task, collate in self.collates.items():
             rows = [row for row, sample in enumerate(samples) if task in sample["targets"]]

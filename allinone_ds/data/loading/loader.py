@@ -92,7 +92,7 @@ class _StepDataset(Dataset[StepBatch]):
         broken: list[str] = []
         batches: dict[str, list[Batch]] = {}
         with own_random_state():
-            for task in self.schedule.tasks:
+            for task in self.schedule.tasks_of(step):
                 if task in self.share:
                     batches[task] = [self._micro_batch(task, step, k, rank, broken) for k, rank in self.share[task]]
         return StepBatch(step, batches, broken)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from allinone_ds.data.base import Part
+from allinone_ds.data.loading.sampling import TaskSampling
+from allinone_ds.data.loading.seeds import digest, random_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,10 @@ class Schedule:
     """The order of tasks and samples, computed from (seed, step) alone, so that a checkpoint does not need to hold it.
 
     The samples of a task form an infinite sequence: one permutation of its dataset per epoch. Sample b of micro-step k
-    on rank r in step s has position p = ((s * K + k) * R + r) * B + b in this sequence. Therefore ranks see different
-    samples, every sample occurs once per epoch, and the sequence over all ranks does not depend on the number of ranks
-    as long as R * B is the same.
+    on rank r in the s-th step that runs the task has position p = ((s * K + k) * R + r) * B + b in this sequence.
+    Therefore ranks see different samples, every sample occurs once per epoch, and the sequence over all ranks does not
+    depend on the number of ranks as long as R * B is the same. After `continue_from` positions go on from those that
+    it was given, whatever K, R and B were before.
 
     If the dataset has parts with weights, an epoch consists of the draws of all parts in a random order. The draws of
     one part are a sequence of their own, one permutation of its samples after the other.
@@ -50,6 +51,7 @@ class Schedule:
         batch: {task: (batch size B per rank and micro-step, micro-steps K)}, in the order in which tasks run in a step
         world_size: number of ranks R.
         parts: {task: the parts of its dataset}; None draws every sample once per epoch.
+        sampling: which tasks run in a step; None: all of them.
 
     Raises:
         ValueError: `sizes` and `batch` have different tasks, a number is below 1, or the parts do not add up.
@@ -72,6 +74,7 @@ class Schedule:
         batch: Mapping[str, tuple[int, int]],
         world_size: int,
         parts: Mapping[str, Sequence[Part]] | None = None,
+        sampling: TaskSampling | None = None,
     ) -> None:
         if set(sizes) != set(batch):
             raise ValueError(
@@ -95,12 +98,53 @@ class Schedule:
         for task, of_task in self.parts.items():
             if sum(part.samples for part in of_task) != sizes[task]:
                 raise ValueError(f"the parts of task '{task}' do not add up to its {sizes[task]} samples")
+        self.sampling = sampling
         self._permutations: dict[tuple[str, int], np.ndarray] = {}
+        self._origin = dict.fromkeys(batch, (0, 0))  # (steps that ran the task, position) where the sequence goes on
+        self._orders = {task: task for task in batch}  # task -> the name that its permutations are drawn for
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks, in the order in which they run in every step and on every rank."""
+        """The tasks, in the order in which they run in a step, the same on every rank."""
         return tuple(self.batch)
+
+    def tasks_of(self, step: int) -> tuple[str, ...]:
+        """Return the tasks that run in a step, in their order, the same on every rank."""
+        return self.tasks if self.sampling is None else self.sampling.tasks(step)
+
+    def runs(self, task: str, step: int) -> int:
+        """Return the number of steps before `step` that run a task."""
+        return step if self.sampling is None else self.sampling.runs(task, step)
+
+    def images(self, task: str) -> int:
+        """Return the images of a task in a step that runs it, over all ranks."""
+        batch_size, micro_steps = self.batch[task]
+        return batch_size * micro_steps * self.world_size
+
+    def position(self, task: str, step: int) -> int:
+        """Return the position of the first sample of a task in `step` or later: those before it were drawn."""
+        runs, position = self._origin[task]
+        return position + (self.runs(task, step) - runs) * self.images(task)
+
+    def state(self, step: int) -> dict[str, tuple[int, str]]:
+        """Return where the sequence of each task goes on at `step`, for `continue_from`."""
+        return {task: (self.position(task, step), self._orders[task]) for task in self.tasks}
+
+    def continue_from(self, step: int, state: Mapping[str, tuple[int, str]]) -> None:
+        """Go on at `step` with the sequences of an earlier run.
+
+        Args:
+            step: optimizer step.
+            state: {task: what `state` returned}; the sequence of a task without an entry begins.
+        """
+        taken = {order for task, (_, order) in state.items() if task in self.batch}
+        for task in self.tasks:
+            new = task
+            while new in taken:  # a task that has a different name now draws under this one
+                new += "+"
+            position, self._orders[task] = state.get(task, (0, new))
+            self._origin[task] = (self.runs(task, step), position)
+        self._permutations.clear()
 
     def draw(self, task: str, step: int, micro_step: int, rank: int) -> list[Draw]:
         """Return the B samples of one micro-batch.
@@ -119,16 +163,16 @@ class Schedule:
             raise ValueError(f"micro_step of task '{task}' is {micro_step}; it must lie in 0..{micro_steps - 1}")
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank is {rank}; it must lie in 0..{self.world_size - 1}")
-        first = ((step * micro_steps + micro_step) * self.world_size + rank) * batch_size
+        first = self.position(task, step) + (micro_step * self.world_size + rank) * batch_size
         return [self.at(task, position) for position in range(first, first + batch_size)]
 
     def at(self, task: str, position: int) -> Draw:
         """Return the sample at a position of the task's sequence."""
         epoch, offset = divmod(position, self.epoch_size(task))
-        index = int(self._permutation(task, epoch)[offset])
+        index = int(self._permutation(self._orders[task], epoch, self.epoch_size(task))[offset])
         if len(self.parts[task]) > 1:
             index = self._in_part(task, epoch, index)
-        seed = int.from_bytes(_digest(self.seed, task, "augment", position)[:8], "little") >> 1
+        seed = int.from_bytes(digest(self.seed, self._orders[task], "augment", position)[:8], "little") >> 1
         return Draw(index, epoch, seed, position)
 
     def epoch_size(self, task: str) -> int:
@@ -142,22 +186,22 @@ class Schedule:
             if draw < part.per_epoch:
                 round_, offset = divmod(epoch * part.per_epoch + draw, part.samples)
                 rounds = 2 * -(-part.per_epoch // part.samples)  # those of the two epochs that a batch may span
-                return first + int(self._permutation(f"{task}/{number}", round_, part.samples, rounds)[offset])
+                order = f"{self._orders[task]}/{number}"
+                return first + int(self._permutation(order, round_, part.samples, rounds)[offset])
             draw -= part.per_epoch
             first += part.samples
         raise IndexError(draw)
 
     def epoch(self, task: str, step: int) -> float:
         """Return the epochs of the task's dataset that all ranks together have consumed before `step`."""
-        batch_size, micro_steps = self.batch[task]
-        return step * micro_steps * self.world_size * batch_size / self.epoch_size(task)
+        return self.position(task, step) / self.epoch_size(task)
 
     def basis(self) -> dict[str, int]:
         """Return the numbers that the sequence of samples over all ranks depends on, by their description."""
         numbers = {"the seed": self.seed}
-        for task, (batch_size, micro_steps) in self.batch.items():
+        for task in self.tasks:
             numbers[f"samples of '{task}'"] = self.sizes[task]
-            numbers[f"images of '{task}' in a step"] = batch_size * micro_steps * self.world_size
+            numbers[f"images of '{task}' in a step"] = self.images(task)
             for number, part in enumerate(self.parts[task]):
                 if len(self.parts[task]) > 1:
                     numbers[f"samples of source {number + 1} of '{task}'"] = part.samples
@@ -166,15 +210,13 @@ class Schedule:
                     numbers[f"the split of '{task}'"] = part.selection
         return numbers
 
-    def _permutation(self, task: str, epoch: int, size: int | None = None, kept: int = 1) -> np.ndarray:
+    def _permutation(self, order: str, epoch: int, size: int, kept: int = 1) -> np.ndarray:
         """Return the permutation (N,) of one epoch; neighbours stay in memory, since a batch may span two epochs."""
-        key = (task, epoch)
+        key = (order, epoch)
         if key not in self._permutations:
-            for old in [k for k in self._permutations if k[0] == task and abs(k[1] - epoch) > kept]:
+            for old in [k for k in self._permutations if k[0] == order and abs(k[1] - epoch) > kept]:
                 del self._permutations[old]
-            # numpy guarantees the numbers of RandomState, so a run can be resumed with a different release of numpy.
-            words = np.frombuffer(_digest(self.seed, task, "order", epoch), dtype="<u4")
-            self._permutations[key] = np.random.RandomState(words).permutation(size or self.epoch_size(task))
+            self._permutations[key] = random_state(self.seed, order, "order", epoch).permutation(size)
         return self._permutations[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,8 +225,3 @@ class Schedule:
     def __repr__(self) -> str:
         values = f"seed={self.seed}, sizes={self.sizes}, batch={self.batch}, world_size={self.world_size}"
         return f"Schedule({values})"
-
-
-def _digest(*parts: int | str) -> bytes:
-    """Return 32 bytes that depend on the parts alone (`hash` differs between processes)."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()

@@ -31,11 +31,25 @@ class DenseDecoder(nn.Module, ABC):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Return C numbers per cell (B, C, h, w) of the backbone's feature maps."""
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the bias of the last layer is still 0."""
+        return not bool(self._bias.any())
+
+    @property
+    def _bias(self) -> Tensor:
+        assert self.output.bias is not None
+        return self.output.bias
+
     def initialize_output(self) -> None:
         """Set the weights of the last layer to small values and its bias to 0."""
         nn.init.normal_(self.output.weight, std=0.01)
-        if self.output.bias is not None:
-            nn.init.zeros_(self.output.bias)
+        nn.init.zeros_(self._bias)
+
+    @torch.no_grad()
+    def start_with(self, *values: float) -> None:
+        """Let the C numbers of every cell start near these."""
+        self._bias.copy_(torch.tensor(values))
 
 
 class LightDecoderOptions(Strict):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
 
 from allinone_ds.models.mask2former import Mask2FormerOutput, Mask2FormerSegmenter
 
@@ -46,25 +48,28 @@ class Mask2FormerInstances(Mask2FormerSegmenter):
         """Return what the loss is the mean of: objects, and images without any."""
         return sum(max(len(target["labels"]), 1) for target in labels)
 
-    def found(self, outputs: Any, size: tuple[int, int]) -> list[dict[str, Tensor]]:
-        """Return for each image scores (n,), labels (n,) and mask logits (n, H, W), best first.
+    def postprocess(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Return for each image "boxes" (n, 4), "scores" (n,), "labels" (n,) and "masks" bool (n, H, W), best first.
 
-        The score is the class probability times the mean probability of the mask's pixels.
+        The score is the class probability times the mean probability of the mask's pixels. Empty masks are left out.
 
         Args:
             outputs: what `forward` returned.
-            size: (H, W) of the masks.
+            sizes: (H, W) of each image in pixels.
         """
         images = []
-        for classes, masks in zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True):
+        pairs = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        for (classes, masks), size in zip(pairs, sizes, strict=False):
             scores = classes.float().softmax(-1)[:, :-1]  # (Q, K)
             best, places = scores.flatten().topk(min(self.max_detections, scores.numel()))
-            queries, labels = places // scores.shape[1], places % scores.shape[1]
-            logits = masks[queries].float()
+            logits = masks[places // scores.shape[1]].float()
             inside = logits > 0
-            quality = (logits.sigmoid() * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
-            total = best * quality
-            order = total.argsort(descending=True)
-            resized = F.interpolate(logits[order][None], size, mode="bilinear", align_corners=False)[0]
-            images.append({"scores": total[order], "labels": labels[order], "masks": resized})
+            best = best * (logits.sigmoid() * inside).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
+            order = best.argsort(descending=True)
+            found = F.interpolate(logits[order][None], size, mode="bilinear", align_corners=False)[0] > 0
+            some = found.flatten(1).any(1)
+            boxes = masks_to_boxes(found[some])
+            boxes[:, 2:] += 1  # the last pixel belongs to the box
+            labels = (places % scores.shape[1])[order]
+            images.append({"boxes": boxes, "scores": best[order][some], "labels": labels[some], "masks": found[some]})
         return images

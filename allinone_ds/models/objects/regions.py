@@ -74,6 +74,7 @@ class RegionDetector(nn.Module):
         image_size: (H, W) of the network's input in pixels.
         options: see `RegionOptions`.
         whole_image: the only region of an image is the whole image; there are no boxes to learn.
+        margin: how far a region reaches beyond each side of its box, in sides of the box.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class RegionDetector(nn.Module):
         image_size: tuple[int, int],
         options: RegionOptions,
         whole_image: bool = False,
+        margin: float = 0.0,
     ) -> None:
         super().__init__()
         width = options.width
+        self.margin = 0.0 if whole_image else margin
         self.options, self.max_detections = options, 1 if whole_image else options.max_detections
-        self.size = image_size
+        self.image_size = image_size
         self.detector = None
         if not whole_image:
             self.detector = FCOSDetector(num_classes, channels, stride, num_levels, image_size, options)
@@ -104,17 +107,6 @@ class RegionDetector(nn.Module):
         self.output = nn.Conv2d(width, num_maps, 1)
         nn.init.normal_(self.output.weight, std=0.01)
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the network's input in pixels."""
-        return self.size
-
-    @image_size.setter
-    def image_size(self, size: tuple[int, int]) -> None:
-        self.size = size
-        if self.detector is not None:
-            self.detector.image_size = size
 
     def forward(
         self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any, region_loss: Any
@@ -142,7 +134,7 @@ class RegionDetector(nn.Module):
             if self.training:
                 return out
         found = self._found(detected, pixel_values)
-        maps = self._maps(level, [image["boxes"] for image in found])
+        maps = self._maps(level, [self.region(image["boxes"]) for image in found])
         out.boxes, out.scores, out.labels = (tuple(i[key] for i in found) for key in ("boxes", "scores", "labels"))
         out.maps = maps.split([len(image["boxes"]) for image in found])
         return out
@@ -168,7 +160,7 @@ class RegionDetector(nn.Module):
 
     def _whole(self, pixels: Tensor) -> Tensor:
         """Return the box of the whole image (1, 4)."""
-        return constant([[0, 0, self.size[1], self.size[0]]], like=pixels)
+        return constant([[0, 0, self.image_size[1], self.image_size[0]]], like=pixels)
 
     def _training_regions(self, labels: Any) -> list[Tensor]:
         """Return the true boxes of each image (n, 4), their corners moved a little in training."""
@@ -179,8 +171,13 @@ class RegionDetector(nn.Module):
             boxes = target["boxes"]
             sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
             noise = torch.randn_like(boxes).clamp(-2, 2) * self.options.jitter if self.training else 0.0
-            regions.append(boxes + noise * sides)
+            regions.append(self.region(boxes + noise * sides))
         return regions
+
+    def region(self, boxes: Tensor) -> Tensor:
+        """Return the regions (n, 4) that belong to boxes (n, 4) XYXY in pixels."""
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return boxes + self.margin * torch.cat([-sides, sides], dim=1)
 
     def _found(self, detected: Any, pixels: Tensor) -> list[dict[str, Tensor]]:
         """Return for each image boxes, scores and labels."""

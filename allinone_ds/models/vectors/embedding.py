@@ -122,13 +122,13 @@ class _PairEmbedding(nn.Module):
         return embeddings, loss + (embeddings * 0.0).sum()
 
     def _watch(self, labels: list[int]) -> None:
-        """Warn once if most micro-batches have no two images of one identity, from which nothing is learned."""
+        """Warn once if most micro-batches have no pair of one identity, or none of two, so that nothing is learned."""
         self.batches += 1
-        self.without += len(set(labels)) == len(labels)
+        self.without += not 1 < len(set(labels)) < len(labels)
         if self.batches == _WATCHED and 2 * self.without > self.batches:
             warnings.warn(
-                f"retrieval: {self.without} of {self.batches} micro-batches had no two images of one identity, from "
-                "which a loss on pairs learns nothing; raise batch_size, or use loss: arcface",
+                f"retrieval: {self.without} of {self.batches} micro-batches had no two images of one identity, or "
+                "only one identity: a loss on pairs learns nothing from them; raise batch_size, or use loss: arcface",
                 stacklevel=2,
             )
 

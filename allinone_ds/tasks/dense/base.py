@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,14 @@ from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.data.base import IGNORE, Sample
+from allinone_ds.models.class_loss import smoothed
 from allinone_ds.models.dense.decoders import DenseDecoder, DptDecoder, LightDecoder
+from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction, Task, full_precision
 from allinone_ds.tasks.test_time import TestTime, View, merged_views, resized
+
+COUNTED_MAPS = 64
+"""Training images that are read at the start for what every pixel starts with."""
 
 _DECODERS: dict[str, Any] = {"light": LightDecoder, "dpt": DptDecoder}
 
@@ -127,6 +133,19 @@ def without_values(sample: Sample, key: str, empty: tv_tensors.TVTensor) -> Samp
     return {**sample, key: tv_tensors.wrap(plain, like=empty)}
 
 
+class BinaryMapOptions(Strict):
+    """Options of the heads that say yes or no of each pixel.
+
+    Example:
+        >>> BinaryMapOptions().prior
+        'data'
+    """
+
+    prior: Literal["data", "even"] = "data"
+    """Probability that every pixel starts with: "data": the fraction of the pixels of the training data that are
+    positive, or 0.5 where the loss is balanced; "even": 0.5."""
+
+
 class BinaryMapTask(DenseTask):
     """Base class of the tasks that say yes or no of each pixel. Labels: (B, H, W) uint8: 0, 1, and 255 (ignore)."""
 
@@ -141,6 +160,9 @@ class BinaryMapTask(DenseTask):
         """Return the number of valid pixels."""
         return int(torch.count_nonzero(labels != IGNORE))
 
+    def samples_to_count(self) -> int:
+        return COUNTED_MAPS if self.options.prior == "data" and self.decoder.untrained else 0
+
     def class_shares(self, sample: Sample) -> Tensor | None:
         """Return the fractions of the valid pixels that are no (edge, salient) and that are (2,)."""
         truth = sample[self.kind].as_subclass(Tensor)
@@ -149,11 +171,8 @@ class BinaryMapTask(DenseTask):
 
     def use_frequencies(self, frequencies: Sequence[float]) -> str:
         """Start with the frequency in the training data as the probability of every pixel."""
-        share = min(max(frequencies[1], 1e-4), 1 - 1e-4)
-        bias = self.decoder.output.bias
-        if bias is not None:
-            with torch.no_grad():
-                bias.fill_(torch.tensor(share).logit())
+        _, share = smoothed(frequencies)
+        self.decoder.start_with(math.log(share / (1 - share)))
         return f"{frequencies[1]:.2%} of the pixels are positive"
 
     def export_outputs(self, outputs: Any) -> dict[str, Tensor]:

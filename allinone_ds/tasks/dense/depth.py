@@ -17,13 +17,11 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.dense.decoders import DptDecoderOptions, LightDecoderOptions
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction
-from allinone_ds.tasks.dense.base import DenseTask, collate_maps, directions, mean_over, without_values
+from allinone_ds.tasks.dense.base import COUNTED_MAPS, DenseTask, collate_maps, directions, mean_over, without_values
 from allinone_ds.tasks.dense.drawing import coloured, large, number_text, value_range, with_bar
 from allinone_ds.tasks.drawing import beside, caption
 from allinone_ds.tasks.test_time import TestTime
 
-_COUNTED = 64
-"""Training images whose median depth is read at the start."""
 _LARGEST_LOG = 30.0
 """Logarithms of predicted depths lie in -30..30, so that no prediction overflows."""
 
@@ -100,8 +98,7 @@ class DepthTask(DenseTask):
         return int(torch.count_nonzero(labels.isfinite()))
 
     def samples_to_count(self) -> int:
-        bias = self.decoder.output.bias
-        return _COUNTED if self.options.prior == "data" and bias is not None and not bias.any() else 0
+        return COUNTED_MAPS if self.options.prior == "data" and self.decoder.untrained else 0
 
     def class_shares(self, sample: Sample) -> Tensor | None:
         """Return the logarithm of the median depth (1,)."""
@@ -111,10 +108,7 @@ class DepthTask(DenseTask):
 
     def use_frequencies(self, frequencies: Sequence[float]) -> str:
         """Start with the median depth of the training data in every pixel."""
-        bias = self.decoder.output.bias
-        if bias is not None:
-            with torch.no_grad():
-                bias.fill_(frequencies[0])
+        self.decoder.start_with(frequencies[0])
         return f"the median depth is {number_text(math.exp(frequencies[0]))}"
 
     def values(self, maps: Tensor) -> Tensor:

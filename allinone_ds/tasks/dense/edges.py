@@ -16,9 +16,9 @@ from torchmetrics import Metric
 from allinone_ds.data.base import IGNORE, Sample
 from allinone_ds.data.dense_maps import EdgeMap
 from allinone_ds.models.dense.decoders import DptDecoderOptions, LightDecoderOptions
-from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction
 from allinone_ds.tasks.dense.base import (
+    BinaryMapOptions,
     BinaryMapTask,
     binary_losses,
     collate_maps,
@@ -30,12 +30,10 @@ from allinone_ds.tasks.dense.drawing import ink, large
 from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.drawing import beside, caption
 
-_COUNTED = 64
-"""Training images whose edges are counted at the start, where the loss is not balanced."""
 _STEPS = 40  # thresholds of 1/40 to 39/40
 
 
-class EdgesOptions(Strict):
+class EdgesOptions(BinaryMapOptions):
     """Options of the edge heads.
 
     Example:
@@ -100,8 +98,7 @@ class EdgesTask(BinaryMapTask):
         return without_values(sample, "edges", EdgeMap(torch.full((1, 1), IGNORE, dtype=torch.uint8)))
 
     def samples_to_count(self) -> int:
-        bias = self.decoder.output.bias
-        return _COUNTED if not self.options.balanced and bias is not None and not bias.any() else 0
+        return 0 if self.options.balanced else super().samples_to_count()
 
     def metric(self) -> EdgesMetric:
         return EdgesMetric(self.options.threshold, self.options.tolerance)

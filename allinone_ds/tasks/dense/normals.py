@@ -46,10 +46,7 @@ class NormalsTask(DenseTask):
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
-        with torch.no_grad():
-            bias = self.decoder.output.bias
-            assert bias is not None
-            bias[2] = 1.0
+        self.decoder.start_with(0.0, 0.0, 1.0)
 
     def loss(self, maps: Tensor, labels: Tensor) -> Tensor:
         valid = labels.isfinite().all(1)  # (B, H, W)

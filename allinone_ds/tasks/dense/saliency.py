@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torchvision import tv_tensors
 
 from allinone_ds.data.base import IGNORE, Sample
 from allinone_ds.models.dense.decoders import DptDecoderOptions, LightDecoderOptions
-from allinone_ds.strict import Strict
 from allinone_ds.tasks.base import Prediction
 from allinone_ds.tasks.dense.base import (
+    BinaryMapOptions,
     BinaryMapTask,
     binary_losses,
     collate_maps,
@@ -25,31 +25,16 @@ from allinone_ds.tasks.dense.base import (
 from allinone_ds.tasks.dense.drawing import ink, large
 from allinone_ds.tasks.drawing import beside, caption
 
-_COUNTED = 64
-"""Training images whose salient pixels are counted at the start."""
 _BETA = 0.3
 """Weight beta^2 of the recall in the F-measure, as in all papers on saliency: precision counts more."""
 _THRESHOLDS = 256
 
 
-class SaliencyOptions(Strict):
-    """Options of the saliency heads.
-
-    Example:
-        >>> SaliencyOptions().prior
-        'data'
-    """
-
-    prior: Literal["data", "even"] = "data"
-    """Probability that every pixel starts with: "data": the fraction of salient pixels in the training data; "even":
-    0.5."""
-
-
-class LightSaliencyOptions(LightDecoderOptions, SaliencyOptions):
+class LightSaliencyOptions(LightDecoderOptions, BinaryMapOptions):
     """Options of the head `light`."""
 
 
-class DptSaliencyOptions(DptDecoderOptions, SaliencyOptions):
+class DptSaliencyOptions(DptDecoderOptions, BinaryMapOptions):
     """Options of the head `dpt`."""
 
 
@@ -84,10 +69,6 @@ class SaliencyTask(BinaryMapTask):
     def unlabelled(sample: Sample) -> Sample:
         """Return a view of the image in which every pixel is ignored."""
         return without_values(sample, "saliency", tv_tensors.Mask(torch.full((1, 1), IGNORE, dtype=torch.uint8)))
-
-    def samples_to_count(self) -> int:
-        bias = self.decoder.output.bias
-        return _COUNTED if self.options.prior == "data" and bias is not None and not bias.any() else 0
 
     def metric(self) -> SaliencyMetric:
         return SaliencyMetric()

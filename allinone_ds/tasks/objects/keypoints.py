@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from torchvision.ops import batched_nms
 from torchvision.utils import draw_keypoints
 from transformers.utils import ModelOutput
 
@@ -18,19 +16,18 @@ from allinone_ds.data.base import Sample
 from allinone_ds.data.formats.common.points import mirrored_order
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.objects.regions import RegionDetector, RegionOptions, decode_heatmaps, heatmap_loss
-from allinone_ds.tasks.base import Prediction, Task
-from allinone_ds.tasks.details import Details
-from allinone_ds.tasks.drawing import beside, caption, draw_boxes, enlarge, palette
+from allinone_ds.tasks.base import Prediction
+from allinone_ds.tasks.drawing import draw_boxes, enlarge, palette
+from allinone_ds.tasks.objects.base import ObjectsTask, empty_objects, learned_objects
 from allinone_ds.tasks.objects.coco_metric import CocoMetric
 from allinone_ds.tasks.objects.points import default_sigmas, has_sides, oks, point_names
-from allinone_ds.tasks.objects.targets import check_lowest, empty_objects, learned_objects
-from allinone_ds.tasks.test_time import TestTime, View
-from allinone_ds.tasks.vectors.pooling import refuse_windows
+from allinone_ds.tasks.test_time import TestTime
 
 _LIMIT = 20
 """Predictions per image and class that COCO's AP of keypoints counts."""
-_SAME_OBJECT = 0.6
-"""IoU of boxes above which objects of one class in different views count as one."""
+_MARGIN = 0.125
+"""How far a region reaches beyond its box, in sides of the box: points lie at the border, and predicted boxes are
+inexact."""
 _SHOWN_POINT = 0.1
 """Points with a lower score are not drawn."""
 
@@ -52,7 +49,7 @@ class HeatmapOptions(RegionOptions):
     """Where points are looked for: in the boxes of `fcos`, or in the whole image, which then shows one object."""
 
 
-class KeypointsTask(Task):
+class KeypointsTask(ObjectsTask):
     """Predicts the points of each object, its box and its class.
 
     Labels: for each image {"boxes": (n, 4) float32 XYXY in pixels of the network's input, "labels": (n,) long,
@@ -78,8 +75,6 @@ class KeypointsTask(Task):
     greater_is_better = {"map50": True, "map": True, "map_medium": True, "map_large": True}
     pipeline_tag = "keypoint-detection"
     HEADS = {"heatmap": HeatmapOptions}
-    shown_score = 0.3
-    """Predictions with a lower score are neither drawn nor written to JSON."""
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
@@ -96,10 +91,11 @@ class KeypointsTask(Task):
                               f"{len(self.classes)} classes; use 'boxes'")  # fmt: skip
         self.detector = RegionDetector(
             len(self.classes), P, self.channels, self.stride, self.num_levels, self.image_size, self.options,
-            self.whole_image,
+            self.whole_image, _MARGIN,
         )  # fmt: skip
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
+        self.check_inputs(pixel_values, labels)
         for target in labels or ():
             self._check(target)
         return self.detector(features, pixel_values, labels, heatmap_loss)
@@ -123,10 +119,6 @@ class KeypointsTask(Task):
             labels.append({**target, "keypoints": torch.cat([points, visible], dim=-1)})
         return {"pixel_values": stack_pixels(samples), "labels": labels}
 
-    def count_labels(self, labels: Any) -> int:
-        """Return the number of positive locations, or of objects with `regions: image`."""
-        return self.detector.count_labels(labels)
-
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:
         """Return the image of a sample without any object."""
@@ -143,7 +135,7 @@ class KeypointsTask(Task):
         predictions = []
         parts = zip(outputs.boxes, outputs.scores, outputs.labels, outputs.maps, strict=True)
         for (boxes, scores, labels, maps), (H, W) in zip(parts, sizes, strict=False):
-            points, point_scores = decode_heatmaps(maps, boxes)
+            points, point_scores = decode_heatmaps(maps, self.detector.region(boxes))
             scale = boxes.new_tensor([W / self.image_size[1], H / self.image_size[0]])
             points = points * scale
             if self.whole_image:  # the box of the points
@@ -160,60 +152,27 @@ class KeypointsTask(Task):
         Raises:
             ConfigError: names the option and what is allowed.
         """
-        refuse_windows(self, options)
+        super().check_test_time(options)
         if options.flip and not has_sides(self.points):
             raise ConfigError(f"tasks.{self.name}.test_time.flip: no name in options.points contains left or right, so "
                               "that a mirrored view cannot be understood; name the points, or remove it")  # fmt: skip
 
-    @torch.no_grad()
-    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return the objects of all views, without the weaker of two of one class whose boxes overlap by 0.6.
-
-        With `regions: image`, the points are the mean over the views, weighted by their scores.
-        """
+    def mirrored(self, prediction: Prediction, width: int) -> Prediction:
         order = mirrored_order(self.points)
-        of_image: list[list[Prediction]] = [[] for _ in sizes]
-        for view in views:
-            with self.at_size(view.size):
-                predictions = self.predict(view.outputs[0], sizes)
-            for image, found, (_, W) in zip(of_image, predictions, sizes, strict=True):
-                if view.flipped:
-                    x0, y0, x1, y1 = found["boxes"].unbind(-1)
-                    found["boxes"] = torch.stack([W - x1, y0, W - x0, y1], dim=-1)
-                    mirrored = torch.stack([W - found["keypoints"][..., 0], found["keypoints"][..., 1]], dim=-1)
-                    found["keypoints"], found["point_scores"] = mirrored[:, order], found["point_scores"][:, order]
-                image.append(found)
-        merged = []
-        for image in of_image:
-            together = {key: torch.cat([view[key] for view in image]) for key in image[0]}
-            if self.whole_image:
-                merged.append(_averaged(together))
-                continue
-            keep = batched_nms(together["boxes"], together["scores"], together["labels"], _SAME_OBJECT)
-            keep = keep[: self.detector.max_detections]
-            merged.append({key: value[keep] for key, value in together.items()})
-        return merged
+        x, y = prediction["keypoints"].unbind(-1)
+        points = torch.stack([width - x, y], dim=-1)[:, order]
+        found = super().mirrored(prediction, width)
+        return {**found, "keypoints": points, "point_scores": prediction["point_scores"][:, order]}
 
-    @contextlib.contextmanager
-    def at_size(self, size: tuple[int, int]) -> Iterator[None]:
-        before = self.detector.image_size
-        with super().at_size(size):
-            self.detector.image_size = size
-            try:
-                yield
-            finally:
-                self.detector.image_size = before
+    def merged(self, together: Prediction) -> Prediction:
+        """Return the objects of an image; with `regions: image`, its mean points, weighted by their scores."""
+        return _averaged(together) if self.whole_image else super().merged(together)
 
-    def check_threshold(self, threshold: float) -> None:
-        super().check_threshold(threshold)
-        if not self.whole_image:
-            check_lowest(self.name, threshold, self.options.score_threshold)
+    def lowest_score(self) -> float:
+        return 0.0 if self.whole_image else super().lowest_score()
 
     def metric(self) -> CocoMetric:
         return CocoMetric(self.sigmas, max(self.detector.max_detections, _LIMIT), self.shown_score)
-
-    def details(self, metric: Any) -> Details:
-        return metric.details(self.classes) if isinstance(metric, CocoMetric) else {}
 
     def sample_score(self, prediction: Prediction, sample: Sample) -> float | None:
         """Return the mean over the objects of the largest similarity (OKS) of a drawn prediction; None: no object."""
@@ -230,42 +189,36 @@ class KeypointsTask(Task):
         similar = oks(prediction["keypoints"].cpu()[keep], truth, visible[counted], area, self.sigmas)
         return float(similar.amax(0).mean())
 
-    @torch.no_grad()
-    def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
-        keep = prediction["scores"] >= self.shown_score
-        shown = {key: value[keep].cpu() for key, value in prediction.items()}
-        shown["visible"] = shown["point_scores"] >= _SHOWN_POINT
-        pairs = zip(shown["labels"].tolist(), shown["scores"].tolist(), strict=True)
-        drawn = _drawn(image.cpu(), shown, [f"{self.classes[k]} {score:.2f}" for k, score in pairs], len(self.classes))
-        if sample is None:
-            return drawn
-        names = [self.classes[k] for k in sample["labels"].tolist()]
-        truth = _drawn(image.cpu(), sample, names, len(self.classes))
-        return beside(caption(drawn, ["predicted"]), caption(truth, ["true"]))
+    @staticmethod
+    def drawn(image: Tensor, objects: Any, names: Sequence[str], num_classes: int, large: bool = True) -> Tensor:
+        """Return the image with the boxes of objects, and their visible points, each point in a colour of its own."""
+        image, factor = enlarge(image) if large else (image, 1)
+        boxes = objects["boxes"].as_subclass(Tensor) * factor
+        image = draw_boxes(image, boxes, objects["labels"], list(names), num_classes)
+        points = objects["keypoints"].as_subclass(Tensor) * factor
+        visible = objects["visible"] > 0 if "visible" in objects else objects["point_scores"] >= _SHOWN_POINT
+        for place, color in enumerate(palette(points.shape[1]) if len(points) else ()):
+            these = slice(place, place + 1)
+            image = draw_keypoints(image, points[:, these], colors=color, radius=4, visibility=visible[:, these])
+        return image
 
-    def to_json(self, prediction: Prediction) -> dict[str, Any]:
-        """Return the objects, best first: class, score, box, and for each point x, y in pixels and its score."""
-        keep = prediction["scores"] >= self.shown_score
-        keys = ("labels", "scores", "boxes", "keypoints", "point_scores")
-        return {
-            "objects": [
-                {
-                    "class": self.classes[k],
-                    "score": round(score, 4),
-                    "box": [round(side, 2) for side in box],
-                    "points": {
-                        name: [round(x, 2), round(y, 2), round(certain, 4)]
-                        for name, (x, y), certain in zip(self.points, points, scores, strict=True)
-                    },
+    def described(self, shown: Prediction) -> list[dict[str, Any]]:
+        """Return for each object, by the names of its points, x and y in pixels and the score."""
+        rows = torch.cat([shown["keypoints"], shown["point_scores"][..., None]], dim=-1).tolist()
+        return [
+            {
+                "points": {
+                    name: [round(x, 2), round(y, 2), round(score, 4)]
+                    for name, (x, y, score) in zip(self.points, points, strict=True)
                 }
-                for k, score, box, points, scores in zip(*(prediction[key][keep].tolist() for key in keys), strict=True)
-            ]
-        }
+            }
+            for points in rows
+        ]
 
     @staticmethod
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
         """Return the image with the boxes and visible points of its objects, and their numbers."""
-        drawn = _drawn(sample["image"].as_subclass(Tensor), sample, [], len(classes), large=False)
+        drawn = KeypointsTask.drawn(sample["image"].as_subclass(Tensor), sample, [], len(classes), large=False)
         return drawn, f"{len(sample['labels'])} objects, {int((sample['visible'] > 0).sum())} visible points"
 
     def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
@@ -275,7 +228,7 @@ class KeypointsTask(Task):
         The N best locations are not yet reduced by non-maximum suppression.
         """
         boxes, maps = torch.stack(list(outputs.boxes)), torch.stack(list(outputs.maps))
-        points, point_scores = decode_heatmaps(maps.flatten(0, 1), boxes.flatten(0, 1))
+        points, point_scores = decode_heatmaps(maps.flatten(0, 1), self.detector.region(boxes.flatten(0, 1)))
         count = boxes.shape[1]
         return {
             "boxes": boxes,
@@ -297,19 +250,3 @@ def _averaged(views: Prediction) -> Prediction:
         "keypoints": points,
         "point_scores": views["point_scores"].mean(0, keepdim=True),
     }
-
-
-def _drawn(image: Tensor, objects: Any, names: list[str], num_classes: int, large: bool = True) -> Tensor:
-    """Return the image with the boxes of objects, and their visible points, each point in a colour of its own."""
-    factor = 1
-    if large:
-        image, factor = enlarge(image)
-    boxes = objects["boxes"].as_subclass(Tensor) * factor
-    image = draw_boxes(image, boxes, objects["labels"].cpu(), names, num_classes)
-    points, visible = objects["keypoints"].as_subclass(Tensor) * factor, objects["visible"] > 0
-    for place, color in enumerate(palette(points.shape[1])):
-        if len(points):
-            image = draw_keypoints(
-                image, points[:, place : place + 1], colors=color, radius=4, visibility=visible[:, place : place + 1]
-            )
-    return image

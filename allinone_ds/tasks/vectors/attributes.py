@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_average_precision
 from transformers.utils import ModelOutput
@@ -18,24 +18,16 @@ from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.data.base import Sample
 from allinone_ds.distributed import gather_objects
 from allinone_ds.models.class_loss import smoothed
-from allinone_ds.tasks.base import Prediction, Task, full_precision
+from allinone_ds.tasks.base import Prediction, full_precision
 from allinone_ds.tasks.details import Details, class_details, ratio
 from allinone_ds.tasks.drawing import caption, enlarge
-from allinone_ds.tasks.test_time import TestTime, View
-from allinone_ds.tasks.vectors.pooling import (
-    PooledOptions,
-    Pooling,
-    known_entries,
-    refuse_windows,
-    stack_entries,
-)
+from allinone_ds.tasks.vectors.pooling import EntriesTask, PooledOptions, known_entries, some_of, stack_entries
 
 _COUNTED = 20_000
 """Training images whose attributes are counted at the start, for the prior."""
 _UNKNOWN = -1
 """Label of an entry without a label, for torchmetrics."""
-_NAMED = 8
-"""Attributes that a drawing names."""
+_NOTHING = "no attribute"
 
 
 class BinaryOptions(PooledOptions):
@@ -65,7 +57,7 @@ class AttributeOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class AttributesTask(Task):
+class AttributesTask(EntriesTask):
     """Predicts which of `classes` an image has; they do not exclude each other.
 
     Labels: (B, A) float64 of 1, 0 and NaN (no label). Loss: mean over the known entries of the micro-batch.
@@ -89,16 +81,10 @@ class AttributesTask(Task):
     shown_score = 0.5
     """Attributes with a lower score count as absent in drawings, JSON and F1."""
 
-    def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
-        super().__init__(name, classes, *args, **kwargs)
-        self.pooling = Pooling(self.channels, self.num_levels, self.options.dropout)
-        self.classifier = nn.Linear(self.pooling.width, len(self.classes))
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
-        self._weights: list[float] | None = None
+    _weights: list[float] | None = None
 
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
-        logits = self.classifier(self.pooling(features))
+        logits = self.output(self.pooling(features))
         out = AttributeOutput(logits=logits)
         if labels is not None:
             with full_precision(pixel_values.device):
@@ -112,7 +98,7 @@ class AttributesTask(Task):
         return (each * known).sum() / known.sum().clamp(min=1)
 
     def samples_to_count(self) -> int:
-        untrained = self.options.prior == "data" and not bool(self.classifier.bias.any())
+        untrained = self.options.prior == "data" and not bool(self.output.bias.any())
         return _COUNTED if untrained or self.options.positive_weight != 1.0 else 0
 
     def class_shares(self, sample: Sample) -> Tensor | None:
@@ -128,40 +114,27 @@ class AttributesTask(Task):
             self._weights = [absent / present for present, absent in pairs]
         elif weight != 1.0:
             self._weights = [float(weight)] * len(pairs)
-        if self.options.prior == "data" and not bool(self.classifier.bias.any()):
+        if self.options.prior == "data" and not bool(self.output.bias.any()):
             factors = self._weights or [1.0] * len(pairs)
             odds = [math.log(w * present / absent) for w, (present, absent) in zip(factors, pairs, strict=True)]
-            self.classifier.bias.copy_(torch.tensor(odds))
+            self.output.bias.copy_(torch.tensor(odds))
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         return {"pixel_values": stack_pixels(samples), "labels": stack_entries(samples, "attributes")}
-
-    def count_labels(self, labels: Any) -> int:
-        """Return the number of known entries."""
-        return int((~labels.isnan()).sum())
 
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:
         """Return the image of a sample without any known attribute."""
         return {**sample, "attributes": torch.zeros(0)}
 
-    @torch.no_grad()
-    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return for each image the "scores" (A,), the probabilities, and "present", bool (A,)."""
-        return self._predictions(outputs.logits.float().sigmoid())
+    def values(self, outputs: Any) -> Tensor:
+        """Return probabilities."""
+        return outputs.logits.float().sigmoid()
 
-    def _predictions(self, scores: Tensor) -> list[Prediction]:
-        return [{"scores": p, "present": p >= self.shown_score} for p in scores]
-
-    def check_test_time(self, options: TestTime) -> None:
-        refuse_windows(self, options)
-
-    @torch.no_grad()
-    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return the mean probabilities of the views."""
-        scores = torch.stack([view.outputs[0].logits.float().sigmoid() for view in views]).mean(0)
-        return self._predictions(scores[: len(sizes)])
+    def prediction(self, values: Tensor) -> Prediction:
+        """Return the "scores" (A,) of an image, the probabilities, and "present", bool (A,)."""
+        return {"scores": values, "present": values >= self.shown_score}
 
     def at_least(self, prediction: Prediction, threshold: float) -> Prediction:
         """Return the prediction in which the attributes with at least this score are present."""
@@ -189,12 +162,13 @@ class AttributesTask(Task):
         shown = [k for k, score in enumerate(scores) if score >= self.shown_score]
         shown = sorted(shown, key=lambda k: -scores[k])
         if sample is None:
-            return caption(large, _named([f"{self.classes[k]} {scores[k]:.2f}" for k in shown]))
+            return caption(large, some_of([f"{self.classes[k]} {scores[k]:.2f}" for k in shown] or [_NOTHING]))
         truth = torch.as_tensor(sample["attributes"]).tolist() or [math.nan] * len(scores)
         said = {1.0: "right", 0.0: "wrong"}
         lines = [f"{self.classes[k]} {scores[k]:.2f}: {said.get(truth[k], 'not known')}" for k in shown]
         missed = [k for k, value in enumerate(truth) if value == 1 and k not in shown]
-        return caption(large, _named(lines + [f"{self.classes[k]} {scores[k]:.2f}: missed" for k in missed]))
+        lines += [f"{self.classes[k]} {scores[k]:.2f}: missed" for k in missed]
+        return caption(large, some_of(lines or [_NOTHING]))
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the names of the attributes that are present, and all scores."""
@@ -209,16 +183,8 @@ class AttributesTask(Task):
         truth = torch.as_tensor(sample["attributes"])
         present = [classes[k] for k in (truth == 1).nonzero()[:, 0].tolist()]
         unknown = int(truth.isnan().sum())
-        text = (", ".join(present) or "no attribute") + (f"; {unknown} not known" if unknown else "")
+        text = (", ".join(present) or _NOTHING) + (f"; {unknown} not known" if unknown else "")
         return sample["image"].as_subclass(Tensor), text
-
-    def example_labels(self, batch_size: int) -> Tensor:
-        return torch.zeros(batch_size, len(self.classes))
-
-
-def _named(lines: list[str]) -> list[str]:
-    more = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
-    return (lines[:_NAMED] or ["no attribute"]) + more
 
 
 class AttributesMetric:
@@ -259,16 +225,14 @@ class AttributesMetric:
         present, absent = (target == 1), (target == 0)
         said = scores >= self.threshold
         tp, fp, missed = (said & present).sum(0), (said & absent).sum(0), (~said & present).sum(0)
-        ap = (
-            multilabel_average_precision(
-                scores, target, num_labels=scores.shape[1], average="none", ignore_index=_UNKNOWN, validate_args=False
-            )
-            .double()
-            .reshape(-1)
-        )
         some = present.any(0)
+        ap = torch.full((len(some),), float("nan"), dtype=torch.float64)
+        if some.any():  # the function fails for an attribute that no image has an entry of
+            ap[some] = multilabel_average_precision(
+                scores[:, some], target[:, some], int(some.sum()), average="none", ignore_index=_UNKNOWN
+            ).double()
         self._columns = {
-            "ap": torch.where(some, ap, float("nan")),
+            "ap": ap,
             "f1": ratio(2 * tp, 2 * tp + fp + missed),
             "precision": ratio(tp, tp + fp),
             "recall": ratio(tp, tp + missed),

@@ -1,18 +1,22 @@
-"""What the kinds with one vector per image share: pooling of the feature maps, and tables of unknown entries."""
+"""What the kinds with one vector per image share: pooling of the feature maps, and targets with unknown entries."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from allinone_ds.data.base import Sample
-from allinone_ds.errors import ConfigError
 from allinone_ds.strict import Strict
-from allinone_ds.tasks.base import Task
-from allinone_ds.tasks.test_time import TestTime
+from allinone_ds.tasks.base import Prediction, Task
+from allinone_ds.tasks.test_time import TestTime, View, refuse_windows
+
+_NAMED = 8
+"""Entries that a drawing names."""
 
 
 class PooledOptions(Strict):
@@ -49,6 +53,58 @@ class Pooling(nn.Module):
         return self.dropout(self.norm(torch.cat([level.mean(dim=(-2, -1)) for level in features], dim=1)))
 
 
+class EntriesTask(Task):
+    """Base class of the kinds that predict one number for each of `classes`, of which some may be unknown in the truth.
+
+    Labels: (B, C) float64, NaN where there is no value. A subclass implements `values` and `prediction`.
+
+    Attributes:
+        pooling: returns the pooled features (B, channels).
+        output: linear layer, one row per class; it starts with small weights and a bias of 0.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, classes, *args, **kwargs)
+        self.pooling = Pooling(self.channels, self.num_levels, self.options.dropout)
+        self.output = nn.Linear(self.pooling.width, len(self.classes))
+        nn.init.normal_(self.output.weight, std=0.01)
+        nn.init.zeros_(self.output.bias)
+
+    @abstractmethod
+    def values(self, outputs: Any) -> Tensor:
+        """Return numbers (B, C) that may be averaged over views, from what `forward` returned."""
+
+    @abstractmethod
+    def prediction(self, values: Tensor) -> Prediction:
+        """Return the prediction of one image from its `values` (C,)."""
+
+    def count_labels(self, labels: Any) -> int:
+        """Return the number of known entries."""
+        return int((~labels.isnan()).sum())
+
+    @torch.no_grad()
+    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        return [self.prediction(values) for values in self.values(outputs)]
+
+    def check_test_time(self, options: TestTime) -> None:
+        refuse_windows(self.name, self.kind, options)
+
+    @torch.no_grad()
+    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return predictions from the means over the views."""
+        means = torch.stack([self.values(view.outputs[0]) for view in views]).mean(0)
+        return [self.prediction(values) for values in means[: len(sizes)]]
+
+    def example_labels(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, len(self.classes))
+
+
+def some_of(lines: Sequence[str]) -> list[str]:
+    """Return the first lines of a caption, and how many more there are."""
+    more = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return [*lines[:_NAMED], *more]
+
+
 def stack_entries(samples: Sequence[Sample], key: str) -> Tensor:
     """Return the samples' entries, float64 (B, C) so that large numbers keep their digits.
 
@@ -80,16 +136,3 @@ def known_entries(labels: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         )
     known = ~labels.isnan()
     return torch.where(known, labels, 0.0), known
-
-
-def refuse_windows(task: Task, options: TestTime) -> None:
-    """Refuse windows, which show only a part of an image.
-
-    Raises:
-        ConfigError: `windows` is set.
-    """
-    if options.windows:
-        raise ConfigError(
-            f"tasks.{task.name}.test_time.windows: a window shows only a part of the image, but {task.kind} is about "
-            "the whole; remove it"
-        )

@@ -8,29 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from allinone_ds.data.augmentation.transforms import stack_pixels
 from allinone_ds.data.base import Sample
 from allinone_ds.distributed import gather_objects
-from allinone_ds.tasks.base import Prediction, Task, full_precision
+from allinone_ds.tasks.base import Prediction, full_precision
 from allinone_ds.tasks.details import Details, class_details
 from allinone_ds.tasks.drawing import caption, enlarge
-from allinone_ds.tasks.test_time import TestTime, View
-from allinone_ds.tasks.vectors.pooling import (
-    PooledOptions,
-    Pooling,
-    known_entries,
-    refuse_windows,
-    stack_entries,
-)
+from allinone_ds.tasks.vectors.pooling import EntriesTask, PooledOptions, known_entries, some_of, stack_entries
 
 _COUNTED = 20_000
 """Training images whose numbers are read at the start, for mean and standard deviation."""
 _NAMED = 8
-"""Columns that a drawing and the log name."""
+"""Columns that the log names."""
 _DIGITS = 53  # bits of the fraction of a float64
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -60,7 +53,7 @@ class RegressionOutput(ModelOutput):
     normalized: Tensor | None = None
 
 
-class RegressionTask(Task):
+class RegressionTask(EntriesTask):
     """Predicts the numbers that `classes` names.
 
     Targets are normalised with mean and standard deviation of the training data, which the weights of the task contain.
@@ -84,10 +77,6 @@ class RegressionTask(Task):
 
     def __init__(self, name: str, classes: Sequence[str], *args: Any, **kwargs: Any) -> None:
         super().__init__(name, classes, *args, **kwargs)
-        self.pooling = Pooling(self.channels, self.num_levels, self.options.dropout)
-        self.output = nn.Linear(self.pooling.width, len(self.classes))
-        nn.init.normal_(self.output.weight, std=0.01)
-        nn.init.zeros_(self.output.bias)
         # Mean and deviation, each as integer * 2 ** integer: a model in bfloat16 would round floats to 3 digits.
         self.register_buffer("statistics", torch.zeros(2, 2, len(self.classes), dtype=torch.long))
 
@@ -137,32 +126,19 @@ class RegressionTask(Task):
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         return {"pixel_values": stack_pixels(samples), "labels": stack_entries(samples, "value")}
 
-    def count_labels(self, labels: Any) -> int:
-        """Return the number of known numbers."""
-        return int((~labels.isnan()).sum())
-
     @staticmethod
     def unlabelled(sample: Sample) -> Sample:
         """Return the image of a sample without any number."""
         return {**sample, "value": torch.zeros(0)}
 
-    @torch.no_grad()
-    def predict(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return for each image the "value" (C,) float64 in the units of the training data."""
-        return [{"value": value} for value in self._values(outputs)]
-
-    def _values(self, outputs: Any) -> Tensor:
+    def values(self, outputs: Any) -> Tensor:
+        """Return numbers in the units of the training data, float64."""
         mean, deviation = self.moments
-        return mean + deviation * outputs.normalized.double()  # (B, C)
+        return mean + deviation * outputs.normalized.double()
 
-    def check_test_time(self, options: TestTime) -> None:
-        refuse_windows(self, options)
-
-    @torch.no_grad()
-    def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return the mean numbers of the views."""
-        values = torch.stack([self._values(view.outputs[0]) for view in views]).mean(0)
-        return [{"value": value} for value in values[: len(sizes)]]
+    def prediction(self, values: Tensor) -> Prediction:
+        """Return the "value" (C,) of an image."""
+        return {"value": values}
 
     def metric(self) -> RegressionMetric:
         return RegressionMetric()
@@ -188,8 +164,7 @@ class RegressionTask(Task):
         for place, (name, value) in enumerate(zip(self.classes, prediction["value"].tolist(), strict=True)):
             known = place < len(truth) and not math.isnan(truth[place])
             lines.append(f"{name} {value:.4g}" + (f", true: {truth[place]:.4g}" if known else ""))
-        more = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
-        return caption(large, lines[:_NAMED] + more)
+        return caption(large, some_of(lines))
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the numbers by name."""
@@ -205,9 +180,6 @@ class RegressionTask(Task):
         """Return "value" (B, C) in the units of the training data."""
         mean, deviation = self.moments
         return {"value": mean.float() + deviation.float() * outputs.normalized.float()}
-
-    def example_labels(self, batch_size: int) -> Tensor:
-        return torch.zeros(batch_size, len(self.classes))
 
 
 class RegressionMetric:

@@ -20,8 +20,8 @@ from allinone_ds.models.vectors.embedding import IGNORED, EmbeddingOptions, buil
 from allinone_ds.tasks.base import Prediction, Task
 from allinone_ds.tasks.details import Details
 from allinone_ds.tasks.drawing import caption, enlarge
-from allinone_ds.tasks.test_time import TestTime, View
-from allinone_ds.tasks.vectors.pooling import Pooling, refuse_windows
+from allinone_ds.tasks.test_time import TestTime, View, refuse_windows
+from allinone_ds.tasks.vectors.pooling import Pooling
 
 _COUNTED = 20_000
 """Training images whose identities are counted at the start, for losses on pairs."""
@@ -113,7 +113,7 @@ class RetrievalTask(Task):
         return [{"embedding": embedding} for embedding in outputs.embeddings.float()]
 
     def check_test_time(self, options: TestTime) -> None:
-        refuse_windows(self, options)
+        refuse_windows(self.name, self.kind, options)
 
     @torch.no_grad()
     def predict_views(self, views: Sequence[View], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

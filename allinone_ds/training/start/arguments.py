@@ -22,6 +22,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
+from allinone_ds.zero.config_keys import ignored_keys
 
 _REFUSED = ("Muon", "Bit")  # optimizers that change gradients themselves; see `zero.support`
 
@@ -149,20 +150,26 @@ def _tracker_problems(args: AllInOneArguments) -> list[str]:
     return problems
 
 
-def slow_arithmetic(args: AllInOneArguments) -> list[str]:
-    """Return a warning if a run multiplies float32 matrices on a GPU without TF32, several times slower than bf16.
+def settings_to_warn_of(args: AllInOneArguments) -> list[str]:
+    """Return warnings of settings that are allowed, and hardly meant.
+
+    They are: float32 matrices on a GPU without TF32, and keys of the DeepSpeed config that have no effect on the run.
 
     Args:
         args: arguments of the run.
     """
     deepspeed: Any = args.deepspeed or {}
+    found = []
     half = args.bf16 or args.fp16 or (deepspeed.get("torch_autocast") or {}).get("enabled")
-    if args.device.type != "cuda" or half or torch.backends.cuda.matmul.allow_tf32:
-        return []
-    return [
-        "the run computes in float32 on a GPU, several times slower than in bfloat16: set trainer.bf16: true "
-        "(deepspeed with bf16 enabled or 'auto'), or trainer.tf32: true"
-    ]
+    if args.device.type == "cuda" and not half and not torch.backends.cuda.matmul.allow_tf32:
+        found.append(
+            "the run computes in float32 on a GPU, several times slower than in bfloat16: set trainer.bf16: true "
+            "(deepspeed with bf16 enabled or 'auto'), or trainer.tf32: true"
+        )
+    keys = ignored_keys(deepspeed)
+    if keys:
+        found.append(f"keys of the DeepSpeed config that have no effect on the run: {'; '.join(keys)}")
+    return found
 
 
 def raise_all(problems: Sequence[str]) -> None:

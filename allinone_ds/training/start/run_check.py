@@ -31,7 +31,7 @@ from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
 from allinone_ds.tasks import Task, build_task, task_class
 from allinone_ds.training.load_checkpoint import check_model, check_resumable
-from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.optimizer import groups_of_run
 from allinone_ds.training.start.arguments import argument_problems
 from allinone_ds.training.start.callbacks import configured_callbacks
 from allinone_ds.training.warm_start import start_from
@@ -78,7 +78,7 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
     with torch.device("meta"):
         backbone = _collect(found, lambda: build_backbone(_without_weights(config.model.backbone)))
     if backbone is not None:
-        _collect(found, lambda: freeze_backbone(backbone, config.model.freeze))
+        _collect(found, lambda: freeze_backbone(backbone, config.model.never_trained))
     else:
         return config, found, opened
     tasks = {}
@@ -97,18 +97,7 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         found += argument_problems(args, evaluated if complete else None)
     model = _collect(found, lambda: AllInOneModel(backbone, tasks)) if complete else None
     if model is not None and args is not None:
-        _collect(
-            found,
-            lambda: parameter_groups(
-                model,
-                args.learning_rate,
-                args.weight_decay,
-                args.backbone_lr_factor,
-                args.layer_lr_decay,
-                args.head_lr_factor,
-                args.head_weight_decay,
-            ),
-        )
+        _collect(found, lambda: groups_of_run(model, args))
         _check_folders(found, config, model)
     return config, list(dict.fromkeys(found)), opened
 

@@ -20,17 +20,19 @@ class NonFiniteStreaks:
     Args:
         tasks: names of the tasks.
         limit: number of consecutive steps that ends the run (`nonfinite_limit`).
+        sampled: whether steps run some of the tasks only. A step without a task does not count for it.
     """
 
-    def __init__(self, tasks: Sequence[str], limit: int) -> None:
+    def __init__(self, tasks: Sequence[str], limit: int, sampled: bool = False) -> None:
         self.limit = limit
+        self.sampled = sampled
         self._steps = dict.fromkeys(tasks, 0)
 
     def step(self, balancer: TaskBalancer, number: int) -> StepReport:
         """Run `balancer.step()` and count the tasks that it skipped.
 
         Args:
-            balancer: a balancer whose tasks have all run their micro-steps.
+            balancer: a balancer whose tasks of the step have all run their micro-steps.
             number: index of the optimizer step.
 
         Returns:
@@ -40,7 +42,7 @@ class NonFiniteStreaks:
             RunError: a task was not finite and `nonfinite` is "stop", or it reached the limit.
         """
         try:
-            report = balancer.step()
+            report = balancer.step(require_all=not self.sampled)
         except NonFinite as error:
             tasks = ", ".join(f"'{task}'" for task in error.tasks)
             raise RunError(
@@ -48,7 +50,7 @@ class NonFiniteStreaks:
                 + _ADVICE,
                 on_all_ranks=True,
             ) from error
-        for task in self._steps:
+        for task in report.tasks:
             self._steps[task] = self._steps[task] + 1 if task in report.skipped else 0
         worst = max(self._steps, key=lambda task: self._steps[task])
         if self._steps[worst] >= self.limit:

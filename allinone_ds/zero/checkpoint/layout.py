@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,45 @@ from allinone_ds.zero.fragments import Fragment, Shapes, fragments_of_parameters
 # Classes that DeepSpeed 0.19.8 pickles into its checkpoints beside tensors and plain containers.
 KNOWN_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 MODEL_FILE = "mp_rank_00_model_states.pt"  # stages 0, 1 and 2; stage 3 has one a rank
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements of a tensor of this run that are taken from a tensor of a checkpoint.
+
+    Args:
+        start: first of the elements in the flattened tensor of this run.
+        length: number of elements.
+        name: of the tensor in the checkpoint.
+        offset: first of the elements in that tensor, flattened.
+    """
+
+    start: int
+    length: int
+    name: str
+    offset: int
+
+
+Segments = Mapping[str, Sequence[Segment]]
+"""{tensor of this run: its elements that are in the checkpoint}; a tensor without an entry has the same name there."""
+
+
+def in_checkpoint(wanted: Sequence[Fragment], segments: Segments) -> list[Fragment]:
+    """Return fragments with the names and offsets that their elements have in a checkpoint.
+
+    Args:
+        wanted: elements of this run's parameters.
+        segments: where they are in the checkpoint; elements in no segment are left out.
+    """
+    found = []
+    for w in wanted:
+        for segment in segments.get(w.name, (Segment(0, w.offset + w.length, w.name, 0),)):
+            begin = max(w.offset, segment.start)
+            end = min(w.offset + w.length, segment.start + segment.length)
+            if begin < end:
+                offset = segment.offset + begin - segment.start
+                found.append(Fragment(segment.name, offset, w.group, w.start + begin - w.offset, end - begin))
+    return found
 
 
 class SavedShards:

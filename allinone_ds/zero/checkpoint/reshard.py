@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.errors import UnsupportedEngine
-from allinone_ds.zero.checkpoint.layout import SavedShards
+from allinone_ds.zero.checkpoint.layout import SavedShards, Segment, Segments, in_checkpoint
 from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.fragments import Fragment
@@ -18,16 +18,18 @@ from allinone_ds.zero.params import whole_on_rank_0
 
 
 @torch.no_grad()
-def load_resharded(engine: Any, shards: Path) -> None:
+def load_resharded(engine: Any, shards: Path, segments: Segments | None = None) -> None:
     """Load a checkpoint that a different number of ranks, or a different ZeRO stage, wrote. Collective.
 
     Every rank reads what it needs. Masters and optimizer state are copied element by element, so nothing is rounded.
-    Learning rates and weight decays stay those of the engine.
+    Learning rates and weight decays stay those of the engine. What is not in the checkpoint stays as it is, with
+    moments of zero; a group of parameters of which nothing is there has no optimizer state, as before its first step.
 
     Args:
         engine: a DeepSpeedEngine, ZeRO stage 1, 2 or 3, in fp32, bf16 or fp16, its optimizer offloaded to the CPU or
             not.
         shards: the folder (global_stepN) with the files of all ranks, ZeRO stage 1, 2 or 3.
+        segments: where tensors are that have other names, or other rows, in the checkpoint.
 
     Raises:
         UnsupportedEngine: the optimizer keeps a state that is neither as large as the weights nor one number.
@@ -35,10 +37,11 @@ def load_resharded(engine: Any, shards: Path) -> None:
     """
     saved = SavedShards(shards)
     adapter = open_engine(engine)
-    wanted = adapter.fragments()
+    segments = segments or {}
+    wanted = in_checkpoint(adapter.fragments(), segments)
     masters = [master.data.view(-1) for master in adapter.masters()]
     saved.fill(masters, wanted, saved.masters)
-    _load_states(adapter, saved, wanted)
+    _load_states(adapter, saved, wanted, _sources(engine, segments))
     if engine.fp16_enabled() and "loss_scaler" in saved.optimizer:
         engine.optimizer.loss_scaler = saved.optimizer["loss_scaler"]
         engine.optimizer.dynamic_loss_scale = saved.optimizer["dynamic_loss_scale"]
@@ -46,11 +49,17 @@ def load_resharded(engine: Any, shards: Path) -> None:
     engine.global_samples = saved.model["global_samples"]
     engine.skipped_steps = saved.model["skipped_steps"]
     adapter.publish_masters()
-    _load_untrained(engine.module, saved.untrained())
+    _load_untrained(engine.module, saved.untrained(), segments)
 
 
 @torch.no_grad()
-def reshard_flats(engine: Any, shards: Path, sources: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> None:
+def reshard_flats(
+    engine: Any,
+    shards: Path,
+    sources: Sequence[Sequence[Tensor]],
+    targets: Sequence[Tensor],
+    segments: Segments | None = None,
+) -> None:
     """Copy tensors with the layout of a checkpoint's masters into tensors with the layout of this engine's masters.
 
     Args:
@@ -58,25 +67,46 @@ def reshard_flats(engine: Any, shards: Path, sources: Sequence[Sequence[Tensor]]
         shards: the checkpoint's folder of shards.
         sources: by rank and group, like the masters of the engine that wrote it.
         targets: by group, like `EngineAdapter.masters` of this engine; their padding is left alone.
+        segments: as in `load_resharded`; what is not in the checkpoint is left alone.
     """
-    SavedShards(shards).fill([target.view(-1) for target in targets], open_engine(engine).fragments(), sources)
+    wanted = in_checkpoint(open_engine(engine).fragments(), segments or {})
+    SavedShards(shards).fill([target.view(-1) for target in targets], wanted, sources)
 
 
-def _load_states(adapter: EngineAdapter, saved: SavedShards, wanted: Sequence[Fragment]) -> None:
-    """Load the optimizer state of this rank's masters: moments, and counters such as AdamW's `step`."""
+def _sources(engine: Any, segments: Segments) -> dict[int, str]:
+    """Return {group of this run: a parameter of the checkpoint that goes on in it}."""
+    found: dict[int, str] = {}
+    for group, named in enumerate(engine._get_zero_param_shapes()):
+        for name in named:
+            parts = segments.get(name)
+            if parts is None or parts:
+                found.setdefault(group, parts[0].name if parts else name)
+    return found
+
+
+def _load_states(
+    adapter: EngineAdapter, saved: SavedShards, wanted: Sequence[Fragment], names: Mapping[int, str]
+) -> None:
+    """Load the optimizer state of this rank's masters: moments, and counters such as AdamW's `step`.
+
+    Args:
+        adapter: of the engine.
+        saved: the checkpoint.
+        wanted: elements of this rank's masters, where they are in the checkpoint.
+        names: {group: a parameter of the checkpoint in it}; the other groups have no state.
+    """
     masters = adapter.masters()
     base = adapter.optimizer.optimizer
     state = base.state
     # fused and capturable optimizers of torch keep the number of steps beside the weights
     beside = any(group.get("fused") or group.get("capturable") for group in base.param_groups)
     flat, plain = kinds_of_state(saved)
-    first = {fragment.group: fragment for fragment in reversed(wanted)}
     filled: dict[str, set[int]] = {key: set() for key in flat}  # groups by key
     for group, master in enumerate(masters):
-        source = saved.states[0][0]  # for a rank that holds only padding of a group
-        if group in first:
-            rank, there, *_ = next(saved.where(first[group].name, first[group].offset, first[group].length))
-            source = saved.states[rank][there]
+        if group not in names:
+            continue
+        rank, there, *_ = next(saved.where(names[group], 0, 1))
+        source = saved.states[rank][there]
         for key in plain & source.keys():
             state[master][key] = _number(source[key], state[master].get(key), master.device if beside else None)
         for key in flat & source.keys():
@@ -128,13 +158,25 @@ def kinds_of_state(saved: SavedShards) -> tuple[set[str], set[str]]:
     return flat, plain
 
 
-def _load_untrained(module: torch.nn.Module, values: dict[str, Tensor]) -> None:
+def _load_untrained(module: torch.nn.Module, values: dict[str, Tensor], segments: Segments) -> None:
     """Load buffers and frozen parameters, which are in no shard."""
     for name, buffer in module.named_buffers():
-        if name in values:
-            buffer.copy_(values[name])
+        _copy_segments(buffer, values, segments.get(name, _same(name, buffer)))
     for name, param in module.named_parameters():
-        if not param.requires_grad and name in values:
-            with whole_on_rank_0(param):
-                if param.numel():  # on other ranks than 0 it is empty under ZeRO-3
-                    param.copy_(values[name].view(param.shape))
+        if not param.requires_grad:
+            with whole_on_rank_0(param):  # on other ranks than 0 it is empty under ZeRO-3
+                _copy_segments(param, values, segments.get(name, _same(name, param)))
+
+
+def _same(name: str, value: Tensor) -> tuple[Segment]:
+    return (Segment(0, value.numel(), name, 0),)
+
+
+def _copy_segments(target: Tensor, values: dict[str, Tensor], parts: Sequence[Segment]) -> None:
+    for part in parts if target.numel() else ():
+        if part.name in values:
+            source = values[part.name].reshape(-1).narrow(0, part.offset, part.length)
+            if part.length == target.numel():
+                target.copy_(source.view(target.shape))
+            else:
+                target.view(-1).narrow(0, part.start, part.length).copy_(source)

@@ -1,8 +1,6 @@
 """What every kind of DeepSpeed engine offers the balancer, the checkpoints and the averaged weights.
 
-S elements of this rank's shard. An engine keeps its shard in one flat vector per optimizer group (ZeRO-3: per
-sub-group). A `Piece` is a run of such a vector that belongs wholly to the shared backbone or wholly not. Norms and
-factors work on pieces, so partitions that straddle parameters, groups or ranks need no special case.
+S elements of this rank's shard, which is divided into pieces (pieces.py).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,35 +19,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from allinone_ds.errors import BalancerError, UnsupportedEngine
+from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
+from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
+from allinone_ds.zero.engines.pieces import Piece, Span, merge_spans
 from allinone_ds.zero.fragments import Fragment
-
-
-@dataclass(frozen=True)
-class Span:
-    """The elements of a parameter that this rank owns.
-
-    Args:
-        param: the parameter.
-        group: index of the flat vector that holds the elements.
-        start: first of the elements in the flat vector.
-        length: number of elements.
-    """
-
-    param: Parameter
-    group: int
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one flat vector of this rank that is wholly shared backbone (`shared`) or wholly not."""
-
-    group: int
-    start: int
-    length: int
-    shared: bool
 
 
 class EngineAdapter(ABC):
@@ -74,6 +47,7 @@ class EngineAdapter(ABC):
     replicated: bool = False
     keeps_local_gradients: bool = False
     allows_clipping: bool = True
+    _muon: MuonUpdate | None = None
 
     @classmethod
     @abstractmethod
@@ -87,6 +61,23 @@ class EngineAdapter(ABC):
         self.sizes = self._shard_sizes()
         first = self.masters()[0]
         self.device, self.dtype = first.device, first.dtype
+
+    def take_over(self) -> None:
+        """Prepare the engine for balanced steps, until `give_back`."""
+        if self.stage and uses_muon(self.optimizer.optimizer):
+            self._muon = MuonUpdate(self)
+
+    def give_back(self) -> None:
+        """Leave the engine as it was before `take_over`."""
+        self.restore_boundary()
+        if self._muon is not None:
+            self._muon.give_back()
+            self._muon = None
+
+    @property
+    def needs_sum(self) -> bool:
+        """Whether every `step` needs `set_gradient` before it: a gradient left in the engine would not do."""
+        return self._muon is not None
 
     # ---- gradients ----
 
@@ -124,20 +115,26 @@ class EngineAdapter(ABC):
     def clear_gradient(self) -> None:
         """Forget the gradient that `gradient` returned."""
 
-    @abstractmethod
     def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
-        """Give the engine the gradient for its next step.
+        """Give the engine the gradient for its next step. Collective where `needs_sum`.
 
         Args:
             flats: one 1-D tensor per group, of `sizes` elements, `device` and `dtype`; the engine may change them.
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
+        if self._muon is not None and not overflow:
+            self._muon.orthogonalise(flats, self.loss_scale)
+        self._set_gradient(flats, overflow)
+
+    @abstractmethod
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+        """Give the engine what its optimizer steps on; arguments as of `set_gradient`."""
 
     def reduce_accumulated(self) -> None:
         """Average, over ranks, what several backwards without a reduction have added up since `begin_task`. Collective.
 
         It is what the engine's step does where the config has `managed_gradient_accumulation: false`. `gradient` then
-        returns the average, and `step` may follow without `set_gradient`.
+        returns the average, and `step` may follow without `set_gradient` (not where `needs_sum`).
         """
         self.set_reduces(True)
         self.engine.allreduce_gradients()
@@ -225,11 +222,13 @@ class EngineAdapter(ABC):
         self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Take the engine's optimizer step on what `set_gradient` set."""
+        """Take the engine's optimizer step on what `set_gradient` set; parameters that are frozen now stand still."""
         self.set_reduces(True)
-        with scale_changes_after_step(self.engine):
+        with scale_changes_after_step(self.engine), self._frozen_unmoved():
             self.engine.step()
         self._after_step()
+        if self._muon is not None:
+            self._muon.end_step(self.overflow)
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
         """Correct what the engine reports or keeps after its step."""
@@ -270,6 +269,32 @@ class EngineAdapter(ABC):
     def _weights_restored(self, params: Sequence[Parameter]) -> None:  # noqa: B027 - most engines need nothing
         """Update further copies of `params` that the engine keeps, after `unmoved` has restored `weights`."""
 
+    @abstractmethod
+    def model_groups(self) -> list[list[Parameter]]:
+        """Return the parameters that each of `masters` holds, on any rank."""
+
+    @contextlib.contextmanager
+    def _frozen_unmoved(self) -> Iterator[None]:
+        """Keep parameters where they are that were frozen after the engine was made; their step counts do not rise.
+
+        The optimizer leaves masters without a gradient alone. A master that holds frozen and trained parameters steps,
+        and what is frozen in it is restored.
+        """
+        groups = self.model_groups()
+        if all(param.requires_grad for group in groups for param in group):
+            yield
+            return
+        still, mixed = [], []
+        for master, group in zip(self.masters(), groups, strict=True):
+            frozen = [param for param in group if not param.requires_grad]
+            if len(frozen) == len(group):
+                still.append(master)
+            else:
+                mixed += frozen
+        base = self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.optimizer
+        with torch.no_grad(), self.unmoved(mixed), without_gradients(base, {id(master) for master in still}):
+            yield
+
     @contextlib.contextmanager
     def unmoved(self, params: Sequence[Parameter]) -> Iterator[None]:
         """Keep `params` where they are over an optimizer step, momentum and weight decay included.
@@ -308,33 +333,12 @@ class EngineAdapter(ABC):
         masters = {span.group: self.master(span) for span in self.spans if span.group in groups}
         if any(not _per_element(value, master) for master, state in masters.values() for value in state.values()):
             warnings.warn(
-                "a step without some tasks, and an optimizer that counts steps per parameter group, as AdamW does: the "
-                "heads of absent tasks do not move, but their step counts rise with those of the other parameters in "
-                "their group; give every head a parameter group of its own",
+                "a step without some tasks, or with frozen parameters, and an optimizer that counts steps per "
+                "parameter group, as AdamW does: the heads of absent tasks and frozen parameters do not move, but "
+                "their step counts rise with those of the other parameters in their group; give every head, and what "
+                "is thawed together, a parameter group of its own",
                 stacklevel=2,
             )
-
-
-def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet[int]) -> list[Piece]:
-    """Return the fewest pieces that cover each group's shard; padding (always zero) joins the piece before it."""
-    pieces: list[Piece] = []
-    for group, size in enumerate(sizes):
-        runs: list[list[int]] = []  # [start, shared]
-        for span in sorted((s for s in spans if s.group == group and s.length), key=lambda s: s.start):
-            kind = int(id(span.param) in shared)
-            if not runs:
-                runs.append([0, kind])
-            elif runs[-1][1] != kind:
-                runs.append([span.start, kind])
-        runs = runs or [[0, 0]]  # the last ranks may have nothing but padding of a small group
-        ends = [start for start, _ in runs[1:]] + [size]
-        pieces += [Piece(group, start, end - start, bool(kind)) for (start, kind), end in zip(runs, ends, strict=True)]
-    return pieces
-
-
-def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
-    """Return views of `flats`, one flat tensor per group, as `pieces`."""
-    return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
 
 
 def _per_element(value: Any, master: Tensor) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
+from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 
 
@@ -63,7 +65,7 @@ class BF16Adapter(EngineAdapter):
     def clear_gradient(self) -> None:
         self.optimizer.clear_hp_grads()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self.optimizer.fp32_groups_gradient_flat_partition, flats, strict=True):
             gradient.copy_(flat)
         for flags in self.optimizer.fp32_groups_has_gradients:
@@ -83,6 +85,9 @@ class BF16Adapter(EngineAdapter):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat_partition)
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.bf16_groups
 
     def publish_masters(self) -> None:
         self.optimizer.update_lp_params()

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span
 
 
 class Stage0Adapter(EngineAdapter):
@@ -37,20 +38,23 @@ class Stage0Adapter(EngineAdapter):
     @cached_property
     def _positions(self) -> list[tuple[int, int]]:
         """(group, index in it) of every trainable parameter."""
-        groups = enumerate(self._model_groups())
+        groups = enumerate(self._optimizer_groups())
         return [(g, j) for g, group in groups for j, param in enumerate(group) if param.requires_grad]
 
     @cached_property
     def _params(self) -> list[Parameter]:
-        groups = self._model_groups()
+        groups = self._optimizer_groups()
         return [groups[g][j] for g, j in self._positions]
 
     def _shard_sizes(self) -> list[int]:
         return [param.numel() for param in self._params]
 
-    def _model_groups(self) -> list[list[Parameter]]:
+    def _optimizer_groups(self) -> list[list[Parameter]]:
         """The model's parameters, per group of the optimizer."""
         return [list(group["params"]) for group in self.optimizer.param_groups]
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return [[param] for group in self._optimizer_groups() for param in group]
 
     def _find_spans(self) -> list[Span]:
         return [Span(param, i, 0, param.numel()) for i, param in enumerate(self._params)]
@@ -65,7 +69,7 @@ class Stage0Adapter(EngineAdapter):
         for param in self._params:
             param.grad = None
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for param, flat in zip(self._params, flats, strict=True):
             param.grad = flat.view_as(param).to(param.dtype)
         if overflow and self._params[0].grad is not None:
@@ -75,7 +79,7 @@ class Stage0Adapter(EngineAdapter):
         self.clear_gradient()
 
     def masters(self) -> list[Tensor]:
-        return [param for group in self._model_groups() for param in group]
+        return [param for group in self._optimizer_groups() for param in group]
 
     def publish_masters(self) -> None:
         pass  # the optimizer steps on the model's own weights
@@ -92,7 +96,7 @@ class _HalfAdapter(Stage0Adapter):
         # 0.19.8: engine.backward scales losses for ZeRO only, yet these optimizers divide by the scale all the same
         return self.loss_scale
 
-    def _model_groups(self) -> list[list[Parameter]]:
+    def _optimizer_groups(self) -> list[list[Parameter]]:
         return self.optimizer.fp16_groups
 
 
@@ -105,6 +109,9 @@ class FusedHalfAdapter(_HalfAdapter):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_groups_flat)
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return self._optimizer_groups()
 
     def publish_masters(self) -> None:
         for flat, params in zip(self.optimizer.fp32_groups_flat, self.optimizer.fp16_groups, strict=True):

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Piece, Span, cut, merge_spans
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Piece, Span, cut, merge_spans
 from allinone_ds.zero.fragments import Fragment, fragments_of_parts, no_paddings
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION, as_partition, uses_flat_partition, wait_for_offload_copies
 
@@ -89,7 +91,7 @@ class Stage12Adapter(EngineAdapter):
             self.optimizer.averaged_gradients[group] = None
             self.optimizer.all_grad_tensors[group] = None
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         if overflow:
             flats[0][0] = torch.inf
         for group, flat in enumerate(flats):
@@ -123,6 +125,9 @@ class Stage12Adapter(EngineAdapter):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.bit16_groups
 
     def publish_masters(self) -> None:
         self.optimizer.update_lp_params()
@@ -184,7 +189,7 @@ class Stage12OffloadAdapter(Stage12Adapter):
         for gradient in self._gradients():
             gradient.zero_()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for gradient, flat in zip(self._gradients(), flats, strict=True):
             gradient.copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)

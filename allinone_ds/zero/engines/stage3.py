@@ -18,8 +18,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.nn import Parameter
 
-from allinone_ds.zero.engines.base import EngineAdapter, Span, cut
+from allinone_ds.zero.engines.base import EngineAdapter
+from allinone_ds.zero.engines.pieces import Span, cut
 from allinone_ds.zero.fragments import Fragment, fragments_of_parameters
+from allinone_ds.zero.params import forget_copies
 
 
 class Stage3Adapter(EngineAdapter):
@@ -73,7 +75,7 @@ class Stage3Adapter(EngineAdapter):
     def clear_gradient(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
             # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
             views = flat.split([int(param.partition_numel()) for param in self.optimizer.fp16_groups[group]])
@@ -109,6 +111,9 @@ class Stage3Adapter(EngineAdapter):
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)
 
+    def model_groups(self) -> list[list[Parameter]]:
+        return self.optimizer.fp16_groups
+
     def publish_masters(self) -> None:
         for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -132,11 +137,14 @@ class Stage3Adapter(EngineAdapter):
 
     def _partitions_changed(self, params: Sequence[Any]) -> None:
         """Let every later use of `params` see their partitions as they are now. Collective."""
-        self.optimizer.invalidate_secondary_tensor()  # copies within a host (zero_hpz_partition_size)
-        self.synchronize()  # weights are gathered on a stream of their own
+        stream = self.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if stream is not None:  # weights are gathered on a stream of their own
+            stream.wait_stream(get_accelerator().current_stream())
         gathered = [p for p in params if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
         if gathered:
             gathered[0].partition(gathered, has_been_updated=False)
+        forget_copies(self.engine)  # those that `partition` just made of the old values too
+        if gathered:
             gathered[0].all_gather(gathered)
 
 
@@ -147,7 +155,7 @@ class Stage3OffloadAdapter(Stage3Adapter):
     def serves(cls, engine: Any) -> bool:
         return super().serves(engine) and bool(engine.optimizer.offload_optimizer)
 
-    def set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
+    def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for master, flat in zip(self.optimizer.fp32_partitioned_groups_flat, flats, strict=True):
             master.grad.view(-1).copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from allinone_ds.data import JointDataset, train_transform
+from allinone_ds.data import JointDataset, stack_pixels, train_transform
+from allinone_ds.data.base import Sample
 from allinone_ds.data.check import check_sources
 from allinone_ds.data.joint.batches import JointCollate, views_of
 from allinone_ds.data.joint.dataset import TaskView, view_of
@@ -181,6 +182,31 @@ def test_a_batch_has_the_rows_of_each_task(root: Path) -> None:
     bare = collate(samples[2:])
     assert bare["labelled"] == {"seg": 1, "det": 0, "cls": 0} and bare["rows"]["det"].tolist() == [0]
     assert len(bare["labels"]["det"][0]["boxes"]) == 0
+
+
+def test_a_batch_stacks_its_images_once(root: Path) -> None:
+    """Also where labels are made of the pixels, and once per set of images where tasks lack labels of some."""
+    pixels: dict[str, torch.Tensor] = {}
+
+    def collate_of(task: str) -> Any:
+        def collate(samples: list[Sample]) -> dict[str, Any]:
+            batch = TASKS[KINDS[task]].collate(samples)
+            pixels[task] = batch["pixel_values"]
+            return {**batch, "labels": (batch["labels"], stack_pixels(samples))}
+
+        return collate
+
+    collate = JointCollate({t: collate_of(t) for t in KINDS}, {t: TASKS[k].unlabelled for t, k in KINDS.items()})
+    dataset = opened(root)
+    samples = [train_transform([], (32, 32), "joint")(dataset[index]) for index in (0, 8, 11)]
+    for chosen in (samples, samples[:1]):
+        batch = collate(chosen)
+        for task, rows in batch["rows"].items():
+            assert torch.equal(pixels[task], batch["pixel_values"] if rows is None else batch["pixel_values"][rows])
+            assert batch["labels"][task][1] is pixels[task]
+            assert (rows is None) == (pixels[task] is batch["pixel_values"])
+    assert set(map(id, pixels.values())) == {id(batch["pixel_values"])}
+    assert stack_pixels(samples) is not stack_pixels(samples)
 
 
 class Rooms(JointDataset):

@@ -26,9 +26,8 @@ from allinone_ds.run_config.build import build_model, inspect_data, open_test_da
 from allinone_ds.run_config.run_files import ModelFacts, save_run_files
 from allinone_ds.run_config.schema import RunConfig, load_config
 from allinone_ds.run_folder.names import WEIGHTS_FILE
-from benchmarks.heads.dense import constant_task
 from benchmarks.heads.dense_scenes import scene, write_scenes
-from tests.tasks.dense.tiny import KINDS
+from tests.tasks.dense.tiny import KINDS, build
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[3]
@@ -108,9 +107,9 @@ def test_preview_check_and_plan_know_the_kinds(config: RunConfig, tmp_path: Path
 def test_constant_predictions_have_the_metrics_that_the_benchmark_prints(config: RunConfig) -> None:
     data = {name: part.dataset for name, part in open_train_data(config).items()}
     for kind in KINDS:
-        found = constant_metrics(constant_task(kind), data[kind], data[kind])
+        found = constant_metrics(build(kind)[1], data[kind], data[kind])
         assert all(np.isfinite(value) for value in found.values())
-    assert constant_metrics(constant_task("saliency"), data["saliency"], data["saliency"])["mae"] < 0.5
+    assert constant_metrics(build("saliency")[1], data["saliency"], data["saliency"])["mae"] < 0.5
 
 
 def test_data_of_another_kind_and_classes_are_refused(config: RunConfig) -> None:

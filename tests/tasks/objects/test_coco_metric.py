@@ -12,6 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.objects.regions import decode_heatmaps, heatmap_loss, mask_loss, paste_masks
+from allinone_ds.tasks.detection import DetectionTask
 from allinone_ds.tasks.detection_metric import _IOU_THRESHOLDS, _RECALLS
 from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.tasks.objects.coco_metric import CocoMetric
@@ -166,6 +167,22 @@ def test_a_mask_that_fits_its_loss_is_pasted_where_it_was():
     assert mask_loss(-maps[:, None], [boxes], labels).min() > 10
 
 
+def test_objects_whose_mask_has_no_pixel_are_no_targets():
+    """After a resize to the size of the network nothing may be left of a small object."""
+    masks = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    masks[1, 3, 4] = 1
+    sample = {
+        "image": torch.zeros(3, 16, 16, dtype=torch.uint8),
+        "boxes": torch.tensor([[2.0, 2.0, 2.4, 2.4], [4.0, 3.0, 5.0, 4.0], [0.0, 0.0, 0.2, 0.2]]),
+        "labels": torch.tensor([0, 1, 2]),
+        "masks": masks,
+    }
+    (target,) = InstancesTask.collate([sample])["labels"]
+    assert (
+        target["labels"].tolist() == [1] and target["masks"].sum() == 1 and target["boxes"].tolist() == [[4, 3, 5, 4]]
+    )
+
+
 def keypoints(**options) -> KeypointsTask:
     return KeypointsTask("it", options.pop("classes", ["fish"]), 8, 4, 1, (16, 16), width=16, **options)
 
@@ -191,6 +208,17 @@ def test_data_with_another_number_of_points_or_objects_is_refused():
     two = [{key: torch.cat([value, value]) for key, value in labels[0].items()}]
     with pytest.raises(ConfigError, match="an image shows 2 objects, but options.regions is 'image'"):
         keypoints(points=5, regions="image")((torch.randn(1, 8, 4, 4),), torch.zeros(1, 3, 16, 16), two)
+
+
+@pytest.mark.parametrize("head", ["fcos", "heatmap", "fcos_masks", "mask2former"])
+def test_images_of_another_size_and_rounded_boxes_are_refused(head):
+    cls = {"fcos": DetectionTask, "heatmap": KeypointsTask}.get(head, InstancesTask)
+    it = cls("it", ["a"], 8, 4, 1, (16, 16), head=head, width=32)
+    features, pixels = (torch.randn(1, 8, 4, 4),), torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"tasks.it: images of \(16, 20\) pixels, but image_size is \(16, 16\)"):
+        it(features, torch.zeros(1, 3, 16, 20))
+    with pytest.raises(TypeError, match=r"target boxes are torch.bfloat16, which rounds them"):
+        it(features, pixels, [{"boxes": torch.zeros(0, 4, dtype=torch.bfloat16)}])
 
 
 def test_names_sigmas_and_thresholds():

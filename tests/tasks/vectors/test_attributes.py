@@ -46,6 +46,21 @@ def test_metrics_equal_torchmetrics_over_the_known_entries_of_each_attribute():
     assert metric.compute() == {"map": 0.0, "f1": 0.0} and metric.details(["a", "b", "c"]) == {}
 
 
+def test_an_attribute_without_any_entry_is_left_out():
+    scores, truth = entries()
+    metric = AttributesMetric()
+    for columns, empty in (([0, 1, 2], 1), ([0], 0)):
+        partly = truth[:, columns].clone()
+        partly[:, empty] = NAN
+        metric.reset()
+        metric.update([{"scores": s} for s in scores[:, columns]], [{"attributes": t} for t in partly])
+        found = metric.compute()
+        known = ~truth[:, 0].isnan()
+        expected = float(BinaryAveragePrecision()(scores[known, 0], truth[known, 0].long())) if empty else 0.0
+        assert found["map"] == pytest.approx(expected)
+        assert metric.details(["a", "b", "c"][: len(columns)])["per_class"]["ap"][empty] is None
+
+
 @pytest.mark.parametrize("weight", [1.0, 3.0, "balanced"])
 def test_the_loss_is_a_mean_over_known_entries(weight):
     it = task(positive_weight=weight)
@@ -70,12 +85,12 @@ def test_probabilities_start_at_the_frequencies_unless_trained_or_uniform():
     rates = (truth == 1).sum(0) / (~truth.isnan()).sum(0)
     it = task()
     [note] = use_frequencies({"it": it}, data)
-    torch.testing.assert_close(it.classifier.bias.sigmoid(), rates, atol=2e-3, rtol=0)
+    torch.testing.assert_close(it.output.bias.sigmoid(), rates, atol=2e-3, rtol=0)
     assert "class frequencies of 50 training images: a" in note and "1 of 3 classes in none of them" in note
-    before = it.classifier.bias.clone()
-    assert use_frequencies({"it": it}, data) == [] and torch.equal(before, it.classifier.bias)
+    before = it.output.bias.clone()
+    assert use_frequencies({"it": it}, data) == [] and torch.equal(before, it.output.bias)
     uniform = task(prior="uniform")
-    assert use_frequencies({"it": uniform}, data) == [] and not uniform.classifier.bias.any()
+    assert use_frequencies({"it": uniform}, data) == [] and not uniform.output.bias.any()
 
 
 def test_labels_of_another_number_of_columns_are_refused():
@@ -85,7 +100,7 @@ def test_labels_of_another_number_of_columns_are_refused():
 
 def test_json_and_threshold():
     it = task()
-    prediction = it._predictions(torch.tensor([[0.9, 0.4, 0.6]]))[0]
+    prediction = it.prediction(torch.tensor([0.9, 0.4, 0.6]))
     assert it.to_json(prediction)["present"] == ["a", "c"] and prediction["present"].tolist() == [True, False, True]
     assert it.at_least(prediction, 0.7)["present"].tolist() == [True, False, False]
     assert it.sample_score(prediction, {"attributes": torch.tensor([1.0, NAN, 0.0])}) == pytest.approx(0.65)

@@ -98,9 +98,11 @@ def test_micro_batches_without_pairs_are_warned_of_and_counted_before():
     )
     assert "no two of 3 training images" in it.use_samples([{"label": k} for k in range(3)])
     features, pixels = (torch.randn(4, 8, 4, 4),), torch.zeros(4, 3, 16, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(19):
-            it(features, pixels, torch.arange(4))
-    with pytest.warns(UserWarning, match="20 of 20 micro-batches had no two images of one identity"):
-        it(features, pixels, torch.arange(4))
+    for labels in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
+        it = task(20, loss="triplet")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(19):
+                it(features, pixels, labels)
+        with pytest.warns(UserWarning, match="20 of 20 micro-batches had no two images of one identity, or only one"):
+            it(features, pixels, labels)

@@ -1,11 +1,21 @@
 """Ranks compare what they are about to do, so that a disagreement or a failure of one of them is an error on all.
 
-A step is a sequence of points: the beginning of a task, each collective backward, the end of a task, the optimizer
-step. Ranks exchange small messages on the CPU. In the first step, and in one that goes otherwise than the one before,
-each point is a message that ranks wait for. In all others the first point is the only message: the points of the last
-step, agreed to be those of this one. It is waited for before the first collective operation, and each rank compares its
-later points with the plan by itself. One that differs, or has an error, sends a message, which the others do not answer
-while they wait for it in a collective operation: they find out through the store of the process group.
+Points: a step is a sequence of them: the beginning of a task, each collective backward, the end of a task, the
+optimizer step (`Agreement.reach`).
+
+Messages: an all-reduce on the CPU with a code of what a rank is about to do, and its state. Ranks count messages alike.
+A message is sent (`_send`), and later waited for and compared (`_settle`).
+
+Plan: in the first step, and in one that goes otherwise than the one before, each point is a message that ranks wait
+for. In all others the first point is the only message: the points of the last step, agreed to be those of this one. It
+is waited for before the first collective operation, and each rank compares its later points with the plan by itself.
+
+A rank that leaves the plan, or has an error, sends a message. Others that wait in a collective operation do not answer
+it. So it writes a notice first (`RankNotices`), and every rank that waits looks for notices each second (`_looks`):
+
+- All ranks have come to the message: each raises the same `BalancerError`, and they can go on together.
+- A rank has left a collective operation, has ended, or does not come in time: each rank that waits writes where it
+  waits and raises. The ranks are `lost` to each other, and every later point raises that error too.
 """
 
 from __future__ import annotations
@@ -13,11 +23,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -27,11 +36,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from allinone_ds.balance.agreement.notices import UNKNOWN, RankNotices
 from allinone_ds.distributed import cpu_group, rank, world_size
 from allinone_ds.errors import BalancerError
 
 READY, FAILED, FAILED_INSIDE = range(3)
-"""State of a rank in an exchange. `FAILED_INSIDE`: other ranks may be in a collective operation that it left."""
+"""State of a rank in a message. `FAILED_INSIDE`: other ranks may be in a collective operation that it left."""
 POLL = 1.0
 """Seconds between two looks of a waiting rank at whether another one has failed."""
 GRACE = 15.0
@@ -40,17 +50,14 @@ WARNING = 60.0
 """Seconds after which ranks that wait say for whom."""
 WITHIN_STEP, BETWEEN_STEPS = 600.0, 1800.0
 """Seconds that a rank waits for the others: they may load, compile, evaluate or save."""
-_ANSWER = 3.0
-"""Seconds in which every rank that waits has answered what it waits for."""
 _SETTLED, _APART, _STUCK = 4, 15, 120
 """Looks after which a collective operation does not complete any more: if a rank has failed; if all ranks wait, some of
 them for a message; if all of them wait in an operation, which a slow network may explain."""
-_numbers = itertools.count()
 
 
 @dataclass
 class _Message:
-    """An exchange that this rank has sent.
+    """A message that this rank has sent.
 
     Args:
         doing: what this rank does, for the user.
@@ -75,6 +82,14 @@ class Agreement:
         lost: why the ranks cannot be brought together again; None while they can.
         carry: returns numbers that messages carry, equally many on every rank.
         carried: the largest of each of these numbers over all ranks, in the last message.
+
+    Example::
+
+        agreement = Agreement()
+        for task in tasks:
+            agreement.reach(f"task '{task}'")  # raises on every rank, if one is in a different task
+            ...
+        agreement.end_step()
     """
 
     def __init__(self) -> None:
@@ -83,18 +98,15 @@ class Agreement:
         self.lost: str | None = None
         self._raised: weakref.ref[BalancerError] | None = None  # its traceback holds tensors
         self._doing = "the construction of the balancer"
-        self._disagreed = ""  # the message of the last exchange, if it raised
-        self._waits = ""  # where this rank waits, as the store has it
+        self._last_error = ""  # if the last message raised one
         self._count = 0  # messages so far, the same on all ranks
-        self._store: Any = None
+        self._notices = RankNotices()
         self.carry: Callable[[], Sequence[int]] = tuple
         self.carried: tuple[int, ...] | None = None
         self._plan: list[str] = []  # points of the last step; empty: each point is a message
         self._points: list[str] = []  # of this step, so far
         self._follows = False  # whether they are those of the plan
         self._sent: _Message | None = None  # not waited for yet
-        if self.world > 1:
-            self._store = dist.PrefixStore(f"balancer{next(_numbers)}", dist.distributed_c10d._get_default_store())
 
     def check(self, doing: str, within_step: bool = True) -> None:
         """Raise on every rank unless all ranks pass the same text. Collective.
@@ -151,7 +163,7 @@ class Agreement:
         return self._raised is not None and self._raised() is error
 
     def fail(self, doing: str, inside: bool) -> str | None:
-        """Take part in the next exchange as a rank that failed, and wait for the others for a short time.
+        """Take part in the next message as a rank that failed, and wait for the others for a short time.
 
         Args:
             doing: what this rank did, such as "left task 'det' with ValueError: ...".
@@ -166,17 +178,19 @@ class Agreement:
             if self._sent is not None:
                 self._sent.seconds = GRACE
             self._settle()
-            self._publish(doing, "failed")
+            self._notices.tell(self._count + 1, doing, "failed")
             self._send(doing, FAILED_INSIDE if inside else FAILED, GRACE)
             self._settle()
-        except RuntimeError as error:  # a BalancerError, or one of a store whose process has ended
+        except RuntimeError as error:  # a BalancerError, or the store has ended
             return str(error)
         return None
 
     def leave(self) -> None:
         """Let ranks that wait for this one know that it does not come any more, without waiting for them."""
-        with contextlib.suppress(RuntimeError):  # the process with the store has ended
-            self._publish("has left the loop (its balancer was detached or deleted)", "gone")
+        if self.lost is None:
+            with contextlib.suppress(RuntimeError):  # the store has ended
+                text = "has left the loop (its balancer was detached or deleted)"
+                self._notices.tell(self._count + 1, text, "gone")
 
     def wait(self, work: Any) -> None:
         """Wait for a collective operation of the step, but not for ranks that have failed or ended.
@@ -187,17 +201,17 @@ class Agreement:
         Raises:
             BalancerError: names the rank that failed and what it did.
         """
-        number, looks = self._count + 1, 0
-        doing = f"in a collective operation after {self._points[-1] if self._points else self._doing}"
-        while self._is_pending(work, f"{number} inside", number, doing):
-            patience = _SETTLED if self._has(number, "failed", "gone", "lost") else math.inf
+        late = 0
+        for _ in self._looks(work, inside=True):
+            number = self._count + 1
+            patience = _SETTLED if self._notices.happened(number, "failed", "gone", "lost") else math.inf
             if not self._busy(number):
-                apart = str(number) in map(self._waiting, range(self.world))
+                apart = any(self._notices.place_of(r) == str(number) for r in range(self.world))
                 patience = min(patience, max(_APART if apart else _STUCK, getattr(work, "looks", 0)))
-            looks = looks + 1 if patience < math.inf else 0
-            if looks >= patience:
-                raise self._loss(number, doing)
-        self._wait_for("")
+            late = late + 1 if patience < math.inf else 0
+            if late >= patience:
+                raise self._loss(inside=True)
+        self._notices.wait_at("")
 
     def rows(self, numbers: list[int]) -> list[list[int]]:
         """Return every rank's numbers, by rank; each rank passes equally many. Collective."""
@@ -231,7 +245,7 @@ class Agreement:
     def _patience(self, within_step: bool) -> float:
         if self.lost is not None:
             raise self._known(self.lost)
-        return GRACE if self._disagreed else WITHIN_STEP if within_step else BETWEEN_STEPS
+        return GRACE if self._last_error else WITHIN_STEP if within_step else BETWEEN_STEPS
 
     def _send(self, doing: str, state: int, seconds: float, plan: Sequence[str] = ()) -> None:
         """Send what this rank does, without waiting for the others.
@@ -257,7 +271,7 @@ class Agreement:
         self._wait(sent.work, sent.seconds, "gone", "lost")
         low, high, state, other, *carried = sent.extremes.tolist()
         if low == -high and state == -other:
-            self._disagreed, self.carried = "", tuple(carried)
+            self._last_error, self.carried = "", tuple(carried)
             if sent.state:
                 self.end_step(complete=False)
             return
@@ -265,8 +279,8 @@ class Agreement:
         texts = self._texts([sent.code, sent.state])
         if state == READY:
             raise self._known(
-                f"ranks disagree on what comes next ({texts}); every rank must run the same tasks with the same number "
-                "of micro-steps in the same order: derive the order from (seed, step), not from a rank's own data"
+                f"ranks disagree on what comes next ({texts}); every rank must run the same tasks, micro-steps, layers "
+                "and heads in the same order: derive the order from (seed, step), not from a rank's own data"
             )
         if state == FAILED:
             raise self._known(
@@ -278,115 +292,85 @@ class Agreement:
 
     def _wait(self, work: Any, seconds: float, *events: str) -> None:
         """Wait for a message, but not after one of the events, nor for ranks that do not come for so long."""
-        number, waited, warned = self._count, 0.0, False
-        while self._is_pending(work, str(number), number, f"waits at {self._doing}"):
-            waited += POLL  # not by a clock, so that a suspended job can go on
-            if self._has(number, *events) or waited > seconds:
-                raise self._loss(number, f"waits at {self._doing}")
-            if waited > WARNING and not warned:
-                warned = True
-                self._warn(number)
+        for look in self._looks(work, inside=False):
+            waited = look * POLL  # not by a clock, so that a suspended job can go on
+            if self._notices.happened(self._count, *events) or waited > seconds:
+                raise self._loss(inside=False)
+            if waited - POLL <= WARNING < waited:
+                self._warn()
+
+    def _looks(self, work: Any, inside: bool) -> Iterator[int]:
+        """Yield 1, 2, ... every `POLL` seconds while work is not done, and tell the others where this rank waits.
+
+        Args:
+            work: a message, or a collective operation of the step (`inside`).
+        """
+        for look in itertools.count(1):
+            try:
+                work.wait(timedelta(seconds=POLL))
+                return
+            except RuntimeError as error:
+                if work.is_completed():  # a connection was closed
+                    raise self._loss(inside) from error
+            self._notices.wait_at(f"{self._count + 1} inside" if inside else str(self._count))
+            yield look
 
     def _busy(self, number: int) -> list[int]:
-        """Return the ranks that neither wait for others nor have failed."""
-        places = (str(number), f"{number} inside", "?")
-        return [r for r in range(self.world) if self._waiting(r) not in places and not self._has(number, str(r))]
+        """Return the ranks that neither wait for others, before or after a message, nor have failed."""
+        places = (str(number), f"{number} inside", UNKNOWN)
+        told, place_of = self._notices.has_text, self._notices.place_of
+        return [r for r in range(self.world) if place_of(r) not in places and not told(number, r)]
 
-    def _waiting(self, r: int) -> str:
-        """Return where a rank waits: the number of a message, with "inside" a collective operation before it."""
-        try:
-            return self._store.get(f"waits{r}").decode() if self._store.check([f"waits{r}"]) else ""
-        except RuntimeError:  # the process with the store has ended
-            return "?"
-
-    def _warn(self, number: int) -> None:
+    def _warn(self) -> None:
         """Let the first rank that waits warn of those that it waits for."""
-        busy = self._busy(number)
+        busy = self._busy(self._count)
         if busy and all(r in busy for r in range(self.rank)):
             warnings.warn(
                 f"{_listed([self.rank])} has waited for {WARNING:.0f} s at {self._doing}; not there: {_listed(busy)}",
                 stacklevel=2,
             )
 
-    def _is_pending(self, work: Any, place: str, number: int, doing: str) -> bool:
-        """Wait for a short time; return whether the work is not done, and tell the others where this rank waits."""
-        try:
-            work.wait(timedelta(seconds=POLL))
-        except RuntimeError as error:
-            if work.is_completed():  # a connection was closed
-                raise self._loss(number, doing) from error
-            self._wait_for(place)
-            return True
-        return False
-
-    def _wait_for(self, place: str) -> None:
-        """Publish where this rank waits; empty: that it does not."""
-        if place != self._waits:
-            self._waits = place
-            with contextlib.suppress(RuntimeError):  # the process with the store has ended
-                self._store.set(f"waits{self.rank}", place)
-
-    def _has(self, number: int, *events: str) -> bool:
-        """Return whether one of the events has happened to a rank before or in an exchange."""
-        try:
-            return any(self._store.check([f"{number}/{event}"]) for event in events)
-        except RuntimeError:  # the process with the store has ended
-            return True
-
-    def _publish(self, doing: str, event: str) -> None:
-        if self.world > 1 and self.lost is None:
-            self._store.set(f"{self._count + 1}/{self.rank}", doing)
-            self._store.set(f"{self._count + 1}/{event}", "")
-
     def _known(self, message: str) -> BalancerError:
         error = BalancerError(message)
-        self._disagreed, self._raised = message, weakref.ref(error)
+        self._last_error, self._raised = message, weakref.ref(error)
         return error
 
     def _texts(self, own: list[int]) -> str:
-        """Return what each rank does, after an exchange in which all of them took part. Collective."""
+        """Return what each rank does, after a message in which all of them took part. Collective."""
         alike: dict[tuple[int, ...], list[int]] = {}
         number = self._count
         for r, row in enumerate(self._gathered(own)):
             key = (r, *row) if row[1] else tuple(row)  # each failure has a text of its own
             alike.setdefault(key, []).append(r)
-        self._store.set(f"{number}/{self.rank}", self._doing)
-        answers = self._answers(number, [ranks[0] for ranks in alike.values()])
+        self._notices.tell(number, self._doing)
+        answers = self._notices.texts(number, [ranks[0] for ranks in alike.values()])
         return "; ".join(f"{_listed(ranks)}: {answers.get(ranks[0], _SILENT)}" for ranks in alike.values())
 
-    def _loss(self, number: int, doing: str) -> BalancerError:
+    def _loss(self, inside: bool) -> BalancerError:
         """Return the error that names every rank that waits, with what it waits for, and the ones that do not answer.
 
         All other ranks that wait come here as well.
+
+        Args:
+            inside: whether this rank waits in a collective operation, and not for a message.
         """
+        number, doing = self._count, f"waits at {self._doing}"
+        if inside:
+            number, doing = number + 1, f"in a collective operation after {(self._points or [self._doing])[-1]}"
         self.end_step(complete=False)
         if self.lost is None:
             try:
-                if not self._has(number, str(self.rank)):
-                    self._store.set(f"{number}/{self.rank}", doing)
-                self._store.set(f"{number}/lost", "")
-                answers = self._answers(number, range(self.world))
-            except RuntimeError:  # the process with the store has ended
+                self._notices.tell(number, doing, "lost")
+                answers = self._notices.texts(number, range(self.world))
+            except RuntimeError:  # the store has ended
                 answers = {self.rank: doing}
             texts: dict[str, list[int]] = {}
             for r in range(self.world):
                 texts.setdefault(answers.get(r, _SILENT), []).append(r)
             self.lost = _lost("; ".join(f"{_listed(ranks)}: {text}" for text, ranks in texts.items()))
-            if self._disagreed:
-                self.lost += f". Before that: {self._disagreed}"
+            if self._last_error:
+                self.lost += f". Before that: {self._last_error}"
         return self._known(self.lost)
-
-    def _answers(self, number: int, ranks: Iterable[int]) -> dict[int, str]:
-        """Return the text of each rank that has one soon."""
-        end, missing, answers = time.monotonic() + _ANSWER, list(ranks), {}
-        while missing and time.monotonic() < end:
-            for r in list(missing):
-                if self._store.check([f"{number}/{r}"]):
-                    answers[r] = self._store.get(f"{number}/{r}").decode()
-                    missing.remove(r)
-            if missing:
-                time.sleep(0.02)
-        return answers
 
 
 _SILENT = "no answer (ended, or busy outside of the balancer)"

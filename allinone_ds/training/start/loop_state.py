@@ -1,0 +1,97 @@
+"""What a checkpoint holds of the training loop beside the engine and Trainer's own state, and how a resume uses it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+
+from allinone_ds.balance.renaming import Names, by_new_name
+from allinone_ds.training.start.changed_tasks import TaskChanges
+
+
+def loop_state(trainer: Any) -> dict[str, Any] | None:
+    """Return the state of this rank's training loop, tensors and plain values; None before the first step.
+
+    Args:
+        trainer: an AllInOneTrainer.
+    """
+    if trainer.balancer is None:
+        return None
+    schedule, step = trainer.schedule, trainer.state.global_step
+    return {
+        "balancer": trainer.balancer.state_dict(),
+        "logs": trainer._logs.state_dict(),
+        "loss": trainer._tr_loss,
+        "last_logged": trainer._globalstep_last_logged,
+        "nonfinite": trainer._streaks.state_dict(),
+        "data": schedule.basis(),
+        "positions": schedule.state(step),
+        "sampling": _sampling(schedule),
+        "frequencies": trainer._frequencies,
+        "optim": str(OptimizerNames(trainer.args.optim).value),
+        "classes": {name: list(task.classes) for name, task in trainer.model.tasks.items()},
+        "continues": dict(trainer.continues),
+        "freezing": list(trainer.freezing.stages.values()),
+        "groups": [group.get("name") for group in trainer.deepspeed.optimizer.param_groups],
+    }
+
+
+def load_loop_state(trainer: Any, state: dict[str, Any], changes: TaskChanges | None) -> None:
+    """Continue the training loop of a checkpoint, once the trainer has a balancer.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        state: what `loop_state` returned.
+        changes: of the tasks since then; None: there are none.
+    """
+    names = {} if changes is None else changes.names
+    trainer.balancer.load_state_dict(state["balancer"], names)
+    trainer._logs.load_state_dict(state["logs"], names)
+    trainer._tr_loss += state["loss"].to(trainer._tr_loss.device)
+    trainer._total_loss_scalar -= float(state["loss"])  # it belongs to steps before this call of train()
+    trainer._globalstep_last_logged = state["last_logged"]
+    trainer._streaks.load_state_dict(by_new_name(state["nonfinite"], names))
+
+
+def continue_data(trainer: Any, state: dict[str, Any], step: int, changes: TaskChanges | None) -> None:
+    """Let the schedule go on with the samples of a checkpoint, and warn of what is different.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        state: what `loop_state` returned.
+        step: optimizer step of the checkpoint.
+        changes: of the tasks since then; None: there are none.
+    """
+    schedule, before, names = trainer.schedule, state["data"], {} if changes is None else changes.names
+    positions = state.get("positions")
+    if positions is None:  # a checkpoint of an earlier release, whose steps all ran every task
+        images = {task: before.get(f"images of '{task}' in a step", 0) for task in schedule.tasks}
+        positions = {task: (step * count, task) for task, count in images.items() if count}
+    schedule.continue_from(step, by_new_name(positions, names))
+    known = {_renamed_in(what, names): value for what, value in before.items()}
+    changed = [
+        f"{what} was {known[what]}, is {now}"
+        for what, now in schedule.basis().items()
+        if what in known and now != known[what] and not what.startswith("images of")
+    ]
+    if changed:
+        trainer.warn(
+            step,
+            f"the order of the data changes at step {step} ({'; '.join(changed)}): in the current epochs some samples "
+            "are repeated and some are omitted",
+        )
+    sampling = state.get("sampling", "") or "all tasks in each step", _sampling(schedule) or "all tasks in each step"
+    if sampling[0] != sampling[1]:
+        trainer.warn(step, f"the sampling of tasks changes at step {step}: it was {sampling[0]}, is {sampling[1]}")
+
+
+def _sampling(schedule: Any) -> str:
+    return "" if schedule.sampling is None else schedule.sampling.options.model_dump_json(exclude_defaults=True)
+
+
+def _renamed_in(what: str, names: Names) -> str:
+    """Return a text of `Schedule.basis` with the task's new name; that of a removed task is no name of a task."""
+    before, quote, rest = what.partition("'")
+    task, _, after = rest.partition("'")
+    return f"{before}'{names.get(task, task)}'{after}" if quote else what

@@ -1,0 +1,25 @@
+"""Runs that sample their tasks, and resumes with other tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launcher import run_ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_ranks(Path(__file__).with_name("ranks_changed_tasks.py"), 1, tmp_path_factory.mktemp("tasks"), str(home))
+
+
+CHECKS = (
+    "check_sampling 2", "check_sampling 3", "check_other_tasks 1", "check_other_tasks 2", "check_other_tasks 3",
+    "check_positions", "check_refusals_of_sampling", "check_next_resume", "check_refusals",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_tasks_of_steps_and_of_resumed_runs(ranks: dict[str, str], check: str) -> None:
+    assert ranks[check] == ""
