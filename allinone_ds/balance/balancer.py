@@ -65,8 +65,8 @@ class TaskBalancer(RankGroups):
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
-            discarded at every change of task. Also keep min(stage3_max_live_parameters, stage3_max_reuse_distance / 2)
-            elements of weights gathered over the step: the whole model, or the last layers of the backbone.
+            discarded at every change of task. Also keep weights gathered over the step: the whole model if it is within
+            stage3_max_live_parameters and half of stage3_max_reuse_distance, else the last layers of the backbone.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with

@@ -144,7 +144,8 @@ class RunningTask:
         check_loss(self.name, loss)
         last = self.next_is_last
         with self.micro_step(self._combiner.communicates(last)):
-            part = loss.reshape(()) * self._weight(count)
+            weight, part = self._weight(count), loss.reshape(())
+            part = part if weight == 1.0 else part * weight
             run(part, self._combiner.reduces(last))
             self.loss += part.detach().float() if count is None or count else 0.0  # without labels it may be nan
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -28,6 +27,7 @@ from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
+from allinone_ds.models.lora import shared_parameters
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.trackers import use_own_trackers
@@ -40,7 +40,7 @@ from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
 from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
-from allinone_ds.training.optimizer import groups_of_run
+from allinone_ds.training.optimizer import groups_of_optimizer, head_rates, optimizer_of_run, with_head_schedules
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
 from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
@@ -265,7 +265,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.changes = begin_data(self, self._resumed)
         if self.deepspeed is None:
             if self._resumed is not None:
-                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                check_optimizer(self._resumed, self.args.optim_name)
                 check_freezing(self._resumed, list(self.freezing.stages.values()))
                 self._frequencies |= saved_frequencies(self._resumed, self.changes)
             data: Any = self.train_dataset
@@ -277,22 +277,17 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule that `lr_scheduler_type` names, with the rates that it starts from in `base_lrs`."""
-        engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
-        engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
-        if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
-            engine_optimizer.defaults = {"lr": self.args.learning_rate}
-        rates = [group["lr"] for group in engine_optimizer.param_groups]
+        groups = groups_of_optimizer(self.optimizer if optimizer is None else optimizer, self.args.learning_rate)
+        rates = [group["lr"] for group in groups]
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        vars(scheduler).setdefault("base_lrs", rates)  # schedules that wait for a plateau keep only the current rates
-        return scheduler
+        self._factor = getattr(scheduler, "lr_lambdas", [None])[0]
+        return with_head_schedules(scheduler, groups, rates, self.args, num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
-            args = self.args
             module: Any = self.model if model is None else model
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = cls(groups_of_run(module, args), **kwargs)
+            self.optimizer = optimizer_of_run(module, self.args)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -359,7 +354,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
-            self.balancer = TaskBalancer(engine, self.tasks, "backbone", self.weighting, **options)
+            shared = shared_parameters(engine.module.backbone)
+            self.balancer = TaskBalancer(engine, self.tasks, shared, self.weighting, **options)
         if before is not None:
             self.balancer.load_state_dict(before.state_dict())
         if thawed := self.freezing.message(step):
@@ -369,7 +365,10 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.stop_signal.travel_with(self.balancer)
 
     def _get_learning_rate(self) -> float:
-        # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor
+        # Trainer logs the rate of the first group, the first head's; the log shows the one without what is its own
+        self._head_rates = head_rates(self.deepspeed.optimizer.param_groups, self.args)
+        if self._first_head in (self.args.head_schedule or {}):
+            return self.args.learning_rate * self._factor(self.lr_scheduler.last_epoch)
         return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -382,6 +381,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
             logs.update(self._logs.drain(self.state.global_step))
+            logs.update(self._head_rates)
             for message in self._logs.warnings:
                 self.warn(self.state.global_step, message)
             if self.balancer is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers.training_args import OptimizerNames
-
 from allinone_ds.balance.renaming import Names, by_new_name
 from allinone_ds.training.load_checkpoint import changes_since, read_loop_state, saved_step
 from allinone_ds.training.start.changed_tasks import TaskChanges
@@ -32,7 +30,7 @@ def loop_state(trainer: Any) -> dict[str, Any] | None:
         "positions": schedule.state(step),
         "sampling": _sampling(schedule),
         "frequencies": trainer._frequencies,
-        "optim": str(OptimizerNames(trainer.args.optim).value),
+        "optim": trainer.args.optim_name,
         "classes": {name: list(task.classes) for name, task in trainer.model.tasks.items()},
         "continues": dict(trainer.continues),
         "freezing": list(trainer.freezing.stages.values()),
