@@ -78,12 +78,13 @@ def test_a_group_at_the_features_equals_one_at_the_backbone_where_nothing_is_sca
     assert all(last[f"grad_norm/{task}/raw"] > 0 for task in ("seg", "det", "cls"))
 
 
-def test_a_run_of_a_group_and_a_task_resumes_bit_for_bit(folder: Path) -> None:
+def test_a_run_of_a_group_and_a_sampled_task_resumes_bit_for_bit(folder: Path) -> None:
     content = joint_run(folder, augment=["RandomHorizontalFlip", {"RandomCrop": {"size": [40, 48]}}])
     own = {"format": "image_list", "images": "train/images", "list": "train/list.txt"}
     content["tasks"]["alone"] = {"type": "classification", "image_size": 32, "batch_size": 2, "train": own}
     content["trainer"] |= {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    content["trainer"] |= {"eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.5}
+    content["trainer"] |= {"eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.5, "logging_steps": 1}
+    content["sampling"] = {"every": {"alone": 2}}  # in the steps 0 and 2
     (folder / "mixed.yaml").write_text(yaml.safe_dump(content))
     whole = train(folder, "mixed", config="mixed", ranks=2)
     checkpoint = folder / "mixed" / "checkpoint-2"
@@ -96,6 +97,8 @@ def test_a_run_of_a_group_and_a_task_resumes_bit_for_bit(folder: Path) -> None:
     worst = {file.name.rsplit("-", 1)[0] for file in (folder / "mixed" / "worst").iterdir()}
     assert pictures == {"rooms"} and worst == {"seg", "det", "cls"}
     lines = [json.loads(line) for line in (folder / "mixed" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/alone" in line] == [1, 3]
+    assert [line["step"] for line in lines if "loss/det" in line] == [1, 2, 3, 4]
     logged = next(line for line in lines if "loss/alone" in line)
     assert all(f"{name}/{task}" in logged for name in ("loss", "epoch", "images_per_second")
                for task in ("seg", "det", "cls", "alone"))  # fmt: skip
