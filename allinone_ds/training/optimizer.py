@@ -306,6 +306,12 @@ def group_settings(optimizer: Any) -> list[dict[str, Any]]:
     return [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
 
 
+def settings_by_name(optimizer: Any) -> dict[str, dict[str, Any]]:
+    """Return {name of a group: its settings}, in the order of the groups, for a checkpoint."""
+    names = [group.get("name", str(number)) for number, group in enumerate(optimizer.param_groups)]
+    return dict(zip(names, group_settings(optimizer), strict=True))
+
+
 def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping[str, Any]]) -> None:
     """Continue the schedule of a checkpoint with the learning rates and settings of this run; warn of what differs.
 
@@ -346,12 +352,14 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
         ]
     scheduler._last_lr = now
     changes: dict[str, list[str]] = {}
+    saved_groups = _saved_groups(checkpoint)
     for group, old, rate, new, wanted in zip(groups, before, rates, now, settings, strict=True):
         group["lr"] = new
         if "initial_lr" in group:
             group["initial_lr"] = rate
         different = {"learning rate": (old, rate)} if old != rate else {}
-        different |= {key: (group[key], value) for key, value in wanted.items() if not _equal(group[key], value)}
+        was_set = {**group, **saved_groups.get(group.get("name", ""), {})}  # loading other shards leaves the new ones
+        different |= {key: (was_set[key], value) for key, value in wanted.items() if not _equal(was_set[key], value)}
         group.update(wanted)
         for key, (was, value) in different.items():
             changes.setdefault(key, []).append(
@@ -381,7 +389,7 @@ def _for_groups(
         rates: their learning rates at the start of the schedule.
     """
     places: dict[str, int] = {}
-    for place, group in enumerate(read_file(checkpoint / loop_file(0))["groups"]):
+    for place, group in enumerate(_saved_groups(checkpoint)):
         kind, _, rest = group.partition("/")
         task, _, decay = rest.partition("/")
         places["/".join([kind, str(names.get(task, task)), decay]) if kind == "head" else group] = place
@@ -395,6 +403,12 @@ def _for_groups(
                 new = [values[-1]] * len(groups)
             changed[key] = [values[places[g]] if g in places else new[i] for i, g in enumerate(groups)]
     return changed
+
+
+def _saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return what `settings_by_name` returned when the checkpoint was saved; nothing of an earlier release."""
+    file = checkpoint / loop_file(0)
+    return read_file(file).get("groups", {}) if file.is_file() else {}
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -176,3 +179,86 @@ def test_famo_pulls_harder_on_what_does_not_fall() -> None:
     for step in range(10):
         weights = weighting.factors(record([1.0, 0.9**step, 0.8**step])) * torch.tensor([1.0, 0.9**step, 0.8**step])
     assert weights[0] > weights[1] > weights[2], "z, in the paper's letters"
+
+
+def _absent_db_mtl(kept: dict, norms: dict, losses: dict) -> dict:
+    for t in norms:
+        now = norms[t] / (losses[t] + 1e-6)
+        kept[t] = 0.5 * kept.get(t, now) + 0.5 * now
+    return {t: max(kept[s] for s in norms) / (kept[t] + 1e-6) / (losses[t] + 1e-6) for t in norms}
+
+
+def _absent_gradnorm(kept: dict, norms: dict, losses: dict) -> dict:
+    ratios, weights = {}, {}
+    for t in norms:
+        weights[t], first = kept.setdefault(t, [1.0, losses[t]])
+        ratios[t] = losses[t] / (first + 1e-6)
+    mean = sum(weights[t] * norms[t] for t in norms) / len(norms)
+    usual, size = sum(ratios.values()) / len(norms), sum(norms.values()) / len(norms)
+    moved = {}
+    for t in norms:
+        off = weights[t] * norms[t] - mean * (ratios[t] / (usual + 1e-6)) ** 1.5
+        moved[t] = max(weights[t] - 0.025 * math.copysign(1, off) * norms[t] / (size + 1e-6), 1e-6)
+    total, before = sum(moved.values()), sum(weights.values())
+    for t in norms:
+        kept[t][0] = moved[t] * before / total
+    return {t: kept[t][0] for t in norms}
+
+
+def _absent_uncertainty(kept: dict, norms: dict, losses: dict) -> dict:
+    factors = {t: math.exp(-kept.get(t, 0.0)) for t in norms}
+    kept.update({t: kept.get(t, 0.0) - 0.025 * (1 - factors[t] * losses[t]) for t in norms})
+    return factors
+
+
+def _absent_dwa(kept: dict, norms: dict, losses: dict) -> dict:
+    powers = {}
+    for t in norms:
+        short, long = kept.get(t, (losses[t], losses[t]))
+        kept[t] = short + (losses[t] - short) / 2, long + (losses[t] - long) / 20
+        powers[t] = math.exp(kept[t][0] / (kept[t][1] + 1e-6) / 2.0)
+    return {t: len(norms) * powers[t] / sum(powers.values()) for t in norms}
+
+
+def _absent_famo(kept: dict, norms: dict, losses: dict) -> dict:
+    """Of a task: w, its last loss, and Adam's mean, square and count."""
+    seen = [t for t in norms if t in kept]
+    total = sum(math.exp(kept[t][0]) for t in seen)
+    z = {t: math.exp(kept[t][0]) / total for t in seen}
+    delta = {t: math.log(kept[t][1] / losses[t]) for t in seen}
+    mean_delta = sum(z[t] * delta[t] for t in seen)
+    for t in seen:
+        w, _, mean, square, count = kept[t]
+        gradient = z[t] * (delta[t] - mean_delta) + 1e-3 * w
+        mean, square, count = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2, count + 1
+        w -= 0.025 * (mean / (1 - 0.9**count)) / (math.sqrt(square / (1 - 0.999**count)) + 1e-8)
+        kept[t] = [w, losses[t], mean, square, count]
+    for t in norms:
+        kept.setdefault(t, [0.0, losses[t], 0.0, 0.0, 0])
+    parts = {t: math.exp(kept[t][0]) / losses[t] for t in norms}
+    return {t: part / sum(parts.values()) for t, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "reference"),
+    [
+        (DBMTL(0.5), _absent_db_mtl),
+        (GradNorm(), _absent_gradnorm),
+        (Uncertainty(), _absent_uncertainty),
+        (DWA(window=20), _absent_dwa),
+        (FAMO(), _absent_famo),
+    ],
+)
+def test_what_is_remembered_of_absent_tasks_stays_and_the_others_are_alone(weighting: Weighting, reference) -> None:
+    """Sampled tasks, one of which comes later, against the formulas in numbers of Python."""
+    generator, kept = random.Random(0), {}
+    for step in range(60):
+        tasks = generator.sample(["a", "b", "c", *(["d"] if step > 20 else [])], generator.choice((1, 2, 3)))
+        norms = {task: generator.uniform(0.1, 5) for task in sorted(tasks)}
+        losses = {task: generator.uniform(0.1, 3) for task in norms}
+        gram = torch.tensor(list(norms.values()), dtype=torch.float64).square().diag()
+        own = torch.tensor(list(losses.values()), dtype=torch.float64)
+        found = weighting.factors(StepRecord(tuple(norms), gram, own, own))
+        before = {task: kept[task] for task in kept if task not in norms}
+        assert found.tolist() == pytest.approx(list(reference(kept, norms, losses).values()), rel=1e-9), (step, tasks)
+        assert all(kept[task] == value for task, value in before.items())

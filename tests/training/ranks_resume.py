@@ -99,6 +99,15 @@ def check_settings(stage: int) -> None:
         assert words in said, said
 
 
+def check_settings_on_another_stage() -> None:
+    """They are reported as well where the checkpoint is resharded, and nothing is where they are the same."""
+    other = "deepspeed=configs/deepspeed/zero3.json"
+    said = warnings(trained("elsewhere", other, *NEW, after=begun(2)))
+    for words in ("weight_decay of head/cls/decay 0.3 (before: 0)", "betas of head/cls/no_decay (0.5, 0.999) (before"):
+        assert words in said, said
+    assert "other settings" not in warnings(trained("elsewhere_alike", other, after=begun(2)))
+
+
 def check_nothing_changes() -> None:
     """The same settings: no warning, the same weights, and no sample is counted."""
     before = frequencies._spread
@@ -163,6 +172,5 @@ if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_settings {stage}": partial(check_settings, stage) for stage in (2, 3)}
     checks |= {f"check_muon {stage}": partial(check_muon, stage) for stage in (2, 3)}
-    run_checks(
-        checks | {check.__name__: check for check in (check_nothing_changes, check_length, check_kinds)}, sys.argv[1]
-    )
+    further = (check_settings_on_another_stage, check_nothing_changes, check_length, check_kinds)
+    run_checks(checks | {check.__name__: check for check in further}, sys.argv[1])

@@ -6,6 +6,7 @@ T tasks. Each keeps a few numbers per task, equal on all ranks, since norms and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,7 +178,8 @@ class FAMO(_PerTask):
     authors' code. Their code evaluates the batch of the step again to learn the losses after it. Here the losses of the
     next step are used, on its own batches, which needs no further forward and adds the noise of the batches.
 
-    Losses must be above 0; a loss below 1e-8 counts as 1e-8. A task that was absent is compared with its last loss.
+    Losses must be above 0; a loss below 1e-8 counts as 1e-8. A task that was absent is compared with its last loss; one
+    without an earlier loss does not move the weights, and keeps its own.
 
     Args:
         lr: step size of w.
@@ -198,24 +200,29 @@ class FAMO(_PerTask):
 
     def factors(self, record: StepRecord) -> Tensor:
         losses = record.losses.to(record.gram).clamp(min=1e-8)
-        zeros = torch.zeros_like(losses)
-        before = self._get(record, "loss", losses)
-        w = self._get(record, "logit", zeros)
-        z = torch.softmax(w, dim=0)
-        if any(f"loss/{task}" in self._kept for task in record.tasks):
-            delta = before.log() - losses.log()
-            gradient = z * (delta - (z * delta).sum()) + self.gamma * w
-            count = self._get(record, "count", zeros) + 1
-            mean = 0.9 * self._get(record, "mean", zeros) + 0.1 * gradient
-            square = 0.999 * self._get(record, "square", zeros) + 0.001 * gradient.square()
-            step = (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
-            w = w - self.lr * step
-            for name, values in (("logit", w), ("count", count), ("mean", mean), ("square", square)):
-                self._put(record, name, values, zeros)
-            z = torch.softmax(self._get(record, "logit", zeros), dim=0)
+        seen = [row for row, task in enumerate(record.tasks) if f"loss/{task}" in self._kept]
+        if len(seen) == len(record.tasks):
+            self._learn(record, losses)
+        elif seen:
+            self._learn(replace(record, tasks=tuple(record.tasks[row] for row in seen)), losses[seen])
+        z = torch.softmax(self._get(record, "logit", torch.zeros_like(losses)), dim=0)
         self._put(record, "loss", losses, losses)
         parts = z / losses
         return parts / parts.sum()
+
+    def _learn(self, record: StepRecord, losses: Tensor) -> None:
+        """Move w of the tasks of a record, all of which have an earlier loss."""
+        zeros = torch.zeros_like(losses)
+        w = self._get(record, "logit", zeros)
+        z = torch.softmax(w, dim=0)
+        delta = self._get(record, "loss", losses).log() - losses.log()
+        gradient = z * (delta - (z * delta).sum()) + self.gamma * w
+        count = self._get(record, "count", zeros) + 1
+        mean = 0.9 * self._get(record, "mean", zeros) + 0.1 * gradient
+        square = 0.999 * self._get(record, "square", zeros) + 0.001 * gradient.square()
+        step = (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+        for name, values in (("logit", w - self.lr * step), ("count", count), ("mean", mean), ("square", square)):
+            self._put(record, name, values, zeros)
 
 
 class RandomWeights(Weighting):

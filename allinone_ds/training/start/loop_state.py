@@ -7,6 +7,7 @@ from typing import Any
 
 from allinone_ds.balance.renaming import Names, by_new_name
 from allinone_ds.training.load_checkpoint import changes_since, read_loop_state, saved_step
+from allinone_ds.training.optimizer import settings_by_name
 from allinone_ds.training.start.changed_tasks import TaskChanges
 from allinone_ds.zero.checkpoint.whole import optimizer_names
 
@@ -35,7 +36,7 @@ def loop_state(trainer: Any) -> dict[str, Any] | None:
         "continues": dict(trainer.continues),
         "freezing": list(trainer.freezing.stages.values()),
         "parameters": optimizer_names(trainer.deepspeed),
-        "groups": [group.get("name") for group in trainer.deepspeed.optimizer.param_groups],
+        "groups": settings_by_name(trainer.deepspeed.optimizer),
     }
 
 
