@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.models.lora import SHARED, adapter_of
@@ -19,8 +18,8 @@ from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
-from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
-from allinone_ds.zero.checkpoint.layout import read_file
+from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
+from allinone_ds.training.start.saved_groups import saved_groups_of, schedule_for_groups
 from allinone_ds.zero.engines.muon import make_muon
 from allinone_ds.zero.params import whole_shape
 
@@ -337,7 +336,9 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
         )
     rates = fresh["base_lrs"]
     if trainer.changes is not None:
-        saved = _for_groups(saved, trainer.changes.names, checkpoint, [group["name"] for group in groups], rates)
+        saved = schedule_for_groups(
+            saved, trainer.changes.names, checkpoint, [group["name"] for group in groups], rates
+        )
     scheduler.load_state_dict(saved)
     before = saved.get("base_lrs", rates)
     scheduler.base_lrs = list(rates)
@@ -352,7 +353,7 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
         ]
     scheduler._last_lr = now
     changes: dict[str, list[str]] = {}
-    saved_groups = _saved_groups(checkpoint)
+    saved_groups = saved_groups_of(checkpoint)
     for group, old, rate, new, wanted in zip(groups, before, rates, now, settings, strict=True):
         group["lr"] = new
         if "initial_lr" in group:
@@ -372,43 +373,6 @@ def continue_schedule(trainer: Any, checkpoint: Path, settings: Sequence[Mapping
             for key, texts in changes.items()
         )
         trainer.warn(step, f"this run continues {checkpoint.name} with other settings from step {step} on: {named}")
-
-
-def _for_groups(
-    saved: Mapping[str, Any], names: Names, checkpoint: Path, groups: Sequence[str], rates: Sequence[float]
-) -> dict[str, Any]:
-    """Return the state of a schedule for the parameter groups of other tasks.
-
-    A new group has its rate of this run, and the reductions so far of the groups of the checkpoint.
-
-    Args:
-        saved: state of the schedule.
-        names: {task of the checkpoint: its name in this run, None where it does not go on}.
-        checkpoint: folder of the checkpoint.
-        groups: names of this run's groups.
-        rates: their learning rates at the start of the schedule.
-    """
-    places: dict[str, int] = {}
-    for place, group in enumerate(_saved_groups(checkpoint)):
-        kind, _, rest = group.partition("/")
-        task, _, decay = rest.partition("/")
-        places["/".join([kind, str(names.get(task, task)), decay]) if kind == "head" else group] = place
-    before, last = saved.get("base_lrs", []), saved.get("_last_lr", [])
-    reduction = last[-1] / before[-1] if before and last and before[-1] else 1.0
-    changed = dict(saved)
-    for key, values in saved.items():
-        if isinstance(values, list) and len(values) == len(places):
-            new = [rate * reduction if key == "_last_lr" else rate for rate in rates]
-            if key not in ("base_lrs", "_last_lr"):
-                new = [values[-1]] * len(groups)
-            changed[key] = [values[places[g]] if g in places else new[i] for i, g in enumerate(groups)]
-    return changed
-
-
-def _saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return what `settings_by_name` returned when the checkpoint was saved; nothing of an earlier release."""
-    file = checkpoint / loop_file(0)
-    return read_file(file).get("groups", {}) if file.is_file() else {}
 
 
 def _shown(value: Any) -> str:

@@ -94,7 +94,8 @@ def task_changes(
         old, new = list(before.classes[source]), list(task.classes)
         rows = {} if old == new else _class_tensors(task, len(old), mine, theirs, name, where)
         _refuse_other_head(name, source, mine, theirs, rows, where)
-        moved, started = [], []
+        moved: list[str] = []
+        started: list[str] = []
         for rest, shape in mine.items():
             if rest not in rows:
                 segments[prefix + rest] = (Segment(0, _numel(shape), there + rest, 0),)
