@@ -95,7 +95,7 @@ def test_pascal_voc_with_masks_is_two_tasks(tmp_path: Path, capsys) -> None:
     assert cli.main(["check", str(tmp_path / "voc.yaml")]) == 0
     tasks = load_config(tmp_path / "voc.yaml").tasks
     read = open_source(tasks["voc_segmentation"].train_source, tmp_path / "voc")
-    masks = [read.mask(i) for i in range(len(read))]  # type: ignore[attr-defined]
+    masks = [read[i]["mask"] for i in range(len(read))]
     assert {name: task.type for name, task in tasks.items()} == {
         "voc_detection": "detection",
         "voc_segmentation": "segmentation",
@@ -108,7 +108,7 @@ def test_pascal_voc_with_masks_is_two_tasks(tmp_path: Path, capsys) -> None:
     found = recognise(tmp_path / "voc")["voc_segmentation"]
     assert len(found.train["class_colors"]) == 21 and found.train["ignore_colors"] == ["#e0e0c0"]
     again = open_source(TypeAdapter(Source).validate_python(found.train), tmp_path / "voc", found.classes)
-    assert all((again.mask(i) == mask).all() for i, mask in enumerate(masks))  # type: ignore[attr-defined]
+    assert all((again[i]["mask"] == mask).all() for i, mask in enumerate(masks))
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
