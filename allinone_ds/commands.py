@@ -300,7 +300,8 @@ def plan(args: argparse.Namespace) -> int:
             hint = "; put KEY=VALUE overrides before --classes" if "=" in item else ""
             raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45{hint}")
         classes[task] = int(count)
-    plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
+    config = load_config(args.config, args.overrides)
+    plan = plan_run(config, args.gpus, classes, args.per_node, args.gpu_memory * 2**30)
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
         return 0

@@ -25,7 +25,7 @@ from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.models.pretrained import checkpoint_config
 from allinone_ds.run_config.arguments import AllInOneArguments, arguments_from_config, check_trainer_keys
-from allinone_ds.run_config.build import without_checkpoint
+from allinone_ds.run_config.build import add_adapters, without_checkpoint
 from allinone_ds.run_config.schema import RunConfig, TaskConfig, check_balancer, read_config
 from allinone_ds.run_config.task_config import JointConfig
 from allinone_ds.run_folder.checkpoints import check_resume, checkpoints, parse_resume
@@ -79,6 +79,8 @@ def check_run(path: str | Path, overrides: Sequence[str], ranks: int) -> tuple[R
         backbone = _collect(found, lambda: build_backbone(_without_weights(config.model.backbone)))
     if backbone is not None:
         _collect(found, lambda: freeze_backbone(backbone, config.model.never_trained))
+        with torch.device("meta"):
+            _collect(found, lambda: add_adapters(backbone, config))
     else:
         return config, found, opened
     tasks = {}
