@@ -19,7 +19,7 @@ from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
-from allinone_ds.balance.rank_groups import RankGroups
+from allinone_ds.balance.rank_groups import RankGroups, opening_of_step
 from allinone_ds.balance.renaming import Names, renamed_state
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
@@ -242,8 +242,7 @@ class TaskBalancer(RankGroups):
         """
         if self._running is not None:
             raise BalancerError(f"balancer.step() inside task '{self._running.name}'; leave its block first")
-        own = ", ".join(self._combiner.tasks) if self.parallel == "data" else "its tasks"
-        self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
+        self._agree(opening_of_step(self._combiner.tasks if self.parallel == "data" else ("its tasks",), require_all))
         ran = self._combiner.agree(self._ran)
         missing = [task for task in self.groups.tasks if task not in ran]
         refuse_missing([task for task in missing if task not in self._ran], ran or tuple(self._ran), require_all)

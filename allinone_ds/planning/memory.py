@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.model import AllInOneModel
+from allinone_ds.models.lora import adapter_of, shared_parameters
 from allinone_ds.run_config.engine_settings import Engine
 
 
@@ -122,13 +124,16 @@ def sizes_of(
 ) -> Sizes:
     """Return the sizes of a model on any device, also on the meta device; see `Sizes`."""
 
-    def trained(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    def trained(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() for p in parameters if p.requires_grad)
 
     below = itertools.takewhile(lambda p: not p.requires_grad, model.backbone.parameters())
+    adapters: Counter[str | None] = Counter()  # of single tasks: they count as their heads
+    for name, parameter in model.backbone.named_parameters():
+        adapters[adapter_of(name)] += parameter.numel() if parameter.requires_grad else 0
     return Sizes(
-        backbone=trained(model.backbone),
-        heads={name: trained(task) for name, task in model.tasks.items()},
+        backbone=trained(shared_parameters(model.backbone)),
+        heads={name: trained(task.parameters()) + adapters[name] for name, task in model.tasks.items()},
         micro_steps=micro_steps,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         frozen_below=sum(p.numel() for p in below),

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from allinone_ds.balance.options import NONFINITE
 from allinone_ds.errors import ConfigError
+from allinone_ds.run_config.optimizer_settings import MUON, default_optim, muon_mistakes
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_deepspeed
 from allinone_ds.strict import did_you_mean
@@ -34,6 +35,7 @@ SET_ELSEWHERE = {
     "label_smoothing_factor": "tasks.NAME.options",
     "head_lr_factor": "tasks.NAME.lr_factor",
     "head_weight_decay": "tasks.NAME.weight_decay",
+    "head_schedule": "tasks.NAME.schedule",
     "freeze_schedule": "model.freeze' and 'model.thaw",
     "max_broken_images": "max_broken_images",
 }
@@ -69,6 +71,9 @@ class AllInOneArguments(TrainingArguments):
     )
     head_weight_decay: dict[str, float] | None = field(
         default=None, metadata={"help": "Weight decay of a task's head; `weight_decay` for tasks that are not named."}
+    )
+    head_schedule: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Task -> keys of a `HeadSchedule`, for tasks with a schedule of their own."}
     )
     freeze_schedule: dict[int, Any] | None = field(
         default=None,
@@ -132,7 +137,10 @@ class AllInOneArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "On: progress is one line of text per log."})
     optim: str = field(
         default="auto",
-        metadata={"help": "`auto`: AdamW of torch, fused on a GPU unless the optimizer is offloaded to the CPU."},
+        metadata={
+            "help": "`auto`: AdamW of torch, fused on a GPU unless the optimizer is offloaded to the CPU. `muon`: "
+            "DeepSpeed's Muon for the matrices of the backbone, AdamW for all else."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -148,6 +156,10 @@ class AllInOneArguments(TrainingArguments):
             self.use_cpu = True
         if self.optim == "auto":
             self.optim = default_optim(bool(self.use_cpu), self.deepspeed)
+        chosen = self.optim
+        if chosen == MUON:
+            mistakes += muon_mistakes(self.deepspeed, self.optim_args)
+            self.optim = "adamw_torch"  # until TrainingArguments, which does not know it, has checked the others
         if self.use_cpu:
             spare_cpu_kernel()
         self.chosen_direction = self.greater_is_better  # Trainer's guess from the metric's name replaces None
@@ -160,11 +172,17 @@ class AllInOneArguments(TrainingArguments):
             unevaluated = self._unevaluated() if "--load_best_model_at_end requires the saving" in str(error) else None
             mistakes.append(unevaluated or name_arguments(str(error) or repr(error), given))
         else:
+            self.optim = chosen if chosen == MUON else self.optim
             for mismatch in self.hf_deepspeed_config.mismatches if self.deepspeed else []:
                 if not any(key in mismatch for key in _BATCH_KEYS):
                     mistakes.append(f"deepspeed and trainer differ: {mismatch.strip('- ')}; set it in only one of them")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
+
+    @property
+    def optim_name(self) -> str:
+        """Value of `optim`: "adamw_torch", "muon" or another name that transformers gives an optimizer."""
+        return str(getattr(self.optim, "value", self.optim))
 
     def _unevaluated(self) -> str:
         """Return what is wrong with a run that is to keep its best checkpoint, but saves some that it did not score."""
@@ -296,22 +314,6 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
     return content, mistakes + [f"deepspeed{problem}" for problem in config_problems(content)]
 
 
-def default_optim(use_cpu: bool, deepspeed: Any) -> str:
-    """Return what the optimizer "auto" stands for.
-
-    Args:
-        use_cpu: whether the model is on the CPU.
-        deepspeed: content of the DeepSpeed config, valid or not.
-
-    Example:
-        >>> default_optim(False, {"zero_optimization": {"stage": 2}})
-        'adamw_torch_fused'
-    """
-    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, Mapping) else None
-    offloads = isinstance(zero, Mapping) and bool(zero.get("offload_optimizer") or zero.get("cpu_offload"))
-    return "adamw_torch" if use_cpu or offloads else "adamw_torch_fused"
-
-
 _BATCH_KEYS = {
     "train_batch_size": "tasks.NAME.batch_size and the number of ranks",
     "train_micro_batch_size_per_gpu": "tasks.NAME.batch_size",
@@ -382,6 +384,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
         head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
+        head_schedule={n: t.schedule.model_dump() for n, t in config.tasks.items() if t.schedule is not None} or None,
         freeze_schedule=config.model.freeze_stages or None,
         **trainer,
     )
