@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ class Sizes:
     frozen: int = 0
     frozen_below: int = 0
     joint: Sequence[JointTasks] = ()
-    chance: Mapping[str, float] = MappingProxyType({})
+    chance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passes(self) -> list[Passes]:

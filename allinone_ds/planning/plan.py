@@ -28,6 +28,7 @@ from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.engine_settings import Engine, read_engine
+from allinone_ds.run_config.optimizer_settings import MUON, fits_muon
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.run_config.task_config import JointConfig
@@ -252,13 +253,9 @@ def _moments(optim: str, model: AllInOneModel, notes: list[str]) -> float:
     """Return the number of values that the optimizer keeps per trained element, in addition to the weight."""
     if optim == "sgd":
         return 0
-    if optim == "muon":  # momentum alone, for the matrices of the backbone's layers; the others have AdamW
+    if optim == MUON:  # momentum alone, for the matrices of the backbone's layers; the others have AdamW
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = sum(
-            p.numel()
-            for name, p in named
-            if name.startswith("backbone.") and p.dim() == 2 and "embed" not in name and "lora_" not in name
-        )
+        matrices = sum(p.numel() for name, p in named if name.startswith("backbone.") and fits_muon(name, p.shape))
         return 2 - matrices / sum(p.numel() for _, p in named)
     if optim != "auto" and not optim.startswith("adamw"):
         notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")

@@ -54,14 +54,14 @@ def test_weights_that_are_kept_or_copied_are_gathered_less_often() -> None:
 
 
 def test_sampled_tasks_send_what_they_send_on_average() -> None:
-    sizes = Sizes(900, {"a": 60, "b": 40}, {"a": 1, "b": 3}, chance={"a": 0.5, "b": 0.25})
+    sizes = Sizes(900, {"a": 60, "b": 40}, {"a": 1, "b": 3}, chance={"a": 0.5, "b": 0.5})
     engine = Engine(3, weight_bytes=2, all_reduces=False)
     moved = moved_parts(engine, sizes, 4, "exact", sketch=8)
-    assert moved["gradients"] == 0.75 * 2 * (0.5 * 960 + 0.25 * 3 * 940)
-    assert moved["weights"] == 2 * moved["gradients"] and moved["norms"] == 0.75 * 2 * 3 * 8 * 0.75
+    assert moved["gradients"] == 0.75 * 2 * 0.5 * (960 + 3 * 940)
+    assert moved["weights"] == 2 * moved["gradients"] and moved["norms"] == 0.75 * 2 * 3 * 8
     kept = dataclasses.replace(engine, retained=10_000)
-    assert moved_parts(kept, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 2 * (900 + 30 + 10)
-    joint = dataclasses.replace(sizes, joint=[JointTasks(("a", "b"), "backbone")], chance={"a": 0.5, "b": 0.5})
+    assert moved_parts(kept, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 2 * (900 + 30 + 20)
+    joint = dataclasses.replace(sizes, joint=[JointTasks(("a", "b"), "backbone")])
     assert moved_parts(engine, joint, 4, "exact", sketch=8)["gradients"] == 0.75 * 2 * 0.5 * (960 + 940)
 
 
