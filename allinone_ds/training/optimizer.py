@@ -222,13 +222,12 @@ def groups_for_muon(
     found: list[dict[str, Any]] = []
     for group in groups:
         component, _, kind = group["name"].rpartition("/")
-        matrices = [p for p in group["params"] if component.startswith("backbone") and kind == "decay"
-                    and fits_muon(names[p], whole_shape(p))]  # fmt: skip
-        taken = set(matrices)
-        others = [parameter for parameter in group["params"] if parameter not in taken]
+        decayed = component.startswith("backbone") and kind == "decay"
+        matrices = dict.fromkeys(p for p in group["params"] if decayed and fits_muon(names[p], whole_shape(p)))
+        others = [parameter for parameter in group["params"] if parameter not in matrices]
         if matrices:
             lr = group["lr"] * lr_factor
-            found.append({**group, "name": f"{component}/muon", "params": matrices, "lr": lr, "use_muon": True})
+            found.append({**group, "name": f"{component}/muon", "params": list(matrices), "lr": lr, "use_muon": True})
         if others:
             found.append({**group, "params": others, "use_muon": False})
     if not any(group["use_muon"] for group in found):
