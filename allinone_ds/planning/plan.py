@@ -147,6 +147,12 @@ def plan_run(
             "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
             "shards and float32 weights from the start, and the optimizer's moments only once it is thawed"
         )
+    if trainer.get("optim") == MUON and engine.stage == 3:
+        engine = dataclasses.replace(engine, all_reduces=True)
+        notes.append(
+            "Muon on ZeRO-3: gradients are all-reduced; those of its matrices, which its step gathers again, are not "
+            "counted"
+        )
     moments = _moments(str(trainer.get("optim", "auto")), model, notes)
     kept = kept_shards(weighting, sizes)
     size = balancer.sketch_size or default_size(sizes.trained)

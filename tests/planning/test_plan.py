@@ -71,8 +71,13 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
     apart = memory("balancer.parallel=tasks", "balancer.groups={det: 6, seg: 1, cls: 1}")
     assert apart["balancer"] == plain["balancer"]
     assert apart["gradients"] == pytest.approx(8 * plain["gradients"], rel=1e-6)
-    muon = memory("trainer.optim=muon")["optimizer"]  # one state for the matrices of the layers, of three with AdamW
-    assert 2 / 3 * plain["optimizer"] < muon < 0.7 * plain["optimizer"]
+    states = memory("trainer.optim=muon")["optimizer"]  # one state for the matrices of the layers, of three with AdamW
+    assert 2 / 3 * plain["optimizer"] < states < 0.7 * plain["optimizer"]
+    adamw, muon = (
+        plan_run(load_config(file, ["deepspeed=configs/deepspeed/zero3.json", f"trainer.optim={optim}"]), 8)
+        for optim in ("adamw_torch", "muon")
+    )
+    assert muon.moved["gradients"] == pytest.approx(2 * adamw.moved["gradients"])
     sampled = plan_run(load_config(file, ["sampling={tasks_per_step: 1}", "trainer.max_steps=300"]), 8)
     assert any("an average step, which runs 1 of 3 tasks" in note for note in sampled.notes)
     every = plan_run(load_config(file), 8)
