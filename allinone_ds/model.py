@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from allinone_ds.balance.joint.block import task_features
 from allinone_ds.data.augmentation.transforms import normalize
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
+from allinone_ds.models.lora import SHARED, adapters_in_use, adapters_of, checkpoint_contexts
 from allinone_ds.strict import check_task_name, did_you_mean
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class AllInOneModel(nn.Module):
 
         Raises:
             KeyError: the model has no task of this name.
+            ConfigError: several tasks, of which one has adapters of its own.
         """
         names = (task,) if isinstance(task, str) else tuple(task)
         for name in names:
@@ -98,7 +101,14 @@ class AllInOneModel(nn.Module):
                 raise KeyError(f"unknown task '{name}'; {did_you_mean(str(name), self.tasks.keys())}")
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values)
-        features = self.backbone(pixel_values).feature_maps
+        own = [name for name in names if name in adapters_of(self.backbone)]
+        if own and len(names) > 1:
+            raise ConfigError(
+                f"task '{own[0]}' has adapters of its own (tasks.{own[0]}.lora), so it cannot share one forward with "
+                f"{', '.join(name for name in names if name != own[0])}; run it alone"
+            )
+        with adapters_in_use(self.backbone, names[0]):
+            features = self.backbone(pixel_values).feature_maps
         if isinstance(task, str):
             return self.tasks[task](task_features(features, task), pixel_values, labels)
         outputs = {}
@@ -125,7 +135,15 @@ class AllInOneModel(nn.Module):
                 by default.
             more: further arguments of the installed `transformers` (`every_n_layers`, `offload`).
         """
-        self._switch("enable", {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, **more)
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if set(adapters_of(self.backbone)) - {SHARED}:
+            if options["use_reentrant"]:
+                raise ConfigError(
+                    "gradient_checkpointing_kwargs: use_reentrant cannot recompute with the adapters of a task "
+                    "(tasks.NAME.lora); remove it"
+                )
+            options["context_fn"] = partial(checkpoint_contexts, self.backbone)
+        self._switch("enable", options, **more)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep the backbone's activations for the backward pass instead of recomputing them."""

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from allinone_ds.data.augmentation.transforms import MEAN, STD
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
+from allinone_ds.models.lora import LoraOptions
 from allinone_ds.strict import Strict, explain
 
 DESCRIPTION_FILE = "allinone.json"
@@ -39,6 +40,8 @@ class ExportedTask(Strict):
     """(H, W) of the network's input in pixels."""
     classes: list[str]
     """Class names in the order of labels."""
+    lora: LoraOptions | None = None
+    """The task's own adapters in the backbone, where they are not merged into it."""
 
 
 class ModelDescription(Strict):
@@ -50,6 +53,8 @@ class ModelDescription(Strict):
     tasks: dict[str, ExportedTask] = Field(min_length=1)
     joint: dict[str, list[str]] = Field(default_factory=dict)
     """{joint group: its tasks}, which one forward of the backbone serves."""
+    lora: LoraOptions | None = None
+    """Adapters in the backbone that all tasks share, where they are not merged into it."""
     preprocessing: Preprocessing = Field(default_factory=Preprocessing)
 
     def save(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from allinone_ds.evaluation.predictor import Predictor, load_run, predictor_of
 from allinone_ds.export.description import DESCRIPTION_FILE, ModelDescription
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import build_backbone
+from allinone_ds.models.lora import add_lora
 from allinone_ds.run_folder.names import CONFIG_FILE, WEIGHTS_FILE
 from allinone_ds.tasks import build_task
 
@@ -61,6 +62,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
 def build_exported(description: ModelDescription) -> AllInOneModel:
     """Return the described model with freshly initialised weights."""
     backbone = build_backbone(description.backbone)
+    if description.lora is not None:
+        add_lora(backbone, description.lora)
+    for name, task in description.tasks.items():
+        if task.lora is not None:
+            add_lora(backbone, task.lora, name)
     tasks = {
         name: build_task(task.type, name, task.classes, backbone, task.image_size, task.head, task.options)
         for name, task in description.tasks.items()

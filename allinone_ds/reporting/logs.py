@@ -30,6 +30,7 @@ class TaskLogs:
         conflict_rate           fraction of the pairs of tasks whose cosine is negative
     At the time of the log:
         epoch/TASK              epochs of the task's data
+        learning_rate/TASK      rate of the head of a task with a schedule of its own
         broken_images           unreadable images of the whole run, over all ranks; an image counts once
     and the values of `Pace`.
 

@@ -35,6 +35,7 @@ SET_ELSEWHERE = {
     "label_smoothing_factor": "tasks.NAME.options",
     "head_lr_factor": "tasks.NAME.lr_factor",
     "head_weight_decay": "tasks.NAME.weight_decay",
+    "head_schedule": "tasks.NAME.schedule",
     "freeze_schedule": "model.freeze' and 'model.thaw",
     "max_broken_images": "max_broken_images",
 }
@@ -70,6 +71,9 @@ class AllInOneArguments(TrainingArguments):
     )
     head_weight_decay: dict[str, float] | None = field(
         default=None, metadata={"help": "Weight decay of a task's head; `weight_decay` for tasks that are not named."}
+    )
+    head_schedule: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Task -> keys of a `HeadSchedule`, for tasks with a schedule of their own."}
     )
     freeze_schedule: dict[int, Any] | None = field(
         default=None,
@@ -380,6 +384,7 @@ def arguments_from_config(config: RunConfig) -> AllInOneArguments:
         max_broken_images=config.max_broken_images,
         head_lr_factor={name: task.lr_factor for name, task in config.tasks.items() if task.lr_factor != 1} or None,
         head_weight_decay={n: t.weight_decay for n, t in config.tasks.items() if t.weight_decay is not None} or None,
+        head_schedule={n: t.schedule.model_dump() for n, t in config.tasks.items() if t.schedule is not None} or None,
         freeze_schedule=config.model.freeze_stages or None,
         **trainer,
     )

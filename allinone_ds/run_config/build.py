@@ -18,7 +18,7 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.architectures import chosen_indices
-from allinone_ds.models.backbone import BackboneConfig, build_backbone, own_fields
+from allinone_ds.models.backbone import Backbone, BackboneConfig, build_backbone, own_fields
 from allinone_ds.models.freezing import freeze_backbone
 from allinone_ds.models.lora import add_lora
 from allinone_ds.run_config.run_files import ModelFacts
@@ -40,8 +40,7 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
     """
     backbone = build_backbone(facts.backbone)
     freeze_backbone(backbone, config.model.never_trained)  # the trainer freezes what is thawed later
-    if config.model.lora is not None:
-        add_lora(backbone, config.model.lora)
+    add_adapters(backbone, config)
     tasks = {
         name: build_task(task.type, name, facts.classes[name], backbone, task.image_size, task.head, task.options)
         for name, task in config.tasks.items()
@@ -56,6 +55,23 @@ def build_model(config: RunConfig, facts: ModelFacts) -> AllInOneModel:
                         "[1.0]"
                     )
     return AllInOneModel(backbone, tasks)
+
+
+def add_adapters(backbone: Backbone, config: RunConfig) -> None:
+    """Add the adapters of a run to its backbone: those that all tasks share, and those of single tasks.
+
+    Args:
+        backbone: what `build_backbone` returned.
+        config: configuration of the run.
+
+    Raises:
+        ConfigError: as of `add_lora`.
+    """
+    if config.model.lora is not None:
+        add_lora(backbone, config.model.lora)
+    for name, task in config.tasks.items():
+        if task.lora is not None:
+            add_lora(backbone, task.lora, name)
 
 
 def open_train_data(config: RunConfig) -> dict[str, TaskData]:

@@ -192,6 +192,21 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _adapters_of_tasks(self) -> RunConfig:
+        for name, task in self.tasks.items():
+            if task.lora is not None and self.model.lora is None and self.model.never_trained != "backbone":
+                raise ConfigError(
+                    f"tasks.{name}.lora: adapters need a backbone whose weights are frozen; set model.lora for "
+                    "adapters that all tasks share, or model.freeze: backbone"
+                )
+            if task.lora is not None and self.balancer.norm == "features":
+                raise ConfigError(
+                    f"tasks.{name}.lora with balancer.norm: features: the gradient would be scaled before it reaches "
+                    "the adapters of the task, which count as its head; use norm: exact"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_length(self) -> RunConfig:
         if self.early_stopping is not None and self.trainer.get("eval_strategy", "no") in ("no", False):
             raise ConfigError("early_stopping: it needs evaluations; set trainer.eval_strategy to steps")

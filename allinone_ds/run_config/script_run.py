@@ -19,6 +19,7 @@ from allinone_ds.data.loading.sampling import Sampling
 from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
+from allinone_ds.models.lora import adapters_of
 from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys
 from allinone_ds.run_config.build import without_checkpoint
 from allinone_ds.run_config.optimizer_settings import default_optim
@@ -57,6 +58,11 @@ def script_run_files(
         return None, [
             "the backbone does not come from build_backbone, so that config.yaml and model.json are not written: "
             "`eval`, `export` and `load` cannot build the model"
+        ]
+    if adapters_of(model.backbone):
+        return None, [
+            "the backbone has adapters that no file of a run describes, so that config.yaml and model.json are not "
+            "written: `eval`, `export` and `load` cannot build the model"
         ]
     gaps: list[str] = []
     roots = [opened[1] for data in train_data.values() if (opened := _opened_from(data)) is not None]

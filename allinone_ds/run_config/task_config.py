@@ -27,6 +27,8 @@ from allinone_ds.data.joint.dataset import JOINT
 from allinone_ds.data.joint.sources import GroupSource, JointSources, TaskOfGroup, check_labels
 from allinone_ds.data.sources import Sources
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import LoraOptions
+from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.yaml_files import read_yaml
 from allinone_ds.strict import Strict
 from allinone_ds.tasks.test_time import TestTime
@@ -99,6 +101,10 @@ class HeadConfig(Strict):
     """Learning rate of the head divided by `trainer.learning_rate`."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of the head; None is `trainer.weight_decay`."""
+    schedule: HeadSchedule | None = None
+    """Learning-rate schedule of the head; None is that of `trainer.lr_scheduler_type`."""
+    lora: LoraOptions | None = None
+    """Adapters of the task's own in the backbone, beside those of `model.lora`; they are balanced with its head."""
     test_time: TestTime | None = None
     """Views of each image (flips, scales) whose predictions are merged in evaluation and prediction; None: no views."""
     continues: str | Literal[False] | None = None
@@ -196,9 +202,16 @@ class JointConfig(ImagesConfig):
             tasks: the tasks of the run by name.
 
         Raises:
-            ConfigError: a source has labels of other tasks, or a transform does not support the kind of a task.
+            ConfigError: a source has labels of other tasks, a transform does not support the kind of a task, or a task
+                has adapters of its own.
         """
         own = {task: tasks[task] for task in self.tasks}
+        for task, keys in own.items():
+            if keys.lora is not None:
+                raise ConfigError(
+                    f"tasks.{task}.lora: the task belongs to joint.{name}, whose tasks share one forward of the "
+                    "backbone, so none can have adapters of its own; remove it, or give the task images of its own"
+                )
         self._name = name
         self._classes = {task: keys.classes for task, keys in own.items() if keys.classes is not None}
         for part in (self.train, self.test):

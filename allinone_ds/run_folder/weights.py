@@ -48,6 +48,17 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return weights.shapes if isinstance(weights, SavedWeights) else {n: tuple(w.shape) for n, w in weights.items()}
 
 
+def without_ties(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights for a safetensors file, which holds a parameter with several names once under each of them."""
+    seen: set[tuple[int, int]] = set()
+    found = {}
+    for name, value in weights.items():
+        place = value.untyped_storage().data_ptr(), value.storage_offset()
+        found[name] = value.clone() if place in seen and value.numel() else value.contiguous()
+        seen.add(place)
+    return found
+
+
 def open_weights(folder: str | Path) -> tuple[Mapping[str, Tensor], Path]:
     """Return what `read_weights` does, but read the tensors of a safetensors file only when they are asked for."""
     for place in [Path(folder), *reversed(checkpoints(folder))]:

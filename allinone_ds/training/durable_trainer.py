@@ -88,6 +88,7 @@ class DurableTrainer(Trainer):
             RunError: a checkpoint could not be written, memory ran out, or a task was not finite for too many steps.
         """
         run = Path(str(self.args.output_dir))
+        self.freezing.thaw()  # after an earlier call, a checkpoint is compared with all that is ever trained
         lock_run(run)
         resume_from, self._resumed = parse_resume(resume_from_checkpoint), None
         if resume_from:  # unlike a run from a YAML file, this call may overwrite existing checkpoints

@@ -156,7 +156,8 @@ class _Shapes:
 
 
 def _shapes(model: torch.nn.Module, checkpoint: Path) -> _Shapes | None:
-    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = dict(model.named_parameters(remove_duplicate=False))  # a file has tied parameters under each name
+    tensors: dict[str, Any] = {**named, **dict(model.named_buffers())}
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     shards = shards_of(checkpoint)
     saved_trained = None if shards is None else trained_shapes(shards)

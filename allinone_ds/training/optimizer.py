@@ -14,7 +14,9 @@ from transformers import Trainer
 from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
+from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
@@ -56,10 +58,13 @@ def parameter_groups(
     head_lr_factor: Mapping[str, float] | None = None,
     head_weight_decay: Mapping[str, float] | None = None,
     thaw_stages: Mapping[str, int] | None = None,
+    head_schedule: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an AllInOneModel.
 
-    A group holds parameters of either the backbone or one head, because ZeRO partitions each group separately.
+    A group holds parameters of either the backbone or one head, because ZeRO partitions each group separately. Adapters
+    of a task's own belong to its head. A parameter that is tied between backbone and heads is the backbone's; one that
+    is tied between heads is in a group of these heads together.
 
     With layer-wise decay d, layer i of a backbone with L layers has d ** (L + 1 - i) times the learning rate of the
     backbone. The embeddings (i = 0) have the lowest rate (BEiT, https://arxiv.org/abs/2106.08254).
@@ -73,16 +78,18 @@ def parameter_groups(
         head_lr_factor: task -> learning rate of its head divided by `learning_rate`; 1 for all others.
         head_weight_decay: task -> weight decay of its head; `weight_decay` for all others.
         thaw_stages: parameter of the backbone -> number of the stage that thaws it, for those that are frozen at first.
+        head_schedule: task -> schedule of its head, for tasks with one of their own.
 
     Returns:
-        Groups with `name` ("head/NAME/decay", "backbone/no_decay", "backbone/layer03/decay" with layer-wise decay, or
-        "backbone/thaw1/decay" for what is thawed first), `params`, `lr` and `weight_decay`. Heads come first. The order
-        does not depend on the rates, so that a resume may change them.
+        Groups with `name` ("head/NAME/decay", "backbone/no_decay", "backbone/layer03/decay" with layer-wise decay,
+        "backbone/thaw1/decay" for what is thawed first, "head/A+B/decay" for what is tied), `params`, `lr` and
+        `weight_decay`. Heads come first. The order does not depend on the rates, so that a resume may change them.
 
     Raises:
-        ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to two of them; or a factor
-            is given for a task that the model does not have.
+        ConfigError: a trainable parameter belongs to neither the backbone nor a task, or to heads with different rates,
+            decays or schedules; or a factor is given for a task that the model does not have.
     """
+    schedules = head_schedule or {}
     factors, decays = dict(head_lr_factor or {}), dict(head_weight_decay or {})
     heads = [name for name, _ in model.tasks.named_children()]  # type: ignore[union-attr]
     for name in (*factors, *decays):
@@ -94,34 +101,60 @@ def parameter_groups(
     layers = backbone.layer_numbers() if layer_lr_decay != 1.0 else {}
     groups: dict[str, dict[str, Any]] = {}
     owner: dict[torch.nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    settings: dict[torch.nn.Parameter, tuple[str, float, float]] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    for name, parameter in sorted(named, key=lambda pair: not pair[0].startswith("backbone.")):
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        if parts[0] == "backbone":
+        adapter = adapter_of(name) if parts[0] == "backbone" else None
+        task = parts[1] if parts[0] == "tasks" and len(parts) > 2 else adapter if adapter != SHARED else None
+        if task is not None:
+            component, lr = f"head/{task}", learning_rate * factors.get(task, 1.0)
+        elif parts[0] == "backbone":
             stage = (thaw_stages or {}).get(name.removeprefix("backbone."))
             component, lr = f"backbone/thaw{stage}" if stage else "backbone", learning_rate * backbone_lr_factor
             if layer_lr_decay != 1.0:
                 layer = layers[name.removeprefix("backbone.")]
                 component, lr = f"backbone/layer{layer:02}", lr * layer_lr_decay ** (depth + 1 - layer)
-        elif parts[0] == "tasks" and len(parts) > 2:
-            component, lr = f"head/{parts[1]}", learning_rate * factors.get(parts[1], 1.0)
         else:
             raise ConfigError(
                 f"parameter '{name}' is neither in model.backbone nor in model.tasks; move it into one, or freeze it"
             )
-        if parameter in owner:
-            if owner[parameter] != component:
-                raise ConfigError(
-                    f"parameter '{name}' is shared by {owner[parameter]} and {component}; each needs its own copy"
-                )
+        if parameter in owner:  # tied: named under the backbone before, or under other heads
+            if not owner[parameter].startswith("backbone"):
+                owner[parameter] = _joined(name, owner[parameter], component, factors, decays, schedules)
             continue
         owner[parameter] = component
-        key = f"{component}/{'no_decay' if name in exempt else 'decay'}"
         decay = 0.0 if name in exempt else decays.get(component.removeprefix("head/"), weight_decay)
+        settings[parameter] = ("no_decay" if name in exempt else "decay", lr, decay)
+    for parameter, (kind, lr, decay) in settings.items():
+        key = f"{owner[parameter]}/{kind}"
         group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"].startswith("backbone"))
+
+
+def _joined(
+    name: str,
+    owner: str,
+    other: str,
+    factors: Mapping[str, float],
+    decays: Mapping[str, float],
+    schedules: Mapping[str, Any],
+) -> str:
+    """Return the component of a parameter of several heads, if these have the same settings."""
+    tasks = owner.removeprefix("head/").split("+")
+    task = other.removeprefix("head/")
+    if task in tasks:
+        return owner
+    for key, values in (("lr_factor", factors), ("weight_decay", decays), ("schedule", schedules)):
+        if values.get(tasks[0]) != values.get(task):
+            raise ConfigError(
+                f"parameter '{name}' is tied between the heads of '{tasks[0]}' and '{task}', which differ in {key}; "
+                "give both the same, or each its own parameter"
+            )
+    return f"head/{'+'.join([*tasks, task])}"
 
 
 def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, Any]]:
@@ -143,6 +176,7 @@ def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, A
         args.head_lr_factor,
         args.head_weight_decay,
         FreezeSchedule(model.backbone, args.freeze_schedule or {}).stage_numbers(),
+        args.head_schedule,
     )
     if args.optim_name != MUON:
         return groups
@@ -207,6 +241,59 @@ def groups_for_muon(
 
 _NOT_OF_MUON = ("embed", "lora_")
 """Words in the names of matrices that AdamW trains."""
+
+
+def groups_of_optimizer(optimizer: Any, learning_rate: float) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer, which may be DeepSpeed's; give it the `defaults` that schedules read.
+
+    Args:
+        optimizer: of torch or DeepSpeed.
+        learning_rate: of the run.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(inner, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
+        inner.defaults = {"lr": learning_rate}
+    return inner.param_groups
+
+
+def with_head_schedules(
+    scheduler: Any, groups: Sequence[dict[str, Any]], rates: Sequence[float], args: Any, steps: int
+) -> Any:
+    """Return the schedule of a run, in which the heads of some tasks follow schedules of their own.
+
+    Args:
+        scheduler: of all groups, as `lr_scheduler_type` names it.
+        groups: those of the optimizer, with their names.
+        rates: of the groups before any schedule.
+        args: arguments of the run; `head_schedule` has the tasks' own schedules.
+        steps: length of the run.
+
+    Raises:
+        ConfigError: the schedule of the run follows a metric, not the step.
+    """
+    vars(scheduler).setdefault("base_lrs", list(rates))  # schedules that wait for a plateau keep only the current rates
+    own = {task: HeadSchedule.model_validate(given) for task, given in (args.head_schedule or {}).items()}
+    if own and not isinstance(scheduler, LambdaLR):
+        raise ConfigError(
+            f"tasks.{min(own)}.schedule: trainer.lr_scheduler_type = '{getattr(args.lr_scheduler_type, 'value', '')}' "
+            "follows a metric, so that no head can follow the step; choose a type such as cosine, or remove the "
+            "schedule"
+        )
+    for number, group in enumerate(groups):
+        parts = group["name"].split("/")
+        task = parts[1].split("+")[0]  # of several heads with the same settings
+        if parts[0] == "head" and task in own:
+            scheduler.lr_lambdas[number] = own[task].factor(steps)
+            group["lr"] = scheduler._last_lr[number] = scheduler.base_lrs[number] * scheduler.lr_lambdas[number](0)
+    return scheduler
+
+
+def head_rates(groups: Sequence[dict[str, Any]], args: Any) -> dict[str, float]:
+    """Return {"learning_rate/TASK": rate of its head} of the tasks with a schedule of their own."""
+    rates = {"/".join(group["name"].split("/")[:2]): group["lr"] for group in groups}
+    return {f"learning_rate/{task}": rates[f"head/{task}"] for task in args.head_schedule or {}}
+
+
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")
 """Keys of optimizer groups that are settings, not state."""
 _ADAPTIVE = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps", "min_lrs", "max_lrs",

@@ -12,11 +12,12 @@ from accelerate.utils import DeepSpeedSchedulerWrapper
 from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
+from allinone_ds.atomic_file import atomic_path
 from allinone_ds.run_folder.atomic_checkpoint import CheckpointWriter
-from allinone_ds.run_folder.atomic_file import atomic_path
 from allinone_ds.run_folder.checkpoints import prune
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.run_folder.names import TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.run_folder.weights import without_ties
 from allinone_ds.training.ema import ema_file
 from allinone_ds.zero.checkpoint.consolidate import trained_weights
 from allinone_ds.zero.checkpoint.write import save_engine
@@ -140,7 +141,7 @@ def save_weights(weights: Mapping[str, torch.Tensor] | None, folder: str | Path)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file({name: value.contiguous() for name, value in weights.items()}, temporary, metadata={"format": "pt"})
+        save_file(without_ties(weights), temporary, metadata={"format": "pt"})
 
 
 def _store_callback_states(trainer: Any) -> None:

@@ -27,6 +27,7 @@ from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
+from allinone_ds.models.lora import shared_parameters
 from allinone_ds.reporting.logs import TaskLogs
 from allinone_ds.reporting.progress import PrintProgress
 from allinone_ds.reporting.trackers import use_own_trackers
@@ -38,17 +39,10 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import (
-    changes_since,
-    check_freezing,
-    check_optimizer,
-    read_loop_state,
-    saved_frequencies,
-    saved_step,
-)
-from allinone_ds.training.optimizer import optimizer_of_run
+from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
+from allinone_ds.training.optimizer import groups_of_optimizer, head_rates, optimizer_of_run, with_head_schedules
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
-from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
+from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -191,6 +185,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
         self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
         self.tasks = task_names(train_dataset)
+        self._tasks_in = {n: self.joint[n].tasks if n in self.joint else (n,) for n in train_dataset}
         self._label_weights = LabelWeights(
             known_tasks,
             {task: data.micro_steps * args.world_size for task, data in train_data.items()},
@@ -267,12 +262,7 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
-        self.schedule.continue_from(0, {})
-        self.changes = None
-        if self._resumed is not None:
-            self.changes = changes_since(self.model, self._resumed, self.continues)
-            state = read_loop_state(self._resumed, self.args.process_index)
-            continue_data(self, state, saved_step(self._resumed), self.changes)
+        self.changes = begin_data(self, self._resumed)
         if self.deepspeed is None:
             if self._resumed is not None:
                 check_optimizer(self._resumed, self.args.optim_name)
@@ -287,14 +277,11 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule that `lr_scheduler_type` names, with the rates that it starts from in `base_lrs`."""
-        engine_optimizer: Any = self.optimizer if optimizer is None else optimizer
-        engine_optimizer = getattr(engine_optimizer, "optimizer", engine_optimizer)
-        if not hasattr(engine_optimizer, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
-            engine_optimizer.defaults = {"lr": self.args.learning_rate}
-        rates = [group["lr"] for group in engine_optimizer.param_groups]
+        groups = groups_of_optimizer(self.optimizer if optimizer is None else optimizer, self.args.learning_rate)
+        rates = [group["lr"] for group in groups]
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        vars(scheduler).setdefault("base_lrs", rates)  # schedules that wait for a plateau keep only the current rates
-        return scheduler
+        self._factor = getattr(scheduler, "lr_lambdas", [None])[0]
+        return with_head_schedules(scheduler, groups, rates, self.args, num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
@@ -330,6 +317,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         weights = self._label_weights.of_step(inputs.batches)
+        if self.schedule.sampling is not None:
+            self.balancer.plan_step([(self._tasks_in[name], len(of)) for name, of in inputs.batches.items()])
         copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
@@ -365,7 +354,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
-            self.balancer = TaskBalancer(engine, self.tasks, "backbone", self.weighting, **options)
+            shared = shared_parameters(engine.module.backbone)
+            self.balancer = TaskBalancer(engine, self.tasks, shared, self.weighting, **options)
         if before is not None:
             self.balancer.load_state_dict(before.state_dict())
         if thawed := self.freezing.message(step):
@@ -375,7 +365,10 @@ class AllInOneTrainer(EvaluatingTrainer):
         self.stop_signal.travel_with(self.balancer)
 
     def _get_learning_rate(self) -> float:
-        # Trainer logs the rate of the first group, the first head's; the log shows the one without its factor
+        # Trainer logs the rate of the first group, the first head's; the log shows the one without what is its own
+        self._head_rates = head_rates(self.deepspeed.optimizer.param_groups, self.args)
+        if self._first_head in (self.args.head_schedule or {}):
+            return self.args.learning_rate * self._factor(self.lr_scheduler.last_epoch)
         return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -388,6 +381,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         """Log values; add those of every task to a training log, averaged over the steps since the previous log."""
         if "loss" in logs:
             logs.update(self._logs.drain(self.state.global_step))
+            logs.update(self._head_rates)
             for message in self._logs.warnings:
                 self.warn(self.state.global_step, message)
             if self.balancer is not None:

@@ -13,7 +13,7 @@ from allinone_ds.distributed import rank
 from allinone_ds.errors import ConfigError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig
-from allinone_ds.models.lora import is_adapter, name_without_lora
+from allinone_ds.models.lora import SHARED, adapter_of, is_adapter, name_without_lora
 from allinone_ds.models.pretrained import LoadedWeights
 from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_folder.weights import open_weights, shapes_of
@@ -43,7 +43,8 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
     _, facts = read_run_files(folder)
     state, source = open_weights(folder)
     saved = shapes_of(state)
-    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Any] = {**named, **dict(model.named_buffers())}
     adapted = any(is_adapter(name) for name in saved)
     theirs = {name: name if adapted else name_without_lora(name) for name in (*tensors, *model.state_dict())}
     shapes = {name: tuple(whole_shape(value)) for name, value in tensors.items()}
@@ -63,15 +64,17 @@ def start_from(model: AllInOneModel, folder: str | Path) -> list[str]:
         )
     untrained = []
     copied = ["backbone."]
+    adapters = {None, SHARED}
     for name, task in model.tasks.items():
         own = [key for key in kept if key.startswith(f"tasks.{name}.")]
         same = facts.classes.get(name) == task.classes and all(key in fits for key in own)
         if same:
             copied.append(f"tasks.{name}.")
+            adapters.add(name)
         else:
             untrained.append(name)
     for name, value in tensors.items():
-        if name in fits and name.startswith(tuple(copied)):
+        if name in fits and name.startswith(tuple(copied)) and adapter_of(name) in adapters:
             with whole_on_rank_0(value):  # which keeps the values of rank 0 where the parameter is partitioned
                 if rank() == 0 or not is_partitioned(value):
                     value.copy_(state[theirs[name]])
@@ -101,8 +104,6 @@ class StartedTrainer(Protocol):
     """What `StartReport` uses of an `AllInOneTrainer`."""
 
     model: Any
-    schedule: Any
-    changes: Any
 
     def warn(self, step: int, message: str) -> None: ...
     def note(self, step: int, message: str) -> None: ...
@@ -122,16 +123,6 @@ class StartReport(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loaded = getattr(self.trainer.model.backbone, "loaded", None)  # a backbone of the user's may not say
-        schedule = self.trainer.schedule
-        if schedule.sampling is not None:
-            epochs = {task: schedule.epoch(task, state.max_steps) for task in schedule.tasks}
-            self.trainer.note(state.global_step, schedule.sampling.summary(state.max_steps, epochs))
-        if self.trainer.changes is not None:
-            for line in self.trainer.changes.lines:
-                self.trainer.note(state.global_step, f"resume: {line}")
-            self.trainer.note(
-                state.global_step, "resume: the best checkpoint is looked for anew among the scores of these tasks"
-            )
         if state.global_step:  # a resumed run has the weights of its own checkpoint
             return
         for note in self.notes:

@@ -62,7 +62,7 @@ _ZERO = {
         "cpu_offload_use_pin_memory": "", "overlap_comm": "see docs/gpu.md: waits for the device on ZeRO 1 and 2",
         "override_module_apply": "", "parameter_alignment": "", "reduce_bucket_size": "", "reduce_scatter": "",
         "round_robin_gradients": "", "sub_group_size": "", "use_multi_rank_bucket_allreduce": "",
-        "zero_hpz_partition_size": "", "stage3_allgather_sequential": "",
+        "zero_hpz_partition_size": "copies of weights within groups of ranks", "stage3_allgather_sequential": "",
         "stage3_gather_16bit_weights_on_model_save": "the trainer sets it",
         "stage3_gather_fp16_weights_on_model_save": "old name", "stage3_max_live_parameters": "",
         "stage3_max_reuse_distance": "", "stage3_model_persistence_threshold": "",
@@ -78,8 +78,8 @@ _ZERO = {
         "legacy_stage1": "DeepSpeed no longer has it", "zenflow": "updates weights asynchronously",
         "stage3_module_granularity_threshold": "above 0: DeepSpeed itself fails on a model with several heads",
         "zero_quantized_gradients": "gradients are rounded before they are averaged",
-        "zero_quantized_nontrainable_weights": "needs GPU kernels; never tried",
-        "zero_quantized_weights": "needs GPU kernels; never tried",
+        "zero_quantized_nontrainable_weights": "needs CUDA kernels, and fp16 weights",
+        "zero_quantized_weights": "needs CUDA kernels; tasks would see differently rounded weights",
     },
 }  # fmt: skip
 _SECTIONS: Mapping[str, Mapping[str, Mapping[str, str]]] = {

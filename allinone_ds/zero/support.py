@@ -168,7 +168,9 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero, "module_granularity_threshold", 0)), "stage3_module_granularity_threshold",
          "DeepSpeed fails with it on a model of several heads; remove the key"),
         (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
-         "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
+         "a weight is rounded together with those that are gathered with it, so tasks see different weights; set "
+         "zero_quantized_weights and zero_quantized_nontrainable_weights false, zero_hpz_partition_size to the GPUs "
+         "of a node to send less"),
         (_enables(config._param_dict.get("data_efficiency")), "data_efficiency",
          "DeepSpeed would change batches or layers by itself; remove the section"),
         (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.testing.reference import gradients
-from tests.balance.engines import FP32_KINDS, finish, largest_change, make_balancer, make_engine, run_task, toy, weights
+from tests.balance.engines import (
+    CASES,
+    FP32_KINDS,
+    finish,
+    largest_change,
+    make_balancer,
+    make_engine,
+    run_task,
+    toy,
+    weights,
+)
 
 
 def check_heads_of_absent_tasks_do_not_move() -> None:
@@ -85,6 +96,62 @@ def _compare_partial_steps(steps: tuple[tuple[str, ...], ...]) -> None:
         got = weights(engine)
         for name, param in model.named_parameters():
             if name != "backbone.unused":  # without a gradient anywhere: DeepSpeed decays it, torch does not
+                torch.testing.assert_close(got[name], param.detach(), rtol=0, atol=2e-5, msg=f"{case} {name}")
+        finish(balancer)
+
+
+class TiedModel(toy.ToyModel):
+    """The heads of "seg" and "cls" read through a layer that they share, that of "det" through one of the backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(13, 13)
+        for layer in (self.heads, self.mix):
+            layer.double()
+
+    def loss(self, task: str, features: torch.Tensor, last: bool = False) -> torch.Tensor:
+        return super().loss(task, self.backbone.blocks[0](features) if task == "det" else self.mix(features), last)
+
+
+def _tied_model() -> TiedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TiedModel().double()
+
+
+def check_a_tied_layer_is_the_backbones_or_moves_with_any_of_its_tasks() -> None:
+    """Tied to the backbone: measured and scaled with it. Tied between heads: not measured, still without its tasks."""
+    steps, world = (toy.TASKS, ("det",), ("seg",), toy.TASKS), dist.get_world_size()
+
+    def groups(model: TiedModel) -> list[dict]:
+        return [*toy.param_groups(model), {"params": list(model.mix.parameters())}]
+
+    model = _tied_model()
+    reference = torch.optim.AdamW(groups(model), lr=0.01, weight_decay=0.1)
+    for step, tasks in enumerate(steps):
+        reference.zero_grad()
+        for task in tasks:
+            found = gradients(model, task, step, 1, world)
+            norm = torch.cat([v.reshape(-1) for n, v in found.items() if n.startswith("backbone.")]).norm()
+            for name, value in found.items():
+                param = model.get_parameter(name)
+                scaled = value * min(1.0, 0.1 / (float(norm) + 1e-6))
+                param.grad = scaled if param.grad is None else param.grad + scaled
+        reference.step()
+    for case in ("zero0 fp32", "zero1 fp32", "zero2 fp32", "zero3 fp32"):
+        trained = _tied_model().float()
+        optimizer = torch.optim.AdamW(groups(trained), lr=0.01, weight_decay=0.1)
+        engine = deepspeed.initialize(model=trained, optimizer=optimizer, config=CASES[case].config())[0]
+        balancer = make_balancer(engine)
+        for step, tasks in enumerate(steps):
+            before = weights(engine)
+            for task in tasks:
+                run_task(balancer, task, step)
+            balancer.step(require_all=False)
+            assert (largest_change(before, weights(engine), "mix.") == 0.0) == (tasks == ("det",)), (case, step)
+        got = weights(engine)
+        for name, param in model.named_parameters():
+            if name != "backbone.unused":
                 torch.testing.assert_close(got[name], param.detach(), rtol=0, atol=2e-5, msg=f"{case} {name}")
         finish(balancer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def untrained_run(
     stem: str = "patch",
     heads: dict[str, dict[str, Any]] = LIGHT,
     home: Path | None = None,
+    model: Mapping[str, Any] | None = None,
     **backbone: Any,
 ) -> AllInOneModel:
     """Write a run's folder and return its model.
@@ -51,11 +53,13 @@ def untrained_run(
         stem: stem of the backbone.
         heads: settings by task that replace those of the tiny run.
         home: folder of the demo data whose classes the heads have; None: no data, and the classes of tests.tiny.
+        model: further fields of ModelConfig.
         backbone: further fields of BackboneConfig.
     """
     content = tiny_run(home or folder)
     content["output_dir"] = str(folder)
     content["model"]["backbone"].update(stem=stem, **backbone)
+    content["model"].update(model or {})
     for name, values in heads.items():
         content["tasks"][name].update(values)
     config = RunConfig.model_validate(content)
@@ -64,14 +68,14 @@ def untrained_run(
         classes = {name: data.dataset.classes for name, data in open_train_data(config).items()}
     facts = ModelFacts(backbone=config.model.backbone, classes=classes)
     torch.manual_seed(3)
-    model = build_model(config, facts).eval()
+    built = build_model(config, facts).eval()
     with torch.no_grad():
         for (
             name,
             parameter,
-        ) in model.named_parameters():  # near zero at first, so that all heads would be alike
+        ) in built.named_parameters():  # near zero at first, so that all heads would be alike
             if parameter.requires_grad and name.endswith(("classifier.weight", "cls_logits.weight")):
                 parameter.normal_(std=0.5)
     save_run_files(config, facts, folder)
-    save_file(model.state_dict(), folder / WEIGHTS_FILE)
-    return model
+    save_file(built.state_dict(), folder / WEIGHTS_FILE)
+    return built

@@ -49,6 +49,7 @@ def test_tasks_take_their_images_from_the_group(tmp_path: Path) -> None:
         (["tasks.seg.batch_size=2"], "tasks.seg.batch_size: the task belongs to joint.rooms, whose images it reads"),
         (["tasks.seg.train={format: coco}"], "tasks.seg.train: the task belongs to joint.rooms"),
         (["joint.rooms.batch_size=null"], "joint.rooms.batch_size"),
+        (["tasks.seg.lora={}"], "tasks.seg.lora: the task belongs to joint.rooms, whose tasks share one forward"),
         (["joint.rooms.at=heads"], "joint.rooms.at"),
         (["joint.rooms.labels={}"], "unknown key 'joint.rooms.labels'"),
         (["joint.rooms.train.labels.seg=null"], "joint.rooms: a source has no labels of 'seg'; add labels.seg to it"),

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from allinone_ds.distributed import barrier, rank
+from allinone_ds import TBGC, AllInOneModel, TaskBalancer
+from allinone_ds.distributed import barrier, rank, world_size
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import LoraOptions, add_lora, is_adapter, shared_parameters
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.training import run
+from allinone_ds.training.optimizer import parameter_groups
+from tests.export.untrained import untrained_run
 from tests.launcher import run_checks
+from tests.tiny import LIGHT, tiny_model
 
 HOME = Path(sys.argv[2])
 SHORT = ["trainer.eval_strategy=no", "trainer.save_steps=1", "trainer.logging_steps=1", "trainer.ema_decay=0.5",
@@ -98,9 +106,169 @@ def check_thaw_across_stages() -> None:
         trained("other", "model.freeze=backbone", "model.thaw={2: null}", after=thawed(2) / "checkpoint-1")
 
 
+LORA = LoraOptions(rank=3, target_modules=["q_proj", "v_proj"])
+OWN = LoraOptions(rank=2)
+
+
+def _adapted_model() -> AllInOneModel:
+    """A model with shared adapters, and adapters of the task "seg" in more layers, none of them zero."""
+    model = tiny_model({name: LIGHT[name] for name in ("seg", "cls")}, stem="patch")
+    add_lora(model.backbone, LORA)
+    add_lora(model.backbone, OWN, "seg")
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.backbone.named_parameters():
+        if is_adapter(name):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def _batch(task: str, step: int, of_rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7 * step + of_rank + (100 if task == "seg" else 0))
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    shape = (2, 32, 32) if task == "seg" else (2,)
+    return {"pixel_values": pixels, "labels": torch.randint(3, shape, generator=generator)}
+
+
+STEPS = (("seg", "cls"), ("cls",), ("seg", "cls"))
+
+
+def _adapted_reference() -> dict[str, Tensor]:
+    """Train in float64 on one process: norms over the shared adapters alone, own adapters scaled as their head is."""
+    model = _adapted_model().double()
+    optimizer = torch.optim.SGD(parameter_groups(model, 1.0, 0.1, 1.0), momentum=0.9)
+    shared = shared_parameters(model.backbone)
+    for step, tasks in enumerate(STEPS):
+        optimizer.zero_grad()
+        for task in tasks:
+            losses = [model(task, **_batch(task, step, of_rank)).loss for of_rank in range(world_size())]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(torch.stack(losses).mean(), trained, allow_unused=True)
+            gradients = {id(p): g for p, g in zip(trained, found, strict=True) if g is not None}
+            norm = torch.cat([gradients[id(p)].flatten() for p in shared if id(p) in gradients]).norm()
+            for parameter in trained:
+                if (gradient := gradients.get(id(parameter))) is not None:
+                    scaled = gradient * min(1.0, 0.01 / (float(norm) + 1e-6))
+                    parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+def check_adapters_equal_the_reference() -> None:
+    expected = _adapted_reference()
+    start = dict(_adapted_model().named_parameters())
+    for stage in (0, 1, 2, 3):
+        for checkpointing in (False, True):
+            model = _adapted_model()
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+            config = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_optimization": zero,
+                      "zero_allow_untested_optimizer": True}  # fmt: skip
+            optimizer = torch.optim.SGD(parameter_groups(model, 1.0, 0.1, 1.0), momentum=0.9)
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+            balancer = TaskBalancer(engine, ("seg", "cls"), shared_parameters(model.backbone), TBGC(0.01))
+            for step, tasks in enumerate(STEPS):
+                for task in tasks:
+                    with balancer.task(task):
+                        loss = engine(task=task, **_batch(task, step, rank())).loss
+                        with torch.no_grad():  # a forward of another task before the backward changes nothing
+                            engine(task="cls", **_batch("cls", 9, rank()))
+                        balancer.backward(loss)
+                balancer.step(require_all=False)
+            for name, parameter in model.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    change, wanted = parameter.detach() - start[name], expected[name].detach() - start[name]
+                where = f"ZeRO-{stage}, checkpointing {checkpointing}, {name}"
+                torch.testing.assert_close(change.double(), wanted, rtol=1e-3, atol=3e-6, msg=where)
+                assert bool(change.any()) == (is_adapter(name) or name.startswith("tasks.")), where
+            balancer.detach()
+            engine.destroy()
+
+
+ADAPTED = [
+    f"model.start_from={HOME / 'earlier'}",
+    "model.backbone.stem=patch",
+    "model.lora={rank: 4, target_modules: [q_proj, v_proj]}",
+    "tasks.det.lora={rank: 2}",
+    "trainer.gradient_checkpointing=true",
+    "trainer.learning_rate=0.01",
+]
+
+
+@cache
+def adapted(stage: int) -> Path:
+    """A run with shared adapters and those of the task "det"."""
+    if rank() == 0 and not (HOME / "earlier").exists():
+        untrained_run(HOME / "earlier", home=HOME)
+    barrier()
+    return trained(f"adapted{stage}", *ADAPTED, stage=stage)
+
+
+def check_own_adapters_in_a_run() -> None:
+    """They train, and resume bit for bit."""
+    runs = {stage: weights(adapted(stage), 4) for stage in (1, 3)}
+    start = weights(adapted(1), 1)
+    own = [name for name in start if ".lora_" in name and ".det." in name]
+    assert len(own) == 2 * 12 and len([name for name in start if ".lora_" in name]) == 2 * (12 + 4)
+    for name, value in runs[1].items():
+        trains = ".lora_" in name or name.startswith("tasks.")
+        assert torch.equal(value, start[name]) != trains or name.endswith(("running_mean", "running_var")), name
+    for stage, found in runs.items():
+        again = trained(f"adapted{stage}again", *ADAPTED, stage=stage, after=adapted(stage) / "checkpoint-2")
+        resumed = weights(again, 4)
+        assert all(torch.equal(value, resumed[name]) for name, value in found.items())
+
+
+SCHEDULES = ["tasks.det.schedule={type: constant_with_warmup, warmup_steps: 3}", "tasks.det.lr_factor=2",
+             "tasks.cls.schedule={type: cosine}"]  # fmt: skip
+
+
+def check_schedules_of_heads() -> None:
+    """Each head follows its own schedule, before and after a resume; the others follow that of the run."""
+    whole = trained("schedules", *SCHEDULES)
+    again = trained("schedules again", *SCHEDULES, after=whole / "checkpoint-2")
+    rates = {
+        "learning_rate": [1e-3, 7.5e-4, 5e-4, 2.5e-4],
+        "learning_rate/det": [0, 2e-3 / 3, 4e-3 / 3, 2e-3],
+        "learning_rate/cls": [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)],
+    }
+    usual = weights(trained("usual", "tasks.det.lr_factor=2", "trainer.max_steps=1"), 1)
+    first = weights(whole, 1)
+    for folder in (whole, again):
+        for key, values in rates.items():
+            assert history(folder, key) == pytest.approx(values), (folder, key)
+    found, expected = weights(again, 4), weights(whole, 4)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    same = {name: torch.equal(value, usual[name]) for name, value in first.items()}
+    assert all(same[name] for name in same if name.startswith("tasks.seg."))
+    assert not any(same[name] for name in same if name.startswith("tasks.det.") and name.endswith("conv.weight"))
+
+
+def check_tied_weights() -> None:
+    """A weight of backbone and head trains as the backbone's; checkpoints hold it under both names and resume."""
+    build, names = run.build_model, ("backbone.net.layernorm.weight", "tasks.seg.segmenter.fuse.norm.weight")
+
+    def tied(*args: Any) -> AllInOneModel:
+        model = build(*args)
+        model.tasks["seg"].segmenter.fuse.norm.weight = model.backbone.net.layernorm.weight
+        return model
+
+    run.build_model = tied
+    try:
+        for stage in (1, 3):
+            whole = trained(f"tied{stage}", stage=stage)
+            found = weights(whole, 4)
+            assert torch.equal(found[names[0]], found[names[1]])
+            assert not torch.equal(found[names[0]], weights(whole, 1)[names[0]])
+            resumed = weights(trained(f"tied{stage}again", stage=stage, after=whole / "checkpoint-2"), 4)
+            assert all(torch.equal(resumed[name], value) for name, value in found.items())
+    finally:
+        run.build_model = build
+
+
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_thaw {stage}": partial(check_thaw, stage) for stage in (0, 1, 2, 3)}
-    checks |= {name: value for name, value in globals().items() if name == "check_thaw_across_stages"}
+    checks |= {n: value for n, value in globals().items() if n.startswith("check_") and n != "check_thaw"}
     wanted = sys.argv[3:]
     run_checks({n: c for n, c in checks.items() if not wanted or any(w in n for w in wanted)}, sys.argv[1])

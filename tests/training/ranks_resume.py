@@ -28,9 +28,14 @@ NEW = ["trainer.learning_rate=2e-4", "trainer.weight_decay=0.3", "tasks.det.lr_f
 
 
 class ChangeSettings(TrainerCallback):
-    """Gives a run the settings of NEW after its second step, as the reference of a resume."""
+    """Gives a run the settings of NEW after its second step, as the reference of a resume.
+
+    And leaves a part of the model in evaluation mode, which the next step must not mind.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert all(module.training for module in kwargs["model"].modules())
+        next(iter(kwargs["model"].modules())).backbone.eval()
         if state.global_step != 2:
             return
         engine = kwargs["model"] if hasattr(kwargs["model"], "optimizer") else None

@@ -145,3 +145,20 @@ def test_muon_trains_the_matrices_of_the_layers_and_adamw_all_else(tmp_path: Pat
     assert len(of_muon) == 12 and all(p.dim() == 2 for p in of_muon)  # 2 layers: q, k, v, output and two of the MLP
     with pytest.raises(ConfigError, match="Muon would train nothing"):
         groups_for_muon(model, [group for group in given if group["name"].startswith("head")])
+
+
+def test_tied_parameters_have_one_group_and_heads_with_different_settings_share_none() -> None:
+    model = tiny_model()
+    shared = model.tasks["cls"].norm.weight
+    model.tasks["seg"].more = nn.LayerNorm(32)
+    model.tasks["seg"].more.weight = shared
+    model.tasks["det"].more = nn.LayerNorm(32)
+    model.tasks["det"].more.weight = model.backbone.net.layernorm.weight
+    found = {group["name"]: group["params"] for group in parameter_groups(model, 1.0, 0.5, 0.1)}
+    assert [p is shared for p in found["head/seg+cls/no_decay"]] == [True]
+    assert any(p is model.backbone.net.layernorm.weight for p in found["backbone/no_decay"])
+    members = [id(p) for params in found.values() for p in params]
+    assert sorted(members) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+    for key, given in (("lr_factor", {"head_lr_factor": {"seg": 2.0}}), ("schedule", {"head_schedule": {"cls": {}}})):
+        with pytest.raises(ConfigError, match=f"heads of 'seg' and 'cls', which differ in {key}"):
+            parameter_groups(model, 1.0, 0.5, 0.1, **given)

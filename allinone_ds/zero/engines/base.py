@@ -129,7 +129,7 @@ class EngineAdapter(ABC):
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
         if self._muon is not None and not overflow:
-            self._muon.orthogonalise(flats, self.loss_scale)
+            self._muon.orthogonalise(flats, float(self.loss_scale))
         self._set_gradient(flats, overflow)
 
     @abstractmethod
@@ -184,12 +184,12 @@ class EngineAdapter(ABC):
         return self.engine.device
 
     @property
-    def loss_scale(self) -> float:
-        """The factor that gradients carry and the engine's step divides by; 1 where losses are not scaled."""
+    def loss_scale(self) -> float | Tensor:
+        """The factor that gradients carry and the engine's step divides by, a number or 0-dim on `compute_device`."""
         return loss_scale(self.engine)
 
     @property
-    def missing_loss_scale(self) -> float:
+    def missing_loss_scale(self) -> float | Tensor:
         """The part of `loss_scale` that the engine's `backward` does not apply to the loss."""
         return 1.0
 
@@ -225,7 +225,9 @@ class EngineAdapter(ABC):
             loss: scalar, of one micro-batch of this rank.
             retain_graph: keep the graph for the losses of other tasks of the same forward.
         """
-        self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
+        missing = self.missing_loss_scale
+        loss = loss * missing if isinstance(missing, Tensor) or missing != 1.0 else loss
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set; parameters that are frozen now stand still."""
