@@ -20,6 +20,7 @@ from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
+from allinone_ds.training.start.muon_groups import groups_for_muon
 from allinone_ds.zero.checkpoint.layout import read_file
 from allinone_ds.zero.engines.muon import make_muon
 from allinone_ds.zero.params import whole_shape
@@ -197,50 +198,6 @@ def optimizer_of_run(model: nn.Module, args: AllInOneArguments) -> torch.optim.O
         return make_muon(groups, settings.momentum, settings.ns_method, betas, args.adam_epsilon)
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     return cls(groups, **kwargs)
-
-
-def groups_for_muon(
-    model: nn.Module, groups: Sequence[Mapping[str, Any]], lr_factor: float = 1.0
-) -> list[dict[str, Any]]:
-    """Return parameter groups in which Muon trains the matrices of the backbone's layers, and AdamW all others.
-
-    AdamW keeps heads, vectors, embeddings, kernels of convolutions and the matrices of adapters (LoRA).
-
-    Args:
-        model: an AllInOneModel.
-        groups: its `parameter_groups`.
-        lr_factor: learning rate of Muon divided by that of AdamW in the same place.
-
-    Returns:
-        Groups with `use_muon`; those of the backbone that are decayed are divided, as "backbone/decay" into
-        "backbone/muon" and "backbone/decay".
-
-    Raises:
-        ConfigError: the backbone has no such matrix that is trained.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        component, _, kind = group["name"].rpartition("/")
-        matrices = [p for p in group["params"] if component.startswith("backbone") and kind == "decay"
-                    and len(whole_shape(p)) == 2 and not any(word in names[p] for word in _NOT_OF_MUON)]  # fmt: skip
-        taken = set(matrices)
-        others = [parameter for parameter in group["params"] if parameter not in taken]
-        if matrices:
-            lr = group["lr"] * lr_factor
-            found.append({**group, "name": f"{component}/muon", "params": matrices, "lr": lr, "use_muon": True})
-        if others:
-            found.append({**group, "params": others, "use_muon": False})
-    if not any(group["use_muon"] for group in found):
-        raise ConfigError(
-            "trainer.optim = 'muon': no matrix of the backbone's layers is trained (it is frozen, adapted or of "
-            "convolutions), so Muon would train nothing; use adamw_torch"
-        )
-    return found
-
-
-_NOT_OF_MUON = ("embed", "lora_")
-"""Words in the names of matrices that AdamW trains."""
 
 
 def groups_of_optimizer(optimizer: Any, learning_rate: float) -> list[dict[str, Any]]:
