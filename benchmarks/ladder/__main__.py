@@ -33,9 +33,10 @@ from benchmarks.ladder.table import report, write_page
 
 PARTS = {
     "adamw": ("composed", "adamw"), "sgd": ("composed", "sgd"), "native": ("native", "adamw"),
-    "joint": ("joint", "adamw"),
+    "muon": ("composed", "muon"), "joint": ("joint", "adamw"),
 }  # fmt: skip
 """Name of a part of the ladder -> its data and optimizer."""
+DEFAULT = tuple(name for name in PARTS if name != "muon")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         "--only",
         nargs="+",
         choices=tuple(PARTS),
-        help="parts of the ladder (default: all, in this order)",
+        default=DEFAULT,
+        help=f"parts of the ladder (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core (default: 1)")
     parser.add_argument(
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for base in bases.values() if args.steps else ():
         base["trainer"] |= {"max_steps": args.steps, "logging_steps": min(args.steps, base["trainer"]["logging_steps"])}
     records = Records(args.results / f"ladder_{args.size}.jsonl", bases, args.size)
-    blocks = [PARTS[name] for name in args.only or PARTS if PARTS[name][0] in bases]
+    blocks = [PARTS[name] for name in args.only if PARTS[name][0] in bases]
     if not args.table:
         possible = [(data, optimizer) for data, optimizer in blocks if data != "native" or args.deepforest is not None]
         runner = Runner(records, args.work / args.size, args.deepforest, args.size == "gpu" and gpu_count() > 0)

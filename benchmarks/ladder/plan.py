@@ -37,7 +37,8 @@ are in `benchmarks.ladder.train`."""
 AT_BACKBONE = ("tbgc", "static", "db_mtl", "imtl_g", "fairgrad")
 """Methods that run at="backbone" where tasks share their images; the factors of the others do not depend on it."""
 RATES = {"cpu": (5e-4, 1.5e-3, 4.5e-3), "gpu": (1e-4, 3e-4, 1e-3)}
-"""Size -> AdamW's learning rates, the same for all methods, since AdamW is invariant to the scale of a gradient."""
+"""Size -> AdamW's learning rates, the same for all methods, since AdamW and Muon are invariant to the
+scale of a gradient."""
 SGD_RATES = {True: (0.03, 0.1, 0.3, 1.0, 3.0), False: (0.003, 0.01, 0.03, 0.1, 0.3)}
 """SGD's learning rates: for gradients clipped to a norm of 0.1 (True), and for raw ones (False)."""
 SINGLE = {f"single_{task}": task for task in (*TASKS, *(task for task in JOINT_TASKS if task not in TASKS))}
@@ -54,6 +55,7 @@ BLOCKS: dict[tuple[str, str], list[str]] = {
         *_singles("composed"), *LADDER, "tbgc_max", "tbgc_mean", "tbgc_both", "equal_updates", "static",
     ],
     ("composed", "sgd"): [*_singles("composed"), *LADDER, "tbgc_no_heads", "tbgc_own_heads", "static"],
+    ("composed", "muon"): [*_singles("composed"), *LADDER, "static"],
     ("native", "adamw"): ["single_detection", "sum", "tbgc"],
     ("joint", "adamw"): [
         *_singles("joint"), "sum", "tbgc", "tbgc_features", "static", "db_mtl", "imtl_g", "fairgrad", "famo",
@@ -63,8 +65,11 @@ BLOCKS: dict[tuple[str, str], list[str]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.0},
+    "muon": {"optim": "muon"},
 }
 """Optimizer -> what it changes in the `trainer:` block."""
+MUON_FACTOR = 5
+"""Muon's learning rate divided by that of AdamW, which trains all but the matrices of the backbone beside it."""
 CHOICE_SEED = 100  # for the learning rate; none of the seeds that are tested
 SEEDS = {"composed": range(5), "native": range(5), "joint": range(3)}
 """Data -> the seeds that are scored on the test split."""

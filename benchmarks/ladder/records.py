@@ -100,7 +100,7 @@ class Records:
 
     def rates(self, optimizer: str, method: str) -> tuple[float, ...]:
         """Return the learning rates that are tried for a method, in rising order."""
-        return RATES[self.size] if optimizer == "adamw" else SGD_RATES[method in CLIPPED]
+        return SGD_RATES[method in CLIPPED] if optimizer == "sgd" else RATES[self.size]
 
     def choice(self, data: str, optimizer: str, method: str) -> list[Spec]:
         """Return the runs that decide a method's learning rate."""

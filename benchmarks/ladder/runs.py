@@ -21,7 +21,7 @@ import yaml
 from benchmarks.common.launch import worker_environment
 from benchmarks.common.machine import processor_name
 from benchmarks.ladder.data import make_data
-from benchmarks.ladder.plan import AT_BACKBONE, METHODS, OPTIMIZERS, SINGLE, TASKS_OF, Spec
+from benchmarks.ladder.plan import AT_BACKBONE, METHODS, MUON_FACTOR, OPTIMIZERS, SINGLE, TASKS_OF, Spec
 from benchmarks.ladder.records import Records
 
 UPDATES = "updates.jsonl"
@@ -41,6 +41,8 @@ def run_file(records: Records, spec: Spec, data_root: Path, folder: Path) -> dic
         for split in ("train", "test"):
             group[split]["labels"] = {task: group[split]["labels"][task] for task in spec.tasks}
     run["trainer"] |= {**OPTIMIZERS[spec.optimizer], "learning_rate": spec.lr, "seed": spec.seed}
+    if spec.optimizer == "muon":
+        run["trainer"]["optim_args"] = f"muon_lr={MUON_FACTOR * spec.lr:g}"
     return {**run, "name": spec.name, "data_root": str(data_root), "output_dir": str(folder), "balancer": balancer}
 
 

@@ -269,6 +269,7 @@ def _mean_score(block: Block, method: str, task: str) -> str:
 TITLES = {
     ("composed", "adamw"): "Composed scenes, AdamW",
     ("composed", "sgd"): "Composed scenes, SGD with momentum 0.9",
+    ("composed", "muon"): "Composed scenes, Muon for the backbone's matrices",
     ("joint", "adamw"): "Eight tasks on one set of images, AdamW",
     ("native", "adamw"): "Detection on aerial photos of trees (DeepForest), the other tasks as above, AdamW",
 }

@@ -34,7 +34,11 @@ from tests.balance.engines import (
 )
 
 FP32 = tuple(f"zero{stage} fp32 muon" for stage in range(4))
-SECTION = {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": 0.002, "momentum": 0.9, "weight_decay": 0.1}}
+SECTION = {
+    "type": "Muon",
+    "params": {"muon_lr": 0.02, "adam_lr": 0.002, "momentum": 0.9, "weight_decay": 0.1, "torch_adam": True},
+}
+"""Without `torch_adam` DeepSpeed would compile a kernel."""
 
 
 def configured(case: str):

@@ -127,15 +127,15 @@ def check_nothing_changes() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def check_muon(stage: int) -> None:
+def check_muon() -> None:
     """A resume under Muon leaves the weights of a run without a break, bit for bit."""
     settings = [
         "trainer.optim=muon",
         "trainer.optim_args=muon_lr=0.01",
-        f"deepspeed=configs/deepspeed/zero{stage}.json",
+        "deepspeed=configs/deepspeed/zero2.json",
     ]
-    checkpoint = trained(f"muon{stage}", *settings) / "checkpoint-2"
-    folder = trained(f"muon_resumed{stage}", *settings, after=checkpoint)
+    checkpoint = trained("muon", *settings) / "checkpoint-2"
+    folder = trained("muon_resumed", *settings, after=checkpoint)
     expected = load_file(checkpoint.with_name("checkpoint-4") / "model.safetensors")
     found = load_file(folder / "checkpoint-4" / "model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -171,6 +171,6 @@ def check_kinds() -> None:
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_settings {stage}": partial(check_settings, stage) for stage in (2, 3)}
-    checks |= {f"check_muon {stage}": partial(check_muon, stage) for stage in (2, 3)}
+    checks["check_muon"] = check_muon
     further = (check_settings_on_another_stage, check_nothing_changes, check_length, check_kinds)
     run_checks(checks | {check.__name__: check for check in further}, sys.argv[1])

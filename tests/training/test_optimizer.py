@@ -12,7 +12,8 @@ from transformers import get_scheduler
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.training.optimizer import groups_for_muon, optimizer_of_run, parameter_groups
+from allinone_ds.training.optimizer import optimizer_of_run, parameter_groups
+from allinone_ds.training.start.muon_groups import groups_for_muon
 from tests.tiny import tiny_model
 
 

@@ -15,8 +15,7 @@ def ranks(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 CHECKS = ("check_settings 2", "check_settings 3", "check_settings_on_another_stage",
-          "check_nothing_changes", "check_length", "check_kinds",
-          "check_muon 2", "check_muon 3")  # fmt: skip
+          "check_nothing_changes", "check_length", "check_kinds", "check_muon")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -169,7 +169,6 @@ ODD: list[tuple[dict[str, Any], str]] = [
     ({"data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}}}, "data_efficiency cannot be balanced"),
     ({"sequence_parallel_size": "2"}, "sequence parallelism cannot be balanced"),
     ({"gradient_allreduce_op": "SUM"}, 'gradient_allreduce_op = "sum" cannot be balanced'),
-    ({"managed_gradient_accumulation": 0}, "managed_gradient_accumulation = false cannot be balanced"),
     ({"hybrid_engine": {"enabled": "true"}}, "the hybrid engine cannot be balanced"),
     ({"Zero_Optimization": {"stage": 2}}, "did you mean 'zero_optimization'"),
     ({"grad_accum_dtype": "fp32"}, ".grad_accum_dtype: DeepSpeed has no such key"),
