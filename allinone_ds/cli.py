@@ -168,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK:N",
         help="classes of a task whose data is not here",
     )
+    plan.add_argument("--per-node", type=_positive, default=8, help="GPUs of a node (default: 8)")
+    plan.add_argument("--gpu-memory", type=_positive, default=80, metavar="GIB", help="of a GPU (default: 80)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.set_defaults(run=commands.plan)
     return parser

@@ -39,12 +39,15 @@ def init(args: argparse.Namespace) -> int:
     for name, task in first.tasks.items():
         (H, W), (h, w) = task.typical, task.image_size
         console.print(f"{name}: {task.found.kind}, {task.found.layout}")
-        classes = f"{len(task.classes)} classes, " if task.classes else ""
-        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images, {classes}"
+        console.print(f"  {task.samples[0]} train and {task.samples[1]} test images{task.counted}, "
                       f"{H} x {W} pixels resized to {h} x {w}")  # fmt: skip
         if task.found.test is None:
             console.print("  there is no test data: a fifth of the images is tested on and not trained on")
         for note in task.found.notes:
+            console.print(f"  not sure: {note}", style="yellow")
+    for name, group in first.groups.items():
+        console.print(f"{name}: {', '.join(group.tasks)} read the same images: a joint group, with one forward for all")
+        for note in group.notes:
             console.print(f"  not sure: {note}", style="yellow")
     for problem in first.problems[:_SHOWN]:
         console.print(f"in the data: {problem}", style="yellow")
@@ -297,7 +300,8 @@ def plan(args: argparse.Namespace) -> int:
             hint = "; put KEY=VALUE overrides before --classes" if "=" in item else ""
             raise ConfigError(f"--classes {item}: write TASK:N, for example detection:45{hint}")
         classes[task] = int(count)
-    plan = plan_run(load_config(args.config, args.overrides), args.gpus, classes)
+    config = load_config(args.config, args.overrides)
+    plan = plan_run(config, args.gpus, classes, args.per_node, args.gpu_memory * 2**30)
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
         return 0

@@ -26,7 +26,7 @@ def folder_of(content: dict[str, Any]) -> Path:
 
 def run_and_follow(config: str, flags: Sequence[str], content: dict[str, Any], ranks: int) -> float:
     """Start the launcher, show the progress of the run until it ends, and return the seconds that it took."""
-    from allinone_ds.reporting.text import clock, metrics_line, task_losses
+    from allinone_ds.reporting.text import clock, losses_line, metrics_line, task_losses
     from allinone_ds.training.launcher import follow_run, launch_command, launch_environment
 
     start = time.perf_counter()
@@ -50,9 +50,8 @@ def run_and_follow(config: str, flags: Sequence[str], content: dict[str, Any], r
                 console.print(f"step {step}  {metrics_line(event)}")
             elif task_losses(event):
                 pace = (event["time"] - started["time"]) / max(step - started["step"], 1)
-                losses = " ".join(f"{name} {value:.2f}" for name, value in task_losses(event).items())
                 total = int(started["max_steps"])
-                line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses}"
+                line = f"step {step}/{total}  {clock(pace * (total - step))} left  loss {losses_line(event)}"
                 bar.update(job, completed=step, state=line)
                 if not console.is_terminal:
                     console.print(line)

@@ -7,14 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision import tv_tensors
 
+from allinone_ds.data import JointDataset
 from tests.tiny import TINY
 
 COLORS = ((250, 60, 60), (60, 250, 60), (60, 60, 250))
 CLASSES = {"seg": ["ground", "red", "green", "blue"], "det": ["red", "green", "blue"], "cls": ["none", "one", "two"]}
 LABELLED = {"seg": 12, "det": 7, "cls": 10}
 """Images of the train set with labels of each task; the test set has 5 images with all labels."""
+
+
+class Gaps(JointDataset):
+    """Four images, of which two have no label of any task."""
+
+    kinds = {"seg": "segmentation", "cls": "classification"}
+    classes_of = {"seg": ["sky", "ground"], "cls": ["day", "night"]}
+
+    def __init__(self, root: Path) -> None:
+        self.name = "gaps"
+
+    def __len__(self) -> int:
+        return 4
+
+    def rows(self, task: str) -> list[int]:
+        return [1, 3]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = tv_tensors.Image(torch.full((3, 32, 32), 60 * index, dtype=torch.uint8))
+        mask = tv_tensors.Mask(torch.full((32, 32), index // 2, dtype=torch.uint8))
+        targets = {"seg": {"mask": mask}, "cls": {"label": index // 2}} if index % 2 else {}
+        return {"image": image, "path": f"{index}.png", "index": index, "targets": targets}
 
 
 def make_joint_set(root: Path) -> None:

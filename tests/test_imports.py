@@ -32,7 +32,7 @@ LAYERS = (
     ("testing",),
     ("distributed",),
     ("strict",),
-    ("errors", "_lazy", "device_constants"),
+    ("errors", "_lazy", "device_constants", "atomic_file"),
 )
 """From top to bottom; a module imports its own folder and what stands below it."""
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,7 @@ from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.heads import HeadUse, agreed_backbone, without_backbone
 from allinone_ds.balance.joint.running import JointTasks, joint_tasks, single_task
 from allinone_ds.balance.options import check_options, combination_error
-from allinone_ds.balance.rank_groups import RankGroups
+from allinone_ds.balance.rank_groups import RankGroups, opening_of_step
 from allinone_ds.balance.renaming import Names, renamed_state
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
@@ -65,8 +65,8 @@ class TaskBalancer(RankGroups):
         sketch_size: length k of a sketch (a task sends 2 k float32 numbers); the relative standard error of a norm is
             at most sqrt(6 / k) / 2. None: 65,536, or about a 512th of the model's parameters where that is more.
         task_traces: under ZeRO-3, prefetch parameters along one trace per task, where DeepSpeed's one trace is
-            discarded at every change of task. Also keep min(stage3_max_live_parameters, stage3_max_reuse_distance / 2)
-            elements of weights gathered over the step: the whole model, or the last layers of the backbone.
+            discarded at every change of task. Also keep weights gathered over the step: the whole model if it is within
+            stage3_max_live_parameters and half of stage3_max_reuse_distance, else the last layers of the backbone.
         cosines_every: steps between two reports with the tasks' Gram matrix, for cosines between their gradients
             (`StepReport.cosines`); 0: never. Where nothing else needs the matrix it comes from sketches.
         check_ranks: compare what the ranks do (CPU messages of 32 bytes), so that a rank in a different task, or with
@@ -242,8 +242,7 @@ class TaskBalancer(RankGroups):
         """
         if self._running is not None:
             raise BalancerError(f"balancer.step() inside task '{self._running.name}'; leave its block first")
-        own = ", ".join(self._combiner.tasks) if self.parallel == "data" else "its tasks"
-        self._agree(f"balancer.step({'' if require_all else 'require_all=False'}) after {own or 'no task'}")
+        self._agree(opening_of_step(self._combiner.tasks if self.parallel == "data" else ("its tasks",), require_all))
         ran = self._combiner.agree(self._ran)
         missing = [task for task in self.groups.tasks if task not in ran]
         refuse_missing([task for task in missing if task not in self._ran], ran or tuple(self._ran), require_all)

@@ -249,8 +249,9 @@ def sampling_error(norm: str, parallel: str, weighting: Weighting | Any) -> Conf
 def _features_error(parallel: str, weighting: Weighting | None, stage: int | None) -> ConfigError | None:
     if parallel == "tasks":
         return ConfigError(
-            "norm='features' with parallel='tasks': tasks on different ranks have different features; use parallel="
-            "'data', or norm='exact' or norm='sketch'"
+            "norm='features' with parallel='tasks': norms at the features need a message within each backward, and "
+            "ranks that run different tasks send nothing before the step. They reduce once per step with norm='exact' "
+            "too: use that (or 'sketch'), or parallel='data'"
         )
     if weighting is not None and not weighting.streams:
         return ConfigError(

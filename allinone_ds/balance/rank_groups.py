@@ -17,9 +17,15 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.assignment import TaskGroups, task_groups
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.task_parallel import GroupedCombiner
+from allinone_ds.balance.running_task import opening_of_block
 from allinone_ds.distributed import all_reduce, rank, world_size
 from allinone_ds.errors import BalancerError
 from allinone_ds.zero.guard import EngineGuard
+
+
+def opening_of_step(tasks: Sequence[str], require_all: bool) -> str:
+    """Return the point at which the ranks agree that the step of these tasks begins."""
+    return f"balancer.step({'' if require_all else 'require_all=False'}) after {', '.join(tasks) or 'no task'}"
 
 
 class RankGroups:
@@ -40,6 +46,31 @@ class RankGroups:
         """Let the messages of `check_ranks` carry what `numbers` returns in each step, equally many on every rank."""
         if self._agreement:
             self._agreement.carry = numbers
+
+    def plan_step(self, blocks: Sequence[tuple[Sequence[str], int]]) -> None:
+        """Tell the balancer the blocks of the next step, where steps run different tasks: it then sends one message.
+
+        Without it, ranks send a message at each point of a step that is not as the one before (`check_ranks`).
+
+        Args:
+            blocks: (tasks, micro-steps) of each block, in the order in which they will run, the same on every rank. The
+                step ends with `step(require_all=False)`.
+
+        Example:
+            ::
+
+                balancer.plan_step([(("det",), 2), (("seg", "depth"), 1)])
+                with balancer.task("det", micro_steps=2):
+                    ...
+                with balancer.joint(("seg", "depth")):
+                    ...
+                balancer.step(require_all=False)
+        """
+        if self._agreement:
+            named = {task for tasks, _ in blocks for task in tasks}
+            ran = [task for task in self.groups.tasks if task in named]
+            openings = [opening_of_block(" + ".join(tasks), micro_steps) for tasks, micro_steps in blocks]
+            self._agreement.plan([*openings, opening_of_step(ran, require_all=False)])
 
     @property
     def carried(self) -> tuple[int, ...] | None:

@@ -64,6 +64,11 @@ def refuse_missing(missing: Sequence[str], ran: Sequence[str], require_all: bool
         )
 
 
+def opening_of_block(name: str, micro_steps: int) -> str:
+    """Return the point at which the ranks agree that the block of a task, or of joint tasks, begins."""
+    return f"task '{name}', {micro_steps} micro-steps"
+
+
 Backward = Callable[..., None]
 """The engine's backward: (loss, whether it averages the gradient over ranks, retain_graph=False, local=False).
 `local`: the gradient stays on the rank and is averaged later."""
@@ -117,7 +122,7 @@ class RunningTask:
             BalancerError: ranks are in different tasks, or one has failed.
         """
         if self._agreement:
-            self._agreement.reach(f"task '{self.name}', {self.micro_steps} micro-steps", self._forwards_communicate)
+            self._agreement.reach(opening_of_block(self.name, self.micro_steps), self._forwards_communicate)
 
     def forwards(self) -> contextlib.AbstractContextManager[None]:
         """Return the block in which the user's forwards run."""
@@ -139,7 +144,8 @@ class RunningTask:
         check_loss(self.name, loss)
         last = self.next_is_last
         with self.micro_step(self._combiner.communicates(last)):
-            part = loss.reshape(()) * self._weight(count)
+            weight, part = self._weight(count), loss.reshape(())
+            part = part if weight == 1.0 else part * weight
             run(part, self._combiner.reduces(last))
             self.loss += part.detach().float() if count is None or count else 0.0  # without labels it may be nan
 

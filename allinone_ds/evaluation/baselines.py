@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.metrics import nest
@@ -19,7 +20,6 @@ from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.run_files import read_run_files
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_yaml
-from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.checkpoints import checkpoints
 from allinone_ds.run_folder.names import BASELINES, CONFIG_FILE, EVENTS_FILE, METRICS_FILE, TRANSFER_FILE
 from allinone_ds.strict import dotted_values

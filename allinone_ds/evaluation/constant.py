@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.data.base import Sample, SampleDataset
 from allinone_ds.data.joint.batches import by_task
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.run_config.build import build_model, open_test_data, open_train_data
 from allinone_ds.run_config.run_files import read_run_files
-from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.names import CONSTANT_FILE
 from allinone_ds.tasks import Prediction, Task
 

@@ -16,6 +16,7 @@ from allinone_ds.data.formats.common.listing import unused_by_both
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.init.found_task import FoundTask
+from allinone_ds.init.groups import PlannedGroup, group_tasks, plan_group
 from allinone_ds.init.recognise import recognise
 from allinone_ds.init.run_file import SPLIT, PlannedTask, run_file
 from allinone_ds.init.settings import Machine, input_size, machine_settings, small_objects, steps_for, typical_size
@@ -29,11 +30,13 @@ class FirstRun:
     Attributes:
         file: the YAML file.
         tasks: {name: task with its numbers}
+        groups: {name: joint group of tasks that read one image set}
         problems: faults of the data that showed without decoding an image, as text.
     """
 
     file: Path
     tasks: dict[str, PlannedTask]
+    groups: dict[str, PlannedGroup]
     problems: list[str]
 
 
@@ -61,6 +64,7 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
     resolved = [Path(os.path.abspath(folder)) for folder in folders]
     root = resolved[0] if len(resolved) == 1 else Path(os.path.commonpath([folder.parent for folder in resolved]))
     found: dict[str, FoundTask] = {}
+    names: dict[str, str] = {}
     for folder in resolved:
         name = "" if folder == root else str(folder.relative_to(root))
         for task_name, task in recognise(folder, name).items():
@@ -69,17 +73,24 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
             for value in (str(root), *task.train.values(), *(task.test or {}).values()):
                 _require_utf8(value)
             found[task_name] = task
+            names[task_name] = task_name.removesuffix(f"_{task.kind}")
     tasks: dict[str, PlannedTask] = {}
-    problems: list[str] = []
+    faults: dict[str, list[str]] = {}
     for task_name, task in found.items():
-        tasks[task_name], faults = _plan(task, root, machine)
-        problems += faults
-    steps = max(steps_for(task.samples[0], task.batch_size, machine) for task in tasks.values())
-    name = re.sub(r"\W+", "_", output.stem).strip("_") if output.stem != "run" else "_".join(list(tasks)[:3])
+        tasks[task_name], faults[task_name] = _plan(task, root, machine)
+    groups: dict[str, PlannedGroup] = {}
+    for group, members in group_tasks(tasks, names).items():
+        groups[group], faults[group] = plan_group(group, members, tasks, root)
+        for member in members:
+            del faults[member]
+    problems = list(dict.fromkeys(fault for of_one in faults.values() for fault in of_one))
+    units: dict[str, PlannedGroup | PlannedTask] = {**groups, **{t: task for t, task in tasks.items() if t in faults}}
+    steps = max(steps_for(unit.samples[0], unit.batch_size, machine) for unit in units.values())
+    name = re.sub(r"\W+", "_", output.stem).strip("_") if output.stem != "run" else "_".join(list(units)[:3])
     command = " ".join(
         ["allinone-ds init", *map(str, folders), *([] if output.name == "run.yaml" else ["--output", str(output)])]
     )
-    text = run_file(name or "run", str(root), tasks, machine, gpu, steps, command, str(output))
+    text = run_file(name or "run", str(root), tasks, groups, machine, gpu, steps, command, str(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8, in comments
@@ -90,7 +101,7 @@ def write_first_run(folders: Sequence[Path], output: Path, gpu: bool | None = No
     except ConfigError:
         output.unlink()
         raise
-    return FirstRun(output, tasks, problems)
+    return FirstRun(output, tasks, groups, problems)
 
 
 def _require_utf8(path: object) -> None:

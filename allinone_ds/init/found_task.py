@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_WITH_IMAGES = ("coco", "label_maps", "dense_maps", "image_list", "image_table", "box_table")
+"""Formats whose `images` are a folder below data_root."""
 
 
 @dataclass
@@ -30,6 +32,16 @@ class FoundTask:
     """Class names that the files do not hold."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, one sentence each."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the head that follow from the data."""
+
+    @property
+    def images(self) -> tuple[str, str] | None:
+        """Folders of the train and test images ("": none); None for formats that name no folder of images."""
+        parts = self.train, self.test or {"images": ""}
+        if any(source.get("format", self.train["format"]) not in _WITH_IMAGES for source in parts):
+            return None
+        return parts[0]["images"], parts[1]["images"]
 
 
 def choose_parts(parts: Mapping[str | None, T]) -> tuple[T, T | None, list[str]]:

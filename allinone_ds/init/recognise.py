@@ -8,7 +8,17 @@ from pathlib import Path
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask
-from allinone_ds.init.layouts import classification, coco, dense_maps, hugging_face, label_maps, tables, voc, yolo
+from allinone_ds.init.layouts import (
+    attributes,
+    classification,
+    coco,
+    dense_maps,
+    hugging_face,
+    label_maps,
+    tables,
+    voc,
+    yolo,
+)
 
 FINDERS = {
     "`datasets`: a folder of save_to_disk, parquet files, or images with metadata.csv or metadata.jsonl that names "
@@ -16,18 +26,24 @@ FINDERS = {
     "YOLO: a data.yaml with names, train and val, or folders images and labels with `class x y width height` per line":
         yolo.find,
     "Pascal VOC: XML files in Annotations and images in JPEGImages, lists in ImageSets": voc.find,
-    "COCO: a json with the lists images, annotations (with bbox) and categories, and the images": coco.find,
+    "COCO: a json with the lists images, annotations (with bbox, and masks or keypoints if there are any) and "
+    "categories, and the images": coco.find,
     "label maps: a folder of images and a folder of png files of the same names, whose pixels are class ids, or whose "
     "colours are classes": label_maps.find,
-    "maps: a folder of images, and folders called depth, normals, edges or saliency with a npy, png or tiff file per "
-    "image, of the same name": dense_maps.find,
+    "maps: a folder of images, and folders called depth, disparity, normals, edges or saliency with a npy, png or tiff "
+    "file per image, of the same name": dense_maps.find,
+    "attributes: a text file with the names of the attributes in a line, and `file` and 1, 0 or -1 of each in the "
+    "others, as in CelebA": attributes.find,
     "a list: a txt file with `file class-id` per line, and the images": classification.find_lists,
-    "a table: a csv file with a column of files and a column of classes, a column of 0 and 1 per class, or the corners "
-    "of a box per row; and the images": tables.find,
-    "class folders: one folder of images per class, also below train/ and test/": classification.find_class_folders,
+    "a table: a csv file with a column of files, and columns of classes, identities, attributes (0 and 1) or numbers, "
+    "or the corners of a box per row; and the images": tables.find,
+    "class folders: one folder of images per class or identity, also below train/ and test/":
+        classification.find_class_folders,
 }  # fmt: skip
 """{what a layout looks like: its recogniser}, in the order in which they are tried."""
 
+_PLACES = ("images", "annotations", "label_maps", "maps", "list", "table", "data")
+"""Keys of sources that name files and folders."""
 _COMPONENTS = frozenset({"images", "image", "img", "labels", "masks", "annotations", "imagesets", "jpegimages"})
 
 
@@ -66,23 +82,31 @@ def recognise(root: Path, name: str = "") -> dict[str, FoundTask]:
 
 
 def _find(tree: FileTree) -> list[FoundTask]:
-    """Return the tasks of the first layout that fits; boxes, label maps and other maps in one folder are several."""
+    """Return the tasks of the first layout that fits, and those that others have for the same images."""
     tasks: list[FoundTask] = []
     for finder in FINDERS.values():
         if not tasks:
             tasks = finder(tree)
-        elif finder is label_maps.find and len(tasks) == 1 and tasks[0].kind == "detection":
-            tasks = [*tasks, *finder(tree)]
-        elif finder is dense_maps.find and all(task.kind in ("detection", "segmentation") for task in tasks):
-            tasks = [*tasks, *finder(tree)]
+        elif finder in _ALSO:
+            kinds, images = {task.kind for task in tasks}, {task.images for task in tasks}
+            more = [task for task in finder(tree) if task.kind not in kinds]
+            if finder in (tables.find, attributes.find):  # a table may list the images of another data set
+                more = [task for task in more if task.images is not None and task.images in images]
+            tasks = [*tasks, *more]
     return tasks
+
+
+_ALSO = (label_maps.find, dense_maps.find, attributes.find, tables.find)
+"""Recognisers whose labels may be those of images that also have others."""
 
 
 def _inside_one_folder(task: FoundTask, tree: FileTree) -> bool:
     """Return whether all files of a task lie in one folder of the tree, beside which there may be other data."""
     used: set[str] = set()
     for source in (task.train, task.test or {}):
-        keys = ("path",) if "path" in source else ("images", "annotations", "label_maps", "list", "table", "data")
+        keys = (
+            ("path",) if "path" in source else ("images", "annotations", "label_maps", "maps", "list", "table", "data")
+        )
         for value in (source[key] for key in keys if key in source):
             relative = Path(value).relative_to(tree.name) if tree.name else Path(value)
             used.add(relative.parts[0] if relative.parts else ".")

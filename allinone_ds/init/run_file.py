@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from allinone_ds.data.formats.maps.values import DENSE_KINDS
 from allinone_ds.init.found_task import FoundTask
 from allinone_ds.init.settings import Machine
 
@@ -15,6 +16,15 @@ SPLIT: dict[str, Any] = {"test": 0.2, "seed": 0}
 """How training data is split if there is no test data."""
 
 _WIDTH = 100
+_WORDS = {"attributes": ("attribute", "attributes"), "regression": ("number", "numbers"),
+          "retrieval": ("identity", "identities")}  # fmt: skip
+_SPLIT_LINE = "    split: {test: 0.2, seed: 0}  # there is no test data: this fraction is tested on, not trained on"
+_AUGMENT_LINE = "    augment: [RandomHorizontalFlip]  # remove it if left and right differ in meaning (text, arrows)"
+_SMALL = {
+    **dict.fromkeys(("detection", "instances", "keypoints"), {"width": 64, "num_convs": 2}),
+    **dict.fromkeys(("segmentation", *DENSE_KINDS), {"width": 96}),
+}
+"""Options of heads that train on a CPU."""
 
 
 @dataclass
@@ -39,11 +49,43 @@ class PlannedTask:
     batch_size: int
     """Images per rank and micro-step."""
 
+    @property
+    def counted(self) -> str:
+        """Number of its classes as text: ", 3 classes"; "" if it has none."""
+        word = _WORDS.get(self.found.kind, ("class", "classes"))[len(self.classes) != 1]
+        return f", {len(self.classes)} {word}" if self.classes else ""
+
+
+@dataclass
+class PlannedGroup:
+    """A joint group of tasks.
+
+    Example:
+        >>> PlannedGroup(["seg", "depth"], {"format": "joint"}, None, (80, 20), (64, 64), 8, []).test is None
+        True
+    """
+
+    tasks: list[str]
+    """Names of its tasks."""
+    train: dict[str, Any]
+    """Source of the training data, keys as in the YAML file."""
+    test: dict[str, Any] | None
+    """Source of the test data; None: the training data is split."""
+    samples: tuple[int, int]
+    """Number of train and test images."""
+    image_size: tuple[int, int]
+    """(H, W) that images are resized to."""
+    batch_size: int
+    """Images per rank and micro-step."""
+    notes: list[str]
+    """What was assumed, one sentence each."""
+
 
 def run_file(
     name: str,
     data_root: str,
     tasks: Mapping[str, PlannedTask],
+    groups: Mapping[str, PlannedGroup],
     machine: Machine,
     gpu: bool,
     max_steps: int,
@@ -56,13 +98,16 @@ def run_file(
         name: name of the run.
         data_root: folder that the paths of the sources are relative to.
         tasks: {name: task}
+        groups: {name: joint group}
         machine: settings of the machine.
         gpu: whether the machine has a GPU.
         max_steps: optimizer steps.
         command: the command that wrote the file.
         file: name of the file.
     """
-    longest = max(max(task.image_size) for task in tasks.values())
+    grouped = {task for group in groups.values() for task in group.tasks}
+    sizes = [*(task.image_size for task in tasks.values()), *(group.image_size for group in groups.values())]
+    longest = max(max(size) for size in sizes)
     lines = [
         f"# Written by `{command}`",
         "# Everything may be changed; docs/data-formats.md, docs/training.md and docs/recipes.md say how.",
@@ -75,7 +120,10 @@ def run_file(
         "tasks:",
     ]
     for task_name, task in tasks.items():
-        lines += _task(task_name, task, gpu)
+        lines += _task(task_name, task, gpu, task_name in grouped)
+    lines += ["joint:"] if groups else []
+    for group_name, group in groups.items():
+        lines += _group(group_name, group)
     every = max(max_steps // 4, 1)
     trainer = {"max_steps": max_steps, "learning_rate": 5e-4 if gpu else 1.5e-3,
                "backbone_lr_factor": 0.1 if gpu else 1.0, "weight_decay": 0.05, "warmup_steps": 0.1,
@@ -124,36 +172,63 @@ def _gpu_model() -> list[str]:
     ]
 
 
-def _task(name: str, task: PlannedTask, gpu: bool) -> list[str]:
+def _group(name: str, group: PlannedGroup) -> list[str]:
+    """Return the lines of a joint group."""
+    h, w = group.image_size
+    lines = [
+        f"  {_flow(name)}:",
+        "    # These tasks read the same images: one forward serves them all. A task with images of its own leaves",
+        "    # this list and `labels`, and gets train, test, image_size and batch_size in `tasks`.",
+    ]
+    for note in group.notes:
+        lines += _comment(f"NOT SURE: {note}")
+    lines += [f"    {line}" for line in _block({"tasks": group.tasks})]
+    lines += [
+        f"    image_size: [{h}, {w}]",
+        f"    batch_size: {group.batch_size}  # images per rank and step",
+        f"    eval_batch_size: {4 * group.batch_size}",
+        *(f"    {line}" for line in _block({"train": group.train})),
+    ]
+    if group.test is None:
+        lines.append(_SPLIT_LINE)
+    else:
+        lines += [f"    {line}" for line in _block({"test": group.test})]
+    lines.append(_AUGMENT_LINE)
+    return lines
+
+
+def _task(name: str, task: PlannedTask, gpu: bool, in_group: bool) -> list[str]:
     found = task.found
     split = found.test is None
     train, test = task.samples
     counts = f"{train} train and {test} test images{' after the split' if split else ''}"
-    classes = f", {len(task.classes)} classes" if task.classes else ""
-    lines = [f"  {_flow(name)}:", f"    # {found.layout}: {counts}{classes}"]
+    lines = [f"  {_flow(name)}:", f"    # {found.layout}: {counts}{task.counted}"]
     if found.classes is None and task.classes:
-        lines += _comment("classes: " + _shown(task.classes))
+        lines += _comment(f"{_WORDS.get(found.kind, ('', 'classes'))[1]}: " + _shown(task.classes))
     for note in found.notes:
         lines += _comment(f"NOT SURE: {note}")
     lines.append(f"    type: {found.kind}")
-    if not gpu and found.kind != "classification":
-        small = "{width: 64, num_convs: 2}" if found.kind == "detection" else "{width: 96}"
-        lines.append(f"    options: {small}  # a small head; remove the line on a GPU")
+    options = {**found.options, **({} if gpu else _SMALL.get(found.kind, {}))}
+    if options:
+        small = "" if gpu or found.kind not in _SMALL else "a small head; remove its sizes on a GPU"
+        lines += [f"    {_with_comment(line, small)}" for line in _block({"options": options})]
     H, W = task.typical
     h, w = task.image_size
+    if found.classes is not None:
+        lines += [f"    {line}" for line in _block({"classes": found.classes})]
+    if in_group:
+        return lines
     lines += [
         f"    image_size: [{h}, {w}]  # height, width; the images have {H} x {W} (median)",
         f"    batch_size: {task.batch_size}  # images per rank and step",
         f"    eval_batch_size: {4 * task.batch_size}",
+        *(f"    {line}" for line in _block({"train": found.train})),
     ]
-    if found.classes is not None:
-        lines += [f"    {line}" for line in _block({"classes": found.classes})]
-    lines += [f"    {line}" for line in _block({"train": found.train})]
     if split:
-        lines.append(f"    split: {_flow(SPLIT)}  # there is no test data: this fraction is tested on, not trained on")
+        lines.append(_SPLIT_LINE)
     else:
         lines += [f"    {line}" for line in _block({"test": found.test})]
-    lines.append("    augment: [RandomHorizontalFlip]  # remove it if left and right differ in meaning (text, arrows)")
+    lines.append(_AUGMENT_LINE)
     return lines
 
 

@@ -43,8 +43,11 @@ def machine_settings(gpu: bool) -> Machine:
         sides = {"detection": 128, "segmentation": 96, "classification": 64}
         batches = {"detection": 4, "segmentation": 4, "classification": 16}
         steps = 100, 1000
-    for kind in DENSE_KINDS:  # a number per pixel, as in segmentation
-        sides[kind], batches[kind] = sides["segmentation"], batches["segmentation"]
+    alike = {"segmentation": DENSE_KINDS, "detection": ("instances", "keypoints"),
+             "classification": ("attributes", "regression", "retrieval")}  # fmt: skip
+    for kind, others in alike.items():
+        sides |= dict.fromkeys(others, sides[kind])
+        batches |= dict.fromkeys(others, batches[kind])
     return Machine(14 if gpu else 8, sides, batches, steps)
 
 

@@ -1,7 +1,8 @@
-"""Memory and traffic of one GPU, by part, from the sizes of a model and the settings of its engine."""
+"""Memory of one GPU, by part, from the sizes of a model and the settings of its engine."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Sizes:
         heads: task -> trained elements of its head.
         micro_steps: task -> micro-steps per optimizer step.
         frozen: elements that are not trained.
+        frozen_below: those of them that are used before the first trained parameter, so not in a backward.
         joint: the joint groups.
     """
 
@@ -64,6 +66,7 @@ class Sizes:
     heads: Mapping[str, int]
     micro_steps: Mapping[str, int]
     frozen: int = 0
+    frozen_below: int = 0
     joint: Sequence[JointTasks] = ()
 
     @property
@@ -86,6 +89,11 @@ class Sizes:
         return self.backbone + sum(self.heads.values())
 
     @property
+    def whole(self) -> int:
+        """Elements of the model."""
+        return self.trained + self.frozen
+
+    @property
     def largest_forward(self) -> int:
         """Trained elements of the largest forward."""
         return max(passes.forward for passes in self.passes)
@@ -102,6 +110,7 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequen
     def trained(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() for p in parameters if p.requires_grad)
 
+    below = itertools.takewhile(lambda p: not p.requires_grad, model.backbone.parameters())
     adapters: Counter[str | None] = Counter()  # of single tasks: they count as their heads
     for name, parameter in model.backbone.named_parameters():
         adapters[adapter_of(name)] += parameter.numel() if parameter.requires_grad else 0
@@ -110,6 +119,7 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequen
         heads={name: trained(task.parameters()) + adapters[name] for name, task in model.tasks.items()},
         micro_steps=micro_steps,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        frozen_below=sum(p.numel() for p in below),
         joint=joint,
     )
 
@@ -133,7 +143,7 @@ def memory_parts(
     sizes: Sizes,
     gpus: int,
     norm: str,
-    moments: int,
+    moments: float,
     kept: int,
     sketch: int,
     averaged: bool = False,
@@ -146,7 +156,7 @@ def memory_parts(
         sizes: sizes of the model, with P trained elements.
         gpus: number of ranks R.
         norm: "exact", "sketch", "delayed" or "features".
-        moments: float32 tensors of P elements that the optimizer keeps in addition to its copy of the weights.
+        moments: tensors of P elements that the optimizer keeps in addition to its copy of the weights, on average.
         kept: gradient shards that the balancer keeps with exact norms: 1, or T for weightings that need all tasks
             before they scale one.
         sketch: elements of a sketch.
@@ -155,13 +165,13 @@ def memory_parts(
     """
     P = sizes.trained
     part = P if engine.stage == 0 else -(-P // gpus)
-    whole_weights = P + sizes.frozen
-    weights = engine.weight_bytes * (-(-whole_weights // gpus) if engine.stage == 3 else whole_weights)
+    weights = engine.weight_bytes * (-(-sizes.whole // gpus) if engine.stage == 3 else sizes.whole)
     # ZeRO 1 to 3 copies the weights for the optimizer even where they are float32
     copies = 0 if engine.stage == 0 and engine.weight_bytes == 4 else 1
-    optimizer = 4 * part * (copies + moments)
-    average = {"average of the weights": 4 * part} if averaged else {}
-    balancer = 4 * part * (1 if norm == "sketch" or groups else kept)  # norm="delayed": its first step is exact
+    optimizer = round(part * (engine.master_bytes * copies + engine.state_bytes * moments))
+    average = {"average of the weights": engine.master_bytes * part} if averaged else {}
+    # norm="delayed": its first step is exact
+    balancer = engine.master_bytes * part * (1 if norm == "sketch" or groups else kept)
     if norm == "features":
         balancer = 0
     local = bool(groups) or norm in ("sketch", "delayed") or (norm == "features" and engine.stage < 2)
@@ -174,6 +184,9 @@ def memory_parts(
     elif norm == "delayed":
         balancer += 2 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, local)}
+    if engine.stage == 3 and engine.copied_within > 1:
+        copied = sizes.whole - kept_elements(engine, sizes, norm)
+        memory["weights within a node"] = engine.weight_bytes * -(-copied // min(engine.copied_within, gpus))
     # DeepSpeed reduces what has accumulated on ZeRO-1, and each gradient as it comes on ZeRO-2 and 3
     in_buffers = engine.gradient_bytes if engine.stage == 1 else engine.weight_bytes
     buffers = 0 if engine.stage == 0 or engine.wraps_bf16 else engine.bucket * engine.buckets * in_buffers
@@ -187,16 +200,27 @@ def memory_parts(
 
 
 def _gathered(engine: Engine, sizes: Sizes, norm: str) -> int:
-    """Return the largest number of elements of weights that ZeRO-3 has gathered at one time."""
-    if _stays_gathered(engine, sizes, norm):
-        return sizes.trained + sizes.frozen
-    return min(engine.prefetched + engine.retained, sizes.largest_forward)
+    """Return the largest number of elements of weights that ZeRO-3 has gathered at one time.
+
+    Every module that runs prefetches one more bucket, whatever is prefetched already, up to the live limit.
+    """
+    if engine.stage < 3:
+        return 0
+    kept = kept_elements(engine, sizes, norm)
+    if kept == sizes.whole:
+        return kept
+    ahead = engine.live if engine.prefetched else 0
+    most = max(ahead, engine.retained, kept + sizes.largest_forward - sizes.backbone if kept else 0)
+    return min(most, sizes.largest_forward + sizes.frozen)
 
 
-def _stays_gathered(engine: Engine, sizes: Sizes, norm: str) -> bool:
-    """Return whether ZeRO-3 gathers the weights only once per step."""
-    traced = engine.stage == 3 and engine.task_traces and norm != "plain"
-    return traced and sizes.trained + sizes.frozen <= engine.retained
+def kept_elements(engine: Engine, sizes: Sizes, norm: str) -> int:
+    """Return the elements of weights that ZeRO-3 keeps gathered over a step, as `ParameterTraces` chooses them."""
+    if engine.stage < 3 or not engine.task_traces or norm == "plain":
+        return 0
+    if sizes.whole <= min(engine.retained, engine.live):
+        return sizes.whole
+    return max(min(engine.retained, engine.live - engine.prefetched, sizes.backbone + sizes.frozen), 0)
 
 
 def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
@@ -212,54 +236,3 @@ def _gradients(engine: Engine, sizes: Sizes, gpus: int, local: bool) -> int:
     if engine.stage == 1:  # unreduced until the task's last micro-step
         return sizes.largest_backward * engine.gradient_bytes + (shard if engine.fp32_accumulation else 0)
     return shard
-
-
-def _gathers(passes: Passes, retained: int) -> int:
-    """Return the elements of weights that ZeRO-3 gathers in one micro-step; a backward releases what it used."""
-    first, *others = passes.backwards
-    return passes.forward + max(first - retained, 0) + sum(others)
-
-
-def moved_parts(
-    engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int, groups: TaskGroups | None = None
-) -> dict[str, int]:
-    """Return the bytes that one GPU sends in an optimizer step, by purpose.
-
-    In a ring of R ranks a reduce-scatter or an all-gather sends (R - 1) / R of the elements, an all-reduce twice that.
-
-    Args:
-        engine: settings of the engine.
-        sizes: sizes of the model.
-        gpus: number of ranks R.
-        norm: "exact", "sketch", "delayed" or "features"; "plain" is DeepSpeed's accumulation of the same micro-steps
-            without a balancer.
-        sketch: elements of a sketch.
-        groups: ranks of each task; None: every rank runs every task. The result is that of the GPU that sends most.
-    """
-    sent = (gpus - 1) / gpus
-    w, P = engine.weight_bytes, sizes.trained
-    of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
-    every = [(passes, elements) for passes in sizes.passes for elements in passes.backwards]
-    if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):
-        reduced = P  # once per step
-    elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
-        reduced = P * sum(passes.micro_steps if passes.joint else 1 for passes, _ in every)
-    else:
-        reduced = sum(n * (p.micro_steps if p.joint or engine.stage > 1 else 1) for p, n in every)
-    factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
-    moved = {"gradients": round(sent * factor * reduced * w)}
-    if engine.stage in (1, 2):
-        moved["new weights"] = round(sent * P * w)
-    if _stays_gathered(engine, sizes, norm):
-        moved["weights"] = round(sent * (P + sizes.frozen) * w)
-    elif engine.stage == 3:  # for the forward of every micro-step, and what was released again for its backwards
-        gathered = sum(_gathers(passes, engine.retained) * passes.micro_steps for passes in sizes.passes)
-        moved["weights"] = round(sent * gathered * w)
-    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4) * len(of_task)
-    if norm == "features":  # the norm and the loss of each micro-step
-        message = 2 * 8 * sum(sizes.micro_steps.values())
-    moved["norms"] = round(sent * 2 * message)
-    if groups and norm == "exact":  # a reduce-scatter in float32 within each task's group
-        within = {task: (len(ranks) - 1) / len(ranks) * 4 * of_task[task] for task, ranks in groups.ranks.items()}
-        moved["norms"] += round(max(sum(within[task] for task in groups.of(rank)) for rank in range(gpus)))
-    return moved

@@ -20,7 +20,9 @@ from allinone_ds.data.joint.dataset import JointDataset
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.planning.activations import activation_bytes
-from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, moved_parts, sizes_of
+from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, sizes_of
+from allinone_ds.planning.savings import Saving, traffic_savings
+from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.engine_settings import Engine, read_engine
@@ -32,6 +34,10 @@ from allinone_ds.tasks import task_class
 
 DEFAULT_CLASSES = 100
 """Number of classes of a task whose data cannot be read and for which no number is given."""
+GPU_MEMORY = 80 * 2**30
+"""Bytes of a GPU's memory, where no other number is given."""
+PER_NODE = 8
+"""GPUs of a node, where no other number is given."""
 
 
 @dataclass
@@ -47,7 +53,10 @@ class Plan:
         host: part -> bytes in the host's memory per GPU.
         moved: purpose -> bytes sent in one optimizer step.
         activations: task or joint group -> bytes in one micro-step; the largest of them is in `memory`.
-        choices: one {"stage", "norm", "memory", "moved"} per stage and norm that the weighting allows, in total bytes.
+        between: bytes of `moved` that all GPUs of a node together send to other nodes.
+        choices: one {"stage", "norm", "memory", "moved", "between"} per stage and norm that the weighting allows, in
+            total bytes.
+        savings: of ZeRO-3: keys under which less is sent, the first row without any.
         notes: assumptions of the plan.
     """
 
@@ -58,8 +67,10 @@ class Plan:
     memory: dict[str, int]
     host: dict[str, int]
     moved: dict[str, int]
+    between: int
     activations: dict[str, int]
     choices: list[dict[str, Any]]
+    savings: list[Saving]
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +79,13 @@ class Plan:
         return {**dataclasses.asdict(self), **totals}
 
 
-def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = None) -> Plan:
+def plan_run(
+    config: RunConfig,
+    gpus: int,
+    classes: Mapping[str, int] | None = None,
+    per_node: int = PER_NODE,
+    gpu_memory: int = GPU_MEMORY,
+) -> Plan:
     """Compute memory and traffic of a run without a GPU and without its weights.
 
     Args:
@@ -76,9 +93,11 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         gpus: number of ranks R.
         classes: task -> number of classes. For other tasks it is read from the data, or from the source's
             `expect.classes` if the data cannot be read.
+        per_node: GPUs of a node.
+        gpu_memory: bytes of a GPU's memory, within which settings are recommended.
 
     Raises:
-        ConfigError: the configuration cannot run, or `classes` names an unknown task.
+        ConfigError: the configuration cannot run, or not on so many ranks, or `classes` names an unknown task.
 
     Example::
 
@@ -92,8 +111,17 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     trainer = check_trainer_keys(config.trainer)
     check_balancer(config)
     balancer, weighting = config.balancer, config.balancer.weighting()
-    engine = read_engine(config.deepspeed, bool(trainer.get("bf16")), bool(trainer.get("fp16")))
+    half = bool(trainer.get("bf16")), bool(trainer.get("fp16"))
+    deepspeed: Any = config.deepspeed
+    engine = read_engine(deepspeed, *half)
     engine = dataclasses.replace(engine, task_traces=balancer.task_traces)
+    if gpus % min(engine.copied_within, gpus):
+        raise ConfigError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size = {engine.copied_within}: {gpus} GPUs cannot be "
+            "divided into groups of so many; choose a divisor, such as the number of GPUs of a node"
+        )
+    if gpus > engine.copied_within > per_node:
+        notes.append(f"zero_hpz_partition_size = {engine.copied_within} is more than the {per_node} GPUs of a node")
     counts = _class_counts(config, classes or {}, notes)
     with torch.device("meta"):
         names = {name: [str(k) for k in range(count)] for name, count in counts.items()}
@@ -127,18 +155,28 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
     peak = max(activations.values())
     choices = []
     for stage in range(4):
-        other = dataclasses.replace(engine, stage=stage, offload=engine.offload and stage > 0)
+        zero = {**deepspeed.get("zero_optimization", {}), "stage": stage}
+        other = read_engine({**deepspeed, "zero_optimization": zero}, *half)
+        other = dataclasses.replace(other, task_traces=balancer.task_traces, offload=engine.offload and stage > 0)
         for kind in NORMS:
             if combination_error(kind, "data", weighting, other.stage, other.keeps_local_gradients):
                 continue
             total = sum(parts(other, kind)[0].values()) + peak
-            moved = sum(moved_parts(other, sizes, gpus, kind, size).values())
-            choices.append({"stage": stage, "norm": kind, "memory": total, "moved": moved})
+            moved = moved_parts(other, sizes, gpus, kind, size)
+            between = between_nodes(moved, gpus, per_node, other.copied_within)
+            sent = {"moved": sum(moved.values()), "between": between}
+            choices.append({"stage": stage, "norm": kind, "memory": total, **sent})
     memory, host = parts(engine, balancer.norm, groups)
     if trainer.get("async_save"):
         # parts that rank 0 copies
         copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]
         host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
+    moved = moved_parts(engine, sizes, gpus, balancer.norm, size, groups)
+
+    def cost(changed: Engine) -> tuple[int, dict[str, int]]:
+        memory = parts(changed, balancer.norm, groups)[0]
+        return sum(memory.values()) + peak, moved_parts(changed, sizes, gpus, balancer.norm, size, groups)
+
     return Plan(
         gpus=gpus,
         stage=engine.stage,
@@ -150,9 +188,11 @@ def plan_run(config: RunConfig, gpus: int, classes: Mapping[str, int] | None = N
         },
         memory={**memory, "activations": peak},
         host=host,
-        moved=moved_parts(engine, sizes, gpus, balancer.norm, size, groups),
+        moved=moved,
+        between=between_nodes(moved, gpus, per_node, engine.copied_within),
         activations=activations,
         choices=choices,
+        savings=traffic_savings(engine, sizes, balancer.norm, gpus, per_node, gpu_memory, cost),
         notes=notes,
     )
 

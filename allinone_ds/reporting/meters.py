@@ -171,6 +171,8 @@ def update_shares(norms: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> 
         {'a': 0.36, 'b': 0.64}
     """
     squares = {task: torch.where(scales[task] > 0, norms[task] * scales[task], 0.0).square() for task in norms}
+    if not squares:  # a step without any label
+        return {}
     total = torch.stack(list(squares.values())).sum()
     return {task: square / total for task, square in squares.items()}
 

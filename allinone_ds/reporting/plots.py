@@ -11,6 +11,9 @@ from typing import Any
 from allinone_ds.evaluation.metrics import labelled_metrics
 
 COLORS = ("#3366aa", "#cc6633", "#2f8f4e", "#8855aa", "#b8860b", "#444444", "#cc3377", "#119999")
+_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+_INSIDE = 10
+"""Lines whose names are inside a plot; those of more are below it."""
 Lines = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """label -> (steps, values)"""
 
@@ -42,13 +45,17 @@ def series(
 def evaluation_lines(
     history: Sequence[dict[str, Any]], tasks: Sequence[str]
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """Return "TASK: METRIC" -> (steps, values) of every metric of the tasks, and "score".
+    """Return "TASK: METRIC" -> (steps, values) of every metric of the tasks, and "score"; of many tasks the main ones.
 
     Args:
         history: `trainer.state.log_history`.
         tasks: names of the run's tasks.
     """
-    return _lines(history, lambda entry: labelled_metrics(entry, tasks))
+    lines = _lines(history, lambda entry: labelled_metrics(entry, tasks))
+    if len(tasks) <= _INSIDE:
+        return lines
+    first = {label.partition(": ")[0]: label for label in reversed(lines)}  # a task's main metric is its first one
+    return {label: line for label, line in lines.items() if label in first.values()}
 
 
 def _lines(
@@ -84,9 +91,9 @@ def svg(
     _draw(axis, lines, title, log, labels)
     if limits is not None:
         axis.set_ylim(*limits)
-    figure.tight_layout()
+    _arrange(figure)
     target = io.StringIO()
-    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(target, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     text = target.getvalue()
     return text[text.index("<svg") :]
@@ -134,8 +141,8 @@ def write_plots(history: Sequence[dict[str, Any]], folder: str | Path) -> list[P
     written = []
 
     def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        figure.savefig(folder / name, dpi=110)
+        _arrange(figure)
+        figure.savefig(folder / name, dpi=110, bbox_inches="tight")
         plt.close(figure)
         written.append(folder / name)
 
@@ -169,13 +176,22 @@ def _pyplot() -> Any:
     return plt
 
 
+def _arrange(figure: Any) -> None:
+    figure.tight_layout()
+    for axis in figure.axes:
+        if (legend := axis.get_legend()) is not None:
+            legend.set_in_layout(True)
+
+
 def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] = ()) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     order = list(labels or data)
     for label, (steps, values) in data.items():
-        color = COLORS[order.index(label) % len(COLORS)]
-        axis.plot(steps, values, label=label, color=color, linewidth=1.4, marker="." if len(steps) < 12 else None)
+        style, color = divmod(order.index(label), len(COLORS))
+        marker = "." if len(steps) < 12 else None
+        look = {"color": COLORS[color], "linestyle": _STYLES[style % len(_STYLES)], "linewidth": 1.4, "marker": marker}
+        axis.plot(steps, values, label=label, **look)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -188,5 +204,9 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
             axis.yaxis.set_minor_formatter(NullFormatter())
             if max(positive) < 1.02 * min(positive):  # rounding errors should not look like a curve
                 axis.set_ylim(min(positive) / 2, max(positive) * 2)
-    if data:
+    if len(data) > _INSIDE:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0}
+        legend = axis.legend(frameon=False, fontsize=6, ncols=4, handlelength=3, **place)
+        legend.set_in_layout(False)  # the plot keeps its height, and the picture becomes higher
+    elif data:
         axis.legend(frameon=False, fontsize=9)

@@ -21,9 +21,10 @@ from allinone_ds.data.sources import open_source
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, Task, task_class
-from allinone_ds.tasks.drawing import FONT, FONT_SIZE, beside, to_pil
+from allinone_ds.tasks.drawing import FONT, FONT_SIZE, in_rows, to_pil
 
 _CELL = 320  # longer side of one picture in pixels
+_COLUMNS = 4  # pictures of the tasks of a joint group in a row
 _GAP = 6  # pixels between pictures
 _LINE = FONT_SIZE + 8  # height of a line of text in pixels
 
@@ -89,7 +90,7 @@ def _drawer(config: RunConfig, name: str, dataset: SampleDataset) -> Callable[[S
             else:
                 dark = {"image": tv_tensors.Image(sample["image"].as_subclass(Tensor) // 4)}
                 pictures.append(draw_sample(dark, [], None, f"{task}: no label"))
-        return beside(*pictures)
+        return in_rows(pictures, _COLUMNS * _CELL)
 
     return draw_all
 

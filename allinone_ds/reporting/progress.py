@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from allinone_ds.reporting.text import clock, metrics_line, task_losses
+from allinone_ds.reporting.text import clock, losses_line, metrics_line
 
 
 class PrintProgress(TrainerCallback):
@@ -23,7 +23,7 @@ class PrintProgress(TrainerCallback):
         if "loss" in logs:
             done = state.global_step - self.first
             left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in task_losses(logs).items())
-            print(f"step {state.global_step}/{state.max_steps}  {clock(left)} left  loss: {losses}", flush=True)
+            line = losses_line(logs, digits=3)
+            print(f"step {state.global_step}/{state.max_steps}  {clock(left)} left  loss: {line}", flush=True)
         elif "eval_score" in logs:
             print(f"step {state.global_step}  {metrics_line(logs)}", flush=True)

@@ -54,12 +54,26 @@ def plan_tables(plan: Plan, config: str) -> Iterator[str | Table]:
         yield _bytes_table(plan.host, "memory of the host per GPU")
     yield _bytes_table(plan.activations, "activations of one micro-step by task", total=False)
     yield _bytes_table(plan.moved, "sent per GPU and optimizer step")
-    table = _table("the same run with other settings", "ZeRO", "norm", right=("memory GiB", "sent GiB"))
+    numbers = ("memory GiB", "sent GiB", "between nodes GiB")
+    table = _table("the same run with other settings", "ZeRO", "norm", right=numbers)
     for row in plan.choices:
         planned = (row["stage"], row["norm"]) == (plan.stage, plan.norm)
-        cells = (str(row["stage"]), row["norm"], _gib(row["memory"]), _gib(row["moved"]))
+        cells = (str(row["stage"]), row["norm"], *(_gib(row[key]) for key in ("memory", "moved", "between")))
         table.add_row(*cells, style="bold" if planned else None)
     yield table
+    if not plan.savings:
+        return
+    left = ("copied within", "kept over the step")
+    table = _table("the same run with other settings of its weights", *left, right=numbers)
+    for saving in plan.savings:
+        copied = f"{saving.within} GPUs" if saving.within > 1 else ""
+        cells = (_gib(saving.memory), _gib(saving.moved), _gib(saving.between))
+        style = "bold" if saving.recommended else None
+        table.add_row(copied, f"{saving.kept / 1e6:,.0f} M", *cells, style=style)
+    yield table
+    for saving in plan.savings:
+        if saving.recommended and saving.keys:
+            yield f"recommended: deepspeed.zero_optimization: {dict(saving.keys)}"
 
 
 def transfer_tables(transfer: Transfer) -> Iterator[str | Table]:

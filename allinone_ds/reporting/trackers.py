@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.distributed import any_rank
 from allinone_ds.evaluation.evaluate import tasks_of
-from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TENSORBOARD, WANDB_FILE, WEIGHTS_FILE
 from allinone_ds.tasks.drawing import to_pil
 

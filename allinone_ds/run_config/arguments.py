@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from allinone_ds.balance.options import NONFINITE
 from allinone_ds.errors import ConfigError
+from allinone_ds.run_config.optimizer_settings import MUON, default_optim, muon_mistakes
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_deepspeed
 from allinone_ds.strict import did_you_mean
@@ -143,7 +144,10 @@ class AllInOneArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "On: progress is one line of text per log."})
     optim: str = field(
         default="auto",
-        metadata={"help": "`auto`: AdamW of torch, fused on a GPU unless the optimizer is offloaded to the CPU."},
+        metadata={
+            "help": "`auto`: AdamW of torch, fused on a GPU unless the optimizer is offloaded to the CPU. `muon`: "
+            "DeepSpeed's Muon for the matrices of the backbone, AdamW for all else."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -159,6 +163,10 @@ class AllInOneArguments(TrainingArguments):
             self.use_cpu = True
         if self.optim == "auto":
             self.optim = default_optim(bool(self.use_cpu), self.deepspeed)
+        chosen = self.optim
+        if chosen == MUON:
+            mistakes += muon_mistakes(self.deepspeed, self.optim_args)
+            self.optim = "adamw_torch"  # until TrainingArguments, which does not know it, has checked the others
         if self.use_cpu:
             spare_cpu_kernel()
         self.chosen_direction = self.greater_is_better  # Trainer's guess from the metric's name replaces None
@@ -171,11 +179,17 @@ class AllInOneArguments(TrainingArguments):
             unevaluated = self._unevaluated() if "--load_best_model_at_end requires the saving" in str(error) else None
             mistakes.append(unevaluated or name_arguments(str(error) or repr(error), given))
         else:
+            self.optim = chosen if chosen == MUON else self.optim
             for mismatch in self.hf_deepspeed_config.mismatches if self.deepspeed else []:
                 if not any(key in mismatch for key in _BATCH_KEYS):
                     mistakes.append(f"deepspeed and trainer differ: {mismatch.strip('- ')}; set it in only one of them")
         if mistakes:
             raise ConfigError("\n".join(mistakes))
+
+    @property
+    def optim_name(self) -> str:
+        """Value of `optim`: "adamw_torch", "muon" or another name that transformers gives an optimizer."""
+        return str(getattr(self.optim, "value", self.optim))
 
     def _unevaluated(self) -> str:
         """Return what is wrong with a run that is to keep its best checkpoint, but saves some that it did not score."""
@@ -305,22 +319,6 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
     elif zero.get("stage") == 3:  # else checkpoints would hold no weights that load without DeepSpeed
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     return content, mistakes + [f"deepspeed{problem}" for problem in config_problems(content)]
-
-
-def default_optim(use_cpu: bool, deepspeed: Any) -> str:
-    """Return what the optimizer "auto" stands for.
-
-    Args:
-        use_cpu: whether the model is on the CPU.
-        deepspeed: content of the DeepSpeed config, valid or not.
-
-    Example:
-        >>> default_optim(False, {"zero_optimization": {"stage": 2}})
-        'adamw_torch_fused'
-    """
-    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, Mapping) else None
-    offloads = isinstance(zero, Mapping) and bool(zero.get("offload_optimizer") or zero.get("cpu_offload"))
-    return "adamw_torch" if use_cpu or offloads else "adamw_torch_fused"
 
 
 _BATCH_KEYS = {

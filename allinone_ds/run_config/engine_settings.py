@@ -22,8 +22,11 @@ class Engine:
         buckets: number of reduce buckets.
         prefetched: elements of weights that ZeRO-3 gathers before they are used.
         retained: elements of weights that ZeRO-3 keeps gathered from a forward to its backward.
-        task_traces: option of `TaskBalancer`: ZeRO-3 keeps a model of at most `retained` elements gathered over the
-            whole step.
+        live: `stage3_max_live_parameters`.
+        task_traces: option of `TaskBalancer`: ZeRO-3 keeps min(`retained`, `live`) gathered over the whole step.
+        copied_within: ranks that share a copy of all weights under ZeRO-3 (`zero_hpz_partition_size`); 1: no copies.
+        master_bytes: bytes per element of the weights that the optimizer steps on, and of balanced gradients.
+        state_bytes: bytes per element of the optimizer's moments.
         all_reduces: whether DeepSpeed all-reduces gradients to every rank, its default below ZeRO-3, instead of
             reducing each to its owner.
     """
@@ -36,8 +39,12 @@ class Engine:
     buckets: int = 1
     prefetched: int = 0
     retained: int = 0
+    live: int = 10**9
     task_traces: bool = True
     all_reduces: bool = True
+    copied_within: int = 1
+    master_bytes: int = 4
+    state_bytes: int = 4
 
     @property
     def gradient_bytes(self) -> int:
@@ -84,7 +91,6 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
     )
     offload = str((zero.get("offload_optimizer") or {}).get("device", "none")) == "cpu"
     accumulation = deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    live = _number(zero.get("stage3_max_live_parameters"), 10**9)
     reuse = _number(zero.get("stage3_max_reuse_distance"), 10**9)  # it spans forward and backward: half of it each
     overlap = bool(zero.get("overlap_comm", stage == 3))
     return Engine(
@@ -97,7 +103,11 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
         all_reduces=stage < 3
         and (zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)),
         prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
-        retained=min(live, reuse // 2) if stage == 3 else 0,
+        retained=reuse // 2 if stage == 3 else 0,
+        live=_number(zero.get("stage3_max_live_parameters"), 10**9),
+        copied_within=_number(zero.get("zero_hpz_partition_size"), 1) if stage == 3 else 1,
+        master_bytes=2 if deepspeed.get("bf16", {}).get("bf16_master_weights_and_grads") else 4,
+        state_bytes=2 if deepspeed.get("bf16", {}).get("bf16_optimizer_states") else 4,
     )
 
 

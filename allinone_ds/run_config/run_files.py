@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import BackboneConfig
 from allinone_ds.run_config.schema import RunConfig, load_config
-from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE
 from allinone_ds.strict import Strict

@@ -20,8 +20,9 @@ from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.backbone import Backbone
 from allinone_ds.models.lora import adapters_of
-from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys, default_optim
+from allinone_ds.run_config.arguments import SET_ELSEWHERE, AllInOneArguments, check_trainer_keys
 from allinone_ds.run_config.build import without_checkpoint
+from allinone_ds.run_config.optimizer_settings import default_optim
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.tasks import TASKS, Task

@@ -57,7 +57,7 @@ def without_ties(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     found = {}
     for name, value in weights.items():
-        place = value.untyped_storage().data_ptr(), value.storage_offset()
+        place = value.untyped_storage().data_ptr(), int(value.storage_offset())
         found[name] = value.clone() if place in seen and value.numel() else value.contiguous()
         seen.add(place)
     return found

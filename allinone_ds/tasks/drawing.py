@@ -127,9 +127,14 @@ def sheet(image: Tensor, drawings: Mapping[str, Tensor]) -> Tensor:
         drawings: task -> uint8 (3, H', W').
     """
     panels = [caption(enlarge(image.cpu())[0], ["image"]), *(caption(d, [task]) for task, d in drawings.items())]
+    return in_rows(panels, _WIDEST)
+
+
+def in_rows(panels: Sequence[Tensor], widest: int) -> Tensor:
+    """Return drawings in rows that are at most `widest` pixels wide."""
     rows: list[list[Tensor]] = [[]]
     for panel in panels:
-        if rows[-1] and sum(p.shape[-1] for p in rows[-1]) + panel.shape[-1] > _WIDEST:
+        if rows[-1] and sum(p.shape[-1] for p in rows[-1]) + panel.shape[-1] > widest:
             rows.append([])
         rows[-1].append(panel)
     drawn = [beside(*row) for row in rows]

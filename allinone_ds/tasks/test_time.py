@@ -67,7 +67,7 @@ def refuse_windows(task: str, kind: str, options: TestTime) -> None:
     if options.windows:
         raise ConfigError(
             f"tasks.{task}.test_time.windows: a window shows only a part of the image and may cut objects, so {kind} "
-            "cannot merge windows; remove it"
+            "cannot merge windows, which are for kinds with a value per pixel; remove it"
         )
 
 

@@ -39,7 +39,8 @@ class Case:
     accumulate: str | None = None
     offload: bool = False
     one_group: bool = False
-    checkpointing: bool = False
+    checkpointing: bool | str = False
+    """Recompute the backbone's blocks in backward, through torch, or through DeepSpeed ("deepspeed")."""
     zero: dict = field(default_factory=dict)
     apart: bool = False
     """Tasks on different ranks; `GROUPS` of the world size, in turns."""
@@ -48,8 +49,17 @@ class Case:
     norm: str = "exact"
     """Of the balancer; "features" balances there too."""
 
-    muon: str | None = None
-    """Newton-Schulz iteration of DeepSpeed's Muon on the backbone's matrices, with AdamW for the others; None: SGD."""
+    optimizer: str = "sgd"
+    """A name of `exactness.OPTIMIZERS`; those in `KERNELS` need kernels that DeepSpeed compiles."""
+    rate: float = 1.0
+    """Factor of the learning rate: above 1 where weights that are rounded must move far beside the rounding."""
+    keys: dict = field(default_factory=dict)
+    """Further keys of the DeepSpeed config."""
+
+    @property
+    def rounds(self) -> str:
+        """The type that the engine rounds to: "fp32", "bf16" or "fp16"."""
+        return self.keys.get("torch_autocast", {}).get("dtype", self.dtype)
 
     @property
     def at(self) -> str:
@@ -59,7 +69,7 @@ class Case:
     def config(self) -> dict:
         """The DeepSpeed config."""
         zero = {"stage": self.stage, "reduce_bucket_size": 400, "allgather_bucket_size": 400, **self.zero}
-        if self.muon and self.stage == 3:
+        if "muon" in self.optimizer and self.stage == 3:
             zero["reduce_scatter"] = False  # DeepSpeed requires it
         if self.stage == 3:
             zero |= {"stage3_param_persistence_threshold": 20, "stage3_prefetch_bucket_size": 100}
@@ -76,7 +86,7 @@ class Case:
             config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 2}
         if self.accumulate:
             config["data_types"] = {"grad_accum_dtype": self.accumulate}
-        return config
+        return {**config, **self.keys}
 
 
 def all_cases() -> list[Case]:
@@ -117,27 +127,71 @@ def all_cases() -> list[Case]:
     cases.append(Case("zero2 bf16 fp32-accumulation tasks apart", 2, "bf16", "fp32", apart=True))
     cases.append(Case("zero2 fp32 round robin", 2, zero={"round_robin_gradients": True}))
     cases.append(Case("zero3 fp32 sub-groups", 3, zero={"sub_group_size": 150}))
-    return [*cases, *_muon_cases(), *_hpz_cases()]
+    return [*cases, *_muon_cases(), *_option_cases(), *_hpz_cases()]
+
+
+KERNELS = ("cpu adam", "cpu adam in bf16", "fused adam")
+"""Optimizers with kernels that DeepSpeed compiles at their first use, in about a minute."""
+
+
+def _option_cases() -> list[Case]:
+    """Options of DeepSpeed's config that change how it computes, stores or accumulates."""
+    cases = []
+    for stage in (0, 1, 2, 3):
+        for dtype in ("bf16", "fp16"):
+            keys = {"torch_autocast": {"enabled": True, "dtype": dtype}}
+            cases.append(Case(f"zero{stage} torch_autocast {dtype}", stage, keys=keys))
+        name = f"zero{stage} fp32 checkpointing of DeepSpeed"
+        cases += [Case(name, stage, checkpointing="deepspeed"),
+                  Case(f"{name} norm=features", stage, checkpointing="deepspeed", norm="features")]  # fmt: skip
+        cases.append(Case(f"zero{stage} fp32 managed_gradient_accumulation=0", stage,
+                          keys={"managed_gradient_accumulation": False}))  # fmt: skip
+        cases.append(Case(f"zero{stage} fp32 adamw", stage, optimizer="adamw"))
+        cases.append(Case(f"zero{stage} fp32 fused adam", stage, optimizer="fused adam"))
+        if not stage:
+            continue
+        low = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+        masters = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+        cases += [
+            Case(f"zero{stage} bf16 masters and states", stage, "bf16", keys=low, rate=20.0),
+            Case(f"zero{stage} fp32 offload cpu adam", stage, offload=True, optimizer="cpu adam"),
+            Case(f"zero{stage} bf16 offload cpu adam", stage, "bf16", offload=True, optimizer="cpu adam"),
+            Case(f"zero{stage} bf16 masters offload cpu adam", stage, "bf16", offload=True, optimizer="cpu adam",
+                 keys=masters, rate=20.0),
+            Case(f"zero{stage} fp16 masters offload cpu adam", stage, "fp16", offload=True, optimizer="cpu adam",
+                 rate=20.0, keys={"fp16": {"enabled": True, "fp16_master_weights_and_grads": True, "loss_scale": 0,
+                                           "initial_scale_power": 2}}),
+            Case(f"zero{stage} bf16 masters and states offload cpu adam", stage, "bf16", offload=True,
+                 optimizer="cpu adam in bf16", keys=low, rate=20.0),
+        ]  # fmt: skip
+    cases += [
+        Case("zero3 fp32 offload sub-groups", 3, offload=True, zero={"sub_group_size": 150}),
+        Case("zero3 bf16 sub-groups", 3, "bf16", zero={"sub_group_size": 150}),
+        Case("zero3 fp32 adamw sub-groups", 3, optimizer="adamw", zero={"sub_group_size": 150}),
+        Case("zero3 fp32 offload cpu adam sub-groups", 3, offload=True, optimizer="cpu adam",
+             zero={"sub_group_size": 150}),
+    ]  # fmt: skip
+    return cases
 
 
 def _muon_cases() -> list[Case]:
     """DeepSpeed's Muon in every stage and precision, and in every way to run the tasks."""
     cases = []
     for stage in (0, 1, 2, 3):
-        cases.append(Case(f"zero{stage} fp32 muon", stage, muon="gram"))
+        cases.append(Case(f"zero{stage} fp32 muon", stage, optimizer="muon"))
         if stage:
-            cases += [Case(f"zero{stage} {dtype} muon", stage, dtype, muon="gram") for dtype in ("bf16", "fp16")]
-            cases.append(Case(f"zero{stage} bf16 fp32-accumulation muon", stage, "bf16", "fp32", muon="gram"))
+            cases += [Case(f"zero{stage} {dtype} muon", stage, dtype, optimizer="muon") for dtype in ("bf16", "fp16")]
+            cases.append(Case(f"zero{stage} bf16 fp32-accumulation muon", stage, "bf16", "fp32", optimizer="muon"))
         cases += [
-            Case(f"zero{stage} fp32 muon joint {at}", stage, joint_at=at, muon="gram")
+            Case(f"zero{stage} fp32 muon joint {at}", stage, joint_at=at, optimizer="muon")
             for at in ("backbone", "features")
         ]
-        cases.append(Case(f"zero{stage} fp32 muon norm=features", stage, norm="features", muon="gram"))
+        cases.append(Case(f"zero{stage} fp32 muon norm=features", stage, norm="features", optimizer="muon"))
     for stage in (1, 2):
-        cases.append(Case(f"zero{stage} fp32 muon tasks apart", stage, apart=True, muon="gram"))
-    cases.append(Case("zero2 fp32 muon standard iteration", 2, muon="standard"))
-    cases.append(Case("zero2 fp32 muon round robin", 2, muon="gram", zero={"round_robin_gradients": True}))
-    cases.append(Case("zero3 fp32 muon sub-groups", 3, muon="gram", zero={"sub_group_size": 150}))
+        cases.append(Case(f"zero{stage} fp32 muon tasks apart", stage, apart=True, optimizer="muon"))
+    cases.append(Case("zero2 fp32 muon standard iteration", 2, optimizer="muon standard"))
+    cases.append(Case("zero2 fp32 muon round robin", 2, optimizer="muon", zero={"round_robin_gradients": True}))
+    cases.append(Case("zero3 fp32 muon sub-groups", 3, optimizer="muon", zero={"sub_group_size": 150}))
     return cases
 
 
@@ -183,5 +237,5 @@ def weightings_for(case: Case) -> tuple[str, ...]:
         )
     if case.name.removesuffix(" tasks apart") == f"zero{case.stage} fp32":
         return tuple(WEIGHTINGS)
-    variant = case.zero or case.one_group or case.checkpointing or case.muon
+    variant = case.zero or case.one_group or case.checkpointing or case.keys or case.optimizer != "sgd"
     return ("tbgc",) if variant else LADDER

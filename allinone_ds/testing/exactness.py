@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from allinone_ds.testing import toy
 from allinone_ds.testing.cases import GROUPS, STEPS, Case
 from allinone_ds.testing.muon import MuonByHand, muon, newton_schulz_in_float32
-from allinone_ds.testing.reference import Reference, reference_run
+from allinone_ds.testing.reference import ByTorch, Reference, reference_run
 
+ADAMW: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
+"""Its eps is large, so that a gradient of zero which is not quite zero does not move a weight."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -105,34 +108,66 @@ def run_case(
         whole_master: (engine, parameter) -> the fp32 weight that the optimizer steps on, whole, as float64.
     """
     import deepspeed
+    from deepspeed.runtime import torch_autocast
 
     world = dist.get_world_size()
     counts = dict(zip(toy.TASKS, micro_steps, strict=True))
     if case.joint_at:
         counts = dict.fromkeys(toy.TASKS, micro_steps[-1])
-    lr = toy.rate(weighting)
+    lr = toy.rate(weighting) * case.rate
     head_lr = toy.RAW_RATE if case.at == "features" else None  # their gradient is raw
-    model = toy.make_model(checkpointing=case.checkpointing).float()
-    optimizer: torch.optim.Optimizer
-    if case.muon:
-        optimizer = muon(model, case.muon)
-    else:
-        optimizer = torch.optim.SGD(toy.param_groups(model, not case.one_group, head_lr), lr=lr)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=case.config())[0]
+    model = toy.make_model(checkpointing=bool(case.checkpointing)).float()
+    groups = toy.param_groups(model, not case.one_group, head_lr if case.optimizer == "sgd" else None)
+    adam = {**ADAMW, "lr": ADAMW["lr"] * case.rate}
+    optimizer = _optimizer(case.optimizer, model, groups, lr, adam)
+    config = case.config()
+    if case.checkpointing == "deepspeed":
+        deepspeed.checkpointing.configure(None, deepspeed_config=config)
+        model.backbone.checkpoint = deepspeed.checkpointing.checkpoint
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    owners = (engine.optimizer, "torch_autocast_gradscaler"), (engine, "torch_autocast_z0_gradscaler")
+    scaler = next((found for found in (getattr(*owner, None) for owner in owners) if found is not None), None)
+    if scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})  # the losses differ by 3,000
     options = {"parallel": "tasks" if case.apart else "data", **({} if case.norm == "exact" else {"norm": case.norm})}
     balancer = make_balancer(engine, weighting, **options)
-    with newton_schulz_in_float32() if case.muon else contextlib.nullcontext():
+    with newton_schulz_in_float32() if "muon" in case.optimizer else contextlib.nullcontext():
         reports = train(engine, balancer, counts, STEPS, GROUPS[world] if case.apart else (), case.joint_at)
     dtype = torch.float64 if case.dtype == "fp32" else DTYPES[case.dtype]
+    by_hand = (
+        None
+        if case.optimizer == "sgd"
+        else MuonByHand()
+        if "muon" in case.optimizer
+        else ByTorch(partial(torch.optim.AdamW, **adam))
+    )
     wanted = reference_run(
         weighting, STEPS, counts, world, dtype, lr=lr, head_lr=head_lr, joint=bool(case.joint_at), at=case.at,
-        optimizer=MuonByHand() if case.muon else None,
+        optimizer=by_hand,
     )  # fmt: skip
     weights = {name: whole_master(engine, p) for name, p in engine.module.named_parameters() if p.requires_grad}
     found = compare(weights, reports, wanted, toy.make_model())
     balancer.detach()
     engine.destroy()
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed never resets it for the engine of the next case
     return found
+
+
+def _optimizer(
+    name: str, model: toy.ToyModel, groups: list[dict], lr: float, adam: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a case; `lr` is of SGD, `adam` are the settings of an AdamW."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr)
+    if name.startswith("muon"):
+        return muon(model, "standard" if "standard" in name else "gram")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, **adam)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    if name == "fused adam":
+        return FusedAdam(groups, **adam)
+    return DeepSpeedCPUAdam(groups, **adam, fp32_optimizer_states="bf16" not in name)
 
 
 def _largest_ratio(found: Sequence[Mapping[str, Tensor]], wanted: Sequence[Mapping[str, float]]) -> float:

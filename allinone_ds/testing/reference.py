@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,29 @@ class SgdByHand:
         """Return the weights after a step."""
         rates = {n: self.lr if n.startswith("backbone.") or self.head_lr is None else self.head_lr for n in weights}
         return {name: value - rates[name] * gradients.get(name, 0) for name, value in weights.items()}
+
+
+class ByTorch:
+    """An optimizer of torch on whole parameters in float64.
+
+    Args:
+        make: called once with the list of parameters.
+    """
+
+    def __init__(self, make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]):
+        self._make = make
+        self._params: dict[str, torch.nn.Parameter] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights after a step; those without a gradient get zeros."""
+        if self._optimizer is None:
+            self._params = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
+            self._optimizer = self._make(list(self._params.values()))
+        for name, param in self._params.items():
+            param.grad = gradients.get(name, torch.zeros_like(param))
+        self._optimizer.step()
+        return {name: param.detach().clone() for name, param in self._params.items()}
 
 
 @dataclass

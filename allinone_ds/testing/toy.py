@@ -7,6 +7,7 @@ the last micro-step only. `allinone_ds.testing.reference` computes what any engi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +42,13 @@ class Backbone(nn.Module):
         self.frozen = nn.Linear(width, width)
         self.frozen.requires_grad_(False)
         self.checkpointing = checkpointing
+        self.checkpoint: Callable[..., Tensor] = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.stem(x))
         for block in self.blocks:
             if self.checkpointing:
-                x = x + torch.utils.checkpoint.checkpoint(lambda y, b=block: torch.tanh(b(y)), x, use_reentrant=False)
+                x = self.checkpoint(lambda y, b=block: y + torch.tanh(b(y)), x)
             else:
                 x = x + torch.tanh(block(x))
         return self.frozen(x)

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 
 from allinone_ds.balance.renaming import Names
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.run_config.head_schedule import HeadSchedule
+from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
 from allinone_ds.zero.checkpoint.layout import read_file
+from allinone_ds.zero.engines.muon import make_muon
 from allinone_ds.zero.params import whole_shape
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -155,16 +157,16 @@ def _joined(
 
 
 def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, Any]]:
-    """Return the `parameter_groups` of a model with the settings of a run.
+    """Return the `parameter_groups` of a model with the settings of a run, divided for Muon where it is chosen.
 
     Args:
         model: an AllInOneModel.
         args: arguments of the run.
 
     Raises:
-        ConfigError: as of `parameter_groups` and `FreezeSchedule`.
+        ConfigError: as of `parameter_groups`, `FreezeSchedule` and `groups_for_muon`.
     """
-    return parameter_groups(
+    groups = parameter_groups(
         model,
         args.learning_rate,
         args.weight_decay,
@@ -175,57 +177,69 @@ def groups_of_run(model: nn.Module, args: AllInOneArguments) -> list[dict[str, A
         FreezeSchedule(model.backbone, args.freeze_schedule or {}).stage_numbers(),
         args.head_schedule,
     )
+    if args.optim_name != MUON:
+        return groups
+    rate = MuonSettings.parse(args.optim_args).muon_lr or args.learning_rate
+    return groups_for_muon(model, groups, rate / args.learning_rate)
 
 
-def groups_of_optimizer(optimizer: Any, learning_rate: float) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer, which may be DeepSpeed's; give it the `defaults` that schedules read.
+def optimizer_of_run(model: nn.Module, args: AllInOneArguments) -> torch.optim.Optimizer:
+    """Return the optimizer that the arguments of a run name, with `groups_of_run`.
 
     Args:
-        optimizer: of torch or DeepSpeed.
-        learning_rate: of the run.
+        model: an AllInOneModel.
+        args: arguments of the run.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(inner, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
-        inner.defaults = {"lr": learning_rate}
-    return inner.param_groups
+    groups = groups_of_run(model, args)
+    if args.optim_name == MUON:
+        settings, betas = MuonSettings.parse(args.optim_args), (args.adam_beta1, args.adam_beta2)
+        return make_muon(groups, settings.momentum, settings.ns_method, betas, args.adam_epsilon)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    return cls(groups, **kwargs)
 
 
-def with_head_schedules(
-    scheduler: Any, groups: Sequence[dict[str, Any]], rates: Sequence[float], args: Any, steps: int
-) -> Any:
-    """Return the schedule of a run, in which the heads of some tasks follow schedules of their own.
+def groups_for_muon(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return parameter groups in which Muon trains the matrices of the backbone's layers, and AdamW all others.
+
+    AdamW keeps heads, vectors, embeddings, kernels of convolutions and the matrices of adapters (LoRA).
 
     Args:
-        scheduler: of all groups, as `lr_scheduler_type` names it.
-        groups: those of the optimizer, with their names.
-        rates: of the groups before any schedule.
-        args: arguments of the run; `head_schedule` has the tasks' own schedules.
-        steps: length of the run.
+        model: an AllInOneModel.
+        groups: its `parameter_groups`.
+        lr_factor: learning rate of Muon divided by that of AdamW in the same place.
+
+    Returns:
+        Groups with `use_muon`; those of the backbone that are decayed are divided, as "backbone/decay" into
+        "backbone/muon" and "backbone/decay".
 
     Raises:
-        ConfigError: the schedule of the run follows a metric, not the step.
+        ConfigError: the backbone has no such matrix that is trained.
     """
-    vars(scheduler).setdefault("base_lrs", list(rates))  # schedules that wait for a plateau keep only the current rates
-    own = {task: HeadSchedule.model_validate(given) for task, given in (args.head_schedule or {}).items()}
-    if own and not isinstance(scheduler, LambdaLR):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        component, _, kind = group["name"].rpartition("/")
+        matrices = [p for p in group["params"] if component.startswith("backbone") and kind == "decay"
+                    and len(whole_shape(p)) == 2 and not any(word in names[p] for word in _NOT_OF_MUON)]  # fmt: skip
+        taken = set(matrices)
+        others = [parameter for parameter in group["params"] if parameter not in taken]
+        if matrices:
+            lr = group["lr"] * lr_factor
+            found.append({**group, "name": f"{component}/muon", "params": matrices, "lr": lr, "use_muon": True})
+        if others:
+            found.append({**group, "params": others, "use_muon": False})
+    if not any(group["use_muon"] for group in found):
         raise ConfigError(
-            f"tasks.{min(own)}.schedule: trainer.lr_scheduler_type = '{getattr(args.lr_scheduler_type, 'value', '')}' "
-            "follows a metric, so that no head can follow the step; choose a type such as cosine, or remove the "
-            "schedule"
+            "trainer.optim = 'muon': no matrix of the backbone's layers is trained (it is frozen, adapted or of "
+            "convolutions), so Muon would train nothing; use adamw_torch"
         )
-    for number, group in enumerate(groups):
-        parts = group["name"].split("/")
-        task = parts[1].split("+")[0]  # of several heads with the same settings
-        if parts[0] == "head" and task in own:
-            scheduler.lr_lambdas[number] = own[task].factor(steps)
-            group["lr"] = scheduler._last_lr[number] = scheduler.base_lrs[number] * scheduler.lr_lambdas[number](0)
-    return scheduler
+    return found
 
 
-def head_rates(groups: Sequence[dict[str, Any]], args: Any) -> dict[str, float]:
-    """Return {"learning_rate/TASK": rate of its head} of the tasks with a schedule of their own."""
-    rates = {"/".join(group["name"].split("/")[:2]): group["lr"] for group in groups}
-    return {f"learning_rate/{task}": rates[f"head/{task}"] for task in args.head_schedule or {}}
+_NOT_OF_MUON = ("embed", "lora_")
+"""Words in the names of matrices that AdamW trains."""
 
 
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")

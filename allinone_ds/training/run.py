@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.data.loading.task_data import TaskData
 from allinone_ds.distributed import barrier
 from allinone_ds.reporting.pictures import collect_drawings, save_pictures, worst_images
@@ -26,7 +27,6 @@ from allinone_ds.run_config.build import (
 from allinone_ds.run_config.length import steps_of_epochs
 from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
-from allinone_ds.run_folder.atomic_file import write_atomically
 from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_of
 from allinone_ds.run_folder.collective import lock_run
 from allinone_ds.run_folder.names import AVERAGED, DETAILS, METRICS_FILE, PLOTS, WORST_PICTURES
@@ -184,9 +184,9 @@ def _warn_at_start(trainer: AllInOneTrainer, data: Mapping[str, TaskData], untra
             f"model.start_from: the heads of {', '.join(untrained)} start from random weights: the earlier run has no "
             "such task, or its classes or sizes differ",
         )
-    for part in data.values():
-        for problem in part.dataset.structural[:_MAX_WARNINGS]:
-            trainer.warn(0, str(problem))
+    problems = [str(problem) for part in data.values() for problem in part.dataset.structural[:_MAX_WARNINGS]]
+    for message in dict.fromkeys(problems):  # several tasks may read one data set
+        trainer.warn(0, message)
 
 
 def _last_evaluation(trainer: AllInOneTrainer) -> tuple[dict[str, float], Mapping[str, Any]]:

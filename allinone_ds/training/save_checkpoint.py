@@ -13,9 +13,9 @@ from accelerate.utils import DeepSpeedSchedulerWrapper
 from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
+from allinone_ds.atomic_file import atomic_path
 from allinone_ds.distributed import broadcast_object, rank
 from allinone_ds.run_folder.atomic_checkpoint import CheckpointWriter
-from allinone_ds.run_folder.atomic_file import atomic_path
 from allinone_ds.run_folder.checkpoints import prune
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.run_folder.manifest import file_entry

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -40,17 +39,11 @@ from allinone_ds.tasks.frequencies import use_frequencies
 from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
-from allinone_ds.training.load_checkpoint import (
-    changes_since,
-    check_freezing,
-    check_optimizer,
-    read_loop_state,
-    saved_frequencies,
-    saved_step,
-)
-from allinone_ds.training.optimizer import groups_of_optimizer, groups_of_run, head_rates, with_head_schedules
+from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
+from allinone_ds.training.optimizer import optimizer_of_run
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
-from allinone_ds.training.start.loop_state import continue_data, load_loop_state, loop_state
+from allinone_ds.training.start.head_schedules import groups_of_optimizer, head_rates, with_head_schedules
+from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
 from allinone_ds.training.watch.out_of_memory import out_of_memory
@@ -170,6 +163,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             move_buffers(model, args.device)
         self.weighting = weighting
         self._first_head = next(iter(known_tasks))
+        self._head_rates: dict[str, float] = {}
         self.balancer_options = options
         sizes = {task: len(data.dataset) for task, data in train_dataset.items()}
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -193,6 +187,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         self._most_micro_batches = max(sum(map(len, of_rank.values())) for of_rank in micro_batches)
         self.joint = {name: data.joint for name, data in train_dataset.items() if data.joint is not None}
         self.tasks = task_names(train_dataset)
+        self._tasks_in = {n: self.joint[n].tasks if n in self.joint else (n,) for n in train_dataset}
         self._label_weights = LabelWeights(
             known_tasks,
             {task: data.micro_steps * args.world_size for task, data in train_data.items()},
@@ -269,15 +264,10 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Set what depends on the classes of the data: counted once, since a resume must not change the loss."""
-        self.schedule.continue_from(0, {})
-        self.changes = None
-        if self._resumed is not None:
-            self.changes = changes_since(self.model, self._resumed, self.continues)
-            state = read_loop_state(self._resumed, self.args.process_index)
-            continue_data(self, state, saved_step(self._resumed), self.changes)
+        self.changes = begin_data(self, self._resumed)
         if self.deepspeed is None:
             if self._resumed is not None:
-                check_optimizer(self._resumed, str(OptimizerNames(self.args.optim).value))
+                check_optimizer(self._resumed, self.args.optim_name)
                 check_freezing(self._resumed, list(self.freezing.stages.values()))
                 self._frequencies |= saved_frequencies(self._resumed, self.changes)
             data: Any = self.train_dataset
@@ -299,8 +289,7 @@ class AllInOneTrainer(EvaluatingTrainer):
         """Create the optimizer that `optim` names, with the groups of `parameter_groups`."""
         if self.optimizer is None:
             module: Any = self.model if model is None else model
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = cls(groups_of_run(module, self.args), **kwargs)
+            self.optimizer = optimizer_of_run(module, self.args)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
@@ -330,6 +319,8 @@ class AllInOneTrainer(EvaluatingTrainer):
             raise RuntimeError(f"received the data of step {inputs.step} in step {self.state.global_step}")
         self._logs.add_broken(inputs.broken)
         weights = self._label_weights.of_step(inputs.batches)
+        if self.schedule.sampling is not None:
+            self.balancer.plan_step([(self._tasks_in[name], len(of)) for name, of in inputs.batches.items()])
         copies = ahead((batch for batches in inputs.batches.values() for batch in batches), self.args.device)
         for name, batches in inputs.batches.items():
             joint = self.joint.get(name)
@@ -377,9 +368,11 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _get_learning_rate(self) -> float:
         # Trainer logs the rate of the first group, the first head's; the log shows the one without what is its own
-        self._head_rates = head_rates(self.deepspeed.optimizer.param_groups, self.args)
+        engine, scheduler = self.deepspeed, self.lr_scheduler
+        assert engine is not None and scheduler is not None
+        self._head_rates = head_rates(engine.optimizer.param_groups, self.args)
         if self._first_head in (self.args.head_schedule or {}):
-            return self.args.learning_rate * self._factor(self.lr_scheduler.last_epoch)
+            return self.args.learning_rate * self._factor(scheduler.last_epoch)
         return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

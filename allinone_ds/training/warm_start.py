@@ -104,8 +104,6 @@ class StartedTrainer(Protocol):
     """What `StartReport` uses of an `AllInOneTrainer`."""
 
     model: Any
-    schedule: Any
-    changes: Any
 
     def warn(self, step: int, message: str) -> None: ...
     def note(self, step: int, message: str) -> None: ...
@@ -125,16 +123,6 @@ class StartReport(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loaded = getattr(self.trainer.model.backbone, "loaded", None)  # a backbone of the user's may not say
-        schedule = self.trainer.schedule
-        if schedule.sampling is not None:
-            epochs = {task: schedule.epoch(task, state.max_steps) for task in schedule.tasks}
-            self.trainer.note(state.global_step, schedule.sampling.summary(state.max_steps, epochs))
-        if self.trainer.changes is not None:
-            for line in self.trainer.changes.lines:
-                self.trainer.note(state.global_step, f"resume: {line}")
-            self.trainer.note(
-                state.global_step, "resume: the best checkpoint is looked for anew among the scores of these tasks"
-            )
         if state.global_step:  # a resumed run has the weights of its own checkpoint
             return
         for note in self.notes:

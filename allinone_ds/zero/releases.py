@@ -16,6 +16,8 @@ RELEASES_LEFTOVERS = RELEASE >= Version("0.19.3")
 """`PartitionedParameterCoordinator.release_backward_leftovers` exists."""
 MANAGES_ACCUMULATION = RELEASE >= Version("0.19.4")
 """The config key `managed_gradient_accumulation` exists."""
+SERVES_MUON = RELEASE >= Version("0.19.8")
+"""The iteration and the switches of Muon are those that were read."""
 COMPACT = RELEASE >= Version("0.19.8")
 """ZeRO-1/2 keep fp32 gradients of 16-bit weights in one flat buffer per group, and copy to the CPU asynchronously."""
 

@@ -17,7 +17,7 @@ from allinone_ds.zero.config_keys import known_part
 from allinone_ds.zero.engines.choose import adapter_class
 from allinone_ds.zero.engines.loss_scale import grad_scaler
 from allinone_ds.zero.engines.muon import unfit_for_muon, uses_muon
-from allinone_ds.zero.releases import MANAGES_ACCUMULATION, RELEASE
+from allinone_ds.zero.releases import RELEASE, SERVES_MUON
 
 _SEQUENCES = "ranks of a sequence would count as ranks of different data; remove mesh_param and sequence_parallel_size"
 _CHANGES_GRADIENTS = ("muon", "onebit", "zeroone")
@@ -103,6 +103,7 @@ def _muon_refusals(engine: Any) -> list[tuple[bool, str, str]]:
     offload = bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
     heads = any(getattr(param, "muon_num_heads", None) for param in engine.module.parameters())
     return [
+        (not SERVES_MUON, f"Muon of DeepSpeed {RELEASE}", "use DeepSpeed 0.19.8 or newer"),
         (offload, "Muon with the optimizer on the CPU", "keep the optimizer on the accelerator, or use AdamW"),
         (bool(unfit), f"Muon on parameters that are no matrices ({', '.join(unfit[:3])})",
          "put them into a parameter group with use_muon=False"),
@@ -150,14 +151,12 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero.offload_optimizer, "super_offload", False)), "SuperOffload", "set super_offload to false"),
         (nvme, "NVMe offload", "offload to cpu or not at all"),
         (float(getattr(zero.offload_optimizer, "ratio", 1.0)) < 1, "offload_optimizer.ratio below 1",
-         "a part of the gradient would be on the CPU and a part on the accelerator; remove the key"),
+         "DeepSpeed saves no moments of the part on the accelerator, and one group there has a fixed rate; remove it"),
         (config.tensor_parallel_config.autotp_size > 1, "tensor or model parallelism", "use ZeRO alone"),
         (bool(config.hybrid_engine.enabled), "the hybrid engine", "remove the hybrid_engine section"),
         (getattr(zero, "mics_shard_size", -1) > 0, "MiCS", "remove mics_shard_size"),
         (bool(zero.zero_quantized_gradients), "quantized gradients (ZeRO++)", "set zero_quantized_gradients false"),
         (bool(config.compile_config.deepcompile), "DeepCompile", "set compile.deepcompile to false"),
-        (MANAGES_ACCUMULATION and not config.managed_gradient_accumulation,
-         "managed_gradient_accumulation = false", "remove the key"),
         (scaled and config.float16_config.enabled, "torch_autocast in fp16 beside the fp16 section",
          "DeepSpeed scales the loss once and divides its gradient by both scales; remove one of the two sections"),
         (scaled and not getattr(zero, "compute_grad_norm", True),
@@ -169,10 +168,9 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (bool(getattr(zero, "module_granularity_threshold", 0)), "stage3_module_granularity_threshold",
          "DeepSpeed fails with it on a model of several heads; remove the key"),
         (zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights, "quantized weights (ZeRO++)",
-         "set zero_quantized_weights and zero_quantized_nontrainable_weights false"),
-        (config.float16_config.fp16_master_weights_and_grads, "fp16_master_weights_and_grads", "remove the key"),
-        (config.bfloat16_config.bf16_master_weights_and_grads and zero.stage < 3,
-         "bf16_master_weights_and_grads on ZeRO 1 and 2", "use ZeRO-3, or remove the key"),
+         "a weight is rounded together with those that are gathered with it, so tasks see different weights; set "
+         "zero_quantized_weights and zero_quantized_nontrainable_weights false, zero_hpz_partition_size to the GPUs "
+         "of a node to send less"),
         (_enables(config._param_dict.get("data_efficiency")), "data_efficiency",
          "DeepSpeed would change batches or layers by itself; remove the section"),
         (bool(config.autotuning_config.enabled), "autotuning", "it ends the process; remove the section"),
@@ -186,7 +184,7 @@ def _setting_refusals(config: Any) -> list[tuple[str, str]]:
         (not _dtypes_exist(config), "data_types with a type that DeepSpeed does not know", "use fp32, bf16 or fp16"),
         ({"bf16", "bfloat16"} <= set(config._param_dict), "bf16 beside its old name bfloat16",
          "DeepSpeed would ignore the second; remove bfloat16"),
-        (config.gradient_allreduce_op != "mean", 'gradient_allreduce_op = "sum"',
+        (getattr(config, "gradient_allreduce_op", "mean") != "mean", 'gradient_allreduce_op = "sum"',
          "a task's gradient is its mean over ranks; remove the key, and multiply the loss by the number of ranks"),
     ]  # fmt: skip
     return [(reason, advice) for wrong, reason, advice in rows if wrong]

@@ -13,8 +13,9 @@ not twice per micro-step. Weights that `GatheredParameters` partitions in betwee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any
 
 from deepspeed.runtime.zero.config import OffloadDeviceEnum
@@ -28,18 +29,24 @@ class _Coordinator(PartitionedParameterCoordinator):
     """A coordinator that can keep weights gathered.
 
     Attributes:
-        kept: `ds_id` of the parameters that it does not release.
+        kept: `ds_id` -> parameter, of those that it does not release.
     """
 
-    kept: AbstractSet[int] = frozenset()
+    kept: Mapping[int, Any] = MappingProxyType({})
 
     def _PartitionedParameterCoordinator__release_param(self, param: Any, *options: Any) -> None:
         if param.ds_id not in self.kept:
             super()._PartitionedParameterCoordinator__release_param(param, *options)
 
+    def reset_step(self) -> None:
+        """Begin a forward and backward with what is kept counted, so that prefetches stay within the live limit."""
+        super().reset_step()
+        gathered = (p.ds_numel for p in self.kept.values() if p.ds_status == ZeroParamStatus.AVAILABLE)
+        self._PartitionedParameterCoordinator__n_available_params = sum(gathered)
+
     def release_and_reset_all(self, module: Any) -> None:
         """Release all weights, also those that it keeps: a checkpoint is saved in the middle of a step."""
-        kept, self.kept = self.kept, frozenset()
+        kept, self.kept = self.kept, {}
         try:
             super().release_and_reset_all(module)
         finally:
@@ -61,26 +68,26 @@ class ParameterTraces:
         self._params: list[Any] = [] if self._offload is None else list(self._offload.module.parameters())
         self._kept = self._choose_kept(shared)
 
-    def _choose_kept(self, shared: AbstractSet[int]) -> AbstractSet[int]:
-        """Return the `ds_id` of the parameters that `use(key, keep=True)` keeps gathered.
+    def _choose_kept(self, shared: AbstractSet[int]) -> dict[int, Any]:
+        """Return the parameters, by `ds_id`, that `use(key, keep=True)` keeps gathered.
 
-        As many elements as DeepSpeed itself would keep from a forward to its backward: min(stage3_max_live_parameters,
-        stage3_max_reuse_distance / 2). All parameters if they fit; else the last layers of what every task uses, which
-        are those that DeepSpeed would keep, so that the peak is no higher.
+        All of them if they are within stage3_max_live_parameters and half of stage3_max_reuse_distance, which spans a
+        forward and its backward. Else the last layers of what every task uses, which are those that DeepSpeed itself
+        would keep from a forward to its backward, less room for one prefetch.
         """
         if self._offload is None:
-            return frozenset()
+            return {}
         live, reuse = self._offload._max_available_parameters_in_numel, self._offload._max_reuse_distance_in_numel
-        left = min(live, reuse // 2)
-        if sum(int(p.ds_numel) for p in self._params) <= left:
-            return {p.ds_id for p in self._params}
-        kept = set()
+        if sum(int(p.ds_numel) for p in self._params) <= min(live, reuse // 2):
+            return {p.ds_id: p for p in self._params}
+        left = min(live - self._offload._prefetch_bucket_sz, reuse // 2)
+        kept = {}
         for param in reversed(self._params):
             if id(param) in shared or not param.requires_grad:
                 left -= int(param.ds_numel)
                 if left < 0:
                     break
-                kept.add(param.ds_id)
+                kept[param.ds_id] = param
         return kept
 
     @contextlib.contextmanager
@@ -96,7 +103,7 @@ class ParameterTraces:
             return
         before = self._offload.param_coordinator
         mine = self._of.pop(key, None) or self._new()
-        mine.kept = self._kept if keep else frozenset()
+        mine.kept = self._kept if keep else {}
         self._offload.param_coordinator = mine
         try:
             yield

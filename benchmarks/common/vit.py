@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 TASKS = ("det", "seg", "cls")
@@ -43,7 +43,14 @@ def build_model(width: int, layers: int, size: int, tasks: Iterable[str] = TASKS
     return Model()
 
 
-def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8, bucket: int = 10**7) -> Any:
+def build_engine(
+    model: Any,
+    stage: int,
+    accumulation: int = 1,
+    batch: int = 8,
+    bucket: int = 10**7,
+    zero: Mapping[str, Any] | None = None,
+) -> Any:
     """Return a DeepSpeed engine with AdamW on a model of `build_model`.
 
     Args:
@@ -52,6 +59,7 @@ def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8, 
         accumulation: micro-steps per optimizer step.
         batch: images per rank and micro-step.
         bucket: elements that ZeRO reduces at once.
+        zero: further keys of `zero_optimization`.
     """
     import deepspeed
     import torch
@@ -61,7 +69,7 @@ def build_engine(model: Any, stage: int, accumulation: int = 1, batch: int = 8, 
         "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": False,
-                              "stage3_param_persistence_threshold": 10**4},
+                              "stage3_param_persistence_threshold": 10**4, **(zero or {})},
     }  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-4)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -39,7 +39,7 @@ def run_cases(args: argparse.Namespace) -> list[dict]:
         for weighting in args.weighting or weightings_for(case):
             for label, micro_steps in MICRO_STEPS.items():
                 result = run_case(case, WEIGHTINGS[weighting], micro_steps)
-                rows.append({"case": asdict(case), "weighting": weighting, "micro_steps": label,
+                rows.append({"case": asdict(case), "rounds": case.rounds, "weighting": weighting, "micro_steps": label,
                              "world": dist.get_world_size(), **result})  # fmt: skip
                 if dist.get_rank() == 0:
                     print(f"{case.name:42s} {weighting:16s} {label} R={rows[-1]['world']} "
@@ -71,7 +71,7 @@ def print_tables(rows: list[dict]) -> None:
 def _largest(rows: list[dict]) -> str:
     if not rows:
         return ""
-    return f"{max(row['weights' if row['case']['dtype'] == 'fp32' else 'weights_relative'] for row in rows):.1e}"
+    return f"{max(row['weights' if row['rounds'] == 'fp32' else 'weights_relative'] for row in rows):.1e}"
 
 
 def main() -> None:

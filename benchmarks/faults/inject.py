@@ -17,15 +17,15 @@ def allow_fp16(rank: int) -> None:
     from allinone_ds.training.trainer import AllInOneTrainer
 
     get_accelerator().is_fp16_supported = lambda: True
-    step = AllInOneTrainer._step
+    step = AllInOneTrainer._balanced_step
 
-    def print_scale(self, number):
-        report = step(self, number)
+    def print_scale(self, model, inputs):
+        loss = step(self, model, inputs)
         if rank == 0:
-            print(f"loss scale {self.deepspeed.optimizer.loss_scale} after step {number}", flush=True)
-        return report
+            print(f"loss scale {self.deepspeed.optimizer.loss_scale} after step {inputs.step}", flush=True)
+        return loss
 
-    AllInOneTrainer._step = print_scale
+    AllInOneTrainer._balanced_step = print_scale
 
 
 def write_late() -> None:

@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def start_part(name: str, device: str, folder: Path, seconds: float) -> dict[str
         environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", f"--part={name}", f"--device={device}"]
     command += [f"--out={folder}", f"--seconds={seconds:.0f}"]
-    began = time.monotonic()
+    began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / f"{name}.log").open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
@@ -63,7 +64,10 @@ def start_part(name: str, device: str, folder: Path, seconds: float) -> dict[str
             status = "time limit"
     file = folder / f"{name}.jsonl"
     rows = len(file.read_text().splitlines()) if file.exists() else 0
-    return {"part": name, "status": status, "seconds": round(time.monotonic() - began, 1), "rows": rows}
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return {"part": name, "status": status, "seconds": round(time.monotonic() - began, 1),
+            "processor_seconds": round(processor, 1), "rows": rows}  # fmt: skip
 
 
 def main() -> int:
@@ -90,11 +94,12 @@ def main() -> int:
         limit = PARTS[name].seconds * (1 if args.device == "cuda" else 2)  # a slow machine is no reason to fail a trial
         seconds = min(limit, end - time.monotonic())
         if seconds < 5:
-            ended = {"part": name, "status": "no time left", "seconds": 0.0, "rows": 0}
+            ended = {"part": name, "status": "no time left", "seconds": 0.0, "processor_seconds": 0.0, "rows": 0}
         else:
             ended = start_part(name, args.device, args.out, seconds)
         failed += ended["status"] != "ok"
-        print(f"{name:8s} {ended['status']:12s} {ended['seconds']:6.1f} s {ended['rows']:4d} rows", flush=True)
+        taken = f"{ended['seconds']:6.1f} s, {ended['processor_seconds']:6.1f} s of processors"
+        print(f"{name:8s} {ended['status']:12s} {taken} {ended['rows']:4d} rows", flush=True)
         with (args.out / "parts.jsonl").open("a") as parts:
             parts.write(json.dumps(ended) + "\n")
     return failed

@@ -114,7 +114,7 @@ def run_command(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
     """Run a command; return its exit status, output and errors. After its time it is ended: status 124."""
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        output, errors = job.communicate(timeout=max(5.0, seconds))
+        output, errors = job.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
         end_tree(job.pid)
         output, errors = job.communicate()

@@ -60,12 +60,14 @@ def main() -> None:
     off = [f"tasks.{task}.options.{option}" for task, (_, option) in PRIORS.items() if option]
     runs = {name: norms(args.folder / name, data, more) for name, more in (("prior", []), ("none", off))}
     print_head("task", "prior", *(f"steps {a + 1} to {b}" for a, b in SPANS))
+    rows = []
     for task, (prior, option) in PRIORS.items():
         for name, of_task in runs.items():
             if name == "prior" or option:
-                medians = [f"{statistics.median(of_task[task][a:b]):.1e}" for a, b in SPANS]
-                print_row(task, prior if name == "prior" else option, *medians)
-    write_record(args.json, steps=STEPS, runs=runs)
+                medians = [statistics.median(of_task[task][a:b]) for a, b in SPANS]
+                rows.append({"task": task, "prior": prior if name == "prior" else option, "norms": medians})
+                print_row(task, rows[-1]["prior"], *(f"{norm:.1e}" for norm in medians))
+    write_record(args.json, steps=STEPS, spans=SPANS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ RUNS = {
         "performance.md",
         "peers --rate 400mbit --tasks 3 --ranks 2 --json benchmarks/results/peers_400mbit.json",
     ),
+    "joint": ("performance.md", "joint --json benchmarks/results/joint.json"),
+    "joint-group": ("performance.md", "joint_group --json benchmarks/results/joint_group.json"),
     "saving": ("reliability.md", "saving --json benchmarks/results/saving.json"),
     "scale": ("scale.md", "scale --json benchmarks/results/scale.json"),
+    "traffic": ("scale.md", "traffic --json benchmarks/results/traffic.json"),
 }
 """Name of the table -> (page in docs/, module of this folder and its arguments)."""
 

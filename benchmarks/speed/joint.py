@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="*", default=[3, 8, 40], help="numbers of tasks")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2], help="numbers of ranks")
     parser.add_argument("--ways", nargs="*", default=[], help="only these ways, plain sums among them")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of one step per way (default: 11)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of one step per way (default: 9)")
     parser.add_argument(
         "--slow-backwards", type=int, default=24, help="T x rounds of ways with T backwards (default: 24)"
     )

@@ -71,7 +71,7 @@ def train(way: str, args: argparse.Namespace) -> tuple[float, float]:
     class Clock(TrainerCallback):
         """Reads the time after the steps that warm up and after the last one."""
 
-        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:  # type: ignore[override]
             if state.global_step in (args.warm_up, args.warm_up + args.steps):
                 dist.barrier()
                 times.append((time.perf_counter(), time.process_time()))

@@ -37,7 +37,8 @@ def measure() -> list[dict]:
 
     from allinone_ds import TBGC, TaskBalancer
     from allinone_ds.balance.combiners.sketch import default_size
-    from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
+    from allinone_ds.planning.memory import Sizes, memory_parts
+    from allinone_ds.planning.traffic import moved_parts
     from allinone_ds.run_config.engine_settings import read_engine
 
     world, rows = dist.get_world_size(), []
@@ -77,7 +78,8 @@ def measure() -> list[dict]:
 def compute(gpus: int) -> list[dict]:
     """Return memory (without activations) and bytes sent per GPU, by formula, for a large model in bf16 with AdamW."""
     from allinone_ds.balance.combiners.sketch import default_size
-    from allinone_ds.planning.memory import Sizes, memory_parts, moved_parts
+    from allinone_ds.planning.memory import Sizes, memory_parts
+    from allinone_ds.planning.traffic import moved_parts
     from allinone_ds.run_config.engine_settings import read_engine
 
     sizes = Sizes(LARGE["backbone"], dict.fromkeys(TASKS, LARGE["head"]), dict.fromkeys(TASKS, 1))

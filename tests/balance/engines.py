@@ -24,7 +24,7 @@ def make_engine(case: str = "zero2 fp32", optimizer: str = "sgd", lr: float = 0.
     """A toy engine of a named case; keyword arguments replace keys of its config."""
     model = toy.make_model().float()
     groups = toy.param_groups(model, per_head=not CASES[case].one_group)
-    if CASES[case].muon or optimizer == "muon":
+    if "muon" in CASES[case].optimizer or optimizer == "muon":
         chosen = muon(model)
     elif optimizer == "sgd":
         chosen = torch.optim.SGD(groups, lr=lr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,6 +38,11 @@ def check_misuse_of_joint_blocks() -> None:
 
     for change in (another_forward, detached):
         raises(BalancerError, "task 'b' does not meet those of the other tasks", block(all_tasks, change))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        block(all_tasks, lambda losses: dict(zip(losses, torch.stack(tuple(losses.values())).unbind(), strict=True)))()
+    assert any("'a' and 'b' are outputs of one operation" in str(one.message) for one in caught), caught
+    assert balancer.step().applied
     raises(BalancerError, "unknown task 'x'", block(("a", "x")))
     raises(ConfigError, "did you mean 'features'", block(all_tasks, at="feature"))
     raises(BalancerError, "pass a dict", block(all_tasks, lambda losses: losses["a"]))

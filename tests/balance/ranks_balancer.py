@@ -49,15 +49,18 @@ from tests.launcher import join_ranks, run_checks
 def exact(case: str, weighting: str, micro_steps: str) -> None:
     """fp32: weights within 1e-5, norms within 1e-5. 16 bit: within that type's rounding of the same step by hand.
 
-    With `norm="features"` the tasks add up in the engine, in 16 bit too, which the step by hand does not: twice that.
-    Muon's iteration enlarges the smallest singular values some 500 times, with the rounding in them.
+    With `norm="features"` the tasks add up in the engine, in 16 bit too, which the step by hand does not: twice that;
+    and `torch_autocast` is compared with float64.
+    Muon's iteration enlarges the smallest singular values some 500 times, with the rounding in them; masters in bf16
+    round the weights, which is large beside 5 steps.
     """
     result = run_case(CASES[case], cases.WEIGHTINGS[weighting], cases.MICRO_STEPS[micro_steps])
-    if CASES[case].dtype == "fp32":
+    rounds = CASES[case].rounds
+    if rounds == "fp32":
         assert result["weights"] <= 1e-5 and result["norms"] <= 1e-5 and result["scales"] <= 1e-5, result
     else:
-        rounding = {"bf16": 2**-8, "fp16": 2**-11}[CASES[case].dtype] * (2 if "norm=features" in case else 1)
-        rounding *= 50 if CASES[case].muon else 1
+        rounding = {"bf16": 2**-8, "fp16": 2**-11}[rounds] * (2 if "norm=features" in case or "autocast" in case else 1)
+        rounding *= 50 if CASES[case].optimizer != "sgd" or "masters" in case else 1
         assert result["weights_relative"] <= rounding and result["norms"] <= rounding, result
     assert result["overflows"] == 0
 
@@ -213,7 +216,8 @@ def all_checks(world: int) -> dict:
     checks = {}
     if world == 2:
         for case in CASES:
-            checks[f"exact[{case}]"] = partial(exact, case, "tbgc", "1/2/4")
+            if CASES[case].optimizer not in cases.KERNELS:
+                checks[f"exact[{case}]"] = partial(exact, case, "tbgc", "1/2/4")
         for stage in range(4):
             for weighting in cases.WEIGHTINGS:
                 checks[f"exact[zero{stage} fp32, {weighting}]"] = partial(

@@ -74,6 +74,26 @@ def check_a_step_that_goes_as_the_one_before_sends_one_message() -> None:
         finish(balancer)
 
 
+def check_a_step_of_other_tasks_sends_one_message_if_it_is_planned() -> None:
+    """And one for the heads that stand still; a part that never ran, or runs otherwise, sends one per point."""
+    det, seg, cls = toy.TASKS
+    for case in ("zero2 fp32", "zero3 fp32"):
+        balancer = make_balancer(make_engine(case))
+        steps = [((det, seg), 4 * 2 + 2 + 1), ((seg, det), 1 + 1), ((seg,), 1 + 1), ((seg, cls), 2 * 4 + 2 + 1),
+                 ((cls, det), 1 + 1), ((det, seg, cls), 1)]  # fmt: skip
+        for number, (tasks, messages) in enumerate(steps):
+            before = balancer._agreement._count
+            balancer.plan_step([((task,), 2) for task in tasks])
+            for task in tasks:
+                run_task(balancer, task, number, micro_steps=2)
+            assert balancer.step(require_all=False).applied
+            assert balancer._agreement._count - before == messages, (case, number, balancer._agreement._count - before)
+        balancer.plan_step([((det,), 2)])
+        run_task(balancer, seg, micro_steps=2)  # not as planned: an agreement in more messages, and no error
+        assert balancer.step(require_all=False).applied
+        finish(balancer)
+
+
 def check_messages_carry_numbers() -> None:
     balancer = make_balancer(make_engine())
     received = [0, -dist.get_rank()]

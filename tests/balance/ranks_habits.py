@@ -198,7 +198,11 @@ def check_zero_grad_and_loading_are_allowed_between_steps() -> None:
         engine = make_engine(case)
         balancer = make_balancer(engine)
         for step in range(2):
+            params = [param for param in engine.module.parameters() if param.numel()]
+            for param in params:
+                param.grad = torch.ones_like(param)
             engine.zero_grad()
+            assert all(param.grad is None for param in params), case
             engine.optimizer.zero_grad()
             for task in toy.TASKS:
                 run_task(balancer, task, step)

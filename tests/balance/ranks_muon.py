@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -15,6 +17,7 @@ from allinone_ds.testing.exactness import compare
 from allinone_ds.testing.exactness import train as train_toy
 from allinone_ds.testing.muon import MuonByHand, muon, newton_schulz_in_float32
 from allinone_ds.testing.reference import reference_run
+from allinone_ds.zero.checkpoint.write import save_engine
 from allinone_ds.zero.engine_like import whole_weights
 from allinone_ds.zero.engines.muon import MOMENTUM
 from tests.balance.engines import (
@@ -122,6 +125,31 @@ def check_muon_leaves_heads_of_absent_and_skipped_tasks_alone() -> None:
         finish(balancer)
 
 
+def check_muon_leaves_frozen_parameters_alone() -> None:
+    """DeepSpeed's Muon steps on a parameter without a gradient too, with decay and momentum."""
+    for case in FP32:
+        engine = make_engine(case)
+        balancer = make_balancer(engine)
+        step(balancer)
+        backbone = [
+            p for name, p in engine.module.named_parameters() if name.startswith("backbone.") and p.requires_grad
+        ]
+        before = weights(engine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for param in backbone:
+                param.requires_grad_(False)
+            step(balancer, 1)
+            after = weights(engine)
+            assert largest_change(before, after, "backbone.") == 0.0, case
+            assert largest_change(before, after, "heads.") > 0, case
+            for param in backbone:
+                param.requires_grad_(True)
+            step(balancer, 2)
+        assert largest_change(after, weights(engine), "backbone.blocks") > 0, case
+        finish(balancer)
+
+
 def check_an_overflow_leaves_the_momentum_of_muon_alone() -> None:
     for stage in (1, 2, 3):
         fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "hysteresis": 1}
@@ -136,6 +164,29 @@ def check_an_overflow_leaves_the_momentum_of_muon_alone() -> None:
         assert step(balancer, 2, seg=1e-3).applied and largest_change(before, weights(engine)) > 0
         assert not all(torch.equal(a, b) for a, b in zip(kept, momenta(engine), strict=True)), stage
         finish(balancer)
+
+
+def check_a_resume_of_muon_continues_bit_for_bit() -> None:
+    folders = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folders)
+    for case in (*FP32[1:], "zero1 bf16 fp32-accumulation muon", "zero2 bf16 muon"):
+        folder = Path(folders[0]) / case
+        if dist.get_rank() == 0:
+            folder.mkdir()
+        dist.barrier()
+        trained = []
+        for resumed in (False, True):
+            engine = make_engine(case)
+            if resumed:
+                engine.load_checkpoint(str(folder))
+            balancer = make_balancer(engine)
+            for number in range(2 if resumed else 0, 4):
+                step(balancer, number)
+                if number == 1:
+                    assert save_engine(engine, folder) == []
+            trained.append(weights(engine))
+            finish(balancer)
+        assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items()), case
 
 
 def check_the_norm_of_a_step_of_muon_is_that_of_the_gradient() -> None:

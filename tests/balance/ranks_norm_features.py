@@ -238,7 +238,8 @@ def check_refused_options() -> None:
     engine = make_engine()
     for text, options in (
         ("cannot serve TBGC", {"weighting": TBGC(target="mean")}),
-        ("parallel='tasks'", {"parallel": "tasks"}),
+        ("They reduce once per step with norm='exact' too", {"parallel": "tasks"}),
+        ("groups", {"groups": {"det": 1, "seg": 1, "cls": 1}}),
         ("cosines_every", {"cosines_every": 2}),
         ("sketch_size", {"sketch_size": 16}),
     ):

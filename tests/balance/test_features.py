@@ -10,6 +10,7 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from allinone_ds import DBMTL, TBGC, FeatureBalance, GlobalClip, GramWeighting, Sum, TaskClip, task_features
 from allinone_ds.errors import BalancerError, ConfigError
+from benchmarks.common.memory import peak_tensor_bytes
 from tests.launcher import run_ranks
 
 METHODS = {
@@ -43,6 +44,50 @@ def _model(tasks: int = 3) -> tuple[Model, Tensor]:
 
 def _gradients(model: Model) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def _memory_of(tasks: int) -> int:
+    """Return the peak of tensor bytes in a step, in units of the features."""
+    names = [f"task{i}" for i in range(tasks)]
+    scales = [torch.ones((), requires_grad=True) for _ in names]
+    weight, balance = torch.ones(100_000, requires_grad=True), FeatureBalance(names, TBGC(max_norm=0.1))
+
+    def step() -> None:
+        with balance.joint():
+            features = weight * 2.0
+            balance.backward(
+                {t: (task_features(features, t) * scale).sum() for t, scale in zip(names, scales, strict=True)}
+            )
+
+    return peak_tensor_bytes(step) // weight.nbytes
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks():
+    """On one process: no gradients are kept for tasks that have been measured, nor during the backbone's backward."""
+    assert _memory_of(40) <= _memory_of(8) + 1
+    assert _memory_of(40) < 14
+
+
+@pytest.mark.parametrize("tasks", [3, 11])
+@pytest.mark.parametrize("weighting", [TBGC(max_norm=0.1), Sum()])
+def test_gradients_in_parts_equal_those_of_one_process_per_task(weighting, tasks):
+    model, x = _model(tasks)
+    balance = FeatureBalance(model.tasks, weighting)
+    with balance.joint():
+        balance.backward(model(x))
+    norms, found = balance.report().norms, _gradients(model)
+    model.zero_grad()
+    features = model.backbone(x)
+    read = features.detach().requires_grad_()
+    rows = {t: torch.autograd.grad(model.loss(t, read), read)[0] for t in model.tasks}
+    factors = {
+        t: 1.0 if isinstance(weighting, Sum) else min(1.0, 0.1 / (float(g.norm()) + 1e-6)) for t, g in rows.items()
+    }
+    features.backward(sum(factors[t] * g for t, g in rows.items()))
+    for name, p in model.backbone.named_parameters(prefix="backbone"):
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-9)
+    for task, row in rows.items():
+        assert abs(float(norms[task]) / float(row.norm()) - 1) < 1e-5
 
 
 @pytest.mark.parametrize("tasks", [3, 5])

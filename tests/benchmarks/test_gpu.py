@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from benchmarks.gpu import machine, table, trace
+from benchmarks.gpu import machine, steps, table, trace
 from benchmarks.gpu.__main__ import run_part, start_part
 from benchmarks.gpu.machine import datasheet_flops
-from benchmarks.gpu.part import PARTS, Run
+from benchmarks.gpu.part import PARTS, Run, run_command
 from benchmarks.gpu.vit import TASKS, Vit, tiny
 from benchmarks.gpu.waits import rows
 
@@ -48,6 +50,28 @@ def test_a_part_with_an_error_in_a_row_has_failed(tmp_path: Path, monkeypatch: p
 
 def test_a_part_ends_at_its_time_limit(tmp_path: Path) -> None:
     assert start_part("machine", "cpu", tmp_path, seconds=0.5)["status"] == "time limit"
+
+
+def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    start = f"import subprocess; job = subprocess.Popen({sleep}, start_new_session=True); print(job.pid, flush=True)"
+    status, output, errors = run_command([sys.executable, "-c", f"{start}; job.wait()"], seconds=1)
+    assert status == 124 and "ended after 1 s" in errors
+    assert not psutil.pid_exists(int(output)) or psutil.Process(int(output)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_mode_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(vit: Vit, run: Run) -> dict:
+        if vit.mode == "exact":
+            raise RuntimeError("out of memory")
+        return {"mode": vit.mode, "seconds": 2.0 if vit.mode == "plain" else 3.0, "flops_per_s": 4.0}
+
+    monkeypatch.setattr(Run, "join", lambda self: None)
+    monkeypatch.setattr(steps, "product_flops", lambda run: 8.0)
+    monkeypatch.setattr(steps, "timed", timed)
+    found = {row["mode"]: row for row in steps.measure(Run("cpu", tmp_path))}
+    assert found["exact"]["error"] == "RuntimeError: out of memory" and set(found) == set(steps.MODES)
+    assert found["delayed"]["ratio"] == 1.5 and found["delayed"]["of_matmul"] == 0.5
 
 
 def test_the_plan_of_a_vit_counts_what_its_engine_holds(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision import tv_tensors
 
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.check import check_sources
+from allinone_ds.data.dense_maps import DenseMap
 from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from tests.data.tiny_sets import COCO, COUNT, FOLDERS, errors, source, write_images
 
@@ -43,7 +46,7 @@ def test_the_progress_bar_is_drawn_on_stderr(coco_root, capsys):
 class Failing(SampleDataset):
     """A custom dataset that raises an error of its own for sample 1."""
 
-    kind, classes = "depth", ["a"]
+    kind, classes = "depth", []
 
     def __len__(self):
         return 3
@@ -51,7 +54,9 @@ class Failing(SampleDataset):
     def __getitem__(self, index):
         if index == 1:
             raise KeyError("depth")
-        return {"index": index}
+        image = tv_tensors.Image(torch.zeros(3, 4, 4, dtype=torch.uint8))
+        depth = DenseMap(torch.arange(1.0, 17.0).view(4, 4) + index)
+        return {"image": image, "depth": depth, "path": self.path(index), "index": index}
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_rank_without_samples_runs_as_many_forwards() -> None:
     ("head", "options", "message"),
     [
         ("linear", {}, "cannot merge views"),
-        ("fcos", {"windows": True}, "for segmentation only"),
+        ("fcos", {"windows": True}, "cannot merge windows, which are for kinds with a value per pixel"),
         ("rf_detr", {"scales": [0.25]}, "4 cells for 16 queries"),
     ],
 )

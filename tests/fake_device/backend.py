@@ -118,6 +118,17 @@ def _is_view(op: Any) -> bool:
     return bool(aliases) and not any(alias.is_write for alias in aliases)
 
 
+MIXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::set_")
+"""Operators of a GPU that also accept tensors on the host: indices."""
+
+
+def _refuse_host(name: str, values: list[Any]) -> None:
+    """Raise for a tensor on the host beside those of the device, as a GPU does; a number (0-dim) may be there."""
+    for value in values:
+        if isinstance(value, Tensor) and not is_device(value) and value.dim():
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, found one on the host")
+
+
 def _kernel(op: Any, args: Any, kwargs: Any) -> Any:
     """Run the CPU's kernel of an operator on the bytes of device tensors."""
     schema = op._schema
@@ -130,6 +141,8 @@ def _kernel(op: Any, args: Any, kwargs: Any) -> Any:
     hosts = {id(tensor): on_host(tensor) for tensor in (*written, *read)}
     devices = {id(hosts[id(tensor)]): tensor for tensor in (*written, *read)}
     args = tuple(_tensor(a, value) for a, value in zip(schema.arguments, args, strict=False))
+    if schema.name not in MIXES:
+        _refuse_host(schema.name, tree_flatten((args, kwargs))[0])
     cpu_args, cpu_kwargs = tree_map_only(Tensor, lambda t: hosts.get(id(t), t), (args, kwargs))
     if "device" in cpu_kwargs:
         cpu_kwargs["device"] = "cpu"

@@ -11,7 +11,7 @@ from PIL import Image
 from allinone_ds.data.check import check_sources
 from allinone_ds.init.first_run import write_first_run
 from allinone_ds.init.recognise import recognise
-from allinone_ds.run_config.build import build_model, open_train_data
+from allinone_ds.run_config.build import build_model, classes_of, open_train_data
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import load_config
 from benchmarks.heads.dense_scenes import write_scenes
@@ -33,10 +33,10 @@ def test_all_kinds_of_one_folder(tmp_path: Path) -> None:
     assert "0 classes" not in text and "# classes:" not in text and "taken for millimetres" in text
     config = load_config(first.file)
     data = open_train_data(config)
-    sources = {name: task.train_source for name, task in config.tasks.items()}
+    assert list(data) == list(first.groups) == ["room"] and data["room"].joint.tasks == tuple(config.tasks)
+    sources = {name: group.train_source for name, group in config.joint.items()}
     assert check_sources(sources, config.data_root, progress=False) == [] and first.problems == []
-    classes = {name: part.dataset.classes for name, part in data.items()}
-    build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes))
+    build_model(config, ModelFacts(backbone=config.model.backbone, classes=classes_of(data)))
 
 
 def test_maps_beside_label_maps_and_without_parts(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_layout_is_recognised_and_its_file_passes_check(name: str, tmp_path: P
     output = tmp_path / "out" / "mine.yaml"
     assert cli.main(["init", str(folder), "--output", str(output)]) == 0
     said = capsys.readouterr().out
-    assert f"{train} train and {test} test images, {len(classes)} classes" in said
+    assert f"{train} train and {test} test images, {len(classes)} class" in said
     assert cli.main(["check", str(output)]) == 0, capsys.readouterr().out
     config = load_config(output)
     [(task_name, task)] = config.tasks.items()

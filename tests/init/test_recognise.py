@@ -93,8 +93,9 @@ def test_boxes_and_classes_of_tables(tmp_path: Path) -> None:
     names = write_pictures(tmp_path / "skin" / "images", 6)
     rows = [f"{name},{float(i % 3 == 0)},1.0,{float(i % 3 == 2)}" for i, name in enumerate(names)]
     (tmp_path / "skin" / "table.csv").write_text("\n".join(["image,MEL,NV,BCC", *rows]))
-    with pytest.raises(DataError, match="3 columns of 0 and 1 are several labels per image"):
-        recognise(tmp_path / "skin")
+    task = only(tmp_path / "skin")  # several labels per image
+    assert (task.kind, task.train["columns"]) == ("attributes", ["MEL", "NV", "BCC"])
+    assert "3 columns are taken for attributes; 0 is one that an image does not have" in task.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_headers_of_boxes(tmp_path: Path, header: str, row: str, kind: str, frac
         (b"image,label\nC:\\d\\p0.png,a\n", r"t.csv: names C:\d\p0.png, which is not here"),
         (b"image,label\np9,a\n", "t.csv: no column of it names images that are here"),
         (b"image,label\np0.png,caf\xe9\n", "t.csv: cannot be read as text: .*save it as UTF-8"),
-        (b"image,a,b\np0.png,1,0\np1.png,1,1\n", "2 columns of 0 and 1 are several labels per image.* in 1 of 2 rows"),
+        (b"image,a\np0.png,1\np1.png,1\n", "no column of it looks like classes, attributes or numbers"),
     ],
 )
 def test_a_table_that_is_not_read_is_named(tmp_path: Path, text: bytes, says: str) -> None:

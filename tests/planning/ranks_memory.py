@@ -14,7 +14,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from allinone_ds import TBGC, TaskBalancer
 from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.data.augmentation.transforms import stack_pixels
-from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, moved_parts, sizes_of
+from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, sizes_of
+from allinone_ds.planning.traffic import moved_parts
 from allinone_ds.run_config.engine_settings import read_engine
 from allinone_ds.training.optimizer import parameter_groups
 from allinone_ds.zero.engines.choose import open_engine
@@ -39,6 +40,9 @@ CASES = [
     (1, "fp32", "exact, apart"),
     (2, "bf16", "exact, apart"),
     (2, "bf16", "sketch, apart"),
+    (3, "bf16 masters", "exact"),
+    (3, "bf16", "exact, half kept"),
+    (3, "bf16", "exact, copied"),  # last: DeepSpeed's later engines in a process have copies too
 ]
 
 
@@ -62,6 +66,15 @@ def gradients(engine) -> list[torch.Tensor]:
     for group in averaged.values() if engine.zero_optimization_stage() in (1, 2) else ():
         found += [getattr(group, "flat_partition", None)] if hasattr(group, "flat_partition") else list(group or ())
     return [g for g in found if isinstance(g, torch.Tensor)]
+
+
+def copies(engine) -> int:
+    return bytes_of(getattr(p, "ds_secondary_tensor", None) for p in engine.module.parameters())
+
+
+def gathered(engine) -> int:
+    params = [p for p in engine.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE]
+    return bytes_of(p.data for p in params)
 
 
 def buffers(engine) -> list[torch.Tensor]:
@@ -88,11 +101,20 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
     }
     if "accumulation" in kind:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if "masters" in kind:
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    norm, _, way = norm.partition(", ")
+    apart, kept, copied = (way == word for word in ("apart", "half kept", "copied"))
+    zero = config["zero_optimization"]
+    if kept or copied:
+        zero |= {"stage3_max_live_parameters": 500_000, "stage3_max_reuse_distance": 800_000}
+        zero |= {"stage3_prefetch_bucket_size": 50_000, "reduce_bucket_size": 1_000}
+    if copied:
+        zero["zero_hpz_partition_size"] = 2
     model = tiny_model(**SIZE)
     sizes = sizes_of(model, dict.fromkeys(model.tasks, 2))
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.0, 1.0))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    norm, _, apart = norm.partition(", ")
     parallel = "tasks" if apart else "data"
     balancer = TaskBalancer(engine, tuple(model.tasks), "backbone", TBGC(0.1), norm=norm, parallel=parallel)
     most = dict.fromkeys(("gradients", "balancer"), 0)
@@ -103,6 +125,14 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
             most["buffers"] = max(most["buffers"], bytes_of(buffers(engine)))
 
         next(engine.module.backbone.parameters()).register_hook(see_buffers)
+    if kept:
+        most["buffers"] = 0
+
+        def see_gathered(*_):
+            most["buffers"] = max(most["buffers"], gathered(engine))
+
+        for module in engine.module.modules():
+            module.register_forward_hook(see_gathered)
     for _ in range(2):
         for name in balancer.tasks:
             batch = engine.module.tasks[name].collate(samples(2))
@@ -110,6 +140,8 @@ def check_plan(stage: int, kind: str, norm: str) -> None:
                 for _ in range(2):
                     balancer.backward(engine(task=name, **batch).loss)
                     most["gradients"] = max(most["gradients"], bytes_of(gradients(engine)))
+                    if copied:
+                        most["weights within a node"] = max(most.get("weights within a node", 0), copies(engine))
             most["balancer"] = max(most["balancer"], balancer.extra_bytes)
         balancer.step()
         most["balancer"] = max(most["balancer"], balancer.extra_bytes)
@@ -228,5 +260,6 @@ def name_of(case) -> str:
 
 
 if __name__ == "__main__":
-    checks = {name_of(case): partial(check_plan, *case) for case in CASES}
-    run_checks(checks | {name_of(case): partial(check_joint, *case) for case in JOINT}, sys.argv[1])
+    checks = {name_of(case): partial(check_plan, *case) for case in CASES[:-1]}
+    checks |= {name_of(case): partial(check_joint, *case) for case in JOINT}
+    run_checks(checks | {name_of(CASES[-1]): partial(check_plan, *CASES[-1])}, sys.argv[1])

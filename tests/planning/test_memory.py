@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from allinone_ds.balance.assignment import task_groups
-from allinone_ds.planning.memory import Sizes, moved_parts
+from allinone_ds.planning.memory import Sizes, memory_parts
+from allinone_ds.planning.savings import traffic_savings
+from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.engine_settings import Engine
 from tests.launcher import run_ranks
 from tests.planning.ranks_memory import CASES, JOINT, name_of
@@ -24,6 +26,51 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_part_is_within_15_percent_of_the_memory_of_a_rank(ranks: dict[str, str], case: tuple) -> None:
     assert ranks[name_of(case)] == ""
+
+
+def test_weights_that_are_kept_or_copied_are_gathered_less_often() -> None:
+    sizes = Sizes(backbone=900, heads={"a": 60, "b": 40}, micro_steps={"a": 1, "b": 3})
+    engine = Engine(3, weight_bytes=2, retained=500, live=600, prefetched=100, all_reduces=False)
+
+    def weights(engine: Engine, sizes: Sizes = sizes) -> dict[str, int]:
+        parts = moved_parts(engine, sizes, 4, "exact", sketch=8)
+        return {key: value for key, value in parts.items() if key.startswith("weights")}
+
+    # 500 once; of a 460 for its forward and 400 for its backward, which keeps the head; of b 3 x (440 + 400)
+    assert weights(engine) == {"weights": 0.75 * 2 * (500 + 860 + 3 * 840)}
+    copied = dataclasses.replace(engine, copied_within=2)
+    # what is trained once among all four, the rest among two
+    assert weights(copied) == {"weights": 0.75 * 2 * 1000, "weights within a node": 0.5 * 2 * (3880 - 1000)}
+    moved = moved_parts(copied, sizes, 4, "exact", sketch=8)
+    assert between_nodes(moved, 4, 2, 2) == moved["gradients"] + moved["weights"] + moved["norms"]
+    assert between_nodes(moved, 4, 1, 2) == sum(moved.values()) and between_nodes(moved, 4, 4, 2) == 0
+    frozen = dataclasses.replace(sizes, backbone=100, frozen=800, frozen_below=300)
+    small = dataclasses.replace(engine, retained=0)
+    # forwards take all that is frozen, backwards what is above the first trained parameter
+    assert weights(small, frozen) == {"weights": 0.75 * 2 * (960 + 660 + 3 * (940 + 640))}
+    # copies of frozen weights are never renewed
+    once = weights(dataclasses.replace(small, copied_within=2), frozen)
+    assert once["weights"] == 0.75 * 2 * 200
+
+
+def test_the_least_traffic_that_fits_is_recommended() -> None:
+    sizes = Sizes(backbone=10**9, heads={"a": 10**6, "b": 10**6}, micro_steps={"a": 1, "b": 1})
+    engine = Engine(3, weight_bytes=2, retained=10**8, live=2 * 10**8, prefetched=10**7, all_reduces=False)
+
+    def best(gpus: int, gib: int, engine: Engine = engine) -> list[dict[str, int]]:
+        def cost(changed: Engine) -> tuple[int, dict[str, int]]:
+            memory = memory_parts(changed, sizes, gpus, "exact", 2, 1, 8)[0]
+            return sum(memory.values()), moved_parts(changed, sizes, gpus, "exact", 8)
+
+        rows = traffic_savings(engine, sizes, "exact", gpus, 8, gib * 2**30, cost)
+        return [dict(row.keys) for row in rows if row.recommended]
+
+    whole = {"stage3_max_live_parameters": 1002 * 10**6, "stage3_max_reuse_distance": 2004 * 10**6}
+    assert best(64, 80) == [{"zero_hpz_partition_size": 8}]  # as little between nodes as with all weights kept
+    assert best(8, 80) == [whole]
+    assert best(8, 5) == [{"stage3_max_live_parameters": 521 * 10**6, "stage3_max_reuse_distance": 1002 * 10**6}]
+    assert best(64, 80, dataclasses.replace(engine, copied_within=8)) == [{}]
+    assert best(64, 1) == [] and best(64, 80, Engine(2)) == []
 
 
 @pytest.mark.parametrize("case", JOINT, ids=name_of)

@@ -79,6 +79,22 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
         memory("balancer.norm=sketch", "balancer.name=db_mtl")
 
 
+def test_copies_within_nodes_are_planned_and_recommended(file: Path) -> None:
+    zero = "deepspeed.zero_optimization"
+    none = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    stage3 = [f"{zero}.stage=3", *(f"{zero}.stage3_{key}=0" for key in none)]
+    copied = f"{zero}.zero_hpz_partition_size=8"
+    plain = plan_run(load_config(file, stage3), 16)
+    assert [dict(row.keys) for row in plain.savings if row.recommended] == [{"zero_hpz_partition_size": 8}]
+    again = plan_run(load_config(file, [*stage3, copied]), 16)
+    recommended = next(row for row in plain.savings if row.recommended)
+    assert (sum(again.memory.values()), again.between) == (recommended.memory, recommended.between)
+    assert again.memory["weights within a node"] == pytest.approx(2 * again.memory["weights"], rel=0.01)
+    assert again.between < 0.6 * plain.between
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size = 8: 12 GPUs cannot be divided"):
+        plan_run(load_config(file, [*stage3, copied]), 12)
+
+
 def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:
     for stage, weights in ((2, True), (3, False)):
         overrides = [f"deepspeed=configs/deepspeed/zero{stage}.json", "trainer.async_save=true"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import allinone_ds
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.tasks import build_task
+from allinone_ds.zero.engines.loss_scale import loss_scale, scale_changes_after_step
 
 SIDE = 64
 PACKAGE = str(Path(allinone_ds.__file__).parent)
@@ -76,3 +78,18 @@ def test_the_code_of_a_head_waits_for_no_device(kind: str, head: str, options: d
     with Waits() as waits:
         model("task", **batch).loss.backward()
     assert waits.files == own
+
+
+def test_the_scale_of_a_grad_scaler_is_used_and_changed_on_the_device() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scaler.scale(torch.ones(()))  # which creates the scale
+    engine = SimpleNamespace(optimizer=SimpleNamespace(torch_autocast_gradscaler=scaler, overflow=False))
+    scales = []
+    with Waits() as waits:
+        for overflow in (False, False, False, True, True):
+            engine.optimizer.overflow = overflow
+            with scale_changes_after_step(engine):
+                scaler._growth_tracker += 1  # as `update` does
+            scales.append(loss_scale(engine))
+    assert [float(scale) for scale in scales] == [8.0, 16.0, 16.0, 8.0, 4.0] and not waits.files
+    assert scaler.get_growth_interval() == 2 and scaler.state_dict()["_growth_tracker"] == 0

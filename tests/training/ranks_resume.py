@@ -28,9 +28,14 @@ NEW = ["trainer.learning_rate=2e-4", "trainer.weight_decay=0.3", "tasks.det.lr_f
 
 
 class ChangeSettings(TrainerCallback):
-    """Gives a run the settings of NEW after its second step, as the reference of a resume."""
+    """Gives a run the settings of NEW after its second step, as the reference of a resume.
+
+    And leaves a part of the model in evaluation mode, which the next step must not mind.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert all(module.training for module in kwargs["model"].modules())
+        next(iter(kwargs["model"].modules())).backbone.eval()
         if state.global_step != 2:
             return
         engine = kwargs["model"] if hasattr(kwargs["model"], "optimizer") else None
@@ -113,6 +118,22 @@ def check_nothing_changes() -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def check_muon(stage: int) -> None:
+    """A resume under Muon leaves the weights of a run without a break, bit for bit."""
+    settings = [
+        "trainer.optim=muon",
+        "trainer.optim_args=muon_lr=0.01",
+        f"deepspeed=configs/deepspeed/zero{stage}.json",
+    ]
+    checkpoint = trained(f"muon{stage}", *settings) / "checkpoint-2"
+    folder = trained(f"muon_resumed{stage}", *settings, after=checkpoint)
+    expected = load_file(checkpoint.with_name("checkpoint-4") / "model.safetensors")
+    found = load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    before = load_file(checkpoint / "model.safetensors")
+    assert any(not torch.equal(before[name], value) for name, value in expected.items() if ".layer." in name)
+
+
 def check_length() -> None:
     """The schedule of a longer run is used from the first resumed step on."""
     folder = trained("longer", "trainer.max_steps=8", "trainer.save_steps=4", after=begun(2))
@@ -141,6 +162,7 @@ def check_kinds() -> None:
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_settings {stage}": partial(check_settings, stage) for stage in (2, 3)}
+    checks |= {f"check_muon {stage}": partial(check_muon, stage) for stage in (2, 3)}
     run_checks(
         checks | {check.__name__: check for check in (check_nothing_changes, check_length, check_kinds)}, sys.argv[1]
     )

@@ -99,3 +99,16 @@ def test_a_run_of_a_group_and_a_task_resumes_bit_for_bit(folder: Path) -> None:
     logged = next(line for line in lines if "loss/alone" in line)
     assert all(f"{name}/{task}" in logged for name in ("loss", "epoch", "images_per_second")
                for task in ("seg", "det", "cls", "alone"))  # fmt: skip
+
+
+def test_a_step_without_any_label_changes_nothing(folder: Path) -> None:
+    """One image per step; two of four images have no label."""
+    content = joint_run(folder, tasks=["seg", "cls"], batch_size=1, test=None)
+    content["joint"]["rooms"]["train"] = {"format": "class", "dataset": "tests.joint_set:Gaps"}
+    del content["tasks"]["det"], content["tasks"]["seg"]["classes"]
+    content["trainer"] |= {"max_steps": 4}
+    (folder / "gaps.yaml").write_text(yaml.safe_dump(content))
+    assert all(torch.isfinite(value).all() for value in train(folder, "gaps", config="gaps").values())
+    lines = [json.loads(line) for line in (folder / "gaps" / "log.jsonl").read_text().splitlines()]
+    labelled = [isinstance(line.get("loss/cls"), float) for line in lines if "images_per_second/cls" in line]
+    assert sorted(labelled) == [False, False, True, True]

@@ -86,6 +86,30 @@ def test_tasks_that_count_images_need_no_weights() -> None:
     assert weights.of_step({"cls": [{"labels": torch.zeros(3)}] * 2}) == {"cls": [1.0, 1.0]}
 
 
+def test_the_labels_of_other_ranks_are_waited_for_at_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward runs in the meantime."""
+    waited: list[str] = []
+
+    def all_reduce(totals: torch.Tensor, **options) -> SimpleNamespace:
+        assert options["async_op"]
+
+        def wait() -> None:
+            waited.append("wait")
+            totals[sorted(tasks).index("seg")] += torch.tensor([100, 1])  # labels and images of another rank
+
+        return SimpleNamespace(wait=wait)
+
+    tasks = {name: task for name, task in tiny_model().tasks.items() if name in ("det", "seg")}
+    monkeypatch.setattr("allinone_ds.training.label_weights.world_size", lambda: 2)
+    monkeypatch.setattr("allinone_ds.training.label_weights.cpu_group", lambda: None)
+    monkeypatch.setattr("allinone_ds.training.label_weights.dist.all_reduce", all_reduce)
+    weights = LabelWeights(dict(sorted(tasks.items())), {"det": 2, "seg": 2}).of_step(
+        {"seg": [{"labels": torch.zeros(1, 10, 30, dtype=torch.uint8)}]}
+    )
+    assert not waited
+    assert weights["seg"] == [2 * 300 / 400] and weights["seg"] and waited == ["wait"]
+
+
 def test_a_group_counts_the_images_that_have_labels_and_leaves_out_a_task_without_any() -> None:
     tasks = dict(tiny_model().tasks)
     weights = LabelWeights(tasks, dict.fromkeys(tasks, 2), {"rooms": ["seg", "det", "cls"]})

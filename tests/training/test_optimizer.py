@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.training.optimizer import parameter_groups
+from allinone_ds.training.optimizer import groups_for_muon, optimizer_of_run, parameter_groups
 from tests.tiny import tiny_model
 
 
@@ -114,6 +114,37 @@ def test_a_task_has_its_own_rate_and_decay_and_the_order_stays() -> None:
     assert {g["lr"] for g in groups if g["name"].startswith("backbone")} == {0.1}
     with pytest.raises(ConfigError, match="'dett'.*did you mean 'det'"):
         parameter_groups(model, 1.0, 0.5, 0.1, head_lr_factor={"dett": 2.0})
+
+
+def test_muon_trains_the_matrices_of_the_layers_and_adamw_all_else(tmp_path: Path) -> None:
+    model = tiny_model()
+    given = parameter_groups(model, 1e-3, 0.1, backbone_lr_factor=0.1, layer_lr_decay=0.5)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    zero3 = {"zero_optimization": {"stage": 3}}
+    settings = {"optim": "muon", "optim_args": "muon_lr=0.02,momentum=0.9", "adam_beta2": 0.95}
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.1, "backbone_lr_factor": 0.1, "layer_lr_decay": 0.5}
+    args = AllInOneArguments(str(tmp_path), max_steps=10, deepspeed=zero3, **settings, **rates)
+    assert args.optim_name == "muon" and args.deepspeed["zero_optimization"]["reduce_scatter"] is False
+    optimizer = optimizer_of_run(model, args)
+    assert type(optimizer).__name__ == "MuonWithAuxAdam"
+    before = {group["name"]: group for group in given}
+    seen = set()
+    for group in optimizer.param_groups:
+        members = {names[p] for p in group["params"]}
+        assert not members & seen
+        seen |= members
+        if not group["use_muon"]:
+            assert group["betas"] == (0.9, 0.95) and group["lr"] == before[group["name"]]["lr"], group["name"]
+            continue
+        layer = group["name"].removesuffix("/muon")
+        assert group["lr"] == pytest.approx(20 * before[f"{layer}/decay"]["lr"]) and group["momentum"] == 0.9
+        assert group["weight_decay"] == 0.1
+        assert all(".layer." in name and name.endswith("weight") for name in members), members
+    assert seen == {name for name, p in model.named_parameters() if p.requires_grad}
+    of_muon = [p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]]
+    assert len(of_muon) == 12 and all(p.dim() == 2 for p in of_muon)  # 2 layers: q, k, v, output and two of the MLP
+    with pytest.raises(ConfigError, match="Muon would train nothing"):
+        groups_for_muon(model, [group for group in given if group["name"].startswith("head")])
 
 
 def test_tied_parameters_have_one_group_and_heads_with_different_settings_share_none() -> None:

@@ -14,7 +14,8 @@ def ranks(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     return run_ranks(Path(__file__).with_name("ranks_resume.py"), 1, tmp_path_factory.mktemp("resume"), str(home))
 
 
-CHECKS = ("check_settings 2", "check_settings 3", "check_nothing_changes", "check_length", "check_kinds")
+CHECKS = ("check_settings 2", "check_settings 3", "check_nothing_changes", "check_length", "check_kinds",
+          "check_muon 2", "check_muon 3")  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -31,6 +31,12 @@ WRONG: dict[str, list[str]] = {
         "trainer.lr_scheduler_kwargs={lr_end: 1.0}",
     ],
     "trainer.optim = 'lomo'": ["trainer.optim=lomo"],
+    "momentum = 1.5: must be from 0 to below 1": ["trainer.optim=muon", "trainer.optim_args=momentum=1.5"],
+    "Muon on the CPU cannot be balanced": [
+        "trainer.optim=muon",
+        "deepspeed.zero_optimization.offload_optimizer={device: cpu}",
+    ],
+    "so Muon would train nothing": ["trainer.optim=muon", "model.freeze=backbone"],
     "trainer.optim_args = 'foo'": ["trainer.optim_args=foo"],
     "Invalid beta": ["trainer.adam_beta1=2"],
     "trainer.ignore_data_skip = False": ["trainer.ignore_data_skip=false"],

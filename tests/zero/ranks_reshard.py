@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 
 from allinone_ds.training.ema import ShardEMA, ema_file
+from allinone_ds.zero.checkpoint.layout import Segment
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import save_engine
 from allinone_ds.zero.engines.choose import open_engine
@@ -128,6 +129,47 @@ def read(case: str, source: Path, reference: Path, target: Path | None = None) -
     finish(balancer)
 
 
+OTHER = {
+    "heads.cls.weight": (), "heads.cls.bias": (),  # a new task
+    "late.weight": (Segment(0, 26, "heads.cls.weight", 13),), "late.bias": (Segment(0, 2, "heads.cls.bias", 1),),
+    "heads.det.weight": (Segment(0, 13, "heads.det.weight", 26), Segment(26, 26, "heads.det.weight", 0)),
+    "heads.det.bias": (Segment(0, 1, "heads.det.bias", 2), Segment(2, 2, "heads.det.bias", 0)),
+}  # fmt: skip
+"""A run with a new task, one with a new name and fewer classes, and one whose classes are others in another order."""
+
+
+def read_other_tasks(case: str, source: Path, reference: Path) -> None:
+    """What no segment covers is as in a new run: weights as they were, no moments, no steps in a group of its own."""
+    engine = make_engine(case, "adam")
+    balancer, ema = make_balancer(engine), ShardEMA(engine, 0.5)
+    before = whole(engine, ema)
+    counts = steps_of(engine)
+    load_resharded(engine, source / (source / "latest").read_text(), OTHER)
+    assert ema.load(source, OTHER)
+    files, found = torch.load(reference)["whole"], whole(engine, ema)
+    kinds = ("", " average", " exp_avg", " exp_avg_sq")
+    for name in {key.split()[0] for key in found} - {"counters"}:
+        for kind in kinds:
+            value = found[name + kind]
+            fresh = before.get(name + kind, torch.zeros_like(value))
+            wanted = fresh.clone()
+            for s in OTHER.get(name, (Segment(0, len(value), name, 0),)):
+                wanted[s.start : s.start + s.length] = files[s.name + kind][s.offset : s.offset + s.length]
+            assert torch.equal(value, wanted), (case, name, kind, value, wanted)
+    for name, count in steps_of(engine).items():
+        assert count == (counts[name] if name.startswith("heads.cls.") else 3.0), (case, name, count)
+    spoil_padding(engine, ema)
+    assert all(torch.tensor(train(balancer, 3)).isfinite())
+    finish(balancer)
+
+
+def steps_of(engine) -> dict[str, float]:
+    """Return {parameter: steps that the optimizer counts for it on this rank}."""
+    adapter = open_engine(engine)
+    masters, state = adapter.masters(), engine.optimizer.optimizer.state
+    return {f.name: float(state[masters[f.group]].get("step", 0)) for f in adapter.fragments()}
+
+
 def all_checks(folder: Path) -> dict:
     checks = {}
     world = int(__import__("os").environ["WORLD_SIZE"])
@@ -144,6 +186,9 @@ def all_checks(folder: Path) -> dict:
                 checks[f"2 -> 4 ranks, {here} -> {into}"] = partial(read, into, folder / here, reference, target)
                 if precision in ("fp32", "bf16"):
                     checks[f"2 -> 4 ranks, {here} -> {here}"] = partial(read, here, folder / here, reference)
+                if precision in ("fp32", "bf16", "fp16 offload"):
+                    other = partial(read_other_tasks, into, folder / here, reference)
+                    checks[f"2 -> 4 ranks, {here} -> {into}, other tasks"] = other
             else:
                 for last, name in ((stage, "back"), (down, "down")):
                     into = f"zero{last} {precision}"

@@ -112,14 +112,13 @@ def test_served_keys_that_could_change_a_gradient_are_tried() -> None:
 REFUSING: dict[str, Any] = {
     "autotuning": {"enabled": True}, "data_efficiency": {"enabled": True}, "compile": {"deepcompile": True},
     "datastates_ckpt": {"enabled": True}, "expert_parallel": {"enabled": True}, "gradient_allreduce_op": "sum",
-    "hybrid_engine": {"enabled": True}, "managed_gradient_accumulation": False, "sequence_parallel_size": 2,
+    "hybrid_engine": {"enabled": True}, "sequence_parallel_size": 2,
     "tensor_parallel": {"autotp_size": 2}, "weight_quantization": {},
     "zero_optimization.legacy_stage1": True, "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.stage3_module_granularity_threshold": 10,
     "zero_optimization.zero_quantized_gradients": True, "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
     "zero_optimization.offload_optimizer.ratio": 0.5, "zero_optimization.offload_optimizer.super_offload": True,
-    "bf16.bf16_master_weights_and_grads": True, "fp16.fp16_master_weights_and_grads": True,
 }  # fmt: skip
 """Key -> a value that is refused. `gradient_clipping` is refused by the trainer and the balancer themselves."""
 

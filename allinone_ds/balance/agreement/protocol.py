@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.agreement.notices import UNKNOWN, RankNotices
+from allinone_ds.balance.agreement.parts import PlannedParts
 from allinone_ds.distributed import cpu_group, rank, world_size
 from allinone_ds.errors import BalancerError
 
@@ -106,6 +107,7 @@ class Agreement:
         self._plan: list[str] = []  # points of the last step; empty: each point is a message
         self._points: list[str] = []  # of this step, so far
         self._follows = False  # whether they are those of the plan
+        self._parts = PlannedParts()
         self._sent: _Message | None = None  # not waited for yet
 
     def check(self, doing: str, within_step: bool = True) -> None:
@@ -155,8 +157,17 @@ class Agreement:
             complete: False after an error, and where the step was given up.
         """
         if self._points:
+            self._parts.learn(self._points if complete else None)
             self._plan, self._points = self._points if complete else [], []
             self._follows = False
+
+    def plan(self, openings: Sequence[str]) -> None:
+        """Plan the next step from parts that ran in earlier steps, instead of as the step before. Alike on every rank.
+
+        Args:
+            openings: as in `PlannedParts.plan`.
+        """
+        self._plan = self._parts.plan(openings)
 
     def knows(self, error: BaseException) -> bool:
         """Return whether it is the last error that was raised here, so that the other ranks need not be told."""

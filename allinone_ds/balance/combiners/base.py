@@ -169,8 +169,10 @@ class Combiner(ABC):
         if self.adapter.replicated:
             squares = squares / self.world
         sums = torch.cat([squares, loss.double().view(1)])
-        all_reduce(sums)
-        return self._record_of(task, sums[0] * unit**2, sums[1] * unit**2, sums[2] * unit / self.world)
+        square, whole, loss = all_reduce(sums)
+        if unit != 1.0:
+            square, whole, loss = square * unit**2, whole * unit**2, loss * unit
+        return self._record_of(task, square, whole, loss / self.world)
 
     def _record_of(self, task: str, square: Tensor, whole: Tensor, loss: Tensor) -> tuple[StepRecord, Tensor]:
         """Return a task's record, and whether its gradient is usable.
@@ -241,9 +243,10 @@ class Combiner(ABC):
             factors: of some tasks, on the device.
         """
         factors = factors or {}
-        flags, (values,) = self._fetch([torch.stack(list(factors.values()))] if factors else [torch.zeros(0)])
+        skipped, overflow, fetched = self._fetch([torch.stack(list(factors.values()))] if factors else [])
+        values = fetched[0] if fetched else ()
         on_cpu = {task: value for task, value in zip(factors, values, strict=True) if torch.isfinite(value)}
-        return Verdict(*flags, {task: factors[task] for task in on_cpu}, on_cpu)
+        return Verdict(skipped, overflow, {task: factors[task] for task in on_cpu}, on_cpu)
 
     def _joint_verdict(self, tasks: Sequence[str], gram: Tensor, partial: bool = True) -> Verdict:
         """Return the verdict on a step whose factors depend on all its tasks; waits for the device, once.
@@ -279,7 +282,7 @@ class Combiner(ABC):
     def _verdict_from_cpu(self, record: StepRecord, partial: bool) -> Verdict:
         """Return the verdict on a step whose factors are computed on the CPU, from a record on the device."""
         tasks = record.tasks
-        (skipped, overflow), fetched = self._fetch([record.gram, record.whole_norms, record.losses])
+        skipped, overflow, fetched = self._fetch([record.gram, record.whole_norms, record.losses])
         used = self._used(tasks, skipped, overflow, partial)
         on_cpu: dict[str, Tensor] = {}
         if used:
@@ -292,8 +295,11 @@ class Combiner(ABC):
         """Return the tasks that a step uses."""
         return [] if overflow or (skipped and not partial) else [task for task in tasks if task not in skipped]
 
-    def _fetch(self, tensors: Sequence[Tensor]) -> tuple[tuple[tuple[str, ...], bool], list[Tensor]]:
-        """Return what to skip, whether a gradient overflowed, and tensors on the CPU in float64, from one transfer."""
+    def _fetch(self, tensors: Sequence[Tensor]) -> tuple[tuple[str, ...], bool, list[Tensor]]:
+        """Return what to skip, whether a gradient overflowed, and tensors of the device on the CPU in float64.
+
+        They come with one transfer, for which this rank waits.
+        """
         ran = self.tasks
         finite = torch.isfinite(torch.cat([self.records[task].whole_norms for task in ran]))
         flags = torch.stack([self.usable[task] for task in ran])
@@ -304,7 +310,7 @@ class Combiner(ABC):
         usable, finite, *fetched = together.cpu().split([part.numel() for part in parts])
         skipped = tuple(task for task, good in zip(ran, usable.tolist(), strict=True) if not good)
         overflow = self.adapter.fp16 and bool((usable > finite).any())
-        return (skipped, overflow), [row.view(part.shape) for row, part in zip(fetched, tensors, strict=True)]
+        return skipped, overflow, [row.view(part.shape) for row, part in zip(fetched, tensors, strict=True)]
 
     def _combined(
         self, flats: list[Tensor], skipped: tuple[str, ...], overflow: bool, usable: bool, norm_error: float = 0.0

@@ -22,9 +22,10 @@ from allinone_ds.zero.engines.base import EngineAdapter
 class DelayedCombiner(LocalCombiner):
     """Factors from the norms of the step before; one reduce per step.
 
-    The first step is exact, and so is each step after one in which not every task took part. Because all tasks are
-    added into one gradient at once, a task cannot be left out afterwards: a step with a task that is not finite is not
-    taken.
+    The first step is exact. With a weighting that streams, steps are exact until every task has run, and a task that
+    was absent has the factor of its last step. With others each step is exact that follows one in which not every task
+    took part. Because all tasks are added into one gradient at once, a task cannot be left out afterwards: a step with
+    a task that is not finite is not taken, and the next one is exact.
 
     Args:
         adapter: of the engine.
@@ -36,6 +37,8 @@ class DelayedCombiner(LocalCombiner):
     def __init__(self, adapter: EngineAdapter, weighting: Weighting, size: int | None, order: tuple[str, ...]):
         super().__init__(adapter, weighting, size, order)
         self._next: dict[str, Tensor] = {}  # factors for the next step; empty: it must be exact
+        self._known: dict[str, Tensor] = {}  # the last factor of each task, of a weighting that streams
+        self._known_before: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # factors that this step was planned with
         self._exact: Combiner | None = exact_combiner(adapter, weighting, order)
         self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
@@ -89,7 +92,7 @@ class DelayedCombiner(LocalCombiner):
         return self._exact.communicates(last) if self._exact else super().communicates(last)
 
     def reset(self) -> None:
-        self._task, self._next = None, dict(self._before)
+        self._task, self._next, self._known = None, dict(self._before), dict(self._known_before)
         super().reset()
         if self._exact:
             self._exact.reset()
@@ -144,6 +147,8 @@ class DelayedCombiner(LocalCombiner):
 
     def _plan(self, factors: Mapping[str, Tensor]) -> None:
         """Keep factors for the next step, if every task has one."""
+        if self.weighting.streams and factors:
+            factors = self._known = {**self._known, **factors}
         self._next = dict(factors) if set(factors) == set(self.order) else {}
 
     def drop(self) -> None:
@@ -164,10 +169,10 @@ class DelayedCombiner(LocalCombiner):
     def _choose(self) -> None:
         """Decide whether the next step uses the factors that are known, or is exact."""
         self._exact = None if self._next else self._exact or exact_combiner(self.adapter, self.weighting, self.order)
-        self.factors, self._before = dict(self._next), dict(self._next)
+        self.factors, self._before, self._known_before = dict(self._next), dict(self._next), dict(self._known)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "next": dict(self._next)}
+        return {**super().state_dict(), "next": dict(self._next or self._known)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

@@ -166,8 +166,10 @@ class StreamingCombiner(ExactCombiner):
         shared_factor, on_shard_usable = torch.stack([factor.float(), usable.float()]).to(on_shard)  # one transfer
         on_shard_usable = on_shard_usable.bool()
         other_factor = shared_factor if self.weighting.heads == "same" else torch.ones((), device=on_shard)
-        add_scaled(shared_sum, shared, shared_factor * unit, on_shard_usable)
-        add_scaled(other_sum, other, other_factor * unit, on_shard_usable)
+        if unit != 1.0:
+            shared_factor, other_factor = shared_factor * unit, other_factor * unit
+        add_scaled(shared_sum, shared, shared_factor, on_shard_usable)
+        add_scaled(other_sum, other, other_factor, on_shard_usable)
         self._release(task)
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
 
@@ -296,5 +298,8 @@ def require_exact(combiner: Combiner, what: str) -> ExactCombiner:
         ConfigError: norms are not exact, or tasks run on different ranks.
     """
     if not isinstance(combiner, ExactCombiner):
-        raise ConfigError(f"{what} needs norm='exact' and parallel='data'; construct the TaskBalancer with them")
+        raise ConfigError(
+            f"{what} needs the gradient of each task by itself, averaged over all ranks, as norm='exact' with "
+            "parallel='data' computes it (norm='features' serves it too); construct the TaskBalancer with them"
+        )
     return combiner

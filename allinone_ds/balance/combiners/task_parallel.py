@@ -136,12 +136,13 @@ class GroupedCombiner(LocalCombiner):
         else:
             assert self._gram is not None
             verdict = self._joint_verdict(self._ran, self._gram)
-        used = [] if verdict.overflow else [t for t in verdict.factors if t not in verdict.skipped]
         skipped, overflow = verdict.skipped, verdict.overflow
-        if not overflow:
-            skipped = tuple(task for task in self._ran if task not in used)
+        used = [task for task in self._ran if task not in skipped]
         self.factors = {task: torch.zeros_like(self.records[task].losses[0]) for task in self._ran}
-        self.factors |= {task: verdict.factors[task] for task in used}
+        if not overflow:
+            used = [task for task in used if task in verdict.factors]
+            skipped = tuple(task for task in self._ran if task not in used)
+            self.factors |= {task: verdict.factors[task] for task in used}
         self.agreement.check("the sum of the tasks")  # a weighting may have raised on one rank
         self.local.begin()  # a rank whose tasks did not run has not begun
         self._set_local_gradients(used)

@@ -20,15 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allinone_ds.balance.joint.counts import check_counts
-from allinone_ds.balance.joint.gate import Gate, reached_from
-from allinone_ds.balance.joint.measure import gram_matrix, scaled_sums, squares
+from allinone_ds.balance.joint.gate import Gate, Sums, reached_from
+from allinone_ds.balance.joint.measure import add_scaled, gram_matrix, squares
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.weightings.base import StepRecord, Weighting
 from allinone_ds.balance.weightings.clipping import TaskClip
+from allinone_ds.device_constants import copied_to
 from allinone_ds.errors import BalancerError, ConfigError
 from allinone_ds.strict import did_you_mean
 
 Features = TypeVar("Features", Tensor, tuple[Tensor, ...])
+_AT_ONCE = 8
+"""Tasks whose gradients one rank holds at a time, where it measures them alone."""
 _active: FeatureBlock | None = None
 
 
@@ -79,10 +82,11 @@ class FeatureBlock:
     ):
         self.tasks, self.weighting, self.micro_steps, self.group = tuple(tasks), weighting, micro_steps, group
         self._world = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self._alone = self._world == 1 and weighting.streams  # several ranks send one message for all tasks
         self._gates: dict[tuple[int, ...], Gate] = {}
         self._left = micro_steps
         self._in_backward = False
-        self._unit = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
+        self._unit: float | Tensor = 1.0  # what gradients at the features are multiplied by, beside the sum over ranks
         self._parts = torch.empty(0)  # of the micro-step: this rank's part of each task's mean loss, (T,)
         self._labelled: list[bool] = []  # of the micro-step: whether any rank has a label of each task
         self._sums: Tensor | None = None  # losses, norms and factors, each a sum over labelled micro-steps, (3, T)
@@ -141,7 +145,7 @@ class FeatureBlock:
                     f"task_features: task '{task}' marks other features than task '{first}', and {self.weighting!r} "
                     "compares the tasks' gradients; mark the same tensors for every task: all levels in one tuple"
                 )
-            self._gates[key] = Gate(tensors, self._combine)
+            self._gates[key] = Gate(tensors, self._combine, _AT_ONCE if self._alone else None)
         marked = self._gates[key].mark(task)
         return marked[0] if isinstance(features, Tensor) else marked
 
@@ -154,7 +158,7 @@ class FeatureBlock:
         self,
         losses: Mapping[str, Tensor | None],
         counts: Mapping[str, Tensor | float] | None = None,
-        loss_scale: float = 1.0,
+        loss_scale: float | Tensor = 1.0,
         labels: Sequence[tuple[float, float]] | None = None,
     ) -> Iterator[Tensor]:
         """Run one micro-step's backward inside this block, on the loss that it yields. Collective.
@@ -194,7 +198,7 @@ class FeatureBlock:
         """Return task -> its loss, norm and factor: means over the micro-steps in which any rank had a label of it."""
         if self._sums is None:
             return {}
-        rows = self._sums / self._sums.new_tensor([max(n, 1) for n in self._seen])
+        rows = self._sums / copied_to(torch.tensor([max(n, 1) for n in self._seen]), self._sums.device)
         columns = zip(self.tasks, self._seen, *(row.unbind() for row in rows.float().unbind()), strict=True)
         return {task: (loss, norm, factor) for task, seen, loss, norm, factor in columns if seen}
 
@@ -217,7 +221,7 @@ class FeatureBlock:
         self._parts = torch.zeros(len(self.tasks), dtype=torch.float64, device=device)
         total = torch.zeros((), device=device)
         if given:
-            own = fractions if len(given) == len(values) else fractions[given]
+            own = fractions if len(given) == len(values) else fractions[_index(given, device)]
             stacked = torch.stack(
                 [v.to(device, torch.promote_types(v.dtype, torch.float32)) for v in values if v is not None]
             )
@@ -233,7 +237,7 @@ class FeatureBlock:
         """Return this rank's fraction of the labels of each task, (T,), from numbers that all ranks know."""
         self._labelled = [every > 0 for _, every in labels]
         fractions = [own / every if every else 0.0 for own, every in labels]
-        return torch.tensor(fractions, dtype=torch.float64, device=device)
+        return copied_to(torch.tensor(fractions, dtype=torch.float64), device)
 
     def _exchange(self, losses: Mapping[str, Any], counts: Any, device: torch.device) -> Tensor:
         """Return this rank's fraction of the labels of each task, (T,). Collective.
@@ -245,25 +249,28 @@ class FeatureBlock:
         if any(isinstance(n, Tensor) for n in numbers):
             own = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in numbers])
         else:
-            own = torch.tensor(numbers, dtype=torch.float64, device=device)
+            own = copied_to(torch.tensor(numbers, dtype=torch.float64), device)
         every = own.clone()
         if self._world > 1:
             dist.all_reduce(every, group=self.group)
         self._labelled = known if all(known) else (every > 0).tolist()
         return own / every.clamp(min=1e-30)
 
-    def _combine(self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]]) -> list[Tensor | None]:
-        """Measure the tasks of one gate over all ranks and return sum_t c_t g_t per tensor. Collective.
+    def _combine(
+        self, marked: Sequence[str], gradients: Mapping[str, Sequence[Tensor | None]], sums: Sums
+    ) -> list[Tensor | None]:
+        """Measure tasks of one gate over all ranks and return sums + sum_t c_t g_t per tensor. Collective.
 
         Args:
-            marked: the tasks of the gate.
+            marked: the tasks.
             gradients: task -> gradient of each marked tensor; None where there is none.
+            sums: of each tensor so far, changed in place.
         """
         index = [i for i, task in enumerate(self.tasks) if task in marked]
         found = [gradients.get(self.tasks[i], ()) for i in index]
         device, size = self._parts.device, len(index)
         products = squares(found, device) if self.weighting.streams else gram_matrix(found, device)
-        own = self._parts if size == len(self.tasks) else self._parts[index]
+        own = self._parts if size == len(self.tasks) else self._parts[_index(index, device)]
         message = torch.cat([products.flatten(), own])  # one small message for all tasks
         if self._world > 1:
             dist.all_reduce(message, group=self.group)
@@ -272,7 +279,7 @@ class FeatureBlock:
         norms = gram.diagonal().clamp(min=0).sqrt()
         factors = self._factors(index, gram, norms, losses)
         self._record(index, torch.stack([losses, norms, factors.double()]))
-        return scaled_sums(found, factors)
+        return add_scaled(found, factors, sums)
 
     def _factors(self, index: Sequence[int], gram: Tensor, norms: Tensor, losses: Tensor) -> Tensor:
         """Return the factors of the tasks of a gate, (T,): 0 for one without labels or that is not finite."""
@@ -289,8 +296,9 @@ class FeatureBlock:
             finite = torch.isfinite(norms).tolist() if used else []
             used = [place for place in used if finite[place]]
             if used:
-                record = _record([names[place] for place in used], gram[used][:, used], losses[used])
-                factors[used] = self.weighting.factors(record).to(factors)
+                rows = slice(None) if len(used) == len(names) else _index(used, factors.device)
+                record = _record([names[place] for place in used], gram[rows][:, rows], losses[rows])
+                factors[rows] = self.weighting.factors(record).to(factors)
             if self._world > 1:
                 source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
                 dist.broadcast(factors, source, group=self.group)  # a method may draw at random or iterate
@@ -307,7 +315,7 @@ class FeatureBlock:
         if len(used) == len(self.tasks):
             self._sums += rows
         else:
-            self._sums.index_add_(1, _index(places, rows.device), rows[:, used])
+            self._sums.index_add_(1, _index(places, rows.device), rows[:, _index(used, rows.device)])
         for place in places:
             self._seen[place] += 1
 
@@ -385,7 +393,7 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _index(places: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(places, device=device)
+    return copied_to(torch.tensor(places), device)
 
 
 def _record(tasks: Sequence[str], gram: Tensor, losses: Tensor) -> StepRecord:

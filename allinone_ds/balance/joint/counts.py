@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +96,7 @@ def check_counts(tasks: Sequence[str], losses: Mapping[str, Any], counts: Any) -
         number = counts.get(task, 0)
         if isinstance(number, Tensor):
             continue
-        if not isinstance(number, int | float) or not 0 <= number < math.inf:
+        if not isinstance(number, Real) or not 0 <= float(number) < math.inf:  # also integers of numpy
             raise BalancerError(f"count of task '{task}' = {number!r}; allowed: the number of labels, 0 or more")
         if number and losses[task] is None:
             raise BalancerError(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Combine = Callable[[Sequence[str], Mapping[str, Sequence[Tensor | None]]], list[Tensor | None]]
+Sums = Sequence[Tensor | None]
+Combine = Callable[[Sequence[str], Mapping[str, Sequence[Tensor | None]], Sums], Sums]
 
 
 class Gate:
@@ -17,31 +18,50 @@ class Gate:
 
     Args:
         tensors: what the heads read.
-        combine: from the tasks, and task -> the gradient of each tensor, to the scaled sum of each tensor.
+        combine: from tasks, task -> the gradient of each tensor, and the sum of each tensor so far, to its sum with the
+            scaled gradients of these tasks.
+        most: gradients of so many tasks are combined before those of others come back; None: all together.
 
     Attributes:
         tasks: those whose heads read the tensors.
         outputs: the tensors, for the marks of the tasks.
-        reached: task -> the gradients that came back; empty when they have been combined.
+        reached: tasks whose gradients came back.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], combine: Combine):
+    def __init__(self, tensors: tuple[Tensor, ...], combine: Combine, most: int | None = None):
         self.tensors = tensors
         self.tasks: list[str] = []
-        self.reached: dict[str, tuple[Tensor | None, ...]] = {}
+        self.reached: set[str] = set()
         self.outputs: tuple[Tensor, ...] = _Combine.apply(self, *tensors)
-        self._combine = combine
+        self._combine, self._most = combine, most
+        self._waiting: dict[str, tuple[Tensor | None, ...]] = {}
+        self._sums: Sums = [None] * len(tensors)
+        self._combined: set[str] = set()
 
     def mark(self, task: str) -> tuple[Tensor, ...]:
         """Return the tensors for the head of a task."""
         self.tasks.append(task)
         return _Mark.apply(self, task, *self.outputs)
 
+    def receive(self, task: str, gradients: tuple[Tensor | None, ...]) -> None:
+        """Keep the gradients of a task until they are combined."""
+        self.reached.add(task)
+        self._waiting[task] = gradients
+        if len(self._waiting) == self._most:
+            self._add(tuple(self._waiting))
+
     def combine(self) -> list[Tensor]:
         """Return the scaled sum of each tensor; zeros reach the backbone too, since all ranks take part in it."""
-        sums = self._combine(self.tasks, self.reached) or [None] * len(self.tensors)
-        self.reached = dict.fromkeys(self.reached, ())  # not kept during the backward of the backbone
-        return [torch.zeros_like(t) if s is None else s for s, t in zip(sums, self.tensors, strict=True)]
+        left = [task for task in self.tasks if task not in self._combined]
+        if left:
+            self._add(left)
+        sums, self._sums = self._sums, ()  # not kept during the backward of the backbone
+        return [torch.zeros_like(t) if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
+
+    def _add(self, tasks: Sequence[str]) -> None:
+        self._sums = self._combine(tasks, self._waiting, self._sums)
+        self._combined.update(tasks)
+        self._waiting = {}
 
 
 def reached_from(loss: Tensor) -> tuple[set[str], set[int]]:
@@ -103,5 +123,5 @@ class _Mark(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
-        ctx.gate.reached[ctx.task] = gradients
+        ctx.gate.receive(ctx.task, gradients)
         return (None,) * (2 + len(gradients))

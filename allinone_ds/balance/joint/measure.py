@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from allinone_ds.balance.arithmetic import CHUNK
+from allinone_ds.device_constants import copied_to
 
 Gradients = Sequence[Sequence[Tensor | None]]
 """T rows of L gradients; an empty row is a task without any."""
@@ -38,7 +39,7 @@ def squares(gradients: Gradients, device: torch.device) -> Tensor:
     return (
         values
         if owners == list(range(len(found)))
-        else found.index_add_(0, torch.tensor(owners, device=device), values)
+        else found.index_add_(0, copied_to(torch.tensor(owners), device), values)
     )
 
 
@@ -64,32 +65,29 @@ def gram_matrix(gradients: Gradients, device: torch.device) -> Tensor:
     return found
 
 
-def scaled_sums(gradients: Gradients, factors: Tensor) -> list[Tensor | None]:
-    """Return sum_t c_t g_t for each of the L tensors; None where no task has a gradient.
+def add_scaled(gradients: Gradients, factors: Tensor, sums: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return sums + sum_t c_t g_t for each of the L tensors, in float32 or wider; None where there is no gradient.
 
     Args:
         gradients: of the tasks; they are not changed.
         factors: (T,); 0 leaves a gradient out, also one that is not finite.
+        sums: L sums so far, changed in place; None: 0.
     """
     on_cpu = factors.tolist() if factors.is_cpu else None
     each = factors.unbind()
-    sums: list[Tensor | None] = []
+    totals = list(sums)
     for level in range(max(map(len, gradients), default=0)):
         found = ((task, row[level]) for task, row in enumerate(gradients) if row)
         rows = [(task, gradient) for task, gradient in found if gradient is not None]
-        if not rows:
-            sums.append(None)
-            continue
-        like = rows[0][1]
-        total: Tensor | None = None
         for task, gradient in rows:
             if on_cpu is not None and not on_cpu[task]:
                 continue
+            total = totals[level]
             if total is None:
-                total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                totals[level] = total = torch.zeros_like(gradient, dtype=wide)
             if on_cpu is None:  # 0 x inf is nan
                 total.addcmul_(torch.where(each[task] != 0, gradient, 0.0), each[task])
             else:
                 total.add_(gradient, alpha=on_cpu[task])
-        sums.append(None if total is None else total.to(like.dtype))
-    return sums
+    return totals

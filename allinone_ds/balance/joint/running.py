@@ -17,7 +17,7 @@ from allinone_ds.balance.combiners.features import FeaturesCombiner
 from allinone_ds.balance.heads import HeadUse
 from allinone_ds.balance.joint.block import FeatureBlock, feature_weighting
 from allinone_ds.balance.joint.counts import LabelCounts, check_counts
-from allinone_ds.balance.joint.gate import apart_from_others
+from allinone_ds.balance.joint.losses import check_losses, check_one_forward
 from allinone_ds.balance.running_task import Backward, RunningTask, check_loss
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import gather_objects, rank, world_size
@@ -205,13 +205,7 @@ class JointAtBackbone(JointTasks):
         """
         given = {task: loss for task, loss in losses.items() if loss is not None}
         if self._heads.shares and not self._heads.met.issuperset(given):  # on a frozen backbone no graphs meet
-            apart = apart_from_others(given)
-            if apart is not None:
-                raise BalancerError(
-                    f"the graph of the loss of task '{apart}' does not meet those of the other tasks; the losses of a "
-                    "joint block come from the features of one forward, without detach(): give other tasks blocks of "
-                    "their own"
-                )
+            check_one_forward(given)
             self._heads.met.update(given)
 
 
@@ -364,30 +358,6 @@ def single_task(
     if isinstance(combiner, FeaturesCombiner):
         return TaskAtFeatures(name, micro_steps, combiner, heads, agreement, weighting)
     return RunningTask(name, micro_steps, combiner, agreement)
-
-
-def check_losses(tasks: Sequence[str], losses: Any) -> None:
-    """Raise unless there is a loss, or None, for each task of a joint block.
-
-    Raises:
-        BalancerError: no mapping, unknown or missing tasks, or a loss that is not a scalar with a graph.
-    """
-    if not isinstance(losses, Mapping):
-        raise BalancerError(
-            f"balancer.backward() inside a joint block got {type(losses).__name__}; pass a dict: task -> loss, or None"
-        )
-    for task in losses:
-        if task not in tasks:
-            raise BalancerError(
-                f"a loss of '{task}', which the joint block does not run; {did_you_mean(str(task), tasks)}"
-            )
-    for task in tasks:
-        if task not in losses:
-            raise BalancerError(
-                f"no loss of task '{task}' in the joint block; pass None if this rank has no label of it"
-            )
-        if losses[task] is not None:
-            check_loss(task, losses[task])
 
 
 def _nothing(engine: Any) -> Tensor:

@@ -17,6 +17,7 @@ from allinone_ds.data.augmentation.objects import corner
 from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
+    POINT_FRACTIONS_REASON,
     are_fractions,
     boxes_outside,
     detection_fields,
@@ -26,6 +27,7 @@ from allinone_ds.data.formats.common.class_names import match_classes
 from allinone_ds.data.formats.common.listing import check_listed_files, read_text, require_folder
 from allinone_ds.data.formats.common.object_parts import (
     PointNames,
+    apart,
     decode_mask,
     keypoint_fault,
     keypoint_fields,
@@ -281,6 +283,9 @@ class CocoDataset(SampleDataset):
         self._orders = self._points.orders()
         if warning := self._points.warning():
             self.structural.append(warning)
+        seen = self._keypoints[self._keypoints[..., 2] > 0][:, :2]
+        if len(seen) > 1 and 0 < seen.max() <= 1:
+            self.structural.append(Problem(self.name, POINT_FRACTIONS_REASON))
         outside = sum(
             int(points_outside(self._keypoints[n], size).sum())
             for n, i in enumerate(owner.tolist())
@@ -312,6 +317,8 @@ class CocoDataset(SampleDataset):
         fault = None
         if self.kind == "instances":
             fault = segmentation_fault(record.get("segmentation"), self.sizes[index_of[image]])
+            if fault is None and apart(record["segmentation"], box):
+                fault = f"segmentation lies outside of the object's bbox {box!r}; correct one of them"
         elif self.kind == "keypoints":
             points = record.get("keypoints")
             fault = keypoint_fault(points, self._points.count)

@@ -64,7 +64,7 @@ class ImageListSource(SourceConfig):
                 label_of = {number: label for label, number in enumerate(sorted(set(ids)))}
                 structural += _gaps(file, self.first_id, label_of)
             names = [str(number) for number in label_of]
-        structural += check_listed_files(folder, files)
+        structural += check_listed_files(folder, files, ids)
         labels = [label_of[number] for number in ids]
         return ClassifiedDataset(str(file), folder, files, labels, [*(classes or names or ())], structural)
 

@@ -119,7 +119,7 @@ class ImageTableSource(SourceConfig):
             label_of = match_classes(table.name, found, classes)
             place = {name: label_of[i] for i, name in enumerate(found)}
             all_classes = list(found if classes is None else classes)
-        structural += check_listed_files(root / self.images, files)
+        structural += check_listed_files(root / self.images, files, names)
         labels = [place[name] for name in names]
         return ClassifiedDataset(table.name, root / self.images, files, labels, all_classes, structural, kind=self.kind)
 
@@ -157,7 +157,8 @@ class ImageTableSource(SourceConfig):
         if not used:
             raise DataError(f"{table.name}: contains no row with an image; add rows below the header")
         files = [images[row] + self.image_suffix for row in used]
-        structural += check_listed_files(root / self.images, files)
+        rows = [", ".join(f"{number:g}" for number in row) for row in values[used]]
+        structural += check_listed_files(root / self.images, files, rows)
         ordered, names = in_train_order(table.name, columns, values[used], classes)
         return NumberedDataset(self.kind, table.name, root / self.images, files, ordered, names, structural)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,7 +72,8 @@ class PairedSource(SourceConfig):
             takes = content.get("images") and isinstance(label, dict) and "images" not in label
             takes = takes and label.get("format") in _FORMATS
             fields = _FORMATS[label["format"]].model_fields if takes else {}
-            labels[task] = {**label, "images": content["images"]} if "images" in fields else label
+            own = "images" in fields and "path" not in fields  # that of voc is relative to its `path`
+            labels[task] = {**label, "images": content["images"]} if own else label
         return {**content, "labels": labels}
 
     def open(self, root: Path, classes: Names | None = None) -> JointDataset:  # type: ignore[override]
@@ -116,8 +117,11 @@ class PairedSource(SourceConfig):
         if self.image_list is None:
             files = [str(folder / file) for file in walk_images(folder)]
             return [stem_of(file, str(folder)) for file in files], files, []
-        lines = read_text(root / self.image_list, file_names=True).split()
-        listed = dict.fromkeys(line if line in found else os.path.splitext(line)[0] for line in lines)
+        lines = [line.strip() for line in read_text(root / self.image_list, file_names=True).splitlines()]
+        listed = dict.fromkeys(_listed(line, found) for line in lines if line)
+        if not listed:
+            fault = Problem(str(root / self.image_list), "lists no image; write the name of one per line")
+            return [], [], [fault]
         faults = [
             Problem(str(folder / name), f"is listed in {root / self.image_list}, but missing; add the image")
             for name in listed
@@ -169,9 +173,14 @@ class PairedSource(SourceConfig):
                     reason = f"task '{task}': {len(found)} {what} (first: {found[0]}){hint}"
                     problems.append(Problem(dataset.name, reason))
             places[task] = place
-            if self.partial:
-                reason = f"task '{task}': {int((place >= 0).sum())} of {len(stems)} images have a label of it"
+            labelled = int((place >= 0).sum())
+            if self.partial and labelled:
+                reason = f"task '{task}': {labelled} of {len(stems)} images have a label of it"
                 problems.append(Problem(dataset.name, reason, "warning"))
+            elif self.partial and stems:
+                reason = f"task '{task}': none of the {len(stems)} images has a label of it; there is nothing to learn"
+                hint = f" (its source has {dataset.path(0)} first)" if len(dataset) else ""
+                problems.append(Problem(dataset.name, reason + hint))
         return places, problems
 
 
@@ -279,6 +288,12 @@ def check_labels(group: str, tasks: Sequence[str], sources: Sequence[SourceConfi
                     f"joint.{group}: a source has no labels of '{missing[0]}'; add labels.{missing[0]} to it, or take "
                     "the task out of the group"
                 )
+
+
+def _listed(line: str, known: Container[str]) -> str:
+    """Return the image that a line of a list names: without its suffix, and without the -1, 0 or 1 of VOC's lists."""
+    names = line, os.path.splitext(line)[0], re.sub(r"\s+-?[01]$", "", line)
+    return next((name for name in names if name in known), names[1])
 
 
 def _list(names: Sequence[str] | None) -> list[str] | None:

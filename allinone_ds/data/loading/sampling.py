@@ -171,13 +171,14 @@ class TaskSampling:
         Raises:
             ConfigError: names the task, or the step.
         """
-        for name in self.names:
-            if not self.runs(name, steps):
-                others = ", ".join(f"{other} in {self.runs(other, steps)}" for other in self.names if other != name)
-                raise ConfigError(
-                    f"sampling: '{name}' runs in none of the {steps} steps ({others}); give it a larger weight, an "
-                    "earlier start or the run more steps, or remove the task"
-                )
+        runs = {name: self.runs(name, steps) for name in self.names}
+        never = [f"'{name}'" for name, count in runs.items() if not count]
+        if never:
+            counts = sorted(count for count in runs.values() if count)
+            raise ConfigError(
+                f"sampling: none of the {steps} steps runs {', '.join(never)} (the others run in {counts[0]} to "
+                f"{counts[-1]} steps); give a larger weight, an earlier start or the run more steps, or remove the task"
+            )
         self.runs(self.names[0], -(-steps // _BLOCK) * _BLOCK)
         if self._empty and self._empty[0] < steps:
             raise ConfigError(

@@ -25,10 +25,17 @@ def find_lists(tree: FileTree) -> list[FoundTask]:
         rows = [line.rsplit(None, 1) for line in lines_of(tree, file) if not line.startswith("#")]
         if not rows or not all(len(r) == 2 and is_image(r[0]) for r in rows):
             continue
+        if parts_of_list(tree, file, {row[0] for row in rows}):
+            notes.append(f"{file} divides images into parts; it lists no classes")
+            continue
         if not all(re.fullmatch(r"\d+", row[1]) for row in rows):
             notes.append(
                 f"{file} lists images with class names; a list has ids, a csv file with a header may have names"
             )
+            continue
+        if re.search("identit|person", os.path.basename(file).lower()):
+            notes.append(f"{file} lists identities; write a line `image identity` above it to read it with "
+                         "format: image_table, kind: retrieval, label_column: identity, delimiter: ' '")  # fmt: skip
             continue
         folder = folder_of(tree, [row[0] for row in rows], os.path.dirname(file))
         if folder is None:
@@ -74,6 +81,12 @@ def find_class_folders(tree: FileTree) -> list[FoundTask]:
     parts, notes = _parts(tree, bases[0])
     sources = {part: {"format": "class_folders", "images": tree.reference(folder)} for part, folder in parts.items()}
     train, test, chosen = choose_parts(sources)
+    names = {part: set(tree.folders_in(folder)) for part, folder in parts.items()}
+    if test is not None and not any(names[part] & names["train"] for part in names if part != "train"):
+        notes.append("train and test have no folder in common, so the folders are taken for identities (retrieval)")
+        for source in (train, test):
+            source["kind"] = "retrieval"
+        return [FoundTask("retrieval", "folders of identities", train, test, notes=notes + chosen)]
     return [FoundTask("classification", "class folders", train, test, notes=notes + chosen)]
 
 
@@ -110,6 +123,16 @@ def _are_classes(tree: FileTree, folder: str) -> bool:
     if len(names) < 2 or {name.lower() for name in names} <= _NOT_CLASSES:
         return False
     return all(tree.images_in(os.path.join(folder, name)) for name in names)
+
+
+def parts_of_list(tree: FileTree, file: str, images: set[str]) -> list[str]:
+    """Return the parts in a file that gives the part of each image, `file part` or `file,part`; none if it does not."""
+    rows = [re.split(r"[,\s]+", line) for line in lines_of(tree, file)]
+    rows = [row for row in rows if len(row) == 2 and row[0] in images]
+    parts = {row[1] for row in rows}
+    if not re.search("partition|split|subset", os.path.basename(file).lower()) or 2 * len(rows) < len(images):
+        return []
+    return sorted(parts) if len(parts) <= 5 else []
 
 
 def lines_of(tree: FileTree, file: str) -> list[str]:

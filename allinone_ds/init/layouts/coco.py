@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
@@ -14,8 +15,8 @@ _TRIED = 50  # file names of a json that are looked up
 
 
 def find(tree: FileTree) -> list[FoundTask]:
-    """Return the detection task of the COCO jsons in a folder, or nothing."""
-    parts: dict[str | None, list[dict[str, Any]]] = {}
+    """Return the tasks of the COCO jsons in a folder: boxes, and masks and keypoints if they have any."""
+    parts: dict[str | None, list[_Json]] = {}
     notes = []
     for file in tree.with_suffix(".json"):
         content = _read(tree, file)
@@ -26,18 +27,55 @@ def find(tree: FileTree) -> list[FoundTask]:
             notes.append(f"{file} is a COCO json, but its images are not here")
             continue
         source = {"format": "coco", "images": tree.reference(folder), "annotations": tree.reference(file)}
-        parts.setdefault(part_of(file), []).append(source)
+        parts.setdefault(part_of(file), []).append(_Json(source, *_parts(content)))
     if not parts:
         tree.remarks += notes
         return []
-    for part, sources in parts.items():
+    chosen: dict[str, dict[str | None, _Json]] = {kind: {} for kind in ("detection", "instances", "keypoints")}
+    for part, jsons in parts.items():
         # COCO itself has instances_*.json and person_keypoints_*.json, both with boxes
-        sources.sort(key=lambda source: "instances" not in os.path.basename(source["annotations"]))
-        if len(sources) > 1:
-            unused = ", ".join(source["annotations"] for source in sources[1:])
-            notes.append(f"several COCO jsons {f'for {part}' if part else 'in one folder'}; not used: {unused}")
-    train, test, chosen = choose_parts({part: sources[0] for part, sources in parts.items()})
-    return [FoundTask("detection", "COCO", train, test, notes=notes + chosen)]
+        jsons.sort(key=lambda json: "instances" not in os.path.basename(json.source["annotations"]))
+        first = jsons[0]
+        with_points = [json for json in jsons if json.points and json.source["images"] == first.source["images"]]
+        chosen["detection"][part] = first
+        chosen["instances"] |= {part: first} if first.masks else {}
+        chosen["keypoints"] |= {part: with_points[0]} if with_points else {}
+        unused = [json.source["annotations"] for json in jsons if json not in (first, *with_points[:1])]
+        if unused:
+            where = f"for {part}" if part else "in one folder"
+            notes.append(f"several COCO jsons {where}; not used: {', '.join(unused)}")
+    tasks = []
+    for kind, of_kind in chosen.items():
+        if of_kind and len(of_kind) == len(parts):
+            train, test, more = choose_parts(of_kind)
+            own = {} if kind == "detection" else {"kind": kind}
+            sources = [None if json is None else {**json.source, **own} for json in (train, test)]
+            task = FoundTask(kind, "COCO", sources[0] or {}, sources[1], notes=more)
+            if kind == "keypoints":
+                task.options = {"points": list(train.points)}
+            tasks.append(task)
+    tasks[0].notes[:0] = notes
+    return tasks
+
+
+class _Json(NamedTuple):
+    """A COCO json."""
+
+    source: dict[str, Any]
+    masks: bool
+    """Whether its objects have masks."""
+    points: Sequence[str]
+    """Names of the keypoints of its objects; empty if they have none."""
+
+
+def _parts(content: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether the objects of a json have masks, and the names of their keypoints."""
+    objects = [a for a in content["annotations"] if isinstance(a, dict) and not a.get("iscrowd")]
+    masks = bool(objects) and all(a.get("segmentation") for a in objects)
+    count = next((len(a["keypoints"]) // 3 for a in objects if isinstance(a.get("keypoints"), list)), 0)
+    named = (c.get("keypoints") for c in content["categories"] if isinstance(c, dict))
+    names = next((list(map(str, points)) for points in named if points), [f"point_{n}" for n in range(count)])
+    return masks, names if count else []
 
 
 def _read(tree: FileTree, file: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from allinone_ds.data.images import read_map
 from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.endings import PICTURES, endings
 
 _WORDS = {
-    "depth": {"depth", "depths"},
+    "depth": {"depth", "depths", "disparity", "disparities"},
     "normals": {"normal", "normals"},
     "edges": {"edge", "edges", "boundary", "boundaries", "contours"},
     "saliency": {"saliency", "salient"},
@@ -27,34 +28,48 @@ _LARGE = 200.0  # median of whole numbers above which they are millimetres
 
 def find(tree: FileTree) -> list[FoundTask]:
     """Return one task per kind of maps in a folder, or nothing."""
-    found: dict[str, dict[str | None, tuple[str, str]]] = defaultdict(dict)  # {kind: {part: (images, maps)}}
+    found: dict[str, dict[str | None, list[_Pair]]] = defaultdict(lambda: defaultdict(list))
     for folder in tree.folders():
-        kind, stems = kind_of(folder), _stems(tree.names_in(folder))
-        if kind is None or not stems:
+        kind, names = kind_of(folder), [n for n in tree.names_in(folder) if n.lower().endswith(_SUFFIXES)]
+        if kind is None or not names:
             continue
         rated = [
-            (nearness(other, folder), other)
+            (_named_pictures(other), nearness(other, folder), other, ends)
             for other in tree.folders()
-            if kind_of(other) is None and part_of(other) == part_of(folder) and _share(tree, other, stems) > 0.5
+            if kind_of(other) is None and part_of(other) == part_of(folder) and tree.images_in(other)
+            if (ends := endings(tree.images_in(other), names)) is not None
         ]
         if rated:
-            part = part_of(folder)
-            before = found[kind].get(part, (max(rated)[1], folder))  # folders of one part lie below a common one
-            found[kind][part] = common_folder([before[0], max(rated)[1]]), common_folder([before[1], folder])
+            _, _, images, ends = max(rated)
+            found[kind][part_of(folder)].append(_Pair(images, folder, ends))
     tasks = []
     for kind, parts in found.items():
-        if any(common_folder(pair) in pair for pair in parts.values()):
+        pairs = {  # folders of one part lie below a common one
+            part: _Pair(
+                common_folder(p.images for p in of_part), common_folder(p.maps for p in of_part), of_part[0].ends
+            )
+            for part, of_part in parts.items()
+        }
+        if any(common_folder(pair[:2]) in pair[:2] for pair in pairs.values()):
             tree.remarks.append(f"images and maps of {kind} lie inside each other; give each a folder of its own")
             continue
-        options, notes = _options(tree, kind, [maps for _, maps in parts.values()])
-        sources = {
-            part: {"format": "dense_maps", "kind": kind, "images": tree.reference(images),
-                   "maps": tree.reference(maps), **options}
-            for part, (images, maps) in parts.items()
-        }  # fmt: skip
+        options, notes = _options(tree, kind, [pair.maps for pair in pairs.values()])
+        sources = {}
+        for part, pair in pairs.items():
+            sources[part] = {"format": "dense_maps", "kind": kind, "images": tree.reference(pair.images),
+                             "maps": tree.reference(pair.maps), **options}  # fmt: skip
+            suffixes = zip(("image_suffix", "map_suffix"), pair.ends, strict=True)
+            sources[part] |= {key: end for key, end in suffixes if end}
         train, test, more = choose_parts(sources)
         tasks.append(FoundTask(kind, f"maps of {kind}", train, test, notes=[*more, *notes]))
     return tasks
+
+
+class _Pair(NamedTuple):
+    images: str
+    maps: str
+    ends: tuple[str, str]
+    """What ends the names of images and of maps."""
 
 
 def kind_of(folder: str) -> str | None:
@@ -72,14 +87,8 @@ def kind_of(folder: str) -> str | None:
     return None
 
 
-def _stems(names: list[str]) -> set[str]:
-    return {os.path.splitext(name)[0] for name in names if name.lower().endswith(_SUFFIXES)}
-
-
-def _share(tree: FileTree, folder: str, stems: set[str]) -> float:
-    """Return the fraction of the images of a folder that have a map."""
-    images = {os.path.splitext(name)[0] for name in tree.images_in(folder)}
-    return len(images & stems) / len(images) if images else 0.0
+def _named_pictures(folder: str) -> bool:
+    return any(name in PICTURES for name in folder.lower().split(os.sep))
 
 
 def _options(tree: FileTree, kind: str, folders: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -95,6 +104,9 @@ def _options(tree: FileTree, kind: str, folders: list[str]) -> tuple[dict[str, A
     numbers = np.concatenate([each.ravel()[:: max(each.size // 10_000, 1)] for each in maps])
     if kind == "depth" and np.issubdtype(numbers.dtype, np.integer):
         known = numbers[numbers > 0]
+        if any("disparit" in folder.lower() for folder in folders):
+            note = "the disparities are taken for those of Cityscapes, (number - 1) / 256 pixels; else change "
+            return {"offset": -1, "scale": 1 / 256, "invalid": [0, 1]}, [note + "`offset`, `scale` and `invalid`"]
         if known.size and np.median(known) > _LARGE:
             return {"scale": 0.001}, ["the depths are whole numbers, taken for millimetres; else change `scale`"]
         return {}, ["the depths are whole numbers of an unknown unit; set `scale` to the metres of 1"]

@@ -16,6 +16,7 @@ from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.dense_maps import kind_of
+from allinone_ds.init.layouts.endings import PICTURES, endings, stem
 from allinone_ds.init.layouts.names import find_colors, find_names, numbered
 
 _EXAMINED = 5  # files of a folder by which it counts as one of label maps
@@ -24,7 +25,6 @@ _SCANNED = 1000  # label maps whose values are read
 _OBJECTS = ("object", "instance")  # in the names of folders whose label maps number objects
 _NO_CLASS = ("void", "unlabeled", "unlabelled", "ignore", "ignored", "unknown")
 _WORDS = ("mask", "label", "annot", "gt", "seg", "truth", "target")
-_PICTURES = ("images", "image", "img", "imgs", "jpegimages", "photos", "leftimg8bit")
 
 
 def find(tree: FileTree) -> list[FoundTask]:
@@ -43,11 +43,11 @@ def find(tree: FileTree) -> list[FoundTask]:
             where = f"{images or '.'}, {maps or '.'}"
             tree.remarks.append(f"label maps and images lie inside each other ({where}); give each a folder of its own")
             return []
-        ends = _endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
+        ends = endings(tree.images_in(found[0][0]), tree.images_in(found[0][1])) or ("", "")
         sources[part] = {"format": "label_maps", "images": tree.reference(images), "label_maps": tree.reference(maps)}
         sources[part] |= {k: v for k, v in zip(("image_suffix", "label_map_suffix"), ends, strict=True) if v}
         stored += [
-            os.path.join(m, name) for _, m in found for name in tree.images_in(m) if _stem(name).endswith(ends[1])
+            os.path.join(m, name) for _, m in found for name in tree.images_in(m) if stem(name).endswith(ends[1])
         ]
     train, test, notes = choose_parts(sources)
     options, classes, more = _classes(tree, stored)
@@ -65,9 +65,9 @@ def _pairs(tree: FileTree) -> list[tuple[str, str]]:
     for folder in maps:
         rated = []
         for other in folders:
-            if other in maps or part_of(other) != part_of(folder):
+            if other in maps or part_of(other) != part_of(folder) or kind_of(other) is not None:
                 continue
-            ends = _endings(tree.images_in(other), tree.images_in(folder))
+            ends = endings(tree.images_in(other), tree.images_in(folder))
             if ends is not None:
                 shared = nearness(other, folder)
                 same_name = os.path.basename(other) == os.path.basename(folder)
@@ -89,7 +89,7 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
         if told and tree.images_in(folder):
             tree.remarks.append(f"{folder} may hold label maps, but JPEG changes their values; write them as png")
         return False
-    if any(name in _PICTURES for name in folder.lower().split(os.sep)) or kind_of(folder) is not None:
+    if any(name in PICTURES for name in folder.lower().split(os.sep)) or kind_of(folder) is not None:
         return False
     for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
         path = str(tree.root / folder / name)
@@ -111,38 +111,6 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
 def _is_colored(path: str) -> bool:
     with Image.open(path) as picture:
         return picture.mode not in ("1", "L", "P", "I", "I;16")
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def _endings(images: list[str], maps: list[str]) -> tuple[str, str] | None:
-    """Return what ends the stems of images and of label maps so that most images have a map; None if they do not."""
-    image_stems, map_stems = ({_stem(name) for name in names} for names in (images, maps))
-    for image_end in sorted({"", _common_end(image_stems)}, key=len):
-        for map_end in sorted({"", _common_end(map_stems), *_frequent_ends(map_stems)}, key=len):
-            own = {stem.removesuffix(image_end) for stem in image_stems if stem.endswith(image_end)}
-            other = {stem.removesuffix(map_end) for stem in map_stems if stem.endswith(map_end)}
-            if len(own & other) > 0.5 * len(own):
-                return image_end, map_end
-    return None
-
-
-def _common_end(stems: set[str]) -> str:
-    """Return the common end of all stems from its first "_", "-" or "." on, "" if there is none."""
-    end = os.path.commonprefix([stem[::-1] for stem in stems])[::-1]
-    start = min((end.find(mark) for mark in "_-." if mark in end), default=len(end))
-    return end[start:]
-
-
-def _frequent_ends(stems: set[str]) -> set[str]:
-    """Return the ends after the number of a name: Cityscapes has several label maps per image in one folder."""
-    ends: dict[str, int] = defaultdict(int)
-    for stem in stems:
-        last_digit = max((i for i, c in enumerate(stem) if c.isdigit()), default=-1)
-        ends[stem[last_digit + 1 :]] += 1
-    return {end for end, count in ends.items() if count >= 0.1 * len(stems)}
 
 
 def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from allinone_ds.data.formats.common.class_names import sort_key
 from allinone_ds.data.formats.common.listing import is_image, read_text
+from allinone_ds.data.formats.common.tables import JSON_LINES, read_table
 from allinone_ds.data.images import image_size
 from allinone_ds.errors import DataError
 from allinone_ds.init.file_tree import FileTree, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.classification import folder_of, lines_of
+from allinone_ds.init.layouts.columns import attribute_columns, identity_column, number_columns
 
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "species", "breed", "name", "y")
 _BOX_LABELS = ("label", "class", "classname", "labelname", "category", "categoryname", "name", "classid", "labelid",
@@ -35,30 +38,34 @@ Rows = list[dict[str, str]]
 
 
 def find(tree: FileTree) -> list[FoundTask]:
-    """Return the task of csv files with a column of images, and columns of labels or of boxes, or nothing."""
-    parts: dict[str, dict[str | None, dict[str, Any]]] = {"detection": {}, "classification": {}}
-    notes: dict[str, list[str]] = {kind: [] for kind in parts}
+    """Return the tasks of csv files with a column of images, and columns of labels or of boxes, or nothing."""
+    parts: dict[str, dict[str | None, dict[str, Any]]] = defaultdict(dict)
+    notes: dict[str, list[str]] = defaultdict(list)
     unused = []
-    for file in tree.with_suffix(".csv", ".tsv"):
+    for file in tree.with_suffix(".csv", ".tsv", ".jsonl", ".ndjson"):
         table = _read(tree, file)
         if table is None:
             continue
         rows, source = table
-        kind, options, said = _labels(tree, rows, source)
-        if not kind:
-            unused.append(f"{file} {said[0]}")
-        elif part_of(file) in parts[kind]:
-            notes[kind].append(f"{file} is one more table of images; it is not used")
-        else:
-            parts[kind][part_of(file)] = {**source, **options}
-            notes[kind] += [f"{file}: {text}" for text in said]
-    kind = next((kind for kind, found in parts.items() if found), "")
-    if not kind:
+        labels = _labels(tree, rows, source)
+        if not labels:
+            unused.append(f"{file} lists images, but no column of it looks like classes, attributes or numbers")
+        for kind, (options, said) in labels.items():
+            if part_of(file) in parts[kind]:
+                notes[kind].append(f"{file} is one more table of images; it is not used")
+            else:
+                notes[kind] += [f"{file}: {text}" for text in said if not parts[kind]]  # the same of every part
+                parts[kind][part_of(file)] = {**source, **options}
+    tasks = []
+    for kind, of_kind in parts.items():
+        train, test, chosen = choose_parts(of_kind)
+        layout = "csv of boxes" if kind == "detection" else "table"
+        tasks.append(FoundTask(kind, layout, train, test, notes=notes[kind] + chosen))
+    if not tasks:
         tree.remarks += unused
         return []
-    train, test, chosen = choose_parts(parts[kind])
-    layout = "csv of boxes" if kind == "detection" else "csv"
-    return [FoundTask(kind, layout, train, test, notes=notes[kind] + unused + chosen)]
+    tasks[0].notes += unused
+    return tasks
 
 
 def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
@@ -70,8 +77,9 @@ def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
         return None
     text = lines_of(tree, file)
     header = text[0] if text else ""
+    if file.lower().endswith(JSON_LINES):
+        return _of_image_column(tree, file, _json_rows(tree, file), {})
     delimiter = max((",", ";", "\t"), key=header.count)
-    source: dict[str, Any] = {"format": "", "images": "", "table": tree.reference(file)}
     try:
         first = next(csv.reader(text[:1], delimiter=delimiter), [])
         headless = len(first) == len(_HEADLESS) and is_image(first[0]) and all(map(_is_number, first[1:5]))
@@ -79,6 +87,12 @@ def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
         rows = [{name: (row[name] or "").strip() for name in row if name is not None} for row in reader]
     except csv.Error:
         return None
+    more: dict[str, Any] = {"columns": _HEADLESS} if headless else {}
+    return _of_image_column(tree, file, rows, more | ({"delimiter": delimiter} if delimiter != "," else {}))
+
+
+def _of_image_column(tree: FileTree, file: str, rows: Rows, more: dict[str, Any]) -> tuple[Rows, dict[str, Any]] | None:
+    """Return the rows of a table and its source without its labels; None if no column names images."""
     image = _image_column(tree, rows, list(rows[0]) if rows else [], os.path.dirname(file))
     if image is None:
         named = [name for name in rows[0].values() if is_image(name)] if rows else []
@@ -86,30 +100,51 @@ def _read(tree: FileTree, file: str) -> tuple[Rows, dict[str, Any]] | None:
         tree.remarks.append(f"{file}: {reason if rows else 'it has no row below the header'}")
         return None
     column, folder, suffix = image
-    source |= {"images": tree.reference(folder), "image_column": column}
-    source |= {"columns": _HEADLESS} if headless else {}
-    source |= {"image_suffix": suffix} if suffix else {}
-    source |= {"delimiter": delimiter} if delimiter != "," else {}
-    return rows, source
+    source: dict[str, Any] = {"format": "", "images": tree.reference(folder), "table": tree.reference(file)}
+    return rows, {**source, "image_column": column, **more, **({"image_suffix": suffix} if suffix else {})}
 
 
-def _labels(tree: FileTree, rows: Rows, source: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
-    """Return the kind of a table's task, options of its source and notes; an empty kind, and why, if it has none."""
+def _json_rows(tree: FileTree, file: str) -> Rows:
+    """Return the rows of a file with one json object per line, empty if it is none."""
+    try:
+        table = read_table(tree.root / file, ",", "")
+    except DataError as error:
+        tree.remarks.append(str(error))
+        return []
+    return [dict(zip(table.names, row, strict=True)) for row in table.rows]
+
+
+def _labels(tree: FileTree, rows: Rows, source: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Return {kind: (options of its source, notes)} of the labels in a table."""
     columns = [column for column in rows[0] if column != source["image_column"]]
     boxes = _box_columns(columns)
     if boxes:
         options, notes = _boxes(tree, rows, source, *boxes)
-        return "detection", {"format": "box_table", **options}, notes
+        return {"detection": ({"format": "box_table", **options}, notes)}
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    table = {"format": "image_table"}
     label, others, flags = _label_column(rows, columns)
-    if label is not None:
+    identity = identity_column(rows, columns)
+    if identity is not None and (label is None or label == identity or label not in _LABEL_COLUMNS):
+        note = f"column '{identity}' is taken for identities (retrieval); for classes set type and kind: classification"
+        found["retrieval"] = {**table, "kind": "retrieval", "label_column": identity}, [note]
+        label = None if label == identity else label
+    if label is not None and (not found or label in _LABEL_COLUMNS):
         notes = [f"column '{label}' is taken for the class; others are {', '.join(others)}"] if others else []
-        return "classification", {"format": "image_table", "label_column": label}, notes
-    if flags and all(sum(float(row[column]) for column in flags) == 1 for row in rows):
-        return "classification", {"format": "image_table", "label_columns": flags}, []
-    wrong = sum(sum(float(row[column]) for column in flags) != 1 for row in rows) if flags else 0
-    several = f"; {len(flags)} columns of 0 and 1 are several labels per image, or none, in {wrong} of {len(rows)} rows"
-    several = f"{several}, which a task of type attributes reads" if flags else ""
-    return "", {}, [f"lists images, but no column of it looks like classes{several}"]
+        found["classification"] = {**table, "label_column": label}, notes
+    names, absent = attribute_columns(rows, columns, [label, identity])
+    one_hot = len(names) > 1 and all(sum(float(row[column] or 0) == 1 for column in names) == 1 for row in rows)
+    if one_hot and absent == 0 and not found:
+        return {"classification": ({**table, "label_columns": names}, [])}
+    if len(names) > 1 or (names and absent):
+        options = {**table, "kind": "attributes", "columns": names, **({"absent": -1} if absent else {})}
+        meaning = "-1 is one that an image does not have" if absent else "0 is one that an image does not have"
+        found["attributes"] = options, [f"{len(names)} columns are taken for attributes; {meaning}"]
+    numbers = number_columns(rows, columns, [label, identity, *names])
+    if numbers:
+        note = f"{', '.join(numbers)} are taken for numbers to be predicted; remove those that are not"
+        found["regression"] = {**table, "kind": "regression", "columns": numbers}, [note]
+    return found
 
 
 def _box_columns(columns: Sequence[str]) -> tuple[str, list[str]] | None:

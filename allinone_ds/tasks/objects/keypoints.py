@@ -219,7 +219,9 @@ class KeypointsTask(ObjectsTask):
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
         """Return the image with the boxes and visible points of its objects, and their numbers."""
         drawn = KeypointsTask.drawn(sample["image"].as_subclass(Tensor), sample, [], len(classes), large=False)
-        return drawn, f"{len(sample['labels'])} objects, {int((sample['visible'] > 0).sum())} visible points"
+        count = len(sample["labels"])
+        objects = "1 object" if count == 1 else f"{count} objects"
+        return drawn, f"{objects}, {int((sample['visible'] > 0).sum())} visible points"
 
     def export_outputs(self, outputs: Any) -> dict[str, Tensor]:
         """Return "boxes" (B, N, 4), "keypoints" (B, N, P, 2), both in pixels of the network's input, "scores" and

@@ -159,8 +159,7 @@ class AttributesTask(EntriesTask):
     def draw(self, image: Tensor, prediction: Prediction, sample: Sample | None = None) -> Tensor:
         large, _ = enlarge(image.cpu())
         scores = prediction["scores"].tolist()
-        shown = [k for k, score in enumerate(scores) if score >= self.shown_score]
-        shown = sorted(shown, key=lambda k: -scores[k])
+        shown = sorted(prediction["present"].nonzero()[:, 0].tolist(), key=lambda k: -scores[k])
         if sample is None:
             return caption(large, some_of([f"{self.classes[k]} {scores[k]:.2f}" for k in shown] or [_NOTHING]))
         truth = torch.as_tensor(sample["attributes"]).tolist() or [math.nan] * len(scores)
@@ -172,10 +171,9 @@ class AttributesTask(EntriesTask):
 
     def to_json(self, prediction: Prediction) -> dict[str, Any]:
         """Return the names of the attributes that are present, and all scores."""
-        scores = {
-            name: round(score, 4) for name, score in zip(self.classes, prediction["scores"].tolist(), strict=True)
-        }
-        return {"present": [name for name, score in scores.items() if score >= self.shown_score], "scores": scores}
+        scores = [round(score, 4) for score in prediction["scores"].tolist()]
+        present = [self.classes[k] for k in prediction["present"].nonzero()[:, 0].tolist()]
+        return {"present": present, "scores": dict(zip(self.classes, scores, strict=True))}
 
     @staticmethod
     def draw_truth(sample: Sample, classes: Sequence[str]) -> tuple[Tensor, str]:
@@ -229,7 +227,10 @@ class AttributesMetric:
         ap = torch.full((len(some),), float("nan"), dtype=torch.float64)
         if some.any():  # the function fails for an attribute that no image has an entry of
             ap[some] = multilabel_average_precision(
-                scores[:, some], target[:, some], int(some.sum()), average="none", ignore_index=_UNKNOWN
+                *(scores[:, some], target[:, some], int(some.sum())),
+                average="none",
+                ignore_index=_UNKNOWN,
+                validate_args=False,  # which refuses a single attribute
             ).double()
         self._columns = {
             "ap": ap,

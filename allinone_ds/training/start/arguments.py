@@ -16,10 +16,10 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
-from transformers.training_args import OptimizerNames
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.arguments import AllInOneArguments
+from allinone_ds.run_config.optimizer_settings import MUON
 from allinone_ds.strict import did_you_mean
 from allinone_ds.tasks.base import Task
 from allinone_ds.zero.config_keys import ignored_keys
@@ -103,15 +103,15 @@ def metric_names(evaluated: Mapping[str, Task], device: torch.device) -> set[str
 def _schedule_problems(args: AllInOneArguments) -> list[str]:
     """Build the optimizer and its schedule for one weight."""
     weight = torch.nn.Parameter(torch.zeros(8, 8))
-    optim, kind = str(OptimizerNames(args.optim).value), SchedulerType(args.lr_scheduler_type)
+    optim, kind = args.optim_name, SchedulerType(args.lr_scheduler_type)
     optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=args.learning_rate)
     problems = []
-    try:
-        cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    try:  # of Muon, the arguments have checked the settings
+        cls, options = (torch.optim.SGD, {}) if optim == MUON else Trainer.get_optimizer_cls_and_kwargs(args)
         if any(word in cls.__name__ for word in _REFUSED):
             problems.append(
                 f"trainer.optim = '{optim}': {cls.__name__} cannot be balanced, it changes gradients "
-                "itself; use an element-wise one such as adamw_torch or sgd"
+                "itself; use muon (DeepSpeed's), or an element-wise one such as adamw_torch or sgd"
             )
         else:
             optimizer = cls([weight], **options)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers.training_args import OptimizerNames
-
 from allinone_ds.balance.renaming import Names, by_new_name
+from allinone_ds.training.load_checkpoint import changes_since, read_loop_state, saved_step
 from allinone_ds.training.start.changed_tasks import TaskChanges
 
 
@@ -29,7 +29,7 @@ def loop_state(trainer: Any) -> dict[str, Any] | None:
         "positions": schedule.state(step),
         "sampling": _sampling(schedule),
         "frequencies": trainer._frequencies,
-        "optim": str(OptimizerNames(trainer.args.optim).value),
+        "optim": trainer.args.optim_name,
         "classes": {name: list(task.classes) for name, task in trainer.model.tasks.items()},
         "continues": dict(trainer.continues),
         "freezing": list(trainer.freezing.stages.values()),
@@ -52,6 +52,32 @@ def load_loop_state(trainer: Any, state: dict[str, Any], changes: TaskChanges | 
     trainer._total_loss_scalar -= float(state["loss"])  # it belongs to steps before this call of train()
     trainer._globalstep_last_logged = state["last_logged"]
     trainer._streaks.load_state_dict(by_new_name(state["nonfinite"], names))
+
+
+def begin_data(trainer: Any, checkpoint: Path | None) -> TaskChanges | None:
+    """Let the schedule begin, or go on with the samples of a checkpoint, and say what tasks the run has.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        checkpoint: folder of the checkpoint to resume.
+
+    Returns:
+        How the tasks differ from those of the checkpoint; None: they do not.
+    """
+    schedule, steps = trainer.schedule, trainer.args.max_steps
+    schedule.continue_from(0, {})
+    step, changes = 0, None
+    if checkpoint is not None:
+        step = saved_step(checkpoint)
+        changes = changes_since(trainer.model, checkpoint, trainer.continues)
+        continue_data(trainer, read_loop_state(checkpoint, trainer.args.process_index), step, changes)
+    if changes is not None:
+        for line in (*changes.lines, "the best checkpoint is chosen anew, by the scores of these tasks"):
+            trainer.note(step, f"resume: {line}")
+    if schedule.sampling is not None:
+        epochs = {task: schedule.epoch(task, steps) for task in schedule.tasks}
+        trainer.note(step, schedule.sampling.summary(steps, epochs))
+    return changes
 
 
 def continue_data(trainer: Any, state: dict[str, Any], step: int, changes: TaskChanges | None) -> None:

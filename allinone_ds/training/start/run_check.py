@@ -15,10 +15,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.data.augmentation.transforms import eval_transform, normalize, stack_pixels, train_transform
 from allinone_ds.data.base import SampleDataset, SourceConfig
+from allinone_ds.data.inspection.samples import fault_of
 from allinone_ds.data.joint.dataset import JointDataset, TaskView, view_of
 from allinone_ds.data.loading.further_samples import FurtherSamples
 from allinone_ds.data.sources import open_source
-from allinone_ds.errors import AllInOneError, BrokenSample, ConfigError, DataError
+from allinone_ds.errors import AllInOneError, ConfigError, DataError
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.backbone import BackboneConfig, build_backbone
 from allinone_ds.models.freezing import freeze_backbone
@@ -203,8 +204,10 @@ def _check_samples(
     samples = []
     for index in range(min(len(dataset), 20)):
         try:
-            samples.append(dataset[index])
-        except BrokenSample:  # the check of the data files reports it
+            sample = dataset[index]
+            if fault_of(dataset, sample) is None:
+                samples.append(sample)
+        except Exception:  # the check of the data files reports it, as it does what a sample lacks
             continue
         if len(samples) == _SAMPLES:
             break
@@ -239,9 +242,12 @@ def _check_pixels(found: list[str], config: RunConfig, group: JointConfig, datas
     if not isinstance(dataset, JointDataset) or not len(dataset):
         return
     try:
-        drawn = eval_transform(group.image_size)(dataset[0])
-    except BrokenSample:  # the check of the data files reports it
+        sample = dataset[0]
+        if fault_of(dataset, sample) is not None:
+            return
+    except Exception:  # the check of the data files reports it, as it does what a sample lacks
         return
+    drawn = eval_transform(group.image_size)(sample)
     for task in group.tasks:
         if task in drawn["targets"]:
             pixels = task_class(config.tasks[task].type).collate([view_of(drawn, task)])["pixel_values"]

@@ -24,6 +24,7 @@ from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_c
 from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
 from allinone_ds.zero.engines.pieces import Piece, Span, merge_spans
 from allinone_ds.zero.fragments import Fragment
+from allinone_ds.zero.releases import MANAGES_ACCUMULATION
 
 
 class EngineAdapter(ABC):
@@ -64,12 +65,17 @@ class EngineAdapter(ABC):
 
     def take_over(self) -> None:
         """Prepare the engine for balanced steps, until `give_back`."""
+        if MANAGES_ACCUMULATION:  # where it is off, `engine.step` would reduce once more
+            self._managed = self.engine._config.managed_gradient_accumulation
+            self.engine._config.managed_gradient_accumulation = True
         if self.stage and uses_muon(self.optimizer.optimizer):
             self._muon = MuonUpdate(self)
 
     def give_back(self) -> None:
         """Leave the engine as it was before `take_over`."""
         self.restore_boundary()
+        if MANAGES_ACCUMULATION:
+            self.engine._config.managed_gradient_accumulation = self._managed
         if self._muon is not None:
             self._muon.give_back()
             self._muon = None
@@ -123,7 +129,7 @@ class EngineAdapter(ABC):
             overflow: make DeepSpeed's loss scaler see a non-finite gradient (fp16).
         """
         if self._muon is not None and not overflow:
-            self._muon.orthogonalise(flats, self.loss_scale)
+            self._muon.orthogonalise(flats, float(self.loss_scale))
         self._set_gradient(flats, overflow)
 
     @abstractmethod
@@ -178,12 +184,12 @@ class EngineAdapter(ABC):
         return self.engine.device
 
     @property
-    def loss_scale(self) -> float:
-        """The factor that gradients carry and the engine's step divides by; 1 where losses are not scaled."""
+    def loss_scale(self) -> float | Tensor:
+        """The factor that gradients carry and the engine's step divides by, a number or 0-dim on `compute_device`."""
         return loss_scale(self.engine)
 
     @property
-    def missing_loss_scale(self) -> float:
+    def missing_loss_scale(self) -> float | Tensor:
         """The part of `loss_scale` that the engine's `backward` does not apply to the loss."""
         return 1.0
 
@@ -219,16 +225,18 @@ class EngineAdapter(ABC):
             loss: scalar, of one micro-batch of this rank.
             retain_graph: keep the graph for the losses of other tasks of the same forward.
         """
-        self.engine.backward(loss * self.missing_loss_scale, retain_graph=retain_graph, scale_wrt_gas=False)
+        missing = self.missing_loss_scale
+        loss = loss * missing if isinstance(missing, Tensor) or missing != 1.0 else loss
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self) -> None:
         """Take the engine's optimizer step on what `set_gradient` set; parameters that are frozen now stand still."""
         self.set_reduces(True)
         with scale_changes_after_step(self.engine), self._frozen_unmoved():
             self.engine.step()
+            if self._muon is not None:
+                self._muon.end_step(self.overflow)
         self._after_step()
-        if self._muon is not None:
-            self._muon.end_step(self.overflow)
 
     def _after_step(self) -> None:  # noqa: B027 - most engines need nothing
         """Correct what the engine reports or keeps after its step."""
@@ -284,14 +292,14 @@ class EngineAdapter(ABC):
         if all(param.requires_grad for group in groups for param in group):
             yield
             return
+        base = self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.optimizer
         still, mixed = [], []
         for master, group in zip(self.masters(), groups, strict=True):
             frozen = [param for param in group if not param.requires_grad]
-            if len(frozen) == len(group):
+            if len(frozen) == len(group) and not uses_muon(base):  # Muon steps without a gradient too
                 still.append(master)
             else:
                 mixed += frozen
-        base = self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.optimizer
         with torch.no_grad(), self.unmoved(mixed), without_gradients(base, {id(master) for master in still}):
             yield
 

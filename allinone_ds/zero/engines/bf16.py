@@ -70,6 +70,8 @@ class BF16Adapter(EngineAdapter):
             gradient.copy_(flat)
         for flags in self.optimizer.fp32_groups_has_gradients:
             flags[:] = [True] * len(flags)
+        if self._muon is not None:  # which reports the norm of the gradient
+            return
         square = torch.stack([flat.norm() for flat in flats]).square().sum()
         torch.distributed.all_reduce(square, group=self.optimizer.dp_process_group)
         self._norm = square.sqrt()

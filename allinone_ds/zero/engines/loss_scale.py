@@ -11,6 +11,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _NEVER = 2**31 - 1
 
 
@@ -20,10 +23,16 @@ def grad_scaler(engine: Any) -> Any:
     return getattr(engine, "torch_autocast_z0_gradscaler", None) if scaler is None else scaler
 
 
-def loss_scale(engine: Any) -> float:
-    """Return the factor that the engine's step divides gradients by."""
+def loss_scale(engine: Any) -> float | Tensor:
+    """Return the factor that the engine's step divides gradients by; that of a GradScaler stays on the device, 0-dim.
+
+    Private method of torch 2.11 to 2.14: `get_scale` would wait for the device.
+    """
     scale, scaler = float(getattr(engine.optimizer, "loss_scale", 1.0)), grad_scaler(engine)
-    return scale if scaler is None else scale * float(scaler.get_scale())
+    if scaler is None:
+        return scale
+    on_device = scaler._get_scale_async()  # None before the first loss
+    return scale * (scaler.get_scale() if on_device is None else on_device)
 
 
 @contextlib.contextmanager
@@ -44,8 +53,11 @@ def scale_changes_after_step(engine: Any) -> Iterator[None]:
         yield
     finally:
         scaler.set_growth_interval(interval)
-    state = scaler.state_dict()
+    scale, steps = scaler._scale, scaler._growth_tracker  # changed on the device
     if engine.optimizer.overflow:
-        scaler.load_state_dict({**state, "scale": state["scale"] * state["backoff_factor"], "_growth_tracker": 0})
-    elif state["_growth_tracker"] >= interval:
-        scaler.load_state_dict({**state, "scale": state["scale"] * state["growth_factor"], "_growth_tracker": 0})
+        scale.mul_(scaler.get_backoff_factor())
+        steps.zero_()
+    else:
+        grows = steps >= interval
+        scale.copy_(torch.where(grows, scale * scaler.get_growth_factor(), scale))
+        steps.masked_fill_(grows, 0)

@@ -92,7 +92,7 @@ class _HalfAdapter(Stage0Adapter):
     """ZeRO-0 with 16-bit weights, of which DeepSpeed's optimizer keeps fp32 copies."""
 
     @property
-    def missing_loss_scale(self) -> float:
+    def missing_loss_scale(self) -> float | Tensor:
         # 0.19.8: engine.backward scales losses for ZeRO only, yet these optimizers divide by the scale all the same
         return self.loss_scale
 

@@ -84,6 +84,10 @@ def test_images_without_objects_have_masks_and_points_of_none(root):
         (MASKS, {"segmentation": {"size": [9, 9], "counts": [81]}}, "is of 9 x 9 .*, the image of 32 x 24"),
         (MASKS, {"segmentation": {"size": [24, 32], "counts": [5, 6]}}, "covers 11 pixels, its size has 768"),
         (MASKS, {"segmentation": {"counts": [5, 6]}}, "needs 'size'"),
+        (MASKS, {"segmentation": {"size": [24, 32], "counts": [-5, 773]}}, "must be whole numbers, 0 or more"),
+        (MASKS, {"segmentation": {"size": [24, 32], "counts": [0.5, 767.5]}}, "must be whole numbers, 0 or more"),
+        (MASKS, {"segmentation": {"size": [24, 32], "counts": ["a", 767]}}, "must be whole numbers, 0 or more"),
+        (MASKS, {"segmentation": [[900, 900, 950, 900, 950, 950]]}, "lies outside of the object's bbox"),
         (POINTS, {"keypoints": [1, 2, 2, 3, 4, 2]}, "annotation 0: keypoints has 2 points, the category has 3"),
         (POINTS, {"keypoints": [1, 2, 2, 3]}, "list of x, y and visibility"),
         (POINTS, {"keypoints": [1, 2, 2, 3, 4, 7, 0, 0, 0]}, "a visibility is 7; allowed are 0"),
@@ -172,3 +176,9 @@ def test_classes_have_equally_many_points(root):
 def test_pairs_belong_to_keypoints():
     with pytest.raises((ConfigError, ValueError), match="flip_pairs is an option of kind keypoints"):
         source({**MASKS, "flip_pairs": []})
+
+
+def test_keypoints_in_fractions_are_an_error(root):
+    written(root, lambda number, record: record.update(keypoints=[0.1, 0.2, 2, 0.5, 0.9, 2, 0, 0, 0]))
+    found = [str(p) for p in opened(POINTS, root, strict=False).structural if p.level == "error"]
+    assert len(found) == 1 and "all keypoints lie within 0..1, as fractions of the image" in found[0]

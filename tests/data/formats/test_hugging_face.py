@@ -1,4 +1,4 @@
-"""DatasetsSource and HubDataset."""
+"""DatasetsSource and RowsDataset."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from allinone_ds.data.check import check_sources
-from allinone_ds.data.formats.hugging_face import DatasetsSource, HubDataset
+from allinone_ds.data.formats.rows.dataset import RowsDataset
+from allinone_ds.data.formats.rows.hugging_face import DatasetsSource
 from allinone_ds.data.inspection.targets import target_problems
 from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import BrokenSample, DataError
@@ -151,8 +152,8 @@ def test_broken_images_are_found(tmp_path):
     ]
     table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 2]}, features=features)
     source = DatasetsSource(format="datasets", path="set", kind="classification")
-    found = check_sources({"it": HubDataset(table, source, tmp_path)}, progress=False)
-    assert [p.file for p in found] == ["set[train]#0", "set[train]#1", "set[train]#2"]
+    found = check_sources({"it": RowsDataset(table, source, "org/name", tmp_path)}, progress=False)
+    assert [p.file for p in found] == ["org/name#0", "org/name#1", "org/name#2"]
     reasons = ["not an image", "missing.png: cannot be opened", "has no image"]
     assert all(reason in p.reason for reason, p in zip(reasons, found, strict=True))
 
@@ -366,7 +367,7 @@ def test_images_of_12_bit_are_read_like_files(tmp_path):
 def test_boxes_are_counted_as_stored_without_decoding_their_images(tmp_path, monkeypatch):
     save_boxes(tmp_path, [[[1, 1, 0, 9]], [], [[0, 0, 4, 4], [5, 5, 0.5, 7]], [[3, 3, 3, 3]]])
     dataset = opened(tmp_path, "detection")
-    monkeypatch.setattr("allinone_ds.data.formats.hugging_face.read_image", None)
+    monkeypatch.setattr("allinone_ds.data.formats.rows.dataset.read_image", None)
     [problem, unused] = target_problems(dataset, (HEIGHT, WIDTH))
     assert problem.reason.startswith(
         "2 of 4 boxes are not used in training: 1 have no area or a negative size, 1 are smaller than 1 pixel"

@@ -1,5 +1,7 @@
 """ImageTableSource."""
 
+from pathlib import Path
+
 import pytest
 
 from allinone_ds.errors import ConfigError, DataError
@@ -28,7 +30,7 @@ def test_other_columns_delimiters_and_suffixes(root):
     config = {**TABLE, "table": "t.tsv", "image_column": "id", "label_column": "breed", "image_suffix": ".png"}
     dataset = opened({**config, "delimiter": "\t"}, root)
     assert dataset.classes == ["boxer", "pug"] and dataset.path(0) == str(root / "images" / "0.png")
-    with pytest.raises(DataError, match="image_column = 'id', which is not a column; .*allowed: id\tbreed"):
+    with pytest.raises(DataError, match=r"its first line is one column, 'id\tbreed'; set delimiter: '\\t'"):
         opened(config, root)
     with pytest.raises(ValueError, match="delimiter"):
         source({**config, "delimiter": ", "})
@@ -102,3 +104,41 @@ def test_a_row_with_too_many_values_and_no_csv_at_all(root):
     (root / "table.csv").write_text("image,label\n0.png," + "a" * 200_000 + "\n")
     with pytest.raises(DataError, match="line 2: field larger than field limit.*write the file again as csv"):
         opened(TABLE, root)
+
+
+def test_a_file_that_is_no_such_table_is_one_clear_line(root):
+    for text, says in (
+        ("", "t.csv: is empty; write the names of the columns"),
+        ("image;label\n0.png;a\n", r"its first line is one column, 'image;label'; set delimiter: ';'"),
+        ("name,label\n0.png,a\n", "image_column = 'image', which is not a column; allowed: label, name"),
+    ):
+        (root / "t.csv").write_text(text)
+        with pytest.raises(DataError, match=says):
+            opened({**TABLE, "table": "t.csv"}, root)
+    (root / "t.json").write_text('[{"image": "0.png", "label": "a"}]')
+    with pytest.raises(DataError, match="a table is a csv file, or a .jsonl file with one json object per line"):
+        opened({**TABLE, "table": "t.json"}, root)
+
+
+def test_spaces_in_the_header_words_and_repeated_rows(root):
+    (root / "t.csv").write_bytes(b"\xef\xbb\xbfimage, hat, old\r\n0.png, True, false\r\n1.png,0,1\r\n0.png,0,0\r\n")
+    config = {**TABLE, "table": "t.csv", "kind": "attributes"}
+    dataset = opened(config, root)
+    assert dataset.classes == ["hat", "old"] and dataset[0]["attributes"].tolist() == [1, 0]
+    assert "0.png: is listed more than once with different labels (1, 0, 0, 0); keep one entry" in warnings(
+        config, root
+    )
+    (root / "t.csv").write_text("image,label\n0.png,a\n0.png,b\n1.png,b\n1.png,b\n")
+    said = warnings({**TABLE, "table": "t.csv"}, root)
+    assert "0.png: is listed more than once with different labels (a, b); keep one entry" in said
+    assert "1.png: is listed more than once; keep one entry" in said
+
+
+def test_names_that_differ_in_case_suffix_or_slash_only_are_named(root):
+    (root / "t.csv").write_text("image,label\n0.PNG,a\n1,b\n.\\2.png,a\n3.png,b\n77.png,a\n")
+    config = {**TABLE, "table": "t.csv"}
+    assert [Path(p.file).name for p in errors(config, root)] == ["0.PNG", "1", ".\\2.png", "77.png"]  # each once
+    said = (
+        "3 of the missing files are there with another suffix, case or slash (0.PNG: 0.png, 1: 1.png, .\\2.png: 2.png)"
+    )
+    assert said in warnings(config, root)

@@ -282,6 +282,44 @@ def test_a_list_names_the_images_that_are_used(root: Path) -> None:
         opened(root, source)
 
 
+def test_lists_of_other_forms(root: Path) -> None:
+    for folder in ("images", "maps"):
+        (root / "train" / folder / "003.png").rename(root / "train" / folder / "a b.png")
+    for file in ("boxes.json", "list.txt"):
+        text = (root / "train" / file).read_text()
+        (root / "train" / file).write_text(text.replace("003.png", "a b.png"))
+    source = joint_source(image_list="some.txt")
+    for text in ("000\r\na b\r\n011.png\r\n", "000  1\na b\n011 -1\n"):  # the second as VOC's lists of one class
+        (root / "some.txt").write_bytes(text.encode())
+        names = [Path(opened(root, source).path(index)).stem for index in range(3)]
+        assert names == ["000", "a b", "011"]
+    (root / "some.txt").write_text("\n")
+    with pytest.raises(DataError, match="some.txt: lists no image; write the name of one per line"):
+        opened(root, source)
+
+
+def test_a_task_without_any_label_is_an_error_also_where_labels_may_be_missing(root: Path) -> None:
+    (root / "train" / "list.txt").write_text("999.png 0\n998.png 1\n")
+    with pytest.raises(DataError, match=r"task 'cls': none of the 12 images has a label of it; .* \(its source has"):
+        opened(root)
+
+
+def test_labels_in_voc_annotations_keep_their_own_folder(root: Path) -> None:
+    (root / "train" / "images").rename(root / "train" / "JPEGImages")
+    (root / "train" / "Annotations").mkdir()
+    for number in range(12):
+        box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>9</xmax><ymax>12</ymax></bndbox>"
+        size = "<size><width>64</width><height>48</height></size>"
+        text = (
+            f"<annotation><filename>{number:03}.png</filename>{size}<object><name>red</name>{box}</object></annotation>"
+        )
+        (root / "train" / "Annotations" / f"{number:03}.xml").write_text(text)
+    source = joint_source(images="train/JPEGImages")
+    source["labels"]["det"] = {"format": "voc", "path": "train"}
+    dataset = opened(root, source)
+    assert dataset[4]["targets"]["det"]["boxes"].tolist() == [[2, 3, 9, 12]] and len(dataset.rows("det")) == 12
+
+
 def test_a_map_of_another_size_than_its_image_is_one_clear_fault(root: Path) -> None:
     Image.new("L", (32, 24)).save(root / "train" / "maps" / "002.png")
     problems = check_sources({"rooms train": group(joint_source())}, root, progress=False)

@@ -127,6 +127,12 @@ def test_a_shifted_edge_is_right_within_the_tolerance_only() -> None:
     assert edge_counts(found, torch.zeros_like(true), [0.5], 0.04).tolist() == [[0, 30, 0, 0]]
 
 
+def test_predictions_on_ignored_pixels_do_not_find_an_edge() -> None:
+    true, found = torch.zeros(30, 40, dtype=torch.uint8), torch.zeros(30, 40)
+    true[5, 20], true[5, 21], found[5, 21] = 1, 255, 1.0
+    assert edge_counts(found, true, [0.5], 0.04).tolist() == [[0, 0, 0, 1]]
+
+
 def test_saliency_is_the_mean_of_the_images_at_the_best_threshold() -> None:
     g = generator()
     metric, of_image, errors = SaliencyMetric(), [], []

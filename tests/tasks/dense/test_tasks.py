@@ -166,6 +166,14 @@ def test_flipped_views_are_merged_as_they_are_in_the_image(kind: str) -> None:
     assert (plain - predicted(made, True)[0]).abs().max() > 1e-3
 
 
+def test_the_x_of_a_mirrored_normal_changes_its_sign() -> None:
+    _, task = build("normals")
+    right = torch.tensor([0.6, 0.0, 0.8]).view(3, 1, 1).expand(3, 2, 4).clone()
+    right[:, :, :1] = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)
+    mirrored = right.flip(-1) * torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    assert torch.equal(task.unflipped(mirrored), right)
+
+
 def test_depth_refuses_scales_and_the_others_take_all_views() -> None:
     every = TestTime(scales=[1.0, 1.5], flip=True, windows=True)
     for kind in KINDS:

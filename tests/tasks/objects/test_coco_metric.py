@@ -117,6 +117,17 @@ def test_keypoints_equal_pycocotools_on_files(tmp_path):
         assert np.allclose(np.asarray(similar)[:, seen.numpy()], own[:, seen].numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(0, 0.0), (1, 1.0), (2, 1.0)])
+def test_points_that_are_labelled_but_hidden_count(visible, expected):
+    points = torch.tensor([[[4.0, 5.0], [14.0, 15.0]]])
+    box, label = torch.tensor([[2.0, 2.0, 18.0, 18.0]]), torch.tensor([0])
+    truth = {"image": torch.zeros(3, *SIZE), "boxes": box, "labels": label, "keypoints": points,
+             "visible": torch.full((1, 2), visible), "iscrowd": torch.tensor([False])}  # fmt: skip
+    metric = CocoMetric([0.05, 0.05])
+    metric.update([{"labels": label, "scores": torch.ones(1), "keypoints": points, "boxes": box}], [truth])
+    assert metric.compute()["map50"] == pytest.approx(expected)
+
+
 def test_nothing_predicted_and_nothing_true():
     truths, predictions = scenes(3)
     empty = [{key: value[:0] for key, value in p.items()} for p in predictions]
@@ -143,6 +154,10 @@ def test_a_heatmap_that_fits_its_loss_decodes_to_its_points():
     torch.testing.assert_close(found, points, atol=0.05, rtol=0)
     assert ((scores > 0.3) & (scores <= 1)).all()
     assert heatmap_loss(maps.roll(3, -1), [boxes], [target]).min() > 1
+    each = torch.cat([heatmap_loss(maps.roll(3, -1)[:, [p]], [boxes], [
+        {**target, "keypoints": target["keypoints"][:, [p]]}]) for p in range(5)]).reshape(5, 2)  # fmt: skip
+    target["keypoints"][:, 2:, 2] = 0
+    torch.testing.assert_close(heatmap_loss(maps.roll(3, -1), [boxes], [target]), each[:2].mean(0))
     target["keypoints"][..., 2] = 0
     assert (heatmap_loss(maps.roll(3, -1), [boxes], [target]) == 0).all()
     outside = {"boxes": boxes, "keypoints": target["keypoints"] + torch.tensor([100.0, 0, 1])}
@@ -165,6 +180,8 @@ def test_a_mask_that_fits_its_loss_is_pasted_where_it_was():
     labels = [{"labels": torch.tensor([0, 0]), "masks": masks}]
     assert mask_loss(maps[:, None], [boxes], labels).max() < 1.0
     assert mask_loss(-maps[:, None], [boxes], labels).min() > 10
+    of_two = [{"labels": torch.tensor([1, 1]), "masks": masks}]
+    assert mask_loss(torch.stack([-maps, maps], dim=1), [boxes], of_two).max() < 1.0  # that of the object's class
 
 
 def test_objects_whose_mask_has_no_pixel_are_no_targets():
@@ -219,6 +236,17 @@ def test_images_of_another_size_and_rounded_boxes_are_refused(head):
         it(features, torch.zeros(1, 3, 16, 20))
     with pytest.raises(TypeError, match=r"target boxes are torch.bfloat16, which rounds them"):
         it(features, pixels, [{"boxes": torch.zeros(0, 4, dtype=torch.bfloat16)}])
+
+
+def test_the_region_weight_multiplies_the_loss_of_the_points():
+    points = torch.tensor([[[3.0, 4.0, 1.0], [9.0, 11.0, 1.0]]])
+    labels = [{"boxes": torch.tensor([[2.0, 2, 10, 12]]), "labels": torch.tensor([0]), "keypoints": points}]
+    losses = []
+    for weight in (1.0, 2.0, 3.0):
+        torch.manual_seed(0)
+        it = keypoints(points=2, region_weight=weight).eval()
+        losses.append(it((torch.randn(1, 8, 4, 4),), torch.zeros(1, 3, 16, 16), labels).loss.item())
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4) and losses[1] > losses[0] + 1
 
 
 def test_names_sigmas_and_thresholds():

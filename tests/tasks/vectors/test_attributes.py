@@ -102,7 +102,8 @@ def test_json_and_threshold():
     it = task()
     prediction = it.prediction(torch.tensor([0.9, 0.4, 0.6]))
     assert it.to_json(prediction)["present"] == ["a", "c"] and prediction["present"].tolist() == [True, False, True]
-    assert it.at_least(prediction, 0.7)["present"].tolist() == [True, False, False]
+    certain = it.at_least(prediction, 0.7)
+    assert certain["present"].tolist() == [True, False, False] and it.to_json(certain)["present"] == ["a"]
     assert it.sample_score(prediction, {"attributes": torch.tensor([1.0, NAN, 0.0])}) == pytest.approx(0.65)
     assert it.sample_score(prediction, {"attributes": torch.tensor([NAN] * 3)}) is None
     assert math.isclose(it.to_json(prediction)["scores"]["b"], 0.4, abs_tol=1e-4)

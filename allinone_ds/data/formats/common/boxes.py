@@ -14,6 +14,10 @@ BOX_TOLERANCE = 1.0
 
 FRACTIONS_REASON = "all boxes lie within 0..1, as fractions of the image; multiply them by its width and height"
 
+POINT_FRACTIONS_REASON = (
+    "all keypoints lie within 0..1, as fractions of the image; multiply them by its width and height"
+)
+
 
 def boxes_outside(boxes: np.ndarray, size: tuple[int | np.ndarray, int | np.ndarray]) -> np.ndarray:
     """Return which boxes extend beyond their image by more than `BOX_TOLERANCE` pixels.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from allinone_ds.data.base import Problem
@@ -45,7 +45,7 @@ def require_folder(folder: Path, field: str) -> None:
         raise DataError(f"{folder}: '{field}' must be a folder, {found}; correct '{field}' or data_root")
 
 
-def check_listed_files(root: Path, listed: Sequence[str]) -> list[Problem]:
+def check_listed_files(root: Path, listed: Sequence[str], labels: Sequence[Hashable] | None = None) -> list[Problem]:
     """Compare the files that annotations list with those on disk.
 
     Every folder is listed once, which takes far less time than a query per file.
@@ -53,22 +53,39 @@ def check_listed_files(root: Path, listed: Sequence[str]) -> list[Problem]:
     Args:
         root: folder that `listed` is relative to.
         listed: file names, with sub-folders if there are any.
+        labels: the label of each entry, to compare those of repeated files.
 
     Returns:
         An error per missing file, a warning per repeated file, and one warning for all images that are not listed.
     """
-    unique: dict[str, None] = {}  # a set that keeps the order
+    unique: dict[str, Hashable] = {}
     problems: list[Problem] = []
-    for file in listed:
+    for file, label in zip(listed, labels or [None] * len(listed), strict=True):
         if file in unique:
-            problems.append(Problem(str(root / file), "is listed more than once; keep one entry", "warning"))
-        unique[file] = None
+            what = "" if unique[file] == label else f" with different labels ({unique[file]}, {label})"
+            problems.append(Problem(str(root / file), f"is listed more than once{what}; keep one entry", "warning"))
+        unique.setdefault(file, label)
     on_disk: set[str] = set()
     for folder in {os.path.dirname(file) for file in unique}:
         on_disk.update(os.path.normpath(os.path.join(folder, name)) for name in list_files(root / folder))
     normalized = {os.path.normpath(file) for file in unique}
-    problems += [Problem(str(root / f), MISSING_FILE) for f in unique if os.path.normpath(f) not in on_disk]
+    missing = [file for file in unique if os.path.normpath(file) not in on_disk]
+    problems += [Problem(str(root / file), MISSING_FILE) for file in missing]
+    near = {_plain(file): file for file in on_disk} if missing else {}
+    alike = [(file, near[_plain(file)]) for file in missing if _plain(file) in near]
+    if alike:
+        shown = ", ".join(f"{file}: {os.path.basename(other)}" for file, other in alike[:3])
+        reason = (
+            f"{len(alike)} of the missing files are there with another suffix, case or slash ({shown}); correct these"
+        )
+        problems.append(Problem(str(root), reason, "warning"))
     return problems + unused_images(root, [f for f in on_disk - normalized if is_image(f)], "in no annotation")
+
+
+def _plain(file: str) -> str:
+    """Return a name by which files that differ in their case, suffix or kind of slash are equal."""
+    stem, suffix = os.path.splitext(os.path.normpath(file.replace("\\", "/")))
+    return (stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix).lower()
 
 
 def unused_images(root: Path, files: Sequence[str], why: str) -> list[Problem]:

@@ -35,6 +35,8 @@ def segmentation_fault(segmentation: Any, size: tuple[int, int] | None) -> str |
             return "segmentation needs 'size' ([height, width]) and 'counts', as run lengths of COCO have"
         if size is not None and tuple(stated) != size:
             return f"segmentation is of {stated[1]} x {stated[0]} (width x height), the image of {size[1]} x {size[0]}"
+        if isinstance(counts, list) and not all(type(count) is int and count >= 0 for count in counts):
+            return "segmentation: the counts of run lengths must be whole numbers, 0 or more"
         if isinstance(counts, list) and sum(counts) != stated[0] * stated[1]:
             return f"segmentation covers {sum(counts)} pixels, its size has {stated[0] * stated[1]}"
         return None
@@ -46,6 +48,20 @@ def segmentation_fault(segmentation: Any, size: tuple[int, int] | None) -> str |
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in polygon):
             return "segmentation: the coordinates of a polygon must be numbers"
     return None
+
+
+def apart(segmentation: Any, box: Sequence[float]) -> bool:
+    """Return whether the polygons of an object lie outside of its box, x, y, width and height, by more than a pixel.
+
+    Example:
+        >>> apart([[20, 15, 30, 15, 30, 23]], [2, 3, 10, 8])
+        True
+    """
+    if not isinstance(segmentation, list):
+        return False
+    xs, ys = ([v for polygon in segmentation for v in polygon[axis::2]] for axis in (0, 1))
+    x, y, w, h = box
+    return min(xs) > x + w + 1 or max(xs) < x - 1 or min(ys) > y + h + 1 or max(ys) < y - 1
 
 
 def decode_mask(segmentation: Any, size: tuple[int, int], path: str) -> np.ndarray:

@@ -38,9 +38,12 @@ def pair_files(
         reason = f"is listed, but has neither an image nor a {what}; add them or remove the name from the list"
         problems += [Problem(str(images[0] / name), reason) for name in missing]
         of_image, of_target = ({name: of[name] for name in names if name in of} for of in (of_image, of_target))
+    lower = {stem.lower(): of_target[stem] for stem in of_target.keys() - of_image.keys()}
     for stem in of_image.keys() - of_target.keys():
         wanted = f"{targets[0] / stem}{targets[1]}{'.*' if more else '.png'}"
-        reason = f"has no {what} {wanted}; add the {what} or remove the image"
+        near = lower.get(stem.lower())
+        hint = f" ({near} is there, whose case differs)" if near is not None else ""
+        reason = f"has no {what} {wanted}{hint}; add the {what} or remove the image"
         problems.append(Problem(str(images[0] / of_image[stem]), reason, unlabelled=True))
     for stem in of_target.keys() - of_image.keys():
         wanted = f"{images[0] / stem}{images[1]}.*"

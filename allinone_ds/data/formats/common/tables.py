@@ -57,6 +57,13 @@ class Table(NamedTuple):
         if count > 1:
             raise DataError(f"{self.name}: {option} = '{column}', but {count} columns have this name; rename them")
         if not count:
+            if not self.names:
+                raise DataError(f"{self.name}: is empty; write the names of the columns, and a row per image below")
+            other = next((mark for mark in ";\t|, " if mark in self.names[0]), None)
+            if len(self.names) == 1 and other is not None:
+                raise DataError(
+                    f"{self.name}: its first line is one column, '{self.names[0]}'; set delimiter: {other!r}"
+                )
             known = did_you_mean(column, self.names)
             raise DataError(f"{self.name}: {option} = '{column}', which is not a column; {known}")
 
@@ -97,12 +104,14 @@ def read_table(file: Path, delimiter: str, first_column: str, columns: Sequence[
         if len(numbered) > 1 and len(numbered[1][1]) == len(names) + 1:
             names = [first_column, *names]
         return Table(str(file), names, [row for _, row in numbered[1:]], [number for number, _ in numbered[1:]])
+    if file.suffix.lower() == ".json":
+        raise DataError(f"{file}: a table is a csv file, or a .jsonl file with one json object per line; write one")
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
     names, rows, lines = list(columns or ()), [], []
     try:
         for row in reader:
             if not names:
-                names = row
+                names = [name.strip() for name in row]
             elif row:
                 rows.append(row)
                 lines.append(reader.line_num)
@@ -123,6 +132,8 @@ def attribute_values(
         hint: end of the message on values that are not allowed.
     """
     allowed = f"1 (present), {absent} (absent), {-1 - absent} and an empty cell (no label){hint}"
+    words = {"true": "1", "false": str(absent)}
+    table = table._replace(rows=[[words.get(cell.strip().lower(), cell) for cell in row] for row in table.rows])
     stored, problems = numbers(table, columns, lambda values: ~np.isin(values, (-1, 0, 1)), allowed)
     if absent == 0 and (stored == -1).any() and not (stored == 0).any():
         reason = (

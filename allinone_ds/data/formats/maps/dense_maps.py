@@ -89,7 +89,7 @@ class DenseMapsDataset(SampleDataset):
         self.pairs, self.structural = pair_files(
             (self.images, source.image_suffix), (self.maps, source.map_suffix), "map", more=(".npy",)
         )
-        self.structural += [*self._lossy(), *self._unusable()]
+        self.structural += [*self._lossy(), *self._few_bits(), *self._unusable()]
 
     def _lossy(self) -> list[Problem]:
         """Return a warning if maps are stored in a format that changes their numbers."""
@@ -98,6 +98,19 @@ class DenseMapsDataset(SampleDataset):
             return []
         reason = f"{len(lossy)} of {len(self)} maps are stored in a format that changes their numbers ({lossy[0]}); "
         return [Problem(self.name, reason + "write png, tiff or npy files", "warning")]
+
+    def _few_bits(self) -> list[Problem]:
+        """Return a warning if depths have 8 bits, as 16-bit files have after a program that knows no more."""
+        if self.kind != "depth" or not self.pairs:
+            return []
+        try:
+            stored = read_map(self._map_path(0)).dtype
+        except BrokenSample:
+            return []
+        if stored != np.uint8:
+            return []
+        reason = "the maps have 8 bits, so at most 255 different depths; if the data set has 16 bits, write them again"
+        return [Problem(self.name, reason, "warning")]
 
     def _unusable(self) -> list[Problem]:
         """Return an error if none of some maps can be used: then a key of the source is wrong, not a file."""

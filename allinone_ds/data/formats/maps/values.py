@@ -18,7 +18,7 @@ DENSE_KINDS = ("depth", "normals", "edges", "saliency")
 """Kinds of data with a map of values as target, which a sample has under the name of the kind."""
 BINARY_KINDS = ("edges", "saliency")
 """Kinds whose maps say yes or no of each pixel."""
-_SHORTEST, _LONGEST = 0.8, 1.25  # length of a stored normal, which quantisation and interpolation change
+_SHORTEST, _LONGEST = 0.9, 1.1  # length of a stored normal, which quantisation and interpolation change
 _WRONG = 0.5  # fraction of the vectors of another length, above which they are no normals
 
 
@@ -94,8 +94,8 @@ def read_values(stored: np.ndarray, kind: str, options: MapValues, path: str) ->
         BrokenSample: wrong number of channels, negative depths, vectors that are no normals, or numbers of a wrong
             type.
     """
-    if not (np.issubdtype(stored.dtype, np.number) or stored.dtype == bool):
-        raise BrokenSample(path, f"holds {stored.dtype}, no numbers; write one number per pixel and channel")
+    if stored.dtype.kind not in "biuf":
+        raise BrokenSample(path, f"holds {stored.dtype}, no numbers; write one real number per pixel and channel")
     channels = 3 if kind == "normals" else 1
     planes = _channels_first(stored, channels)
     if planes is None:
@@ -165,10 +165,12 @@ def _normals(values: np.ndarray, unknown: np.ndarray, options: MapValues, dtype:
     off = ((length < _SHORTEST) | (length > _LONGEST)) & ~unknown
     known = int((~unknown).sum())
     if known and off.sum() > _WRONG * known:
+        median = float(np.median(length[~unknown]))
+        least, most = float(values[:, ~unknown].min()), float(values[:, ~unknown].max())
         raise BrokenSample(
             path,
-            f"has vectors of length {float(np.median(length[~unknown])):.3g} (median) with {low:g} as -1 and {high:g} "
-            "as 1; a normal has length 1; set 'stored_range' to the stored numbers of -1 and 1",
+            f"has vectors of length {median:.3g} (median) with {low:g} as -1 and {high:g} as 1; a normal has length 1; "
+            f"the numbers lie in {least:.3g}..{most:.3g}; set 'stored_range' to the stored numbers of -1 and 1",
         )
     with np.errstate(invalid="ignore", divide="ignore"):
         vectors /= length

@@ -153,6 +153,8 @@ def test_binary_maps(tmp_path: Path, kind: str, positive: int, options: dict) ->
         ("normals", 100 * unit_vectors(), {}, "length 100 (median) with -1 as -1 and 1 as 1"),
         ("normals", (unit_vectors() + 1) / 2 + 0.5, {}, "set 'stored_range'"),
         ("depth", np.full(SIZE, "a"), {}, "no numbers"),
+        ("depth", np.ones(SIZE, dtype=np.complex64), {}, "holds complex64, no numbers; write one real number"),
+        ("normals", (unit_vectors() + 1) / 2, {}, "set 'stored_range'"),  # each length is near 1 in the mean only
         ("saliency", np.arange(HEIGHT * WIDTH).reshape(SIZE) % 256, {}, "from 1 to 255; set 'threshold'"),
     ],
 )
@@ -300,3 +302,18 @@ def test_a_column_of_maps(tmp_path: Path, cell: str) -> None:
             source({**options, **wrong})
     with pytest.raises(DataError, match="columns.map = 'map', which is not a column"):
         opened({**options, "columns": {"image": "photo"}}, root)
+
+
+def test_depths_of_8_bits_and_names_of_another_case_are_said(tmp_path: Path) -> None:
+    root = write(tmp_path, np.arange(HEIGHT * WIDTH).reshape(SIZE) % 200 + 1)
+    for file in (root / "maps").iterdir():
+        values = np.load(file).astype(np.uint8)
+        file.unlink()
+        Image.fromarray(values).save(file.with_suffix(".png"))
+    found = opened(config("depth"), root, strict=False).structural
+    assert ["the maps have 8 bits, so at most 255 different depths" in p.reason for p in found] == [True]
+    (root / "maps" / "0.png").rename(root / "maps" / "A.png")
+    image = next((root / "images").glob("0.*"))
+    image.rename(image.with_stem("a"))
+    with pytest.raises(DataError, match=r"has no map .*a\.\* \(A.png is there, whose case differs\); add the map"):
+        opened(config("depth"), root)

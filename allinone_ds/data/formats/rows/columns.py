@@ -1,4 +1,4 @@
-"""Columns and cells of a `datasets` table."""
+"""Columns and cells of a table of samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from allinone_ds.data.formats.maps.values import DENSE_KINDS
 from allinone_ds.data.images import read_map
-from allinone_ds.errors import BrokenSample, DataError
-from allinone_ds.strict import Strict, did_you_mean
+from allinone_ds.errors import BrokenSample
+from allinone_ds.strict import Strict
 
 
 class Columns(Strict):
@@ -99,35 +99,3 @@ def stored_map(cell: Any, path: str) -> np.ndarray:
         return np.asarray(cell, dtype=np.float32)
     except ValueError:
         raise BrokenSample(path, "has rows of different lengths in its map; give one number per pixel") from None
-
-
-def saved_split(loaded: Any, split: str | None, folder: Path) -> Any:
-    """Return the rows of a split in what `save_to_disk` wrote: several splits, or one dataset that may have a name.
-
-    Args:
-        loaded: what the folder holds.
-        split: name of a split or a part of one; None: all of one dataset, or "train".
-        folder: the folder, for errors.
-
-    Raises:
-        DataError: there is no such split.
-    """
-    import datasets
-
-    if isinstance(loaded, datasets.DatasetDict):
-        splits, default = dict(loaded), "train"
-    else:
-        default = str(loaded.split or "train")
-        splits = {default: loaded}
-    split = split or default
-    try:
-        sizes = {name: len(table) for name, table in splits.items()}
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except (AssertionError, ValueError):
-        several = isinstance(loaded, datasets.DatasetDict)
-        raise DataError(
-            f"{folder}: no split '{split}'; {did_you_mean(split, splits)}, or a part of one, such as "
-            f"'{default}[:80%]'{'' if several else '; the folder holds one dataset, not several splits'}"
-        ) from None
-    tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)

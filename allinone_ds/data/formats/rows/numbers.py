@@ -1,4 +1,4 @@
-"""Attributes and numbers in the columns of a `datasets` table."""
+"""Attributes and numbers in the columns of a table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import datasets
 import torch
 
 from allinone_ds.data.base import Sample, SampleDataset
-from allinone_ds.data.formats.common.hub_tables import Columns, file_bytes
 from allinone_ds.data.formats.common.numbered_files import KEYS
 from allinone_ds.data.formats.common.tables import Table, attribute_values, in_train_order, regression_values
+from allinone_ds.data.formats.rows.columns import Columns, file_bytes
 from allinone_ds.data.images import read_image
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import did_you_mean
 
 
-class HubNumbers(SampleDataset):
-    """Images with one number per class from a `datasets.Dataset`, NaN where it is null.
+class RowNumbers(SampleDataset):
+    """Images with one number per class from a table, NaN where it is null.
 
     Args:
-        table: the split.
+        table: a `datasets.Dataset`, or a table with its methods.
         kind: "attributes" or "regression".
         name: what messages call the table.
         columns: names of the columns.

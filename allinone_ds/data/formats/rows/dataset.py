@@ -1,19 +1,18 @@
-"""Samples from Hugging Face `datasets`: a local folder or a name on the hub, with the columns that the config names."""
+"""Samples from the rows of a table, with the columns that the config names."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import model_validator
 from torchvision import tv_tensors
 
 from allinone_ds.data.augmentation.objects import corner
-from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
+from allinone_ds.data.base import Problem, Sample, SampleDataset
 from allinone_ds.data.formats.common.boxes import (
     FRACTIONS_REASON,
     are_fractions,
@@ -21,120 +20,54 @@ from allinone_ds.data.formats.common.boxes import (
     detection_fields,
     outside_reason,
 )
-from allinone_ds.data.formats.common.class_names import ClassNames, match_classes, match_identities, read_classes
-from allinone_ds.data.formats.common.hub_tables import (
-    COLUMNS,
-    Columns,
-    element_of,
-    file_bytes,
-    of_objects,
-    saved_split,
-    stored_map,
-)
-from allinone_ds.data.formats.common.mask_values import MaskValues
+from allinone_ds.data.formats.common.class_names import match_classes, match_identities, read_classes
 from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.object_parts import OBJECT_KINDS, PointNames, checked_keypoints, mask_fields
 from allinone_ds.data.formats.maps.dense_maps import no_classes
-from allinone_ds.data.formats.maps.values import DENSE_KINDS, MapValues, as_target, read_values
+from allinone_ds.data.formats.maps.values import DENSE_KINDS, as_target, read_values
+from allinone_ds.data.formats.rows.columns import (
+    COLUMNS,
+    element_of,
+    file_bytes,
+    of_objects,
+    stored_map,
+)
+from allinone_ds.data.formats.rows.numbers import RowNumbers
+from allinone_ds.data.formats.rows.source import RowsSource
+from allinone_ds.data.formats.rows.tar_table import TarTable
 from allinone_ds.data.images import image_size, read_image
-from allinone_ds.errors import BrokenSample, ConfigError, DataError
-from allinone_ds.strict import PathText, did_you_mean
+from allinone_ds.errors import BrokenSample, DataError
+from allinone_ds.strict import did_you_mean
 
 
-class DatasetsSource(MapValues, MaskValues, SourceConfig):
-    """A dataset of the `datasets` library.
+def open_rows(table: Any, source: RowsSource, name: str, root: Path, classes: Sequence[str] | None) -> SampleDataset:
+    """Return the dataset of a table.
 
-    Example:
-        >>> source = DatasetsSource(format="datasets", path="org/name", kind="detection", columns={"image": "img"})
-        >>> source.columns.image, source.bbox_format
-        ('img', 'coco')
+    Args:
+        table: a `datasets.Dataset`, or a table with its methods.
+        source: columns, kind and classes.
+        name: what messages call the table.
+        root: folder that a relative `classes` file starts at.
+        classes: class names of the train set; None for a train set.
+
+    Raises:
+        DataError: a column is missing or has a wrong type, or there are no class names.
     """
-
-    format: Literal["datasets"]
-    path: PathText
-    """A folder below data_root (written by `save_to_disk`, or of parquet files), or a name on the hub."""
-    name: str | None = None
-    """Configuration of the dataset on the hub, if it has several."""
-    split: str | None = None
-    """Split of the dataset, or a part of one such as "train[:80%]"; null is "train", or all of a dataset that was saved
-    without splits."""
-    kind: Literal[
-        "classification", "detection", "segmentation", "depth", "normals", "edges", "saliency", "attributes",
-        "regression", "retrieval", "keypoints", "instances",
-    ]  # fmt: skip
-    """What the samples carry."""
-    columns: Columns = Columns()
-    """Names of the columns."""
-    classes: ClassNames | None = None
-    """Class names in the order of the ids, or a text file with one name per line; null reads them from the columns."""
-    bbox_format: Literal["coco", "pascal"] = "coco"
-    """coco: x, y, width, height; pascal: x1, y1, x2, y2. In pixels."""
-    absent: Literal[0, -1] = 0
-    """Attributes: the value of an attribute that an image does not have, as in `image_table`."""
-    flip_pairs: list[tuple[int, int]] | None = None
-    """Keypoints: numbers (from 0) of the points that a mirrored image swaps."""
-
-    @model_validator(mode="after")
-    def _refuse_unused(self) -> DatasetsSource:
-        """Refuse options of other kinds, which would change nothing."""
-        for option, kinds in {
-            "bbox_format": OBJECT_KINDS,
-            "ignore_index": ("segmentation",),
-            "class_ids": ("segmentation",),
-            "class_colors": ("segmentation",),
-            "ignore_colors": ("segmentation",),
-            "absent": ("attributes",),
-            "flip_pairs": ("keypoints",),
-        }.items():
-            if self.kind not in kinds and getattr(self, option) != type(self).model_fields[option].default:
-                of = " and ".join(kinds)
-                raise ConfigError(f"{option} is an option of kind {of}, the kind is {self.kind}; remove it")
-        used = COLUMNS[self.kind]
-        for column in Columns.model_fields:
-            if column not in used and getattr(self.columns, column) != Columns.model_fields[column].default:
-                raise ConfigError(f"columns.{column} is not used by kind {self.kind}, which has {', '.join(used)}")
-        if self.kind in DENSE_KINDS and (self.first_id or self.classes is not None):
-            raise ConfigError(f"first_id and classes number classes, {self.kind} has none; remove them")
-        self.refuse_unused(self.kind)
-        return self
-
-    def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
-        import datasets
-
-        folder = root / self.path
-        try:
-            saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-            if saved:
-                loaded = datasets.load_from_disk(str(folder))
-            else:
-                path = str(folder) if folder.is_dir() else self.path
-                table = datasets.load_dataset(path, self.name, split=self.split or "train")
-        except Exception as error:  # network, missing names, broken files: the library raises many types
-            raise DataError(
-                f"{self.path}: cannot be loaded, neither as folder {folder} nor from the hub "
-                f"({type(error).__name__}: {error}); correct 'path', 'name' or 'split'"
-            ) from None
-        if saved:
-            if self.name is not None:
-                raise DataError(f"{folder}: 'name' selects a configuration on the hub, this is a folder; remove it")
-            table = saved_split(loaded, self.split, folder)
-        if self.kind in ("attributes", "regression"):
-            from allinone_ds.data.formats.common.hub_vectors import HubNumbers
-
-            name = f"{self.path}[{self.split or table.split or 'train'}]"
-            names = classes if classes is not None else read_classes(self.classes, root)
-            return HubNumbers(table, self.kind, name, self.columns, self.absent, names)
-        return HubDataset(table, self, root, classes)
+    if source.kind in ("attributes", "regression"):
+        names = classes if classes is not None else read_classes(source.classes, root)
+        return RowNumbers(table, source.kind, name, source.columns, source.absent, names)
+    return RowsDataset(table, source, name, root, classes)
 
 
-class HubDataset(SampleDataset):
-    """One split of a `datasets` dataset, whose images are decoded like files.
+class RowsDataset(SampleDataset):
+    """The samples of a table, whose images are decoded like files.
 
     Boxes and label maps are checked when a sample is read, since the rows do not give the size of an image.
 
     Args:
-        table: the split, a `datasets.Dataset`.
+        table: a `datasets.Dataset`, or a table with its methods.
         source: columns, kind and classes.
+        name: what messages call the table.
         root: folder that a relative `classes` file starts at.
         classes: class names of the train set, whose order the labels follow; None for the order of the class ids.
 
@@ -149,18 +82,18 @@ class HubDataset(SampleDataset):
         >>> table = datasets.Dataset.from_dict(
         ...     {"image": [cell], "label": [1]}, features=datasets.Features({"image": datasets.Image(), "label": label})
         ... )
-        >>> source = DatasetsSource(format="datasets", path="org/name", kind="classification")
-        >>> sample = HubDataset(table, source, Path("."))[0]
+        >>> source = RowsSource(format="datasets", kind="classification")
+        >>> sample = RowsDataset(table, source, "org/name", Path("."))[0]
         >>> sample["path"], sample["label"]
-        ('org/name[train]#0', 1)
+        ('org/name#0', 1)
     """
 
-    def __init__(self, table: Any, source: DatasetsSource, root: Path, classes: Sequence[str] | None = None):
+    def __init__(self, table: Any, source: RowsSource, name: str, root: Path, classes: Sequence[str] | None = None):
         import datasets
 
         self.kind = source.kind
         self.source = source
-        self.name = f"{source.path}[{source.split or table.split or 'train'}]"
+        self.name = name
         self.structural: list[Problem] = []
         columns = source.columns
         second = COLUMNS[source.kind][1]
@@ -204,6 +137,9 @@ class HubDataset(SampleDataset):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def path(self, index: int) -> str:
+        return self.table.path(index) if isinstance(self.table, TarTable) else super().path(index)
 
     def __getitem__(self, index: int) -> Sample:
         columns = self.source.columns
