@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import nn
@@ -47,6 +48,8 @@ class Passes(NamedTuple):
     """Forwards per step."""
     joint: bool = False
     """Whether gradients are averaged over the ranks in every micro-step; else where the engine keeps none, in one."""
+    chance: float = 1.0
+    """Share of the steps that run them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Sizes:
         frozen: elements that are not trained.
         frozen_below: those of them that are used before the first trained parameter, so not in a backward.
         joint: the joint groups.
+        chance: task -> share of the steps that run it, of tasks that are sampled; empty: every step runs all.
     """
 
     backbone: int
@@ -68,6 +72,7 @@ class Sizes:
     frozen: int = 0
     frozen_below: int = 0
     joint: Sequence[JointTasks] = ()
+    chance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passes(self) -> list[Passes]:
@@ -78,15 +83,22 @@ class Sizes:
             heads = [alone.pop(task) for task in group.tasks]
             whole = self.backbone + sum(heads)
             backwards = [whole] if group.at == "features" else [self.backbone + head for head in heads]
-            found.append(Passes(whole, backwards, self.micro_steps[group.tasks[0]], joint=True))
+            first = group.tasks[0]
+            found.append(Passes(whole, backwards, self.micro_steps[first], True, self.chance.get(first, 1.0)))
         for task, head in alone.items():
-            found.append(Passes(self.backbone + head, [self.backbone + head], self.micro_steps[task]))
+            chance = self.chance.get(task, 1.0)
+            found.append(Passes(self.backbone + head, [self.backbone + head], self.micro_steps[task], chance=chance))
         return found
 
     @property
     def trained(self) -> int:
         """Trained elements of the model."""
         return self.backbone + sum(self.heads.values())
+
+    @property
+    def trained_in_step(self) -> float:
+        """Trained elements of what runs in a step, on average."""
+        return self.backbone + sum(head * self.chance.get(task, 1.0) for task, head in self.heads.items())
 
     @property
     def whole(self) -> int:
@@ -104,7 +116,12 @@ class Sizes:
         return max(max(passes.backwards) for passes in self.passes)
 
 
-def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequence[JointTasks] = ()) -> Sizes:
+def sizes_of(
+    model: AllInOneModel,
+    micro_steps: Mapping[str, int],
+    joint: Sequence[JointTasks] = (),
+    chance: Mapping[str, float] = MappingProxyType({}),
+) -> Sizes:
     """Return the sizes of a model on any device, also on the meta device; see `Sizes`."""
 
     def trained(parameters: Iterable[nn.Parameter]) -> int:
@@ -121,6 +138,7 @@ def sizes_of(model: AllInOneModel, micro_steps: Mapping[str, int], joint: Sequen
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         frozen_below=sum(p.numel() for p in below),
         joint=joint,
+        chance=chance,
     )
 
 

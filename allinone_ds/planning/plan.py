@@ -17,8 +17,10 @@ from allinone_ds.balance.assignment import TaskGroups, groups_for
 from allinone_ds.balance.combiners.sketch import default_size
 from allinone_ds.balance.options import NORMS, combination_error
 from allinone_ds.data.joint.dataset import JointDataset
+from allinone_ds.data.loading.sampling import TaskSampling
 from allinone_ds.data.sources import open_source
 from allinone_ds.errors import ConfigError, DataError
+from allinone_ds.model import AllInOneModel
 from allinone_ds.planning.activations import activation_bytes
 from allinone_ds.planning.memory import JointTasks, kept_shards, memory_parts, sizes_of
 from allinone_ds.planning.savings import Saving, traffic_savings
@@ -26,6 +28,7 @@ from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.arguments import check_trainer_keys
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.engine_settings import Engine, read_engine
+from allinone_ds.run_config.optimizer_settings import MUON, fits_muon
 from allinone_ds.run_config.run_files import ModelFacts
 from allinone_ds.run_config.schema import RunConfig, check_balancer
 from allinone_ds.run_config.task_config import JointConfig
@@ -36,6 +39,8 @@ DEFAULT_CLASSES = 100
 """Number of classes of a task whose data cannot be read and for which no number is given."""
 GPU_MEMORY = 80 * 2**30
 """Bytes of a GPU's memory, where no other number is given."""
+_SAMPLED_STEPS = 1000
+"""Steps over which sampled tasks are averaged, where the run does not say how many it takes."""
 PER_NODE = 8
 """GPUs of a node, where no other number is given."""
 
@@ -130,7 +135,8 @@ def plan_run(
             notes.append("sizes of the backbone come from model_type and config, not from its checkpoint")
         model = build_model(config, ModelFacts(backbone=backbone, classes=names))
     groups_of_tasks = [JointTasks(group.tasks, group.at) for group in config.joint.values()]
-    sizes = sizes_of(model, {name: task.micro_steps for name, task in config.tasks.items()}, groups_of_tasks)
+    micro_steps = {name: task.micro_steps for name, task in config.tasks.items()}
+    sizes = sizes_of(model, micro_steps, groups_of_tasks, _chances(config, notes))
     checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
@@ -141,7 +147,13 @@ def plan_run(
             "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
             "shards and float32 weights from the start, and the optimizer's moments only once it is thawed"
         )
-    moments = _moments(str(trainer.get("optim", "auto")), notes)
+    if trainer.get("optim") == MUON and engine.stage == 3:
+        engine = dataclasses.replace(engine, all_reduces=True)
+        notes.append(
+            "Muon on ZeRO-3: gradients are all-reduced; those of its matrices, which its step gathers again, are not "
+            "counted"
+        )
+    moments = _moments(str(trainer.get("optim", "auto")), model, notes)
     kept = kept_shards(weighting, sizes)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
@@ -221,10 +233,36 @@ def _class_counts(config: RunConfig, given: Mapping[str, int], notes: list[str])
     return counts
 
 
-def _moments(optim: str, notes: list[str]) -> int:
-    """Return the number of float32 values that the optimizer keeps per element, in addition to the weight."""
+def _chances(config: RunConfig, notes: list[str]) -> dict[str, float]:
+    """Return the share of the steps that run each task; empty where every step runs all."""
+    if config.sampling is None:
+        return {}
+    samples = dict.fromkeys(config.images, 1)
+    if config.sampling.weights == "size":
+        for name, images in config.images.items():
+            try:
+                samples[name] = len(open_source(images.train_source, config.data_root))
+            except DataError:
+                notes.append(f"sampling.weights = 'size': the data of {name} cannot be read, one sample is assumed")
+    steps = int(config.trainer.get("max_steps") or _SAMPLED_STEPS)
+    sampling = TaskSampling(config.sampling, samples, int(config.trainer.get("seed", 0)))
+    shares = {name: sampling.runs(name, steps) / steps for name in samples}
+    notes.append(
+        f"sampling: bytes sent are those of an average step, which runs {sum(shares.values()):.3g} of {len(shares)} "
+        "tasks and joint groups"
+    )
+    of_group = {task: shares[name] for name, group in config.joint.items() for task in group.tasks}
+    return {name: of_group.get(name, shares.get(name, 1.0)) for name in config.tasks}
+
+
+def _moments(optim: str, model: AllInOneModel, notes: list[str]) -> float:
+    """Return the number of values that the optimizer keeps per trained element, in addition to the weight."""
     if optim == "sgd":
         return 0
+    if optim == MUON:  # momentum alone, for the matrices of the backbone's layers; the others have AdamW
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = sum(p.numel() for name, p in named if name.startswith("backbone.") and fits_muon(name, p.shape))
+        return 2 - matrices / sum(p.numel() for _, p in named)
     if optim != "auto" and not optim.startswith("adamw"):
         notes.append(f"optim '{optim}' is counted like AdamW, with two moments per weight")
     return 2

@@ -12,7 +12,7 @@ from allinone_ds.run_config.engine_settings import Engine
 def moved_parts(
     engine: Engine, sizes: Sizes, gpus: int, norm: str, sketch: int, groups: TaskGroups | None = None
 ) -> dict[str, int]:
-    """Return the bytes that one GPU sends in an optimizer step, by purpose.
+    """Return the bytes that one GPU sends in an optimizer step, by purpose; on average, where tasks are sampled.
 
     In a ring of R ranks a reduce-scatter or an all-gather sends (R - 1) / R of the elements, an all-reduce twice that.
     What all GPUs of a node send to other nodes is as much as one GPU sends, as one link of the ring leaves the node,
@@ -30,22 +30,24 @@ def moved_parts(
     sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
     of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
+    reduced: float
     every = [(passes, elements) for passes in sizes.passes for elements in passes.backwards]
     if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):
         reduced = P  # once per step
     elif engine.stage == 0 or engine.wraps_bf16:  # DeepSpeed reduces zeros for the other heads
-        reduced = P * sum(passes.micro_steps if passes.joint else 1 for passes, _ in every)
+        reduced = P * sum(p.chance * (p.micro_steps if p.joint else 1) for p, _ in every)
     else:
-        reduced = sum(n * (p.micro_steps if p.joint or engine.stage > 1 else 1) for p, n in every)
+        reduced = sum(p.chance * n * (p.micro_steps if p.joint or engine.stage > 1 else 1) for p, n in every)
     factor = 2 if engine.stage == 0 or engine.wraps_bf16 or engine.all_reduces else 1
     moved = {"gradients": round(sent * factor * reduced * w)}
     if engine.stage in (1, 2):
         moved["new weights"] = round(sent * P * w)
     if engine.stage == 3:
         moved |= _weights(engine, sizes, gpus, norm)
-    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4) * len(of_task)
+    chance = {name: sizes.chance.get(name, 1.0) for name in of_task}
+    message = {"plain": 0, "exact": 3 * 8}.get(norm, (2 * sketch + 1) * 4) * sum(chance.values())
     if norm == "features":  # the norm and the loss of each micro-step
-        message = 2 * 8 * sum(sizes.micro_steps.values())
+        message = 2 * 8 * sum(chance[name] * count for name, count in sizes.micro_steps.items())
     moved["norms"] = round(sent * 2 * message)
     if groups and norm == "exact":  # a reduce-scatter in float32 within each task's group
         within = {task: (len(ranks) - 1) / len(ranks) * 4 * of_task[task] for task, ranks in groups.ranks.items()}
@@ -61,13 +63,13 @@ def _weights(engine: Engine, sizes: Sizes, gpus: int, norm: str) -> dict[str, in
     is trained comes from all GPUs, and every other one from the node.
     """
     kept = kept_elements(engine, sizes, norm)
-    gathered = kept
+    gathered = kept + sizes.trained_in_step - sizes.trained if kept == sizes.whole else kept
     if kept < sizes.whole:
-        gathered += sum(_gathers(engine, sizes, passes, kept) * passes.micro_steps for passes in sizes.passes)
+        gathered += sum(_gathers(engine, sizes, p, kept) * p.micro_steps * p.chance for p in sizes.passes)
     w, within = engine.weight_bytes, min(engine.copied_within, gpus)
     if within == 1:
         return {"weights": round((gpus - 1) / gpus * gathered * w)}
-    first = min(gathered, sizes.trained)
+    first = min(gathered, sizes.trained_in_step)
     inside = round((within - 1) / within * (gathered - first) * w)
     return {"weights": round((gpus - 1) / gpus * first * w), "weights within a node": inside}
 

@@ -100,8 +100,8 @@ def read_engine(deepspeed: Mapping[str, Any] | str, bf16: bool = False, fp16: bo
         offload=offload,
         bucket=_number(zero.get("reduce_bucket_size"), 500_000_000),
         buckets=2 if overlap and stage in (1, 2) else 1,
-        all_reduces=stage < 3
-        and (zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)),
+        all_reduces=not zero.get("reduce_scatter", True)
+        or (stage < 3 and zero.get("use_multi_rank_bucket_allreduce", True)),
         prefetched=_number(zero.get("stage3_prefetch_bucket_size"), 50_000_000) if stage == 3 else 0,
         retained=reuse // 2 if stage == 3 else 0,
         live=_number(zero.get("stage3_max_live_parameters"), 10**9),

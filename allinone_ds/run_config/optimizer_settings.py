@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,20 @@ from allinone_ds.strict import did_you_mean
 MUON = "muon"
 """Value of `trainer.optim` for DeepSpeed's Muon, which transformers does not know."""
 NS_METHODS = ("gram", "standard")
+
+
+def fits_muon(name: str, shape: Sequence[int]) -> bool:
+    """Return whether Muon may train a parameter of the backbone: a matrix of a layer, no embedding or adapter.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole parameter.
+
+    Example:
+        >>> fits_muon("backbone.net.layer.0.mlp.fc1.weight", (64, 32)), fits_muon("backbone.net.cls_token", (1, 1, 32))
+        (True, False)
+    """
+    return len(shape) == 2 and "embed" not in name and "lora_" not in name
 
 
 def default_optim(use_cpu: bool, deepspeed: Any) -> str:

@@ -304,8 +304,11 @@ _REPAIRS = 4
 def _remove(content: dict[str, Any], path: Sequence[Any]) -> bool:
     """Remove the innermost key of a path that exists (a path also holds tags, and keys that are missing)."""
     owner, key, inside = content, None, content
+    tagged: Any = None
     for part in path:
-        if isinstance(inside, dict) and part in inside:
+        if isinstance(inside, dict) and part == inside.get("format") and inside is not tagged:
+            tagged = inside  # the tag of a source, which may also be the name of one of its keys
+        elif isinstance(inside, dict) and part in inside:
             owner, key, inside = inside, part, inside[part]
     if key is not None:
         del owner[key]

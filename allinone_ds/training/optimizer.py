@@ -16,7 +16,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
+from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings, fits_muon
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE, loop_file
 from allinone_ds.zero.checkpoint.layout import read_file
@@ -221,13 +221,12 @@ def groups_for_muon(
     found: list[dict[str, Any]] = []
     for group in groups:
         component, _, kind = group["name"].rpartition("/")
-        matrices = [p for p in group["params"] if component.startswith("backbone") and kind == "decay"
-                    and len(whole_shape(p)) == 2 and not any(word in names[p] for word in _NOT_OF_MUON)]  # fmt: skip
-        taken = set(matrices)
-        others = [parameter for parameter in group["params"] if parameter not in taken]
+        decayed = component.startswith("backbone") and kind == "decay"
+        matrices = dict.fromkeys(p for p in group["params"] if decayed and fits_muon(names[p], whole_shape(p)))
+        others = [parameter for parameter in group["params"] if parameter not in matrices]
         if matrices:
             lr = group["lr"] * lr_factor
-            found.append({**group, "name": f"{component}/muon", "params": matrices, "lr": lr, "use_muon": True})
+            found.append({**group, "name": f"{component}/muon", "params": list(matrices), "lr": lr, "use_muon": True})
         if others:
             found.append({**group, "params": others, "use_muon": False})
     if not any(group["use_muon"] for group in found):
@@ -236,10 +235,6 @@ def groups_for_muon(
             "convolutions), so Muon would train nothing; use adamw_torch"
         )
     return found
-
-
-_NOT_OF_MUON = ("embed", "lora_")
-"""Words in the names of matrices that AdamW trains."""
 
 
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import TypeAdapter
 
 from allinone_ds import cli
-from allinone_ds.data.sources import open_source
+from allinone_ds.data.sources import Source, open_source
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.init.first_run import write_first_run
+from allinone_ds.init.layouts.voc import palette
+from allinone_ds.init.recognise import recognise
 from allinone_ds.run_config.arguments import arguments_from_config
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.run_files import ModelFacts
@@ -91,11 +94,21 @@ def test_pascal_voc_with_masks_is_two_tasks(tmp_path: Path, capsys) -> None:
     assert "the classes of the label maps are taken to be those of Pascal VOC" in capsys.readouterr().out
     assert cli.main(["check", str(tmp_path / "voc.yaml")]) == 0
     tasks = load_config(tmp_path / "voc.yaml").tasks
+    read = open_source(tasks["voc_segmentation"].train_source, tmp_path / "voc")
+    masks = [read[i]["mask"] for i in range(len(read))]
     assert {name: task.type for name, task in tasks.items()} == {
         "voc_detection": "detection",
         "voc_segmentation": "segmentation",
     }
     assert tasks["voc_segmentation"].classes[8] == "cat" and len(tasks["voc_segmentation"].classes) == 21
+    for file in (base / "SegmentationClass").iterdir():  # the same in the colours of its palette
+        with Image.open(file) as picture:
+            picture.putpalette([c for k in palette(256) for c in (k >> 16, k >> 8 & 255, k & 255)])
+            picture.convert("RGB").save(file)
+    found = recognise(tmp_path / "voc")["voc_segmentation"]
+    assert len(found.train["class_colors"]) == 21 and found.train["ignore_colors"] == ["#e0e0c0"]
+    again = open_source(TypeAdapter(Source).validate_python(found.train), tmp_path / "voc", found.classes)
+    assert all((again[i]["mask"] == mask).all() for i, mask in enumerate(masks))
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:

@@ -247,10 +247,15 @@ def check_joint(stage: int, at: str, micro_steps: int, live: int) -> None:
 
 
 JOINT = [
-    (stage, at, micro_steps, live)
-    for stage, live in ((1, 0), (2, 0), (3, 10**9), (3, 100))
-    for at, micro_steps in (("backbone", 1), ("backbone", 2), ("features", 2))
+    (1, "backbone", 2, 0),
+    (2, "backbone", 1, 0),
+    (2, "features", 2, 0),
+    (3, "backbone", 2, 10**9),
+    (3, "backbone", 1, 100),
+    (3, "backbone", 2, 100),
+    (3, "features", 2, 100),
 ]
+"""ZeRO stage, place, micro-steps, and weights that ZeRO-3 may keep gathered."""
 
 
 def name_of(case) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from allinone_ds.balance.assignment import task_groups
-from allinone_ds.planning.memory import Sizes, memory_parts
+from allinone_ds.planning.memory import JointTasks, Sizes, memory_parts
 from allinone_ds.planning.savings import traffic_savings
 from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.engine_settings import Engine
@@ -51,6 +51,18 @@ def test_weights_that_are_kept_or_copied_are_gathered_less_often() -> None:
     # copies of frozen weights are never renewed
     once = weights(dataclasses.replace(small, copied_within=2), frozen)
     assert once["weights"] == 0.75 * 2 * 200
+
+
+def test_sampled_tasks_send_what_they_send_on_average() -> None:
+    sizes = Sizes(900, {"a": 60, "b": 40}, {"a": 1, "b": 3}, chance={"a": 0.5, "b": 0.5})
+    engine = Engine(3, weight_bytes=2, all_reduces=False)
+    moved = moved_parts(engine, sizes, 4, "exact", sketch=8)
+    assert moved["gradients"] == 0.75 * 2 * 0.5 * (960 + 3 * 940)
+    assert moved["weights"] == 2 * moved["gradients"] and moved["norms"] == 0.75 * 2 * 3 * 8
+    kept = dataclasses.replace(engine, retained=10_000)
+    assert moved_parts(kept, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 2 * (900 + 30 + 20)
+    joint = dataclasses.replace(sizes, joint=[JointTasks(("a", "b"), "backbone")])
+    assert moved_parts(engine, joint, 4, "exact", sketch=8)["gradients"] == 0.75 * 2 * 0.5 * (960 + 940)
 
 
 def test_the_least_traffic_that_fits_is_recommended() -> None:

@@ -71,6 +71,18 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
     apart = memory("balancer.parallel=tasks", "balancer.groups={det: 6, seg: 1, cls: 1}")
     assert apart["balancer"] == plain["balancer"]
     assert apart["gradients"] == pytest.approx(8 * plain["gradients"], rel=1e-6)
+    states = memory("trainer.optim=muon")["optimizer"]  # one state for the matrices of the layers, of three with AdamW
+    assert 2 / 3 * plain["optimizer"] < states < 0.7 * plain["optimizer"]
+    adamw, muon = (
+        plan_run(load_config(file, ["deepspeed=configs/deepspeed/zero3.json", f"trainer.optim={optim}"]), 8)
+        for optim in ("adamw_torch", "muon")
+    )
+    assert muon.moved["gradients"] == pytest.approx(2 * adamw.moved["gradients"])
+    sampled = plan_run(load_config(file, ["sampling={tasks_per_step: 1}", "trainer.max_steps=300"]), 8)
+    assert any("an average step, which runs 1 of 3 tasks" in note for note in sampled.notes)
+    every = plan_run(load_config(file), 8)
+    assert sampled.memory == every.memory
+    assert sampled.moved["gradients"] == pytest.approx(every.moved["gradients"] / 3, rel=0.05)
     with pytest.raises(ConfigError, match="add up to the 8 ranks"):
         memory("balancer.parallel=tasks", "balancer.groups={det: 1, seg: 1, cls: 1}")
     with pytest.raises(ConfigError, match="ZeRO-1 or ZeRO-2"):

@@ -11,7 +11,7 @@ from allinone_ds.data.demo import DemoSizes, make_demo_data
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_config.build import open_test_data, open_train_data
 from allinone_ds.run_config.run_files import save_config
-from allinone_ds.run_config.schema import load_config
+from allinone_ds.run_config.schema import load_config, read_config
 from tests.tiny_run import tiny_run
 
 
@@ -94,3 +94,18 @@ def test_sources_split_and_classes_are_opened_and_written_down(file: Path, tmp_p
     )
     assert classes["seg"] == tasks["seg"]["classes"] == test["seg"].dataset.classes
     assert load_config(save_config(config, tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"ignore_index": "foo"}, "'foo': give a whole number of 0 or more, or a list of such numbers"),
+        ({"class_ids": [0, [1, -2]]}, "[1, -2]: give a whole number of 0 or more, or a list of such numbers"),
+    ],
+)
+def test_a_mistake_in_a_source_is_one_line_where_its_format_names_a_key_too(file: Path, keys: dict, says: str) -> None:
+    """`label_maps` is a format and one of its keys; removing the wrong key for it gave three more messages."""
+    source = {"format": "label_maps", "images": "i", "label_maps": "m", **keys}
+    (file.with_name("above.yaml")).write_text(yaml.safe_dump({"base": str(file), "tasks": {"seg": {"train": source}}}))
+    _, mistakes = read_config(file.with_name("above.yaml"))
+    assert len(mistakes) == 1 and says in mistakes[0], mistakes

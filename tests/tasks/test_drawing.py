@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allinone_ds.tasks import build_task
-from allinone_ds.tasks.drawing import draw_mask, palette
+from allinone_ds.tasks.drawing import draw_mask, in_rows, palette
 from tests.tiny import SIZE, samples, tiny_backbone
 
 NAMES = ["road", "sky", "car"]
@@ -57,3 +57,8 @@ def test_predictions_truths_and_legends_leave_it_alone() -> None:
         assert (drawn.shape[1] == large.shape[1]) == alone  # a legend only where a class is drawn
         truth, text = task.draw_truth(sample, task.classes)
         assert torch.equal(truth, image) == alone and text == ("" if alone else "road")
+
+
+def test_drawings_go_on_in_a_new_row() -> None:
+    drawn = in_rows([torch.zeros(3, 10, 40, dtype=torch.uint8)] * 5, widest=90)
+    assert tuple(drawn.shape) == (3, 3 * 16, 86) and bool((drawn[:, -16:, 40:] == 255).all())

@@ -80,7 +80,9 @@ def _target_fault(sample: dict[str, Any], kind: str, classes: Sequence[str], siz
     return None if check is None else check(sample, len(classes), size)
 
 
-def _mask(key: str, cls: type, form: str, least: float, most: float, channels: int = 0) -> Callable[..., str | None]:
+def _mask(
+    key: str, cls: type[Tensor], form: str, least: float, most: float, channels: int = 0
+) -> Callable[..., str | None]:
     """Return the check of a map under `key`, whose values lie in `least`..`most`, or are 255 or NaN."""
 
     def check(sample: dict[str, Any], count: int, size: Size) -> str | None:

@@ -1,9 +1,11 @@
-"""Names of images and of their maps that differ in their ends."""
+"""Images and their maps: names that differ in their ends, and whether a map has colours."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+
+from PIL import Image
 
 PICTURES = ("images", "image", "img", "imgs", "jpegimages", "photos", "leftimg8bit", "rgb")
 """Names of folders of pictures, in lower case."""
@@ -40,3 +42,9 @@ def _frequent_ends(stems: set[str]) -> set[str]:
         last_digit = max((i for i, c in enumerate(stem) if c.isdigit()), default=-1)
         ends[stem[last_digit + 1 :]] += 1
     return {end for end, count in ends.items() if count >= 0.1 * len(stems)}
+
+
+def is_colored(path: str) -> bool:
+    """Return whether an image has several channels."""
+    with Image.open(path) as picture:
+        return picture.mode not in ("1", "L", "P", "I", "I;16")

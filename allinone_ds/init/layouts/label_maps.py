@@ -7,7 +7,6 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from allinone_ds.data.base import IGNORE
 from allinone_ds.data.formats.common.masks import color_text
@@ -16,7 +15,7 @@ from allinone_ds.errors import BrokenSample
 from allinone_ds.init.file_tree import FileTree, common_folder, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
 from allinone_ds.init.layouts.dense_maps import kind_of
-from allinone_ds.init.layouts.endings import PICTURES, endings, stem
+from allinone_ds.init.layouts.endings import PICTURES, endings, is_colored, stem
 from allinone_ds.init.layouts.names import find_colors, find_names, numbered
 
 _EXAMINED = 5  # files of a folder by which it counts as one of label maps
@@ -94,7 +93,7 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
     for name in names[:: max(len(names) // _EXAMINED, 1)][:_EXAMINED]:
         path = str(tree.root / folder / name)
         try:
-            colored = _is_colored(path)
+            colored = is_colored(path)
             values = len(np.unique(read_color_map(path) if colored else read_label_map(path)))
         except (OSError, BrokenSample):
             return False
@@ -108,17 +107,12 @@ def _holds_label_maps(tree: FileTree, folder: str) -> bool:
     return True
 
 
-def _is_colored(path: str) -> bool:
-    with Image.open(path) as picture:
-        return picture.mode not in ("1", "L", "P", "I", "I;16")
-
-
 def _classes(tree: FileTree, files: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return options of the sources, class names, and notes, from the values in the label maps."""
     notes = []
     read = files[:: max(len(files) // _SCANNED, 1)]
     values: set[int] = set()
-    colored = any(_is_colored(str(tree.root / file)) for file in read[:_EXAMINED])
+    colored = any(is_colored(str(tree.root / file)) for file in read[:_EXAMINED])
     for file in read:
         path = str(tree.root / file)
         try:

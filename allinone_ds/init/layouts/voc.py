@@ -10,10 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from allinone_ds.data.formats.common.listing import read_text
-from allinone_ds.data.images import read_label_map
+from allinone_ds.data.formats.common.masks import color_text
+from allinone_ds.data.images import read_color_map, read_label_map
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.init.file_tree import FileTree, nearness, part_of
 from allinone_ds.init.found_task import FoundTask, choose_parts
+from allinone_ds.init.layouts.endings import is_colored
 from allinone_ds.init.layouts.names import find_names, numbered
 
 CLASSES = [
@@ -117,12 +119,21 @@ def _masks(tree: FileTree, base: str, images: str, path: str) -> list[FoundTask]
     if not names:
         return []
     values: set[int] = set()
+    colored = is_colored(str(tree.root / folder / names[0]))
     for name in names[:: max(len(names) // _SCANNED, 1)]:
+        file = str(tree.root / folder / name)
         try:
-            values |= set(np.unique(read_label_map(str(tree.root / folder / name))).tolist())
+            values |= set(np.unique(read_color_map(file) if colored else read_label_map(file)).tolist())
         except BrokenSample as error:
             tree.remarks.append(str(error))
             return []
+    if colored:
+        order = {color: number for number, color in enumerate(palette(256))}
+        if not values <= order.keys():
+            tree.remarks.append(f"the label maps in {folder} have other colours than those of Pascal VOC; list them in "
+                                "class_colors")  # fmt: skip
+            return []
+        values = {order[color] for color in values}
     count = max(values - {255}, default=0) + 1
     if count == 1:
         tree.remarks.append(f"the label maps in {folder} hold no class but 0; read them with the format label_maps")
@@ -135,7 +146,10 @@ def _masks(tree: FileTree, base: str, images: str, path: str) -> list[FoundTask]
     else:
         classes = numbered(range(count))
         notes = ["no file with class names was found; replace the numbered names in `classes`"]
-    source = {"format": "voc", "path": path, "kind": "segmentation"}
+    source: dict[str, Any] = {"format": "voc", "path": path, "kind": "segmentation"}
+    if colored:
+        source["class_colors"] = list(map(color_text, palette(len(classes))))
+        source["ignore_colors"] = [color_text(palette(256)[255])]
     inside = os.path.relpath(images, base or ".")
     source |= {} if inside == "JPEGImages" else {"images": inside}
     lists = _lists(tree, os.path.join(base, "ImageSets", "Segmentation"), folder, ".png")
@@ -143,3 +157,22 @@ def _masks(tree: FileTree, base: str, images: str, path: str) -> list[FoundTask]
         {part: {**source, "split": name} for part, name in lists.items()} or {None: source}
     )
     return [FoundTask("segmentation", "Pascal VOC", train, test, classes, notes + chosen)]
+
+
+def palette(count: int) -> list[int]:
+    """Return the colours of Pascal VOC as numbers, red * 65536 + green * 256 + blue, by id.
+
+    The bits of an id alternate between red, green and blue, from the highest bit of the colour down.
+
+    Example:
+        >>> [f"{color:06x}" for color in palette(4)]
+        ['000000', '800000', '008000', '808000']
+    """
+    colors = []
+    for number in range(count):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                channels[channel] |= (number >> (3 * bit + channel) & 1) << (7 - bit)
+        colors.append(channels[0] << 16 | channels[1] << 8 | channels[2])
+    return colors

@@ -136,7 +136,7 @@ def test_class_ids_that_do_not_count_up(maps_root):
         ({"class_ids": [0, 2, 2]}, r"class_ids has 3 ids for 3 classes \(2 more than once\); give each class one id"),
         ({"class_ids": [0, 1, 9]}, r"contains 2 in \d+ pixels; allowed are 0, 1, 9 and 255"),
         ({"class_ids": [0, 1, 2], "first_id": 1}, "'class_ids' and 'first_id' are both set"),
-        ({"class_ids": [0, 1, -2]}, "greater than or equal to 0"),
+        ({"class_ids": [0, 1, -2]}, "-2: give a whole number of 0 or more, or a list of such numbers"),
         ({"class_ids": [0, [1, 0], 2]}, r"class_ids has 3 ids for 3 classes \(0 more than once\)"),
         ({"class_ids": [0, [], 2]}, "give each class one id, or a list of ids of its own"),
         ({"class_ids": [0, [1, 9], 7], "ignore_index": [5, 255]}, r"allowed are 0, 1, 7, 9 and 5, 255 \(ignore\)"),

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from allinone_ds.data.base import IGNORE, Problem
 from allinone_ds.data.formats.common.masks import (
@@ -23,6 +23,8 @@ from allinone_ds.strict import Strict
 
 Color = Annotated[int, BeforeValidator(color_number)]
 """A colour as one number, see `color_number`."""
+Ids = Annotated[int | list[int], BeforeValidator(lambda value: _id_or_ids(value))]
+"""A stored value, or a list of stored values."""
 _OF_IDS = ("class_ids", "first_id", "ignore_index")
 
 
@@ -34,11 +36,11 @@ class MaskValues(Strict):
         [0, 255]
     """
 
-    ignore_index: NonNegativeInt | list[NonNegativeInt] = IGNORE
+    ignore_index: Ids = IGNORE
     """Segmentation: stored value of the pixels without a class, or a list of such values."""
     first_id: int = Field(default=0, ge=0)
     """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
-    class_ids: list[NonNegativeInt | list[NonNegativeInt]] | None = None
+    class_ids: list[Ids] | None = None
     """Segmentation: id of each class where they do not count up, e.g. [0, 255]; a list among them makes several ids one
     class, e.g. [[1, 8], 2]; null: they count from `first_id`. An id in it is a class even if it equals `ignore_index`.
     """
@@ -111,3 +113,10 @@ class MaskValues(Strict):
             return single_class_warning(dataset, ", ".join(map(str, self.ignored)))
         ignored = ", ".join(map(color_text, self.ignore_colors))
         return single_class_warning(dataset, ignored, "list it in class_colors") if ignored else []
+
+
+def _id_or_ids(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in several):
+        raise ConfigError(f"{value!r}: give a whole number of 0 or more, or a list of such numbers")
+    return value
