@@ -101,11 +101,12 @@ class AllInOneModel(nn.Module):
                 raise KeyError(f"unknown task '{name}'; {did_you_mean(str(name), self.tasks.keys())}")
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize(pixel_values)
-        own = [name for name in names if name in adapters_of(self.backbone)]
-        if own and len(names) > 1:
+        adapted = [name for name in names if name in adapters_of(self.backbone)]
+        if adapted and len(names) > 1:
+            first = adapted[0]
             raise ConfigError(
-                f"task '{own[0]}' has adapters of its own (tasks.{own[0]}.lora), so it cannot share one forward with "
-                f"{', '.join(name for name in names if name != own[0])}; run it alone"
+                f"task '{first}' has adapters of its own (tasks.{first}.lora), so it cannot share one forward with "
+                f"{', '.join(name for name in names if name != first)}; run it alone"
             )
         with adapters_in_use(self.backbone, names[0]):
             features = self.backbone(pixel_values).feature_maps

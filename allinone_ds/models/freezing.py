@@ -67,10 +67,11 @@ def check_stages(stages: Mapping[int, Freeze | None]) -> None:
     Example:
         >>> check_stages({0: "backbone", 500: 6, 1000: "embeddings", 2000: None})
     """
+    sizes: dict[Any, float] = {None: -1, "embeddings": 0, "backbone": math.inf}
     before = math.inf
     for number, step in enumerate(sorted(stages)):
-        freeze = stages[step]
-        size = {None: -1, "embeddings": 0, "backbone": math.inf}.get(freeze, freeze)  # type: ignore[arg-type]
+        freeze: Any = stages[step]
+        size = sizes[freeze] if freeze in sizes else freeze
         if number and not size < before:
             raise ConfigError(
                 f"model.thaw: from step {step} on {freeze!r} is frozen, which is not less than before; each step must "

@@ -113,6 +113,13 @@ class AllInOneArguments(TrainingArguments):
             "memory, which needs as much memory."
         },
     )
+    save_frozen: bool = field(
+        default=True,
+        metadata={
+            "help": "Save frozen weights in every checkpoint; false: once per run, in RUN/frozen.safetensors, which a "
+            "checkpoint then needs beside it."
+        },
+    )
     max_grad_norm: float = field(
         default=0.0,
         metadata={"help": "Must be 0: the balancer alone scales and clips the gradient."},

@@ -8,6 +8,10 @@ METRICS_FILE = "metrics.json"
 EVENTS_FILE = "log.jsonl"
 LOG_FILE = "train.log"
 WEIGHTS_FILE = "model.safetensors"
+FROZEN_FILE = "frozen.safetensors"
+"""Weights that no step changes, once per run, where its checkpoints do not hold them."""
+FROZEN_ENTRY = "frozen.json"
+"""Size and checksum of FROZEN_FILE, in each of these checkpoints."""
 PAGE_FILE = "predictions.html"
 REPORT_FILE = "report.html"
 PICTURES = "predictions"
@@ -33,5 +37,5 @@ BROKEN = "broken-"
 """Prefix that a checkpoint folder gets if its files have changed since they were written."""
 OWN_FILES = (CONFIG_FILE, MODEL_FILE, METRICS_FILE, EVENTS_FILE, LOG_FILE, WEIGHTS_FILE, PAGE_FILE, PICTURES, PLOTS,
              WORST_PICTURES, REPORT_FILE, AVERAGED, EXPORT, TENSORBOARD, WANDB_FILE, LOCK_FILE, SUBMISSION.format("A"),
-             SUBMISSION.format("B"), BASELINES, TRANSFER_FILE, CONSTANT_FILE)  # fmt: skip
+             SUBMISSION.format("B"), BASELINES, TRANSFER_FILE, CONSTANT_FILE, FROZEN_FILE)  # fmt: skip
 """All files and folders of a run except its checkpoints."""

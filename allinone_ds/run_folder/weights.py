@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.checkpoints import checkpoints
-from allinone_ds.run_folder.names import WEIGHTS_FILE
+from allinone_ds.run_folder.manifest import file_entry
+from allinone_ds.run_folder.names import FROZEN_ENTRY, FROZEN_FILE, WEIGHTS_FILE
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """The weights in a safetensors file by name, float32 on the CPU, each read when it is asked for.
+    """The weights in safetensors files by name, float32 on the CPU, each read when it is asked for.
 
     A process holds only what it keeps, and the processes of a host share the pages of the file.
 
     Args:
-        file: the safetensors file.
+        files: safetensors files, which have no name in common.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        with safe_open(file, "pt") as content:
-            self.shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    def __init__(self, *files: Path) -> None:
+        self._places: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118
+                    self.shapes[name], self._places[name] = tuple(content.get_slice(name).get_shape()), file
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        with safe_open(self._file, "pt") as content:
+        with safe_open(self._places[name], "pt") as content:
             return _float32(content.get_tensor(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +57,7 @@ def without_ties(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     found = {}
     for name, value in weights.items():
-        place = value.untyped_storage().data_ptr(), value.storage_offset()
+        place = value.untyped_storage().data_ptr(), int(value.storage_offset())
         found[name] = value.clone() if place in seen and value.numel() else value.contiguous()
         seen.add(place)
     return found
@@ -63,7 +67,7 @@ def open_weights(folder: str | Path) -> tuple[Mapping[str, Tensor], Path]:
     """Return what `read_weights` does, but read the tensors of a safetensors file only when they are asked for."""
     for place in [Path(folder), *reversed(checkpoints(folder))]:
         if (place / WEIGHTS_FILE).is_file():
-            return SavedWeights(place / WEIGHTS_FILE), place / WEIGHTS_FILE
+            return SavedWeights(place / WEIGHTS_FILE, *frozen_files(place)), place / WEIGHTS_FILE
         if shards_of(place) is not None:
             break
     return read_weights(folder)
@@ -88,10 +92,32 @@ def read_weights(folder: str | Path, prefer_shards: bool = False) -> tuple[dict[
     for place in [Path(folder), *reversed(checkpoints(folder))]:
         file, shards = place / WEIGHTS_FILE, shards_of(place)
         if shards is not None and (prefer_shards or not file.is_file()):
-            return _from_shards(shards), shards
+            return {**_from_shards(shards), **SavedWeights(*frozen_files(place))}, shards
         if file.is_file():
-            return {name: _float32(value) for name, value in load_file(file).items()}, file
+            return dict(SavedWeights(file, *frozen_files(place))), file
     raise ConfigError(f"{folder}: neither {WEIGHTS_FILE} nor ZeRO shards in the folder or in its checkpoints")
+
+
+def frozen_files(checkpoint: Path) -> list[Path]:
+    """Return the file with the frozen weights that a checkpoint does not hold; an empty list if it holds all.
+
+    Raises:
+        ConfigError: the file is not beside the checkpoint, or is not the one that it was saved with.
+    """
+    note, file = checkpoint / FROZEN_ENTRY, checkpoint.parent / FROZEN_FILE
+    if not note.is_file():
+        return []
+    if not file.is_file() or _entry(file, file.stat().st_mtime_ns) != json.loads(note.read_text()):
+        raise ConfigError(
+            f"{checkpoint} was saved without its frozen weights (trainer.save_frozen: false), and {file} "
+            f"{'has others' if file.is_file() else 'is missing'}; put the file of its run there"
+        )
+    return [file]
+
+
+@cache
+def _entry(file: Path, changed: int) -> dict[str, Any]:
+    return file_entry(file)
 
 
 def shards_of(checkpoint: Path) -> Path | None:

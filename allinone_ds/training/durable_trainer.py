@@ -62,6 +62,7 @@ class DurableTrainer(Trainer):
             raise ConfigError(f"model.thaw: step {self.freezing.last} is never reached in {self.args.max_steps} steps")
         self.stop_signal = StopOnSignal()
         self.add_callback(self.stop_signal)
+        self.frozen_entry: dict[str, Any] = {}
         self.saver: BackgroundSaver | None = None
         self._watch: StallWatch | None = None
         self._resumed: Path | None = None

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from allinone_ds.balance.renaming import by_new_name
+from allinone_ds.distributed import rank
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.manifest import read_manifest
 from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TRAINER_STATE, WEIGHTS_FILE
-from allinone_ds.run_folder.weights import shards_of
+from allinone_ds.run_folder.weights import SavedWeights, frozen_files, shards_of
 from allinone_ds.training.optimizer import continue_schedule, group_settings
 from allinone_ds.training.save_checkpoint import loop_file
 from allinone_ds.training.start.changed_tasks import Continues, SavedTasks, TaskChanges, task_changes
@@ -23,7 +23,7 @@ from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.whole import load_whole
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
-from allinone_ds.zero.params import forget_copies, whole_shape
+from allinone_ds.zero.params import forget_copies, is_partitioned, whole_on_rank_0, whole_shape
 
 
 def best_checkpoint(checkpoint: Path) -> str | None:
@@ -61,7 +61,7 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
     manifest = read_manifest(checkpoint)
     stage, saved_stage = int(engine.zero_optimization_stage()), manifest["zero_stage"]
     if changes is None and stage == saved_stage and (stage == 0 or manifest["world_size"] == trainer.args.world_size):
-        deepspeed_load_checkpoint(engine, str(checkpoint))
+        deepspeed_load_checkpoint(engine, str(checkpoint), load_module_strict=not frozen_files(checkpoint))
         forget_copies(engine)
     elif changes is not None and stage == saved_stage == 0:
         folder = checkpoint / (checkpoint / "latest").read_text().strip()
@@ -79,8 +79,20 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
             load_resharded(engine, shards, None if changes is None else changes.segments)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
+    _load_frozen(engine.module, checkpoint)
     if resume:
         continue_schedule(trainer, checkpoint, settings)
+
+
+@torch.no_grad()
+def _load_frozen(module: torch.nn.Module, checkpoint: Path) -> None:
+    """Load the frozen weights that a checkpoint does not hold, from the file beside it. Collective."""
+    saved = SavedWeights(*frozen_files(checkpoint))
+    for name, parameter in module.named_parameters():
+        if name in saved:
+            with whole_on_rank_0(parameter):
+                if rank() == 0 or not is_partitioned(parameter):
+                    parameter.copy_(saved[name])
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -168,8 +180,7 @@ def _shapes(model: torch.nn.Module, checkpoint: Path) -> _Shapes | None:
     saved_trained = None if shards is None else trained_shapes(shards)
     names = set(model.state_dict())
     if (checkpoint / WEIGHTS_FILE).is_file():
-        with safe_open(checkpoint / WEIGHTS_FILE, "pt") as weights:
-            saved = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        saved = SavedWeights(checkpoint / WEIGHTS_FILE, *frozen_files(checkpoint)).shapes
     elif saved_trained is not None:  # ZeRO-3 that did not gather its weights
         saved, names = saved_trained, trained | (names & saved_trained.keys())
     else:

@@ -15,7 +15,6 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.models.freezing import FreezeSchedule
 from allinone_ds.models.lora import SHARED, adapter_of
 from allinone_ds.run_config.arguments import AllInOneArguments
-from allinone_ds.run_config.head_schedule import HeadSchedule
 from allinone_ds.run_config.optimizer_settings import MUON, MuonSettings
 from allinone_ds.strict import did_you_mean
 from allinone_ds.training.save_checkpoint import SCHEDULER_FILE
@@ -197,57 +196,6 @@ def optimizer_of_run(model: nn.Module, args: AllInOneArguments) -> torch.optim.O
         return make_muon(groups, settings.momentum, settings.ns_method, betas, args.adam_epsilon)
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     return cls(groups, **kwargs)
-
-
-def groups_of_optimizer(optimizer: Any, learning_rate: float) -> list[dict[str, Any]]:
-    """Return the groups of an optimizer, which may be DeepSpeed's; give it the `defaults` that schedules read.
-
-    Args:
-        optimizer: of torch or DeepSpeed.
-        learning_rate: of the run.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(inner, "defaults"):  # DeepSpeed's has none, and `polynomial` reads it
-        inner.defaults = {"lr": learning_rate}
-    return inner.param_groups
-
-
-def with_head_schedules(
-    scheduler: Any, groups: Sequence[dict[str, Any]], rates: Sequence[float], args: Any, steps: int
-) -> Any:
-    """Return the schedule of a run, in which the heads of some tasks follow schedules of their own.
-
-    Args:
-        scheduler: of all groups, as `lr_scheduler_type` names it.
-        groups: those of the optimizer, with their names.
-        rates: of the groups before any schedule.
-        args: arguments of the run; `head_schedule` has the tasks' own schedules.
-        steps: length of the run.
-
-    Raises:
-        ConfigError: the schedule of the run follows a metric, not the step.
-    """
-    vars(scheduler).setdefault("base_lrs", list(rates))  # schedules that wait for a plateau keep only the current rates
-    own = {task: HeadSchedule.model_validate(given) for task, given in (args.head_schedule or {}).items()}
-    if own and not isinstance(scheduler, LambdaLR):
-        raise ConfigError(
-            f"tasks.{min(own)}.schedule: trainer.lr_scheduler_type = '{getattr(args.lr_scheduler_type, 'value', '')}' "
-            "follows a metric, so that no head can follow the step; choose a type such as cosine, or remove the "
-            "schedule"
-        )
-    for number, group in enumerate(groups):
-        parts = group["name"].split("/")
-        task = parts[1].split("+")[0]  # of several heads with the same settings
-        if parts[0] == "head" and task in own:
-            scheduler.lr_lambdas[number] = own[task].factor(steps)
-            group["lr"] = scheduler._last_lr[number] = scheduler.base_lrs[number] * scheduler.lr_lambdas[number](0)
-    return scheduler
-
-
-def head_rates(groups: Sequence[dict[str, Any]], args: Any) -> dict[str, float]:
-    """Return {"learning_rate/TASK": rate of its head} of the tasks with a schedule of their own."""
-    rates = {"/".join(group["name"].split("/")[:2]): group["lr"] for group in groups}
-    return {f"learning_rate/{task}": rates[f"head/{task}"] for task in args.head_schedule or {}}
 
 
 _SETTINGS = ("weight_decay", "betas", "eps", "momentum")

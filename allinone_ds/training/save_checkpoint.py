@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,17 @@ from safetensors.torch import save_file
 from transformers.trainer_callback import ExportableState
 
 from allinone_ds.atomic_file import atomic_path
+from allinone_ds.distributed import broadcast_object, rank
 from allinone_ds.run_folder.atomic_checkpoint import CheckpointWriter
 from allinone_ds.run_folder.checkpoints import prune
 from allinone_ds.run_folder.event_log import RunCallback
-from allinone_ds.run_folder.names import TRAINER_STATE, WEIGHTS_FILE
+from allinone_ds.run_folder.manifest import file_entry
+from allinone_ds.run_folder.names import FROZEN_ENTRY, FROZEN_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import without_ties
 from allinone_ds.training.ema import ema_file
 from allinone_ds.zero.checkpoint.consolidate import trained_weights
 from allinone_ds.zero.checkpoint.write import save_engine
+from allinone_ds.zero.params import whole_on_rank_0
 
 SCHEDULER_FILE = "scheduler.pt"
 
@@ -52,10 +56,16 @@ def save_checkpoint(trainer: Any, loop_state: dict[str, Any]) -> None:
     trainer.freezing.thaw()
     writer = CheckpointWriter(Path(trainer.args.output_dir), trainer.state.global_step, saver and saver.group)
     weights = None if saver is not None else gathered_weights(trainer)
+    frozen = None if trainer.args.save_frozen else frozen_entry(trainer, writer)
+    if frozen is not None and weights is not None:
+        weights = {name: value for name, value in weights.items() if name not in frozen_parameters(trainer)}
     _locate_best(trainer.state, writer.target)
     if not trainer.args.save_only_model:
-        _write_rank_state(trainer, writer, loop_state)
+        _write_rank_state(trainer, writer, loop_state, frozen is None)
     if trainer.args.should_save:
+        if frozen is not None:
+            with writer.recording(FROZEN_ENTRY):
+                (writer.folder / FROZEN_ENTRY).write_text(json.dumps(frozen))
         _write_shared_state(trainer, writer, weights)
     publish = partial(
         _publish, trainer, writer, trainer.deepspeed.zero_optimization_stage(), trainer.state.best_model_checkpoint
@@ -74,10 +84,43 @@ def _locate_best(state: Any, target: Path) -> None:
             state.best_model_checkpoint = str(best)
 
 
-def _write_rank_state(trainer: Any, writer: CheckpointWriter, loop_state: dict[str, Any]) -> None:
+def frozen_parameters(trainer: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of the model that no step changes, by name."""
+    return {name: p for name, p in trainer.deepspeed.module.named_parameters() if not p.requires_grad}
+
+
+@torch.no_grad()
+def frozen_entry(trainer: Any, writer: CheckpointWriter) -> dict[str, Any] | None:
+    """Return size and checksum of RUN/frozen.safetensors, written before the first checkpoint. Collective.
+
+    Args:
+        trainer: an AllInOneTrainer.
+        writer: of the checkpoint.
+
+    Returns:
+        None if no parameter is frozen.
+    """
+    frozen = frozen_parameters(trainer)
+    if frozen and not trainer.frozen_entry:
+        weights = {}
+        for name, parameter in frozen.items():
+            with whole_on_rank_0(parameter):
+                if rank() == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+        if rank() == 0:
+            file = writer.run / FROZEN_FILE
+            with writer.recording(FROZEN_FILE):
+                with atomic_path(file) as temporary:
+                    save_file(without_ties(weights), temporary, metadata={"format": "pt"})
+                trainer.frozen_entry = file_entry(file)
+        trainer.frozen_entry = broadcast_object(trainer.frozen_entry)
+    return trainer.frozen_entry if frozen else None
+
+
+def _write_rank_state(trainer: Any, writer: CheckpointWriter, loop_state: dict[str, Any], frozen: bool) -> None:
     """Write what every rank saves: engine shards, random state, loop state and averaged weights. Collective."""
     args, saver = trainer.args, trainer.saver
-    writer.record(*save_engine(trainer.deepspeed, writer.folder, saver and saver.stage))
+    writer.record(*save_engine(trainer.deepspeed, writer.folder, saver and saver.stage, frozen))
     with writer.recording("the random state"):
         trainer._save_rng_state(str(writer.folder))
     with writer.recording("the state of the training loop"):

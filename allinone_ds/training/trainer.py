@@ -40,8 +40,9 @@ from allinone_ds.training.ema import AverageWeights, ShardEMA
 from allinone_ds.training.evaluating_trainer import EvaluatingTrainer
 from allinone_ds.training.label_weights import LabelWeights, block, losses_of
 from allinone_ds.training.load_checkpoint import check_freezing, check_optimizer, read_loop_state, saved_frequencies
-from allinone_ds.training.optimizer import groups_of_optimizer, head_rates, optimizer_of_run, with_head_schedules
+from allinone_ds.training.optimizer import optimizer_of_run
 from allinone_ds.training.start.arguments import argument_problems, raise_all, require_launcher, settings_to_warn_of
+from allinone_ds.training.start.head_schedules import groups_of_optimizer, head_rates, with_head_schedules
 from allinone_ds.training.start.loop_state import begin_data, load_loop_state, loop_state
 from allinone_ds.training.warm_start import StartReport
 from allinone_ds.training.watch.nonfinite import NonFiniteStreaks
@@ -162,6 +163,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             move_buffers(model, args.device)
         self.weighting = weighting
         self._first_head = next(iter(known_tasks))
+        self._head_rates: dict[str, float] = {}
         self.balancer_options = options
         sizes = {task: len(data.dataset) for task, data in train_dataset.items()}
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -366,9 +368,11 @@ class AllInOneTrainer(EvaluatingTrainer):
 
     def _get_learning_rate(self) -> float:
         # Trainer logs the rate of the first group, the first head's; the log shows the one without what is its own
-        self._head_rates = head_rates(self.deepspeed.optimizer.param_groups, self.args)
+        engine, scheduler = self.deepspeed, self.lr_scheduler
+        assert engine is not None and scheduler is not None
+        self._head_rates = head_rates(engine.optimizer.param_groups, self.args)
         if self._first_head in (self.args.head_schedule or {}):
-            return self.args.learning_rate * self._factor(self.lr_scheduler.last_epoch)
+            return self.args.learning_rate * self._factor(scheduler.last_epoch)
         return super()._get_learning_rate() / (self.args.head_lr_factor or {}).get(self._first_head, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allinone_ds import TBGC, AllInOneModel, TaskBalancer
@@ -21,6 +21,7 @@ from allinone_ds.distributed import barrier, rank, world_size
 from allinone_ds.errors import ConfigError
 from allinone_ds.models.lora import LoraOptions, add_lora, is_adapter, shared_parameters
 from allinone_ds.run_config.schema import load_config
+from allinone_ds.run_folder.weights import read_weights
 from allinone_ds.training import run
 from allinone_ds.training.optimizer import parameter_groups
 from tests.export.untrained import untrained_run
@@ -223,6 +224,42 @@ SCHEDULES = ["tasks.det.schedule={type: constant_with_warmup, warmup_steps: 3}",
              "tasks.cls.schedule={type: cosine}"]  # fmt: skip
 
 
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_checkpoints_without_frozen_weights(stage: int) -> None:
+    """They are smaller by the base, resume as the whole ones do, load, and refuse another base."""
+    save = ["trainer.save_frozen=false", f"trainer.async_save={stage == 3}"]
+    whole, small = adapted(stage), trained(f"small{stage}", *ADAPTED, *save, stage=stage)
+    expected, checkpoint = weights(whole, 4), small / "checkpoint-2"
+    base = load_file(small / "frozen.safetensors")
+    size = sum(value.numel() * value.element_size() for value in base.values())
+    assert _bytes(whole / "checkpoint-2") - _bytes(checkpoint) > 1.9 * size  # model.safetensors, and DeepSpeed's files
+    found = weights(small, 4)
+    assert not found.keys() & base.keys() and found.keys() | base.keys() == expected.keys()
+    assert all(torch.equal(value, {**base, **found}[name]) for name, value in expected.items())
+    for shards in (False, True):  # what `load`, `export` and `start_from` read
+        read, _ = read_weights(small / "checkpoint-4", prefer_shards=shards)
+        assert all(torch.equal(value, read[name]) for name, value in expected.items())
+    again = HOME / f"small{stage}again"
+    if rank() == 0:
+        again.mkdir()
+        shutil.copy(small / "frozen.safetensors", again)
+    barrier()
+    trained(again.name, *ADAPTED, "trainer.save_frozen=false", stage=stage, after=checkpoint)
+    resumed = weights(again, 4)
+    assert all(torch.equal(value, resumed[name]) for name, value in found.items())
+    if rank() == 0:
+        save_file({name: value + 1 for name, value in base.items()}, again / "frozen.safetensors")
+        with pytest.raises(ConfigError, match="saved without its frozen weights .* has others"):
+            read_weights(again / "checkpoint-4")
+        (again / "frozen.safetensors").unlink()
+        with pytest.raises(ConfigError, match="frozen.safetensors is missing"):
+            read_weights(again / "checkpoint-4", prefer_shards=True)
+    barrier()
+
+
 def check_schedules_of_heads() -> None:
     """Each head follows its own schedule, before and after a resume; the others follow that of the run."""
     whole = trained("schedules", *SCHEDULES)
@@ -269,6 +306,8 @@ def check_tied_weights() -> None:
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_thaw {stage}": partial(check_thaw, stage) for stage in (0, 1, 2, 3)}
-    checks |= {n: value for n, value in globals().items() if n.startswith("check_") and n != "check_thaw"}
+    without = check_checkpoints_without_frozen_weights
+    checks |= {n: f for n, f in globals().items() if n.startswith("check_") and f not in (check_thaw, without)}
+    checks |= {f"{without.__name__} {stage}": partial(without, stage) for stage in (1, 3)}
     wanted = sys.argv[3:]
     run_checks({n: c for n, c in checks.items() if not wanted or any(w in n for w in wanted)}, sys.argv[1])

@@ -30,6 +30,8 @@ CHECKS = (
     "check_own_adapters_in_a_run",
     "check_schedules_of_heads",
     "check_tied_weights",
+    "check_checkpoints_without_frozen_weights 1",
+    "check_checkpoints_without_frozen_weights 3",
 )
 
 

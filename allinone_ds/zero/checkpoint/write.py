@@ -72,7 +72,7 @@ def own_checkpoint_files(engine: Any) -> CheckpointFiles:
     return engine.checkpoint_engine
 
 
-def save_engine(engine: Any, folder: Path, take: Take | None = None) -> list[str]:
+def save_engine(engine: Any, folder: Path, take: Take | None = None, frozen: bool = True) -> list[str]:
     """Call `engine.save_checkpoint` such that every rank finishes it, even one that could not write. Collective.
 
     Args:
@@ -80,6 +80,7 @@ def save_engine(engine: Any, folder: Path, take: Take | None = None) -> list[str
         folder: to write to; it exists.
         take: receives the content of every file, which is then not written. Its tensors are the engine's own: copy them
             before the next step to write them later.
+        frozen: whether to write the frozen parameters too.
 
     Returns:
         What this rank could not write, one line per file.
@@ -96,7 +97,7 @@ def save_engine(engine: Any, folder: Path, take: Take | None = None) -> list[str
     files.errors, files.take = errors, take
     engine._copy_recovery_script = copy_recovery_script
     try:
-        engine.save_checkpoint(str(folder), save_latest=False)
+        engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=not frozen)
     finally:
         files.errors = files.take = None
         del engine._copy_recovery_script

@@ -31,7 +31,8 @@ def without_gradients(optimizer: torch.optim.Optimizer, still: AbstractSet[int])
 
     def show(optimizer: Any, args: Any, kwargs: Any) -> None:
         while hidden:
-            param, param.grad = hidden.pop()
+            param, gradient = hidden.pop()
+            param.grad = gradient
 
     hooks = [optimizer.register_step_pre_hook(hide), optimizer.register_step_post_hook(show)]
     try:
