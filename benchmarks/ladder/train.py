@@ -1,7 +1,5 @@
 """One run of the ladder: `allinone_ds.train` with methods and measurements that the package does not have.
 
-python -m benchmarks.ladder.train RUN.yaml [--updates FILE]
-
 `tbgc_own_heads` clips each head by the norm of its own gradient. `equal_updates` gives the tasks' gradients equal norms
 in the metric of AdamW, || g_t / (sqrt(v) + eps) ||, where v is the optimizer's average of squared gradients, by whose
 root AdamW divides.
@@ -166,7 +164,3 @@ def main() -> int:
     MeasuringBalancer.updates = args.updates
     trainer.TaskBalancer = MeasuringBalancer  # type: ignore[misc]
     return allinone_ds.train.main([args.run])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
