@@ -61,8 +61,8 @@ def command(file: Path, gpu: bool, updates: bool = False) -> tuple[list[str], di
     environment = {**os.environ, **quiet_environment(), **one, **worker_environment(), "TORCHDYNAMO_DISABLE": "1"}
     if not gpu:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    train = "from benchmarks.ladder.train import main; raise SystemExit(main())"
-    words = [sys.executable, "-c", train, str(file)]
+    start = "from benchmarks.ladder.train import train; raise SystemExit(train())"
+    words = [sys.executable, "-c", start, str(file)]
     return [*words, *(["--updates", str(file.with_name(UPDATES))] if updates else [])], environment
 
 

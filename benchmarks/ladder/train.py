@@ -155,7 +155,7 @@ def _norm(pieces: list[Tensor]) -> Tensor:
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum().sqrt().float()
 
 
-def main() -> int:
+def train() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="YAML file of the run")
