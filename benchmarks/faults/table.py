@@ -102,10 +102,10 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     yield "best checkpoint, save_strategy steps", how, "once", lambda b, _: b.best("steps")
     yield "best checkpoint, save_strategy best", how, "once", lambda b, _: b.best("best")
     yield "two runs in one folder", "a second start beside a running one", "once", lambda b, _: b.twice()
-    how, said = "resumed without it", "task 'cls' is in the checkpoint, but not in this run"
-    yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), said)
-    how = "resumed with a head of 16 instead of 32 channels"
-    yield "other head", how, "once", lambda b, _: b.other_model(change_head, "task 'seg' differs: tasks.seg.")
+    how, dropped = "resumed without it", "task 'cls' of the checkpoint is dropped"
+    yield "task taken out", how, "once", lambda b, _: b.other_model(lambda tasks: tasks.pop("cls"), dropped, 0)
+    how, refused = "resumed with a head of 16 instead of 32 channels", "task 'seg' has a different head than 'seg'"
+    yield "other head", how, "once", lambda b, _: b.other_model(change_head, refused, 2)
     how = "SIGKILL at a random moment, again after every resume"
     yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
     yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)

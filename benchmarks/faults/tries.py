@@ -210,8 +210,14 @@ class Tries(Bench):
         require(not any(ranks.wait().values()), "the first run failed", ranks)
         self.compare(output)
 
-    def other_model(self, change: Callable[[dict[str, Any]], None], words: str) -> None:
-        """Resume with different tasks or heads; the run must refuse, print the reason and keep the checkpoint."""
+    def other_model(self, change: Callable[[dict[str, Any]], Any], words: str, status: int) -> None:
+        """Resume with different tasks or heads.
+
+        Args:
+            change: of the tasks in the run's file.
+            words: that must be printed.
+            status: with which the run must end: 2, and the checkpoint is kept; or 0, at its last step.
+        """
         output = self.new_output()
         ranks = self.start(output, f"trainer.max_steps={SAVE_STEPS}")
         require(not any(ranks.wait().values()), "the run failed", ranks)
@@ -222,13 +228,12 @@ class Tries(Bench):
         ranks = self.start(output, "--resume", file=file)
         codes = ranks.wait()
         require(
-            set(codes.values()) == {2} and words in ranks.printed(),
+            set(codes.values()) == {status} and words in ranks.printed(),
             f"exit statuses {codes}; not printed: {words}",
             ranks,
         )
-        require(
-            [path.name for path in checkpoints(output)] == [f"checkpoint-{SAVE_STEPS}"], "the checkpoint was deleted"
-        )
+        last = SAVE_STEPS if status else STEPS
+        require(last_step(output) == last, f"the last checkpoint is of step {last_step(output)}, not {last}")
 
     def damage(self, flip: bool) -> None:
         """Truncate a file of the last checkpoint or flip one bit of it; the run must resume from the one before."""

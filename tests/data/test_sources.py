@@ -146,7 +146,7 @@ def test_every_path_of_a_format_is_expanded(source_class, name, monkeypatch):
 
 def test_every_format_of_the_package_is_registered():
     folder = Path(__file__).parents[2] / "allinone_ds" / "data" / "formats"
-    files = {file.stem for file in folder.rglob("*.py") if "format: Literal[" in file.read_text()}
+    files = {file.stem for file in folder.rglob("*.py") if "\n    format: Literal[" in file.read_text()}
     assert {source_class.__module__.rpartition(".")[2] for source_class in SOURCE_CLASSES} == files
 
 

@@ -54,12 +54,12 @@ def test_zero3_gathers_changed_weights_in_order_and_no_copies_of_the_old() -> No
     """The stream that gathers waits for the one that has changed them; the host does not."""
     done: list[str] = []
     stream = SimpleNamespace(wait_stream=lambda _: done.append("wait"))
-    adapter = zero3(
-        invalidate_secondary_tensor=lambda: done.append("forget the copies within a host"),
-        parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream),
-    )
-    adapter._partitions_changed([torch.nn.Parameter(torch.zeros(1))])  # none is gathered
-    assert done == ["forget the copies within a host", "wait"]
+    adapter = zero3(parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=stream))
+    module = torch.nn.Linear(1, 1)
+    module.weight.ds_secondary_tensor = torch.zeros(1)  # a copy within a host
+    adapter.engine = SimpleNamespace(module=module)
+    adapter._partitions_changed([module.weight])  # none is gathered
+    assert done == ["wait"] and module.weight.ds_secondary_tensor is None
 
 
 def test_buffers_move_and_parameters_stay() -> None:
