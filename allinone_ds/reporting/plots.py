@@ -12,8 +12,10 @@ from allinone_ds.evaluation.metrics import labelled_metrics
 
 COLORS = ("#3366aa", "#cc6633", "#2f8f4e", "#8855aa", "#b8860b", "#444444", "#cc3377", "#119999")
 _STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-_INSIDE = 10
+_INSIDE = 4
 """Lines whose names are inside a plot; those of more are below it."""
+_ALL_METRICS = 10
+"""Tasks of which a plot shows all metrics; of more it shows the main ones."""
 Lines = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """label -> (steps, values)"""
 
@@ -52,7 +54,7 @@ def evaluation_lines(
         tasks: names of the run's tasks.
     """
     lines = _lines(history, lambda entry: labelled_metrics(entry, tasks))
-    if len(tasks) <= _INSIDE:
+    if len(tasks) <= _ALL_METRICS:
         return lines
     first = {label.partition(": ")[0]: label for label in reversed(lines)}  # a task's main metric is its first one
     return {label: line for label, line in lines.items() if label in first.values()}
@@ -206,7 +208,7 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
                 axis.set_ylim(min(positive) / 2, max(positive) * 2)
     if len(data) > _INSIDE:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0}
-        legend = axis.legend(frameon=False, fontsize=6, ncols=4, handlelength=3, **place)
+        legend = axis.legend(frameon=False, fontsize=7, ncols=4, handlelength=2, **place)
         legend.set_in_layout(False)  # the plot keeps its height, and the picture becomes higher
     elif data:
         axis.legend(frameon=False, fontsize=9)
