@@ -313,6 +313,7 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
     for key, instead in _BATCH_KEYS.items():
         if content.get(key, "auto") != "auto" and (key, content[key]) != ("gradient_accumulation_steps", 1):
             mistakes.append(f"deepspeed.{key} = {content[key]}: this value is set by {instead}; remove it")
+    content.setdefault("train_micro_batch_size_per_gpu", "auto")  # DeepSpeed fails without any batch size
     zero = content.get("zero_optimization")
     if not isinstance(zero, dict):
         mistakes.append('deepspeed.zero_optimization is missing: add it, for example {"stage": 2}')

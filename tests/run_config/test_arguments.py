@@ -100,6 +100,14 @@ def test_deepspeeds_throughput_timer_is_off(tmp_path: Path) -> None:
     assert made.deepspeed["timers"] == chosen
 
 
+def test_a_deepspeed_config_needs_no_batch_size(tmp_path: Path) -> None:
+    made = AllInOneArguments(str(tmp_path), max_steps=1, deepspeed={"zero_optimization": {"stage": 2}})
+    assert made.deepspeed["train_micro_batch_size_per_gpu"] == "auto"  # DeepSpeed fails without any
+    given = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}
+    with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu = 4: this value is set by tasks.NAME"):
+        AllInOneArguments(str(tmp_path), max_steps=1, deepspeed=given)
+
+
 def test_float32_on_a_gpu_is_warned_of() -> None:
     """And keys that have no effect."""
 
