@@ -22,7 +22,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     """Load a trained model, without DeepSpeed, data or network access.
 
     Args:
-        folder: folder of one exported task, of an exported model, of a run or of a checkpoint.
+        folder: folder of an export, of one exported task, of a run or of a checkpoint.
         device: device of the model.
         overrides: dotted keys that replace values of a run's configuration; an exported folder has none.
 
@@ -42,6 +42,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     if (folder / CONFIG_FILE).is_file():
         model, config = load_run(folder, device, overrides)
         return predictor_of(model, config)
+    if (folder / "model" / DESCRIPTION_FILE).is_file():  # a whole export
+        folder = folder / "model"
     for name in (DESCRIPTION_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: has no {name}; give a folder that `allinone-ds export` wrote, or a run's")

@@ -40,6 +40,7 @@ def test_every_folder_gives_what_the_run_gives(tmp_path: Path, stem: str, heads:
     assert done.source == tmp_path / "run" / "model.safetensors"
     (tmp_path / "run").rename(tmp_path / "gone")
     all_tasks = allinone_ds.load(tmp_path / "out" / "model")
+    assert list(allinone_ds.load(tmp_path / "out").tasks) == list(all_tasks.tasks), "a whole export is its model"
     assert list(all_tasks.tasks) == ["det", "seg", "cls"]
     photo = Image.effect_noise((50, 40), 90).convert("RGB")
     photo.save(tmp_path / "photo.png")
