@@ -129,6 +129,20 @@ def test_ranges_of_numbers_keep_their_zeros(tmp_path: Path) -> None:
         find_shards(tmp_path, "s-{009..012}.tar")
     with pytest.raises(DataError, match="there is no"):
         find_shards(tmp_path, "t-*.tar")
+    with pytest.raises(DataError, match="is empty"):
+        find_shards(tmp_path, "s-{011..009}.tar")
+    with pytest.raises(DataError, match=r"s-010\.tar is named 2 times"):
+        open_shards(tmp_path, "classification", ["even", "odd"], shards=["*.tar", "s-010.tar"])
+
+
+def test_an_image_is_not_its_own_label_map(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", {"a.jpg": picture(1, "jpeg"), "a.png": picture(1, mode="L")})
+    write_shard(tmp_path / "b.tar", {"b.png": picture(1, mode="L"), "b.seg.png": picture(0, mode="L")})
+    with pytest.raises(DataError, match=r"b\.tar#b: 'png' is its only image.*columns\.label_map"):
+        open_shards(tmp_path, "segmentation", ["cat", "dog"])
+    columns = {"image": "png", "label_map": "seg.png"}
+    dataset = open_shards(tmp_path, "segmentation", ["cat", "dog"], shards="b.tar", columns=columns)
+    assert int(dataset[0]["mask"].max()) == 0 and int(dataset[0]["image"].max()) == 1
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,20 @@ class TarTable:
         shard, row = self._place(index)
         return f"{self._shards[shard]}#{self._indices[shard].keys[row].decode()}"
 
+    def only_image(self, ending: str) -> str | None:
+        """Return the path of the first sample whose column `IMAGE` is its member with this ending, or None."""
+        before = IMAGES[: IMAGES.index(ending)] if ending in IMAGES else ()
+        first = 0
+        for endings, places in ((index.endings, index.places) for index in self._indices):
+            if ending in IMAGES and ending in endings:
+                there = places[:, :, 1] >= 0
+                earlier = [endings.index(other) for other in before if other in endings]
+                alone = np.flatnonzero(there[:, endings.index(ending)] & ~there[:, earlier].any(1))
+                if len(alone):
+                    return self.path(first + int(alone[0]))
+            first += len(places)
+        return None
+
     def _place(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)

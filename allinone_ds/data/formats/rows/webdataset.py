@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from allinone_ds.data.base import SampleDataset
+from allinone_ds.data.formats.rows.columns import COLUMNS
 from allinone_ds.data.formats.rows.dataset import open_rows
 from allinone_ds.data.formats.rows.source import RowsSource
-from allinone_ds.data.formats.rows.tar_table import TarTable
+from allinone_ds.data.formats.rows.tar_table import IMAGE, TarTable
 from allinone_ds.errors import DataError
 from allinone_ds.strict import PathText
 
@@ -47,19 +49,27 @@ class WebDatasetSource(RowsSource):
     def _columns_of_the_format(cls, content: Any) -> Any:
         """Name the columns as the webdataset format does, where the run's file does not."""
         columns = content.get("columns", {}) if isinstance(content, dict) else None
-        return (
-            {**content, "columns": {**_COLUMNS.get(content.get("kind"), {}), **columns}}
-            if isinstance(columns, dict)
-            else content
-        )
+        if not isinstance(columns, dict):
+            return content
+        return {**content, "columns": {**_USUAL.get(content.get("kind"), {}), **columns}}
 
     def open(self, root: Path, classes: Sequence[str] | None = None) -> SampleDataset:
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
-        table = TarTable([shard for pattern in patterns for shard in find_shards(root, pattern)])
+        shards = [shard for pattern in patterns for shard in find_shards(root, pattern)]
+        for shard, count in Counter(shards).items():
+            if count > 1:
+                raise DataError(f"shards: {shard} is named {count} times, so its samples would be; name it once")
+        table = TarTable(shards)
+        target = getattr(self.columns, COLUMNS[self.kind][1], None)
+        if self.columns.image == IMAGE and (wrong := table.only_image(str(target))) is not None:
+            raise DataError(
+                f"{wrong}: '{target}' is its only image, so it would be image and target; set columns.image and "
+                f"columns.{COLUMNS[self.kind][1]}"
+            )
         return open_rows(table, self, ", ".join(patterns), root, classes)
 
 
-_COLUMNS = {
+_USUAL = {
     "classification": {"label": "cls"}, "retrieval": {"label": "cls"}, "segmentation": {"label_map": "png"},
 }  # fmt: skip
 """Kind -> names of its columns in the webdataset format, where they are not the names of `Columns`."""
@@ -78,6 +88,8 @@ def find_shards(root: Path, pattern: str) -> list[Path]:
     names = [pattern]
     while match := next((found for name in names if (found := _RANGE.search(name))), None):
         first, last = match.groups()
+        if int(first) > int(last):
+            raise DataError(f"shards = {pattern}: the range {match.group()} is empty; give the smaller number first")
         numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         names = [name.replace(match.group(), number, 1) for name in names for number in numbers]
     shards: list[Path] = []
