@@ -16,13 +16,16 @@ from allinone_ds.run_folder.names import EVENTS_FILE
 from benchmarks.common.forked_run import last_step
 from benchmarks.faults.weeks.compare import events_of
 from benchmarks.faults.weeks.hosts import TwoHosts
-from benchmarks.faults.weeks.run import FOREVER, SAVE_STEPS, STALL_TIMEOUT, make_data, write_run
+from benchmarks.faults.weeks.run import FOREVER, SAVE_STEPS, make_data, write_run
 from benchmarks.faults.weeks.schedule import SURVIVED, Fault, fault
 
 START_LIMIT = 600.0
 """Seconds from a start to the first step."""
-END_LIMIT = STALL_TIMEOUT + 150.0
-"""Seconds from a fault to the end of the launchers, and from the end of a fault to the next step."""
+END_LIMIT = 420.0
+"""Seconds from a fault to the end of the launchers, of which one may wait 300 s for the other; and from the end of a
+fault to the next step."""
+LAUNCHER_NOTICES = 20.0
+"""Seconds after the first step in which a launcher may still end the run because of the fault."""
 MOST_LOST = 2 * SAVE_STEPS
 """Steps: a checkpoint in the background may not be complete when the next one is due."""
 MESSAGES = {"disk full": "no space left", "data gone": "cannot be read"}
@@ -222,8 +225,10 @@ class Soak:
         undo()
         released, reached = time.monotonic(), self.step() or 0
         went_on = self.watch(END_LIMIT, lambda: (self.step() or 0) > reached or len(self.hosts.running()) < 2)
+        recovered = round(time.monotonic() - released, 1)
+        self.watch(LAUNCHER_NOTICES, lambda: len(self.hosts.running()) < 2)
         if went_on and len(self.hosts.running()) == 2:
-            return {"outcome": "went on", "recovered_s": round(time.monotonic() - released, 1), "steps_lost": 0}
+            return {"outcome": "went on", "recovered_s": recovered, "steps_lost": 0}
         said = self.message() if went_on else f"no step within {END_LIMIT:.0f} s"
         self.violation(f"fault {one.number}, {one.kind} for {one.seconds} s: the run did not go on: {said}")
         self.end_both(END_LIMIT)
