@@ -69,7 +69,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     made = missing_folders(config.run_dir) if args.process_index == 0 else []
     lock_run(config.run_dir)
     try:
-        return _train(config, args, resume_from, callbacks)
+        with explained_disk_errors(config.run_dir):
+            return _train(config, args, resume_from, callbacks)
     except BaseException:
         remove_failed_start(made)
         raise
