@@ -5,7 +5,7 @@
 #
 # NPROC: ranks on this host (default: one per GPU). SIGTERM saves a checkpoint after the current step and ends the run;
 # GRACE: seconds that the ranks have for it. Resumes from the last complete checkpoint of RUN. torchrun itself waits 5
-# minutes for a network that is down; its default would end the ranks after one.
+# minutes for a network that is down, or for a lost first host; its default would end the ranks after one minute.
 set -euo pipefail
 config=$1 run=$2
 shift 2
