@@ -28,7 +28,7 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.models.lora import shared_parameters
-from allinone_ds.reporting.logs import TaskLogs
+from allinone_ds.reporting.logs import TaskLogs, thin_history
 from allinone_ds.reporting.progress import PrintProgress, ProgressBar
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
@@ -394,3 +394,4 @@ class AllInOneTrainer(EvaluatingTrainer):
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
+        thin_history(self.state.log_history)
