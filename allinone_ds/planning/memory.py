@@ -112,7 +112,8 @@ class Sizes:
     @property
     def trained_in_step(self) -> float:
         """Trained elements of what runs in a step, on average; what heads share, as if no step ran two of them."""
-        parts = {**{(task,): count for task, count in self.heads.items()}, **self.tied}
+        parts: dict[tuple[str, ...], int] = {(task,): count for task, count in self.heads.items()}
+        parts.update(self.tied)
         chances = {tasks: min(sum(self.chance.get(task, 1.0) for task in tasks), 1.0) for tasks in parts}
         return self.backbone + sum(count * chances[tasks] for tasks, count in parts.items())
 

@@ -16,6 +16,8 @@ _INSIDE = 4
 """Lines whose names are inside a plot; those of more are below it."""
 _WIDTH, _HANDLE = 130, 6
 """Letters of a line of names below a plot, and those that the piece of line beside a name takes."""
+_PIECES = 400
+"""Pieces of a line of which two points are drawn."""
 _ALL_METRICS = 10
 """Tasks of which a plot shows all metrics; of more it shows the main ones."""
 Lines = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -187,6 +189,19 @@ def _arrange(figure: Any) -> None:
             legend.set_in_layout(True)
 
 
+def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+    """Return a line of a few hundred points with all peaks: of many, the lowest and highest of each piece."""
+    size = math.ceil(len(steps) / _PIECES)
+    if size <= 2:
+        return steps, values
+    kept: list[int] = []
+    for begin in range(0, len(steps), size):
+        piece = range(begin, min(begin + size, len(steps)))
+        finite = [place for place in piece if math.isfinite(values[place])] or [begin]
+        kept += sorted({min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)})
+    return [steps[place] for place in kept], [values[place] for place in kept]
+
+
 def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] = ()) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -195,7 +210,7 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
         style, color = divmod(order.index(label), len(COLORS))
         marker = "." if len(steps) < 12 else None
         look = {"color": COLORS[color], "linestyle": _STYLES[style % len(_STYLES)], "linewidth": 1.4, "marker": marker}
-        axis.plot(steps, values, label=label, **look)
+        axis.plot(*_thinned(steps, values), label=label, **look)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

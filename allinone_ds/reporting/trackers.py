@@ -36,7 +36,7 @@ PICTURES = "predictions/{task}"
 LOWEST = "lowest_scores"
 CHARTS = {
     "loss": "train/loss/.*",
-    "metrics": "eval/[^/]*$",
+    "metrics": "eval/(?!ema_|runtime$|.*_(samples|broken)$)[^/]*$",
     "backbone gradient norm before balancing": "train/grad_norm/.*/raw$",
     "factor of the gradient": "train/grad_norm/.*/scale$",
     "backbone gradient norm after balancing": "train/grad_norm/.*/scaled$",

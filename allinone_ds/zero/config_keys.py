@@ -16,7 +16,7 @@ SERVED, IGNORED, REFUSED = "served", "ignored", "refused"
 
 _TOP = {
     SERVED: {
-        "activation_checkpointing": "of DeepSpeed's own checkpointing functions, which the trainer does not call",
+        "activation_checkpointing": "of DeepSpeed's checkpointing functions; the trainer calls none and refuses it",
         "bf16": "see its keys", "bfloat16": "old name of bf16", "fp16": "see its keys",
         "checkpoint": "how DeepSpeed writes files",
         "comms_logger": "measures only", "flops_profiler": "measures only", "memory_breakdown": "prints only",

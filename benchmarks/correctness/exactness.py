@@ -3,7 +3,9 @@
     python -m benchmarks.correctness.exactness          # every case on 1, 2 and 4 ranks: the table in docs/exactness.md
     python -m benchmarks.correctness.exactness --world 2 --only zero2
 
-All 1,266 runs take about 20 minutes on 2 cores; `--world 2 --only "zero2 fp32" --weighting tbgc` takes half a minute.
+All runs take about an hour on 2 cores; `--world 2 --only "zero2 fp32" --weighting tbgc` takes half a minute. With
+`--json` a run is written to the file when it is done, those that are in it are not run again, and the tables show all
+of them: the same command continues one that was interrupted. Delete the file to measure anew.
 
 Each case takes 5 SGD steps on 3 tasks whose losses differ by a factor of 3,000 and compares all weights and norms.
 For fp32 the figure is the largest absolute difference of a weight from float64. 16-bit rows are compared with the same
@@ -17,7 +19,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
+from allinone_ds.atomic_file import write_atomically
 from allinone_ds.testing.cases import MICRO_STEPS, WEIGHTINGS, all_cases, weightings_for
 from benchmarks.common.launch import measure_on_ranks, serve
 from benchmarks.common.report import make_parser, print_head, print_row
@@ -32,20 +36,44 @@ def run_cases(args: argparse.Namespace) -> list[dict]:
 
     # DeepSpeed refuses fp16 on CPUs without fp16 instructions; PyTorch computes it there nevertheless, more slowly.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    world = dist.get_world_size()
+    known = read_rows(args.json)
+    done = {_key(row) for row in known}
+    dist.barrier()  # every rank has read the file
     rows = []
     for case in all_cases():
         if args.only and not any(word in case.name for word in args.only):
             continue
         for weighting in args.weighting or weightings_for(case):
             for label, micro_steps in MICRO_STEPS.items():
+                if (case.name, weighting, label, world) in done:
+                    continue
                 result = run_case(case, WEIGHTINGS[weighting], micro_steps)
                 rows.append({"case": asdict(case), "rounds": case.rounds, "weighting": weighting, "micro_steps": label,
-                             "world": dist.get_world_size(), **result})  # fmt: skip
+                             "world": world, **result})  # fmt: skip
                 if dist.get_rank() == 0:
+                    write_rows(args.json, [*known, *rows])
                     print(f"{case.name:42s} {weighting:16s} {label} R={rows[-1]['world']} "
                           f"weights {result['weights']:.1e} (of update {result['weights_relative']:.1e}) "
                           f"norms {result['norms']:.1e}", flush=True)  # fmt: skip
     return rows
+
+
+def read_rows(file: Path | None) -> list[dict]:
+    """Return the runs in a record; none without one."""
+    return json.loads(file.read_text()) if file is not None and file.is_file() else []
+
+
+def write_rows(file: Path | None, rows: list[dict]) -> None:
+    """Write runs in the order of their cases; do nothing without a file."""
+    if file is not None:
+        order = {case.name: place for place, case in enumerate(all_cases())}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(sorted(rows, key=lambda row: order[row["case"]["name"]])) + "\n")
+
+
+def _key(row: dict) -> tuple[str, str, str, int]:
+    return row["case"]["name"], row["weighting"], row["micro_steps"], row["world"]
 
 
 def print_tables(rows: list[dict]) -> None:
@@ -87,10 +115,7 @@ def main() -> None:
     rows = []
     for world in args.world:
         rows += measure_on_ranks(__spec__.name, sys.argv[1:], world)
-    print_tables(rows)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows) + "\n")
+    print_tables(read_rows(args.json) or rows)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,18 @@ def check_sparse_embeddings_are_refused() -> None:
     engine.destroy()
 
 
+def check_activations_in_host_memory_are_refused_on_the_cpu() -> None:
+    """DeepSpeed's function would compute the backward of emptied tensors; a GPU has memory of its own to copy from."""
+    engine = make_engine()
+    deepspeed.checkpointing.CPU_CHECKPOINT = True
+    try:
+        if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+            raises(UnsupportedEngine, "cpu_checkpointing of DeepSpeed on the CPU", lambda: make_balancer(engine))
+    finally:
+        deepspeed.checkpointing.CPU_CHECKPOINT = False
+    engine.destroy()
+
+
 def check_the_backbone_may_be_given_as_a_module() -> None:
     engine = make_engine()
     balancer = TaskBalancer(engine, toy.TASKS, engine.module.backbone, TBGC())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
-from allinone_ds.reporting.plots import evaluation_lines, series, svg, write_plots
+from allinone_ds.reporting.plots import _thinned, evaluation_lines, series, svg, write_plots
 
 
 def test_plots_show_every_task(tmp_path: Path) -> None:
@@ -30,3 +31,14 @@ def test_the_names_of_many_tasks_are_below_the_plot() -> None:
     entry = {"step": 1, "eval_score": 0.5} | {f"eval_{n}_{m}": 0.5 for n in names for m in ("map50", "map_small")}
     assert set(evaluation_lines([entry], names)) == {"score", *(f"{name}: map50" for name in names)}
     assert len(evaluation_lines([entry], names[:2])) == 5
+
+
+def test_a_line_of_many_logs_stays_small_and_keeps_its_peaks() -> None:
+    count = 100_000
+    values = [1.0 + (step % 7) / 10 for step in range(count)]
+    values[70_001], values[30_000], values[50_000] = 9.0, -5.0, math.nan
+    steps, drawn = _thinned(range(count), values)
+    assert len(steps) == len(drawn) <= 800 and list(steps) == sorted(steps)
+    assert dict(zip(steps, drawn, strict=True))[70_001] == 9.0 and min(drawn) == -5.0
+    assert _thinned([1, 2], [0.5, math.nan])[0] == [1, 2]
+    assert len(svg({"a": (range(count), values)}, "loss")) < 60_000

@@ -168,7 +168,7 @@ def check_refusals() -> None:
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     run.AllInOneTrainer = tasks.Recorded
-    checks = {f"check_tasks_with_adapters {stage}": partial(check_tasks_with_adapters, stage) for stage in (0, 2, 3)}
+    checks = {f"check_tasks_with_adapters {stage}": partial(check_tasks_with_adapters, stage) for stage in (0, 3)}
     only = check_adapters_of_the_only_task
     checks |= {f"{only.__name__} {first}": partial(only, first, second) for first, second in ((2, 3), (3, 1))}
     run_checks(checks | {"check_refusals": check_refusals}, sys.argv[1])

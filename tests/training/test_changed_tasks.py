@@ -35,7 +35,7 @@ def adapted(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 @pytest.mark.parametrize(
     "check",
     [
-        *(f"check_tasks_with_adapters {stage}" for stage in (0, 2, 3)),
+        *(f"check_tasks_with_adapters {stage}" for stage in (0, 3)),
         *(f"check_adapters_of_the_only_task {stage}" for stage in (2, 3)),
         "check_refusals",
     ],
