@@ -50,7 +50,8 @@ def read_image(path: str, data: bytes | None = None) -> tv_tensors.Image:
     """Read an image as upright 8-bit RGB.
 
     EXIF orientation is applied. Grey and palette images become RGB, alpha is dropped, CMYK is converted, and the first
-    picture of an animation is used. `to_8_bit` describes what happens to pixels of more than 8 bits.
+    picture of an animation is used. `to_8_bit` describes what happens to pixels of more than 8 bits. A numpy file holds
+    integers, or floats in 0..1: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
 
     Args:
         path: the file that is read, and that a `BrokenSample` names.
@@ -85,7 +86,7 @@ def _read_image(path: str, data: bytes | None) -> tv_tensors.Image:
         except RuntimeError:
             pass  # Pillow reads what torchvision cannot, or says what is wrong
     try:
-        array = to_8_bit(_decode(data))  # (H, W, 3)
+        array = to_8_bit(_numpy_pixels(data) if data.startswith(_NUMPY) else _decode(data))  # (H, W, 3)
     except Exception as error:  # decoders raise many types of errors on broken files
         raise BrokenSample(path, _decoding_reason(error)) from None
     return tv_tensors.Image(torch.from_numpy(array).permute(2, 0, 1))
@@ -112,6 +113,8 @@ def stored_bits(data: bytes) -> int | None:
 def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
     """Read the stored values of a label map; those of a palette png are its palette indices, not its colours.
 
+    A numpy file may hold its class ids as floats.
+
     Args:
         path: the file that is read, and that a `BrokenSample` names.
         data: the content of the file, if it comes from elsewhere.
@@ -120,13 +123,15 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
         integers (H, W), uint8 or wider
 
     Raises:
-        BrokenSample: the file is missing or truncated, or has more than one channel.
+        BrokenSample: the file is missing or truncated, has more than one channel, or holds a number that is not whole.
 
     Example:
         >>> read_label_map("tiny.pgm", b"P5 3 1 255 " + bytes([0, 1, 255])).tolist()
         [[0, 1, 255]]
     """
     data = _read_bytes(path) if data is None else data
+    if data.startswith(_NUMPY):
+        return _whole_numbers(path, read_map(path, data))
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
@@ -140,6 +145,21 @@ def read_label_map(path: str, data: bytes | None = None) -> np.ndarray:
             "colours are the classes, list them in class_colors",
         )
     return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _whole_numbers(path: str, stored: np.ndarray) -> np.ndarray:
+    """Return the class ids (H, W) that a numpy file stores, of any type of numbers."""
+    planes = stored[..., 0] if stored.ndim == 3 and stored.shape[-1] == 1 else stored
+    planes = planes[0] if planes.ndim == 3 and planes.shape[0] == 1 else planes
+    if planes.ndim != 2 or planes.dtype.kind not in "biuf":
+        shape = " x ".join(map(str, stored.shape))
+        raise BrokenSample(path, f"holds {stored.dtype} of shape {shape}; a label map has one class id per pixel")
+    if planes.dtype.kind != "f":
+        return planes.astype(np.uint8) if planes.dtype == bool else planes
+    wrong = planes[~(np.isfinite(planes) & (planes == np.rint(planes)))]
+    if wrong.size:
+        raise BrokenSample(path, f"holds {wrong[0]:g} in {wrong.size} pixels; class ids are whole numbers; correct it")
+    return planes.astype(np.int64)
 
 
 def read_color_map(path: str, data: bytes | None = None) -> np.ndarray:
@@ -202,6 +222,8 @@ def read_map(path: str, data: bytes | None = None) -> np.ndarray:
 def image_size(path: str | io.BytesIO) -> tuple[int, int] | None:
     """Return (H, W) of the upright image from the header of its file, or None if it cannot be read."""
     try:
+        if isinstance(path, str) and path.lower().endswith(".npy"):
+            return _channels_last(np.load(path, mmap_mode="r", allow_pickle=False)).shape[:2]
         with Image.open(path) as file:
             picture: Image.Image = file
             if file.format == "TIFF":  # Pillow's releases differ in whether its `size` is upright before loading
@@ -314,6 +336,26 @@ def _decode(data: bytes) -> np.ndarray:
         picture.tile = tiles
         lower = _channels(ImageOps.exif_transpose(picture))
     return upright.astype(np.uint16) << 8 | lower
+
+
+def _numpy_pixels(data: bytes) -> np.ndarray:
+    """Return the pixels (H, W, 3) of a numpy file in the type that it stores."""
+    pixels = _channels_last(np.load(io.BytesIO(data), allow_pickle=False))
+    if pixels.dtype.kind not in "iuf":
+        raise ValueError(f"holds {pixels.dtype}, an image holds integers, or floats in 0..1")
+    return np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] > 1 else pixels[..., [0, 0, 0]])
+
+
+def _channels_last(stored: np.ndarray) -> np.ndarray:
+    """Return an array of an image as (H, W, C)."""
+    if stored.ndim == 2:
+        return stored[..., None]
+    if stored.ndim == 3 and stored.shape[-1] in (1, 3, 4):
+        return stored
+    if stored.ndim == 3 and stored.shape[0] in (1, 3, 4):
+        return np.moveaxis(stored, 0, -1)
+    shape = " x ".join(map(str, stored.shape))
+    raise ValueError(f"has the shape {shape}, an image is (H, W), (H, W, 3) or (3, H, W)")
 
 
 def _is_wide_colour(picture: Image.Image, data: bytes) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
@@ -33,6 +35,18 @@ def source_type(classes: Sequence[type[SourceConfig]]) -> Any:
 
     union: Any = Union[tuple(classes)]  # noqa: UP007
     return Annotated[Annotated[union, Field(discriminator="format")], BeforeValidator(refuse_unknown)]
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Look for no unreachable objects inside this block: among those of a million annotations it takes seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _one_or_several(value: Any, handler: Any) -> Any:
@@ -84,7 +98,8 @@ def open_source(
     if not isinstance(source, SourceConfig):
         allowed = ", ".join(sorted(source_class.__name__ for source_class in SOURCE_CLASSES))
         raise TypeError(f"source is a {type(source).__name__}; give an instance of a source class ({allowed})")
-    dataset = source.open(Path(root), classes)  # type: ignore[arg-type]
+    with _without_collection():
+        dataset = source.open(Path(root), classes)  # type: ignore[arg-type]
     dataset.opened_from = source, Path(root)
     dataset.structural = [*dataset.structural, *size_problems(dataset, source.expect)]
     if strict:

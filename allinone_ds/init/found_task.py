@@ -37,7 +37,9 @@ class FoundTask:
 
     @property
     def images(self) -> tuple[str, str] | None:
-        """Folders of the train and test images ("": none); None for formats that name no folder of images."""
+        """Where the train and test images are ("": none): folders, or tar files; None for other formats."""
+        if self.train["format"] == "webdataset":
+            return str(self.train["shards"]), str((self.test or {"shards": ""})["shards"])
         parts = self.train, self.test or {"images": ""}
         if any(source.get("format", self.train["format"]) not in _WITH_IMAGES for source in parts):
             return None

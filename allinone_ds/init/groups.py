@@ -86,6 +86,8 @@ def plan_group(
 def _source(tasks: Mapping[str, PlannedTask], part: str) -> dict[str, Any]:
     """Return the joint source of the tasks' sources, which name the images no more."""
     given = {name: getattr(task.found, part) for name, task in tasks.items()}
+    if all("images" not in source for source in given.values()):  # tar files, which hold the images
+        return {"format": "joint", "labels": given}
     labels = {name: {k: v for k, v in source.items() if k != "images"} for name, source in given.items()}
     return {"format": "joint", "images": next(iter(given.values()))["images"], "labels": labels}
 
@@ -99,7 +101,7 @@ def _open(
         sources=[TypeAdapter(JointSource).validate_python(source)],
         classes={task: each.found.classes for task, each in tasks.items() if each.found.classes is not None},
         split=Split(**SPLIT) if split else None,
-        part=part if split else "train",
+        part=part,
     )
     opened: Any = open_source(group, root, names, strict=False)  # type: ignore[arg-type]
     return opened

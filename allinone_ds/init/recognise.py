@@ -16,6 +16,7 @@ from allinone_ds.init.layouts import (
     hugging_face,
     label_maps,
     tables,
+    tar_files,
     voc,
     yolo,
 )
@@ -23,6 +24,8 @@ from allinone_ds.init.layouts import (
 FINDERS = {
     "`datasets`: a folder of save_to_disk, parquet files, or images with metadata.csv or metadata.jsonl that names "
     "each file in `file_name`": hugging_face.find,
+    "tar files of the webdataset format: members 1.jpg and 1.cls, 1.json, 1.txt or 1.seg.png, one after another, are a "
+    "sample": tar_files.find,
     "YOLO: a data.yaml with names, train and val, or folders images and labels with `class x y width height` per line":
         yolo.find,
     "Pascal VOC: XML files in Annotations and images in JPEGImages, lists in ImageSets": voc.find,
@@ -42,7 +45,7 @@ FINDERS = {
 }  # fmt: skip
 """{what a layout looks like: its recogniser}, in the order in which they are tried."""
 
-_PLACES = ("images", "annotations", "label_maps", "maps", "list", "table", "data")
+_PLACES = ("images", "annotations", "label_maps", "maps", "list", "table", "data", "shards")
 """Keys of sources that name files and folders."""
 _COMPONENTS = frozenset({"images", "image", "img", "labels", "masks", "annotations", "imagesets", "jpegimages"})
 
@@ -104,10 +107,8 @@ def _inside_one_folder(task: FoundTask, tree: FileTree) -> bool:
     """Return whether all files of a task lie in one folder of the tree, beside which there may be other data."""
     used: set[str] = set()
     for source in (task.train, task.test or {}):
-        keys = (
-            ("path",) if "path" in source else ("images", "annotations", "label_maps", "maps", "list", "table", "data")
-        )
-        for value in (source[key] for key in keys if key in source):
+        given = [source[key] for key in (("path",) if "path" in source else _PLACES) if key in source]
+        for value in (one for several in given for one in (several if isinstance(several, list) else [several])):
             relative = Path(value).relative_to(tree.name) if tree.name else Path(value)
             used.add(relative.parts[0] if relative.parts else ".")
     return len(used) == 1 and used <= set(tree.folders_in(""))

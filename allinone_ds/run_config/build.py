@@ -187,7 +187,8 @@ def inspect_data(config: RunConfig, train: Mapping[str, TaskData], test: Mapping
                 if part is test:
                     problems += overlap_at_start(train[name].dataset, dataset)
                 raise_problems(f"{'task' if name in config.tasks else 'joint group'} '{name}'", problems)
-                dataset.structural = [*problems, *dataset.structural]
+                found = [*problems, *dataset.structural]
+                dataset.structural = [problem._replace(unused=frozenset()) for problem in found]  # may name a million
 
 
 def without_checkpoint(configured: BackboneConfig, built: PreTrainedConfig) -> BackboneConfig:

@@ -124,6 +124,9 @@ def composed(size: str, split: str) -> DemoSizes:
 def describe(data: str, size: str) -> dict[str, Any]:
     """Return everything that decides which images a run reads, as JSON values."""
     facts: dict[str, Any] = {split: composed(size, split).model_dump(mode="json") for split in SPLITS}
+    for look in (part for split in SPLITS for part in facts[split].values() if isinstance(part, dict)):
+        if not look["nearest_last"]:  # the scenes are those of records from before there was this option
+            del look["nearest_last"]
     facts |= {"seed": SEED, "held_out": HELD_OUT, "photos": VALIDATION_PHOTOS, "classes": KEPT[size]}
     if data == "joint":
         return {**facts, "scenes": JOINT[size].model_dump(mode="json"), "validation": JOINT_VALIDATION}

@@ -9,14 +9,19 @@ from typing import Any
 
 from benchmarks.ladder.plan import BLOCKS, SINGLE
 from benchmarks.ladder.records import Records
-from benchmarks.ladder.table import METRICS, REFERENCE, TITLES, Block
+from benchmarks.ladder.stats import Comparison, compare
+from benchmarks.ladder.table import METRICS, REFERENCE, TITLES, Block, against_sum
+
+AGAINST_SUM = "evidence-against-sum.png"
+"""Name of the plot that opens the page."""
 
 
 def write_plots(records: Records, folder: Path) -> dict[Path, str]:
     """Draw the plots for which there are records.
 
-    These are evidence-DATA-OPTIMIZER.png (scores by method and seed), evidence-rates-*.png (scores by learning rate)
-    and evidence-norms-*.png (norms and parts of the update in the validation runs at the chosen rates).
+    These are evidence-against-sum.png (differences to the plain sum, of every block), evidence-DATA-OPTIMIZER.png
+    (scores by method and seed), evidence-rates-*.png (scores by learning rate) and evidence-norms-*.png (norms and
+    parts of the update in the validation runs at the chosen rates).
 
     Returns:
         Written file -> its caption.
@@ -35,6 +40,9 @@ def write_plots(records: Records, folder: Path) -> dict[Path, str]:
         plt.close(figure)
         written[folder / name] = shows
 
+    differences = {key: found for key in BLOCKS if (found := _differences(Block(records, *key)))}
+    if differences:
+        save(_against_sum(plt, differences), AGAINST_SUM, "Mean relative change less that of the plain sum")
     for data, optimizer in BLOCKS:
         block, title = Block(records, data, optimizer), TITLES[data, optimizer]
         if any(block.runs[method] for method in block.multi):
@@ -49,6 +57,34 @@ def write_plots(records: Records, folder: Path) -> dict[Path, str]:
             )
             save(_norms(plt, block), f"evidence-norms-{data}-{optimizer}.png", shows)
     return written
+
+
+def _differences(block: Block) -> dict[str, Comparison]:
+    """Return every method's difference to the plain sum, for methods with two seeds and more."""
+    return {method: compare(values) for method, values in against_sum(block).items() if len(values) > 1}
+
+
+def _against_sum(plt: Any, differences: dict[tuple[str, str], dict[str, Comparison]]) -> Any:
+    rows = [len(found) + 1 for found in differences.values()]
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(8, 0.32 * sum(rows) + 0.5 * len(rows) + 0.5), squeeze=False, sharex=True,
+        gridspec_kw={"height_ratios": rows},
+    )  # fmt: skip
+    for axis, (key, found) in zip(axes[:, 0], differences.items(), strict=True):
+        order = sorted(found, key=lambda method: found[method].mean)
+        for row, method in enumerate(order):
+            low, mean, high = (100 * value for value in (found[method].low, found[method].mean, found[method].high))
+            sure = low > 0 or high < 0
+            color = "#999999" if not sure else "#2f8f4e" if mean > 0 else "#c0392b"
+            axis.plot([low, high], [row, row], color=color, linewidth=2)
+            axis.plot([mean], [row], "o", color=color, markersize=6)
+        axis.axvline(0, color="#444444", linewidth=1, linestyle="--")
+        axis.set_yticks(range(len(order)), order)
+        axis.set_ylim(-0.6, len(order) - 0.4)
+        seeds = max(one.n for one in found.values())
+        axis.set_title(f"{TITLES[key]}, {seeds} seeds", fontsize=10, loc="left")
+    axes[-1, 0].set_xlabel("difference to the plain sum, points of mean relative change (line: 95 % interval)")
+    return figure
 
 
 def _rates(plt: Any, block: Block) -> Any:

@@ -174,13 +174,17 @@ def results_table(block: Block) -> list[str]:
 
 
 def tests_table(block: Block) -> list[str]:
-    """Return paired tests over seeds: three families, each with Holm's correction."""
-    against = {
-        f"{REFERENCE} - {method}": _paired(block.change(REFERENCE), block.change(method))
-        for method in block.multi
-        if method != REFERENCE
+    """Return paired tests over seeds: four families, each with Holm's correction."""
+    families = {
+        f"Every method against the plain sum, {block.measure} in percentage points": {
+            f"{method} - sum": values for method, values in against_sum(block).items()
+        },
+        f"{REFERENCE} against the other methods, {block.measure} in percentage points": {
+            f"{REFERENCE} - {method}": _paired(block.change(REFERENCE), block.change(method))
+            for method in block.multi
+            if method not in (REFERENCE, "sum")
+        },
     }
-    families = {f"{REFERENCE} against the other methods, {block.measure} in percentage points": against}
     families[f"Every method against single-task models, {block.measure} in percentage points"] = {
         f"{method} - single-task": list(block.change(method).values()) for method in block.multi
     }
@@ -192,6 +196,8 @@ def tests_table(block: Block) -> list[str]:
     }
     lines = []
     for title, family in families.items():
+        if not family:
+            continue
         tested = {name: compare(values) for name, values in family.items() if len(values) > 1}
         adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
         lines += [f"**{title}:**", ""]
@@ -211,6 +217,11 @@ def tests_table(block: Block) -> list[str]:
             )
         lines.append("")
     return lines
+
+
+def against_sum(block: Block) -> dict[str, list[float]]:
+    """Return every method's mean relative change less that of the plain sum, one value per seed that both have."""
+    return {m: _paired(block.change(m), block.change("sum")) for m in block.multi if m != "sum"}
 
 
 def _paired(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:

@@ -45,6 +45,7 @@ RUNS = {
     "joint-group": ("performance.md", "joint_group --json benchmarks/results/joint_group.json"),
     "saving": ("reliability.md", "saving --json benchmarks/results/saving.json"),
     "scale": ("scale.md", "scale --json benchmarks/results/scale.json"),
+    "loading": ("scale.md", "loading --json benchmarks/results/loading.json"),
     "traffic": ("scale.md", "traffic --json benchmarks/results/traffic.json"),
 }
 """Name of the table -> (page in docs/, module of this folder and its arguments)."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.common.launch import ROOT
 from benchmarks.ladder import data as ladder_data
 from benchmarks.ladder import plots, runs, stats, table
 from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, SEEDS, TASKS, Spec
@@ -126,6 +127,12 @@ def test_settings_depend_on_the_base_run_and_the_data(records: Records) -> None:
     assert len(digests) == 3
 
 
+def test_the_recorded_runs_of_the_earlier_head_stay_valid() -> None:
+    earlier = Records(ROOT / "benchmarks/results/ladder_cpu.jsonl", BASES, "cpu").earlier()
+    for data, optimizer in (ADAMW, ("composed", "sgd"), ("native", "adamw")):
+        assert len(table.Block(earlier, data, optimizer).runs["tbgc"]) == len(SEEDS[data]), (data, optimizer)
+
+
 # ---- statistics ----
 
 
@@ -195,7 +202,8 @@ def test_the_report_names_what_is_missing_and_what_is_significant(records: Recor
     fill(earlier, [ADAMW])
     assert "| sum | .500 to .500 | .500 to .500 | .500 to .500 | +0.0 to +0.0 |" in table.report(records, [ADAMW])
     drawn = {path.name for path in plots.write_plots(records, tmp_path) if path.stat().st_size > 0}
-    assert drawn == {f"evidence-{kind}composed-adamw.png" for kind in ("", "rates-", "norms-")}
+    names = {f"evidence-{kind}composed-adamw.png" for kind in ("", "rates-", "norms-")}
+    assert drawn == names | {plots.AGAINST_SUM}
 
 
 @pytest.mark.parametrize(("best", "says"), [(0, "the lowest tried"), (3, "inside"), (-1, "the highest tried")])

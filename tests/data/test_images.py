@@ -163,6 +163,38 @@ def test_an_opened_image_is_read_like_its_file():
     assert np.array_equal(to_rgb(Image.fromarray(values))[..., 1], values >> 4)
 
 
+def npy(values):
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def test_an_image_in_a_numpy_file_is_read_like_a_picture(tmp_path):
+    shades = pixels(3)
+    for stored in (shades, shades / 255, np.moveaxis(shades / 255, -1, 0).astype(np.float32), shades.astype(np.int64)):
+        assert np.array_equal(read_image("x", npy(stored)).permute(1, 2, 0).numpy(), shades)
+    for grey in (shades[..., 0], shades[..., :1]):
+        assert np.array_equal(read_image("x", npy(grey)).permute(1, 2, 0).numpy(), shades[..., [0, 0, 0]])
+    (tmp_path / "a.npy").write_bytes(npy(np.moveaxis(shades, -1, 0)))
+    assert image_size(str(tmp_path / "a.npy")) == (24, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npy(np.zeros((5, 6, 2))), "has the shape 5 x 6 x 2, an image is"),
+        (npy(np.zeros(4)), "has the shape 4, an image is"),
+        (npy(np.full((4, 4, 3), 255.0)), r"floating-point numbers in 255\.\.255, allowed are 0\.\.1"),
+        (npy(np.zeros((4, 4, 3), dtype=complex)), "holds complex128, an image holds"),
+        (npy(np.array([[{}]])), "cannot be decoded"),
+        (npy(pixels(0))[:-9], "cannot be decoded"),
+    ],
+)
+def test_a_numpy_file_that_is_no_image_is_broken(data, reason):
+    with pytest.raises(BrokenSample, match=reason):
+        read_image("x.npy", data)
+
+
 def test_images_of_8_bit_have_no_stored_bits():
     for kind, mode in (("JPEG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("TIFF", "L")):
         assert stored_bits(encode(COLOUR.convert(mode), kind)) is None
@@ -242,3 +274,25 @@ def test_a_16_bit_label_map_keeps_its_values():
 def test_a_label_map_of_several_channels_is_broken(mode):
     with pytest.raises(BrokenSample, match=f"mode {mode}; a label map has one channel"):
         read_label_map("x", encode(COLOUR.convert(mode), "PNG"))
+
+
+def test_a_label_map_in_a_numpy_file_keeps_its_values():
+    stored = np.array([[-1, 0], [12, 300]])
+    for values in (stored, stored.astype(np.float32), stored[..., None], stored[None]):
+        found = read_label_map("x.npy", npy(values))
+        assert found.dtype == np.int64 and np.array_equal(found, stored)
+    assert read_label_map("x.npy", npy(stored > 0)).tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([[0.5, 1, 0.25]]), "holds 0.5 in 2 pixels; class ids are whole numbers"),
+        (np.array([[np.nan, 1]]), "holds nan in 1 pixels"),
+        (np.zeros((4, 4, 3)), "holds float64 of shape 4 x 4 x 3; a label map has one class id per pixel"),
+        (np.zeros((4, 4), dtype=complex), "holds complex128"),
+    ],
+)
+def test_a_numpy_file_that_is_no_label_map_is_broken(values, reason):
+    with pytest.raises(BrokenSample, match=reason):
+        read_label_map("x.npy", npy(values))

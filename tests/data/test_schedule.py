@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 from allinone_ds.data.loading.schedule import Schedule
+from allinone_ds.data.loading.seeds import random_state
 
 SHAPES = [  # N samples, batch size B, K micro-steps, R ranks
     (12, 2, 1, 1),
@@ -40,6 +41,15 @@ def test_a_resumed_schedule_equals_the_uninterrupted_one(n, b, k, r):
     uninterrupted = make(n, b, k, r)
     for step in (7, 0, 3):  # in any order, since no state is carried from step to step
         assert flat(make(n, b, k, r), "det", range(step, step + 4)) == flat(uninterrupted, "det", range(step, step + 4))
+
+
+def test_a_permutation_is_kept_in_as_few_bytes_as_its_numbers_need():
+    for size, dtype in ((200, "uint8"), (300, "uint16"), (70_000, "uint32")):
+        schedule = make(size, 1, 1, 1)
+        order = [schedule.at("det", position).index for position in range(min(size, 5))]
+        [kept] = schedule._permutations.values()
+        expected = random_state(0, "det", "order", 0).permutation(size)
+        assert kept.dtype == dtype and order == expected[:5].tolist() and (kept == expected).all()
 
 
 def test_ranks_agree_on_tasks_and_differ_in_samples():

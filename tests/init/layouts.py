@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +347,65 @@ def saved_to_disk(root: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(str(root))
 
 
+# ---- tar files
+
+
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def file_of(image: Image.Image, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, count: int, seed: int, *members: Callable[[int], tuple[str, bytes]]) -> None:
+    """Samples of a picture and what the functions return for their number: an ending and a content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            for ending, content in (("jpg", file_of(picture(seed + i))), *(member(i) for member in members)):
+                add_member(archive, f"sample_{seed + i:05}.{ending}", content)
+
+
+def class_id(i: int) -> tuple[str, bytes]:
+    return "cls", str(i % 2).encode()
+
+
+def class_map(i: int) -> tuple[str, bytes]:
+    stored = np.full(SIZE, 255, dtype=np.uint8)
+    stored[: 10 + i] = 0
+    stored[40:] = 1
+    return "seg.png", file_of(Image.fromarray(stored), "PNG")
+
+
+def boxes_of(i: int) -> tuple[str, bytes]:
+    return "json", json.dumps({"annotations": [{"bbox": box(i), "category_id": i % 2}], "width": SIZE[1]}).encode()
+
+
+def tar_classes(root: Path) -> None:
+    """train-{000000..000001}.tar and val-000000.tar of jpg and cls, classes.txt."""
+    for number in range(2):
+        write_tar(root / f"train-{number:06}.tar", 4, 10 * number, class_id)
+    write_tar(root / "val-000000.tar", 4, 50, class_id)
+    (root / "classes.txt").write_text("cat\ndog\n")
+
+
+def tar_boxes(root: Path) -> None:
+    """shards/x.tar and y.tar of jpg and json with a list of boxes."""
+    for number, name in enumerate("xy"):
+        write_tar(root / "shards" / f"{name}.tar", 5, 10 * number, boxes_of)
+
+
+def tar_maps(root: Path) -> None:
+    """{train,test}/0.tar of jpg and seg.png."""
+    for number, part in enumerate(("train", "test")):
+        write_tar(root / part / "0.tar", 4, 10 * number, class_map)
+
+
 LAYOUTS = {
     # name: (function, kind, train samples, test samples, classes)
     "coco_official": (coco_official, "detection", 10, 4, ["cat", "dog"]),
@@ -373,5 +435,8 @@ LAYOUTS = {
     "voc_roboflow": (voc_roboflow, "detection", 5, 5, ["cat", "dog"]),
     "metadata_boxes": (metadata_boxes, "detection", 6, 6, ["class_0", "class_1"]),
     "metadata_classes": (metadata_classes, "classification", 8, 2, ["a", "b"]),
+    "tar_classes": (tar_classes, "classification", 8, 4, ["cat", "dog"]),
+    "tar_boxes": (tar_boxes, "detection", 8, 2, ["class_0", "class_1"]),
+    "tar_maps": (tar_maps, "segmentation", 4, 4, ["class_0", "class_1"]),
     "saved_to_disk": (saved_to_disk, "classification", 12, 4, ["lo", "hi"]),
 }

@@ -65,6 +65,17 @@ def nyuv2(root: Path) -> None:
     lines(root / "gt_sets" / "val.txt", names[4:])
 
 
+def nyuv2_libmtl(root: Path) -> None:
+    """train/{image,label,depth,normal}/N.npy: images of floats in 0..1, labels of floats with -1, depth (H, W, 1)."""
+    for part, count in (("train", 4), ("val", 2)):
+        for number in range(count):
+            unknown = RNG.rand(*SIZE, 1) < 0.2
+            save(root / part / "image" / f"{number}.npy", RNG.rand(*SIZE, 3))
+            save(root / part / "label" / f"{number}.npy", ids(13, np.float32) - 1)
+            save(root / part / "depth" / f"{number}.npy", np.where(unknown, 0, RNG.uniform(0.5, 9, (*SIZE, 1))))
+            save(root / part / "normal" / f"{number}.npy", np.where(unknown, 0, directions()))
+
+
 def cityscapes(root: Path) -> None:
     """As unpacked: label ids, instance ids of 16 bits, colours and polygons beside each other, and parts not used."""
     for part, city in (("train", "aachen"), ("train", "bochum"), ("val", "frankfurt"), ("test", "berlin")):
@@ -164,6 +175,7 @@ SMALL = {"upernet": HEADS["upernet"][2], "rf_detr": HEADS["rf_detr"][2]}
 LAYOUTS: dict[str, tuple[Callable[[Path], None], dict[str, int]]] = {
     "nyuv2": (nyuv2, {"rooms": 4}),
     "nyuv2_13": (nyuv2, {"rooms": 4}),
+    "nyuv2_libmtl": (nyuv2_libmtl, {"rooms": 4}),
     "cityscapes": (cityscapes, {"streets": 4}),
     "celeba": (celeba, {"attributes": 4}),
     "coco": (coco, {"scenes": 3}),

@@ -99,7 +99,7 @@ def test_sources_split_and_classes_are_opened_and_written_down(file: Path, tmp_p
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"ignore_index": "foo"}, "'foo': give a whole number of 0 or more, or a list of such numbers"),
+        ({"ignore_index": "foo"}, "'foo': give a whole number, or a list of such numbers"),
         ({"class_ids": [0, [1, -2]]}, "[1, -2]: give a whole number of 0 or more, or a list of such numbers"),
     ],
 )

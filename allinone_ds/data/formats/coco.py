@@ -35,6 +35,7 @@ from allinone_ds.data.formats.common.object_parts import (
     segmentation_fault,
     split_points,
 )
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import BrokenSample, ConfigError, DataError
 from allinone_ds.strict import PathText
@@ -141,7 +142,7 @@ class CocoDataset(SampleDataset):
         path = self.path(index)
         image = read_image(path)
         size = (image.shape[1], image.shape[2])
-        stated = self.sizes[index]
+        stated = self._stated_size(index)
         if stated is not None and stated != size:
             raise BrokenSample(
                 path,
@@ -160,12 +161,16 @@ class CocoDataset(SampleDataset):
         fields = {"boxes": self._boxes[own], "labels": self._labels[own], "iscrowd": self._crowd[own]}
         if self.kind == "keypoints":
             fields["visible"] = self._keypoints[own][..., 2]
-        return {**fields, "size": self.sizes[index]}
+        return {**fields, "size": self._stated_size(index)}
+
+    def _stated_size(self, index: int) -> tuple[int, int] | None:
+        height, width = self.sizes[index].tolist()
+        return (height, width) if height else None
 
     def _parts(self, own: slice, size: tuple[int, int], path: str) -> Sample:
         """Return the masks, or the keypoints and areas, of the objects of an image."""
         if self.kind == "instances":
-            masks = [decode_mask(segmentation, size, path) for segmentation in self._segmentations[own]]
+            masks = [decode_mask(json.loads(text), size, path) for text in self._segmentations[own]]
             stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
             return {"masks": tv_tensors.Mask(torch.from_numpy(stacked))}
         if self.kind == "keypoints":
@@ -206,10 +211,9 @@ class CocoDataset(SampleDataset):
             self.category_ids[label] = category
 
     def _read_images(self, records: list[Any]) -> dict[Any, int]:
-        """Set `files`, `image_ids` and `sizes` ((H, W), from the json or the file's header); return {id: index}."""
-        self.files: list[str] = []
-        self.image_ids: list[Any] = []
-        self.sizes: list[tuple[int, int] | None] = []
+        """Set `files` and `sizes` (N, 2) (H, W from the json or the file's header, or 0, 0); return {id: index}."""
+        files: list[str] = []
+        sizes: list[tuple[int, int]] = []
         index_of: dict[Any, int] = {}
         for record in records:
             if not isinstance(record, dict) or not _is_id(record.get("id")) or not record.get("file_name"):
@@ -222,50 +226,66 @@ class CocoDataset(SampleDataset):
                 self.structural.append(Problem(str(self.folder / file), reason))
                 continue
             height, width = record.get("height"), record.get("width")
-            index_of[record["id"]] = len(self.files)
-            self.files.append(file)
-            self.image_ids.append(record["id"])
+            index_of[record["id"]] = len(files)
+            files.append(file)
             if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-                self.sizes.append((height, width))
+                sizes.append((height, width))
             else:
-                self.sizes.append(image_size(os.path.join(self.folder, file)))
+                sizes.append(image_size(os.path.join(self.folder, file)) or (0, 0))
+        self.files = Texts(files)
+        self.sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
         return index_of
 
     def _read_boxes(self, records: list[Any], index_of: dict[Any, int]) -> None:
         """Set boxes (n, 4) XYXY, labels (n,) and crowd flags (n,), sorted by image, and each image's first box."""
-        rows, owners, labels, crowd, parts = [], [], [], [], []
-        for record in records:
-            problem = self._annotation_problem(record, index_of)
-            if problem:
-                self.structural.append(problem)
-                continue
-            x, y, w, h = record["bbox"]
-            rows.append((x, y, x + w, y + h))
-            owners.append(index_of[record["image_id"]])
-            labels.append(self._label_of[record["category_id"]])
-            crowd.append(record.get("iscrowd") in (1, "1"))  # bool("0") would be True
-            parts.append(record)
-        boxes = np.array(rows, dtype=np.float32).reshape(-1, 4)
-        owner = np.array(owners, dtype=np.int64)
-        sizes = np.array([size or (np.inf, np.inf) for size in self.sizes]).reshape(-1, 2)[owner]  # (n, 2): H, W
+        columns = self._columns(records, index_of) if self.kind == "detection" else None
+        if columns is None:  # looking at each of a million annotations takes ten times as long
+            records = [record for record in records if self._is_usable(record, index_of)]
+            columns = self._columns(records, index_of)
+            assert columns is not None
+        owner, labels, boxes = columns
+        sizes = np.where(self.sizes > 0, self.sizes, np.inf)[owner]  # (n, 2): H, W
         for n in np.flatnonzero(boxes_outside(boxes, (sizes[:, 0], sizes[:, 1]))):
-            index = owners[n]
-            self.structural.append(Problem(self.path(index), outside_reason(boxes[n], self.sizes[index] or (0, 0))))
+            stated = self._stated_size(owner[n]) or (0, 0)
+            self.structural.append(Problem(self.path(owner[n]), outside_reason(boxes[n], stated)))
         if are_fractions(boxes):
             self.structural.append(Problem(self.name, FRACTIONS_REASON))
-        repeated = len(boxes) - len(np.unique(np.column_stack([boxes, owner, labels]), axis=0))
+        repeated = len(boxes) - _different_rows(np.column_stack([boxes, owner, labels]))
         if repeated:
             reason = f"{repeated} boxes repeat another box of the same image, category and position; keep one of each"
             self.structural.append(Problem(self.name, reason, "warning"))
         order = np.argsort(owner, kind="stable")
         self._boxes = boxes[order]
-        self._labels = np.array(labels, dtype=np.int64)[order]
+        self._labels = labels[order]
+        crowd = [record.get("iscrowd") in (1, "1") for record in records]  # bool("0") would be True
         self._crowd = np.array(crowd, dtype=bool)[order]
         self._first = np.searchsorted(owner[order], np.arange(len(self.files) + 1))
         if self.kind == "instances":
-            self._segmentations = [parts[n]["segmentation"] for n in order]
+            self._segmentations = Texts(json.dumps(records[n]["segmentation"]) for n in order)
         if self.kind == "keypoints":
-            self._set_keypoints([parts[n] for n in order], owner[order])
+            self._set_keypoints([records[n] for n in order], owner[order])
+
+    def _columns(self, records: list[Any], index_of: dict[Any, int]) -> tuple[np.ndarray, ...] | None:
+        """Return the image (n,), label (n,) and box (n, 4) XYXY of all annotations; None if one of them has a fault."""
+        try:
+            owner = [index_of[record["image_id"]] for record in records]
+            labels = [self._label_of[record["category_id"]] for record in records]
+            boxes = np.array([record["bbox"] for record in records] or np.empty((0, 4)))
+        except (KeyError, TypeError, ValueError):
+            return None
+        if boxes.shape[1:] != (4,) or boxes.dtype.kind not in "biuf":
+            return None
+        boxes = boxes.astype(np.float64)
+        if not (np.abs(boxes) < 1e9).all():  # also false for NaN
+            return None
+        boxes[:, 2:] += boxes[:, :2]
+        return np.array(owner, dtype=np.int64), np.array(labels, dtype=np.int64), boxes.astype(np.float32)
+
+    def _is_usable(self, record: Any, index_of: dict[Any, int]) -> bool:
+        """Return whether an annotation has no fault; add the fault to `structural` if it has one."""
+        problem = self._annotation_problem(record, index_of)
+        self.structural += [] if problem is None else [problem]
+        return problem is None
 
     def _set_keypoints(self, records: list[dict[str, Any]], owner: np.ndarray) -> None:
         """Set keypoints (n, P, 3), areas (n,) and the order of the points in a mirrored image (K, P)."""
@@ -289,7 +309,7 @@ class CocoDataset(SampleDataset):
         outside = sum(
             int(points_outside(self._keypoints[n], size).sum())
             for n, i in enumerate(owner.tolist())
-            if (size := self.sizes[i]) is not None
+            if (size := self._stated_size(i)) is not None
         )
         if outside:
             reason = f"{outside} keypoints lie outside of their images and are not used in training; correct them"
@@ -316,7 +336,7 @@ class CocoDataset(SampleDataset):
             return Problem(self.path(index_of[image]), f"{where}: {reason}")
         fault = None
         if self.kind == "instances":
-            fault = segmentation_fault(record.get("segmentation"), self.sizes[index_of[image]])
+            fault = segmentation_fault(record.get("segmentation"), self._stated_size(index_of[image]))
             if fault is None and apart(record["segmentation"], box):
                 fault = f"segmentation lies outside of the object's bbox {box!r}; correct one of them"
         elif self.kind == "keypoints":
@@ -325,6 +345,16 @@ class CocoDataset(SampleDataset):
             if fault is None and points is not None:
                 self._points.settle(len(points) // 3)
         return None if fault is None else Problem(self.path(index_of[image]), f"{where}: {fault}")
+
+
+def _different_rows(numbers: np.ndarray) -> int:
+    """Return how many of the rows of numbers, float64 (n, C), are different."""
+    bits = (numbers + 0.0).view(np.uint64)  # -0.0 becomes 0.0
+    factors = np.arange(1, 2 * numbers.shape[1], 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    keys = ((bits ^ bits >> np.uint64(32)) * factors).sum(axis=1)  # equal for equal rows, seldom for others
+    _, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    alike = numbers[counts[place] > 1]
+    return len(numbers) - len(alike) + len(np.unique(alike, axis=0))
 
 
 def _is_id(value: Any) -> bool:

@@ -17,6 +17,7 @@ from allinone_ds.data.formats.common.listing import require_folder
 from allinone_ds.data.formats.common.mask_values import MaskValues
 from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.paired_files import pair_files
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import read_image
 from allinone_ds.errors import DataError
 from allinone_ds.strict import PathText
@@ -98,16 +99,17 @@ class LabelMapsDataset(SampleDataset):
         label_of = match_classes(self.name, stored, classes)
         self.classes = stored if classes is None else list(classes)
         self._labels = np.array([label_of[i] for i in range(len(stored))], dtype=np.uint8)
-        self.pairs, self.structural = pair_files(
+        pairs, self.structural = pair_files(
             (self.images, source.image_suffix), (self.maps, source.label_map_suffix), "label map", names=names
         )
+        self.files, self._map_files = Texts(image for image, _ in pairs), Texts(stored for _, stored in pairs)
         self.structural += source.single_class(self)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.files)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.images, self.pairs[index][0])
+        return os.path.join(self.images, self.files[index])
 
     def __getitem__(self, index: int) -> Sample:
         path = self.path(index)
@@ -133,4 +135,4 @@ class LabelMapsDataset(SampleDataset):
         return self.source.read_mask(self._map_path(index), self._labels)
 
     def _map_path(self, index: int) -> str:
-        return os.path.join(self.maps, self.pairs[index][1])
+        return os.path.join(self.maps, self._map_files[index])

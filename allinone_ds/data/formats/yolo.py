@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from allinone_ds.data.formats.common.listing import (
     walk_images,
 )
 from allinone_ds.data.formats.common.masks import validate_class_ids
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import image_size, read_image
 from allinone_ds.errors import ConfigError, DataError
 from allinone_ds.strict import PathText, did_you_mean, expand_path
@@ -130,12 +132,13 @@ class YoloDataset(SampleDataset):
             validate_class_ids(self.name, len(self.classes), 0, [255])
             self._background = label_of[names.index(BACKGROUND)]
         self._label_of = [label_of[len(names) - ids + i] for i in range(ids)]
-        self.files = sorted(dict.fromkeys(file for place in places for file in _images(place, base)))
-        self.structural += [p for p in check_listed_files(Path(), self.files) if p.level == "error"]
+        files = sorted({file for place in places for file in _images(place, base)})
+        self.structural += [p for p in check_listed_files(Path(), files) if p.level == "error"]
         for place in places:
             if place.is_dir():
                 self.structural += unread_files(place, walk_files(place))
-        self._read_labels(whole_folders=all(place.is_dir() for place in places))
+        self._read_labels(files, whole_folders=all(place.is_dir() for place in places))
+        self.files = Texts(files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -164,48 +167,59 @@ class YoloDataset(SampleDataset):
 
     def _boxes(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the boxes (n, 4) XYXY in pixels and the labels (n,) of an image of size (H, W)."""
-        rows = [_box(outline) for _, outline in self._objects[index]]
+        objects = self._objects(index)
+        rows = [_box(outline) for _, outline in objects]
         scale = np.array([size[1], size[0]] * 2, dtype=np.float64)
         boxes = (np.array(rows, dtype=np.float64).reshape(-1, 4) * scale).astype(np.float32)
-        return boxes, np.array([label for label, _ in self._objects[index]], dtype=np.int64)
+        return boxes, np.array([label for label, _ in objects], dtype=np.int64)
 
     def _mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """Return the mask uint8 (H, W) with the outlines of an image filled, the largest first."""
         canvas = Image.new("L", (size[1], size[0]), self._background)
         draw = ImageDraw.Draw(canvas)
-        scaled = [(label, outline * (size[1], size[0])) for label, outline in self._objects[index]]
+        scaled = [(label, outline * (size[1], size[0])) for label, outline in self._objects(index)]
         for label, points in sorted(scaled, key=lambda item: -_area(item[1])):
             # pixel i of Pillow has its centre at i, that of the image at i + 0.5
             draw.polygon([(x - 0.5, y - 0.5) for x, y in points.tolist()], fill=label)
         return np.array(canvas)
 
-    def _read_labels(self, whole_folders: bool) -> None:
-        """Set `_objects`: for each image, labels and outlines (n, 2) in fractions; a box has two corners."""
-        self._objects: list[list[tuple[int, np.ndarray]]] = []
+    def _objects(self, index: int) -> list[tuple[int, np.ndarray]]:
+        """Return labels and outlines (n, 2) of an image, in fractions of it; a box has two corners."""
+        objects = range(self._first[index], self._first[index + 1])
+        return [(int(self._labels[n]), self._outlines[self._starts[n] : self._starts[n + 1]]) for n in objects]
+
+    def _read_labels(self, files: Sequence[str], whole_folders: bool) -> None:
+        """Set the objects of all images in arrays, which the workers of a loader share."""
+        first, starts, labels, corners = array("q", [0]), array("q", [0]), array("q"), array("d")
         listed: dict[str, set[str]] = {}
-        missing, objects, boxes, used = [], 0, 0, set()
-        for file in self.files:
+        missing, boxes, used = [], 0, set()
+        for file in files:
             label_file = label_path(file)
             folder, name = os.path.split(label_file)
             if folder not in listed:
                 listed[folder] = set(list_files(Path(folder)))
             if name not in listed[folder]:
                 missing.append(file)
-                self._objects.append([])
+                first.append(len(labels))
                 continue
             used.add(label_file)
-            self._objects.append(self._read_label_file(label_file))
-            objects += len(self._objects[-1])
-            boxes += sum(len(outline) == 2 for _, outline in self._objects[-1])
-        if self.files and not used:
-            raise DataError(f"{self.name}: none of the {len(self.files)} images has a label file (the first would be "
-                            f"{label_path(self.files[0])}); put the labels into 'labels' beside 'images'")  # fmt: skip
+            for label, outline in self._read_label_file(label_file):
+                labels.append(label)
+                corners.frombytes(outline.tobytes())
+                starts.append(len(corners) // 2)
+                boxes += len(outline) == 2
+            first.append(len(labels))
+        self._first, self._starts = np.frombuffer(first, np.int64), np.frombuffer(starts, np.int64)
+        self._labels = np.array(labels, dtype=np.int64)
+        self._outlines = np.array(corners, dtype=np.float64).reshape(-1, 2)
+        objects = len(labels)
+        if files and not used:
+            raise DataError(f"{self.name}: none of the {len(files)} images has a label file (the first would be "
+                            f"{label_path(files[0])}); put the labels into 'labels' beside 'images'")  # fmt: skip
         if missing:
-            reason = (
-                f"{len(missing)} of {len(self.files)} images have no label file and count as images without objects"
-            )
+            reason = f"{len(missing)} of {len(files)} images have no label file and count as images without objects"
             self.structural.append(Problem(self.name, f"{reason} (first: {missing[0]})", "warning"))
-        if self.files and not objects and not self.structural:
+        if files and not objects and not self.structural:
             self.structural.append(Problem(self.name, "the label files contain no object; there is nothing to learn"))
         if self.kind == "segmentation" and boxes:
             reason = f"{boxes} of {objects} labels are boxes, not outlines; use kind: detection, or label outlines"

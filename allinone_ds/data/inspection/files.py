@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from allinone_ds.data.base import Problem, SampleDataset
@@ -23,13 +23,17 @@ def overlap_at_start(train: SampleDataset, test: SampleDataset) -> list[Problem]
         if own:
             return overlap_problems(test, {index: digests[d] for index, d in own.items() if d in digests})
     real: dict[str, str] = {}  # folders without links
-    places = {_real(train.path(index), real): index for index in range(len(train))}
-    common = {index: path for index in range(len(test)) if (path := _real(test.path(index), real)) in places}
+    own_places: dict[str, list[int]] = defaultdict(list)
+    for index in range(len(test)):
+        own_places[_real(test.path(index), real)].append(index)
+    found = {path: i for i in range(len(train)) if (path := _real(train.path(i), real)) in own_places}
+    common = {index: path for path in found for index in own_places[path]}
     if not common:
         return []
-    first, path = next(iter(common.items()))
+    first = min(common)
     digest = digest_of(test, first)  # samples of custom datasets may have names that are no files
-    return overlap_problems(test, common) if digest and digest == digest_of(train, places[path]) else []
+    same = digest is not None and digest == digest_of(train, found[common[first]])
+    return overlap_problems(test, dict(sorted(common.items()))) if same else []
 
 
 def _real(path: str, folders: dict[str, str]) -> str:

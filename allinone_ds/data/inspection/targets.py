@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ READ_AT_START = 64
 """Samples that are read at the start of a run where annotations are not in memory, evenly spaced."""
 READ_IN_CHECK = 1000
 """Samples that `check` reads, and that the start of a run reads before it says that there is nothing to learn."""
+
+_JOINED = 10_000  # samples whose boxes become one array
 
 
 def _similar(classes: Sequence[str]) -> list[str]:
@@ -110,15 +113,12 @@ def _read(dataset: SampleDataset, indices: Iterable[int]) -> Iterator[Sample]:
 
 
 def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
-    rows, labels_of, crowd_of, size_of = [np.empty((0, 4))], [np.empty(0)], [np.empty(0)], [np.empty((0, 2))]
-    for sample in samples:
-        rows.append(np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4))
-        labels_of.append(np.asarray(sample["labels"]))
-        crowd_of.append(np.asarray(sample.get("iscrowd", np.zeros(len(rows[-1])))))
-        size_of.append(np.tile(sample["size"] or (np.inf, np.inf), (len(rows[-1]), 1)))
-    boxes = np.concatenate(rows)  # (n, 4)
-    labels, crowd = np.concatenate(labels_of).astype(int), np.concatenate(crowd_of).astype(bool)  # (n,)
-    sizes = np.concatenate(size_of)[:, ::-1]  # (n, 2): W, H
+    read, parts = 0, [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty((0, 2)))]
+    remaining = iter(samples)
+    while some := list(islice(remaining, _JOINED)):  # arrays of single samples take more memory than what they hold
+        read += len(some)
+        parts.append(_joined(some))
+    boxes, labels, crowd, sizes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     with np.errstate(invalid="ignore"):
         inside = np.stack([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)])
         sides = inside[1] - inside[0]
@@ -138,7 +138,7 @@ def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     usable = int(free.sum())
     text = f"{len(boxes) - usable} of {len(boxes)} boxes are not used in training{{seen}}: {', '.join(parts)}"
     return _Found(
-        len(rows) - 1,
+        read,
         usable,
         f"of {len(boxes)} boxes, {', '.join(parts)}" if len(boxes) else "there is no box",
         [text] if wrong or len(boxes) - usable > usable else [],  # a few crowds are usual
@@ -147,14 +147,30 @@ def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     )
 
 
+def _joined(samples: Sequence[Sample]) -> tuple[np.ndarray, ...]:
+    """Return all boxes (n, 4) of some samples, their labels (n,), crowd flags (n,) and sizes of image (n, 2): W, H."""
+    boxes = [np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4) for sample in samples]
+    counts = [len(of_one) for of_one in boxes]
+    labels = [np.asarray(sample["labels"], dtype=int) for sample in samples]
+    crowd = [np.asarray(s.get("iscrowd", [0] * n), dtype=bool) for s, n in zip(samples, counts, strict=True)]
+    sizes = np.array([sample["size"] or (np.inf, np.inf) for sample in samples], dtype=np.float64)[:, ::-1]
+    return np.concatenate(boxes), np.concatenate(labels), np.concatenate(crowd), np.repeat(sizes, counts, axis=0)
+
+
 def _points(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
     """Count the visible points of the objects that are no crowds."""
-    kept = list(samples)
-    found = _boxes(kept, image_size)
-    visible = [np.asarray(s["visible"]) > 0 for s in kept]
-    count = sum(int(v.sum()) for v in visible)
-    without = sum(int((~v.any(axis=1)).sum()) for v in visible if v.ndim == 2 and v.shape[1])
-    objects = sum(len(v) for v in visible)
+    objects = count = without = 0
+
+    def counted() -> Iterator[Sample]:
+        nonlocal objects, count, without
+        for sample in samples:
+            visible = np.asarray(sample["visible"]) > 0
+            objects += len(visible)
+            count += int(visible.sum())
+            without += int((~visible.any(axis=1)).sum()) if visible.ndim == 2 and visible.shape[1] else 0
+            yield sample
+
+    found = _boxes(counted(), image_size)
     if found.usable and not count:
         return found._replace(usable=0, none=f"none of {objects} objects has a visible point")
     text = f"{without} of {objects} objects have no visible point, of which only the boxes are learned{{seen}}"
@@ -232,6 +248,9 @@ def _identities(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Foun
     counts = Counter(labels)
     single = sum(count == 1 for count in counts.values())
     text = f"{single} of {len(counts)} identities have one image only{{seen}}, which no search can find"
+    if single == len(counts):
+        text = f"no two of {len(labels)} images show one identity{{seen}}: a loss on pairs is always 0, and a search "
+        text += "finds nothing"
     return _Found(
         len(labels),
         len(labels) if len(counts) > 1 else 0,

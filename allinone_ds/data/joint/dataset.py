@@ -10,6 +10,7 @@ import numpy as np
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset
 from allinone_ds.data.combination import CombinedDataset
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import decoded_once, read_image
 from allinone_ds.errors import BrokenSample
 
@@ -60,7 +61,7 @@ class JointDataset(SampleDataset):
     kinds: Mapping[str, str]
     classes_of: Mapping[str, list[str]]
 
-    def rows(self, task: str) -> Sequence[int]:
+    def rows(self, task: str) -> Sequence[int] | np.ndarray:
         """Return the positions of the samples that have a label of the task; by default all."""
         return range(len(self))
 
@@ -129,7 +130,7 @@ class PairedDataset(JointDataset):
         places: Mapping[str, np.ndarray],
         structural: Sequence[Problem] = (),
     ) -> None:
-        self.name, self.files, self.datasets = name, list(files), dict(datasets)
+        self.name, self.files, self.datasets = name, Texts(files), dict(datasets)
         self.places, self.structural = dict(places), structural
         self.kinds = {task: dataset.kind for task, dataset in datasets.items()}
         self.classes_of = {task: list(dataset.classes) for task, dataset in datasets.items()}
@@ -155,8 +156,8 @@ class PairedDataset(JointDataset):
         _, dataset, place = next(self._labelled(index))
         return dataset.encoded(place)
 
-    def rows(self, task: str) -> Sequence[int]:
-        return np.flatnonzero(self.places[task] >= 0).tolist()
+    def rows(self, task: str) -> np.ndarray:
+        return np.flatnonzero(self.places[task] >= 0)
 
     def __getitem__(self, index: int) -> Sample:
         return self._read(index, list(self._labelled(index)))
@@ -205,9 +206,12 @@ class CombinedJointDataset(CombinedDataset, JointDataset):
         super().__init__(datasets, *args)
         self.kinds, self.classes_of = datasets[0].kinds, datasets[0].classes_of
 
-    def rows(self, task: str) -> Sequence[int]:
-        labelled = [set(dataset.rows(task)) for dataset in self.datasets]
-        return [index for index, (owner, place) in enumerate(self._places()) if place in labelled[owner]]
+    def rows(self, task: str) -> np.ndarray:
+        labelled = np.zeros(len(self), dtype=bool)
+        for number, dataset in enumerate(self.datasets):
+            own = self._owner == number
+            labelled[own] = np.isin(self._index[own], np.asarray(dataset.rows(task)))
+        return np.flatnonzero(labelled)
 
     def read(self, index: int, task: str) -> Sample:
         owner, place = int(self._owner[index]), int(self._index[index])

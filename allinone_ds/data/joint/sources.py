@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, WrapValidator, model_validator
 from allinone_ds.data.base import Problem, SampleDataset, SourceConfig
 from allinone_ds.data.combination import Split, part_of_split
 from allinone_ds.data.formats.common.class_names import ClassNames, read_classes
-from allinone_ds.data.formats.common.listing import read_text, require_folder, walk_images
+from allinone_ds.data.formats.common.listing import read_text, require_folder, walk_images_or_arrays
 from allinone_ds.data.formats.own import OwnSource
 from allinone_ds.data.formats.script import ScriptSource
 from allinone_ds.data.joint.dataset import CombinedJointDataset, JointDataset, PairedDataset, TaskView, stem_of
@@ -34,7 +34,7 @@ class PairedSource(SourceConfig):
 
     A source of labels may be of any format. Without `images` of its own it has those of the group. The images of two
     sources belong together if their paths below their folders are equal, suffixes aside; without folders, if their
-    names are, or, where they have no files, if their positions are.
+    names are, or, where they have no files, if their positions are. Samples of tar files do if tar file and name are.
 
     Example:
         >>> maps = {"format": "label_maps", "label_maps": "maps", "classes": ["road", "sky"]}
@@ -113,10 +113,11 @@ class PairedSource(SourceConfig):
             return list(stems), [""] * len(stems), []
         folder = root / self.images
         require_folder(folder, "images")
-        found = {stem_of(str(folder / file), str(folder)): str(folder / file) for file in walk_images(folder)}
+        files = [str(folder / file) for file in walk_images_or_arrays(folder)]
+        stems = [stem_of(file, str(folder)) for file in files]
         if self.image_list is None:
-            files = [str(folder / file) for file in walk_images(folder)]
-            return [stem_of(file, str(folder)) for file in files], files, []
+            return stems, files, []
+        found = dict(zip(stems, files, strict=True))
         lines = [line.strip() for line in read_text(root / self.image_list, file_names=True).splitlines()]
         listed = dict.fromkeys(_listed(line, found) for line in lines if line)
         if not listed:
@@ -133,6 +134,8 @@ class PairedSource(SourceConfig):
     def _stems(self, root: Path, task: str, dataset: SampleDataset) -> list[Any]:
         own = getattr(self.labels[task], "images", None)
         paths = [dataset.path(index) for index in range(len(dataset))]
+        if paths and ".tar#" in paths[0]:  # the names of two samples may be equal in different tar files
+            return paths
         if paths and re.search(r"#\d+$", paths[0]) and not Path(paths[0]).is_file():  # rows of a table
             return list(range(len(paths)))
         return [stem_of(path, None if own is None else str(root / own)) for path in paths]
@@ -221,7 +224,7 @@ class GroupSource(SourceConfig):
     split: Split | None = None
     """How the images are divided; None uses all of them."""
     part: Literal["train", "test"] = "train"
-    """Part of the split that is opened."""
+    """What the images are used for; with a split, the part of it that is opened."""
 
     def open(self, root: Path, classes: Names | None = None) -> JointDataset:  # type: ignore[override]
         given = {task: read_classes(names, root) for task, names in self.classes.items()}
@@ -233,13 +236,27 @@ class GroupSource(SourceConfig):
             datasets.append(dataset)
             names = {**dataset.classes_of, **names}
         if len(datasets) == 1 and self.split is None:
-            return datasets[0]
-        structural = [problem for dataset in datasets for problem in dataset.structural]
-        indices = None
-        if self.split is not None:
-            indices, warnings = part_of_split(datasets, root, self.split, self.part)
-            structural += warnings
-        return CombinedJointDataset(datasets, [source.weight for source in self.sources], indices, structural)
+            whole = datasets[0]
+        else:
+            structural = [problem for dataset in datasets for problem in dataset.structural]
+            indices = None
+            if self.split is not None:
+                indices, warnings = part_of_split(datasets, root, self.split, self.part)
+                structural += warnings
+            whole = CombinedJointDataset(datasets, [source.weight for source in self.sources], indices, structural)
+        if not any(problem.level == "error" for problem in whole.structural):
+            whole.structural = [*whole.structural, *self._without_labels(whole)]
+        return whole
+
+    def _without_labels(self, dataset: JointDataset) -> list[Problem]:
+        """Return an error for each task of which no image has a label, in test data a warning."""
+        train = self.part == "train"
+        reason = f"none of the {len(dataset)} images has a label of it"
+        reason += ", so it has nothing to learn from" if train else ", so its metrics say nothing"
+        bare = [task for task in self.tasks if len(dataset) and not len(dataset.rows(task))]
+        advice = f"add labels, or take the task out of joint.{self.group}"
+        level: Literal["error", "warning"] = "error" if train else "warning"
+        return [Problem(dataset.name, f"task '{task}': {reason}; {advice}", level) for task in bare]
 
     def _check(self, dataset: SampleDataset) -> None:
         if not isinstance(dataset, JointDataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,8 @@ def train_loader(
     cached = {task: replace(d, dataset=CachedDataset(d.dataset)) if d.cache else d for task, d in data.items()}
     if share is None:
         share = {task: [(k, rank) for k in range(data[task].micro_steps)] for task in schedule.tasks}
+    for task in schedule.tasks:  # workers that are forked share the order of this epoch
+        schedule.at(task, schedule.position(task, start_step))
     steps = _StepDataset(cached, schedule, start_step, max_steps, max_broken, share)
     return _loader(steps, num_workers, pin_memory, multiprocessing_context)
 
@@ -342,12 +345,16 @@ def _loader(dataset: Dataset[Any], num_workers: int, pin_memory: bool, context: 
         pin_memory=pin_memory,
         multiprocessing_context=context if num_workers > 0 else None,
         generator=torch.Generator(),  # otherwise every iterator draws from the generator of the process
-        worker_init_fn=_delay_termination,
+        worker_init_fn=_prepare_worker,
     )
 
 
-def _delay_termination(worker: int) -> None:
-    """Keep a worker alive after SIGTERM: launchers also signal the ranks, which need it to finish their step."""
+def _prepare_worker(worker: int) -> None:
+    """Keep a worker alive after SIGTERM: launchers also signal the ranks, which need it to finish their step.
+
+    Its garbage collector leaves out what it was forked with, whose pages it would otherwise copy.
+    """
+    gc.freeze()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_TERMINATION_DELAY))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

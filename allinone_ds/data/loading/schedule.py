@@ -216,7 +216,8 @@ class Schedule:
         if key not in self._permutations:
             for old in [k for k in self._permutations if k[0] == order and abs(k[1] - epoch) > kept]:
                 del self._permutations[old]
-            self._permutations[key] = random_state(self.seed, order, "order", epoch).permutation(size)
+            drawn = random_state(self.seed, order, "order", epoch).permutation(size)
+            self._permutations[key] = drawn.astype(np.min_scalar_type(size))  # each worker has its own
         return self._permutations[key]
 
     def __getstate__(self) -> dict[str, Any]:

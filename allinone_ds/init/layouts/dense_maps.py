@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,10 +102,21 @@ def _options(tree: FileTree, kind: str, folders: list[str]) -> tuple[dict[str, A
             maps.append(read_map(str(tree.root / file)))
         except BrokenSample as error:
             return {}, [str(error)]
+    return options_of(kind, maps, any("disparit" in folder.lower() for folder in folders))
+
+
+def options_of(kind: str, maps: Sequence[np.ndarray], disparities: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return keys of the sources and notes, from the numbers in some maps.
+
+    Args:
+        kind: kind of the maps.
+        maps: their stored numbers.
+        disparities: whether they are called disparities.
+    """
     numbers = np.concatenate([each.ravel()[:: max(each.size // 10_000, 1)] for each in maps])
     if kind == "depth" and np.issubdtype(numbers.dtype, np.integer):
         known = numbers[numbers > 0]
-        if any("disparit" in folder.lower() for folder in folders):
+        if disparities:
             note = "the disparities are taken for those of Cityscapes, (number - 1) / 256 pixels; else change "
             return {"offset": -1, "scale": 1 / 256, "invalid": [0, 1]}, [note + "`offset`, `scale` and `invalid`"]
         if known.size and np.median(known) > _LARGE:

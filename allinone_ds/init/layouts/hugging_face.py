@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from allinone_ds.init.layouts.label_maps import numbering
 from allinone_ds.init.layouts.names import numbered
 
 _ROWS = 200  # rows that are looked into
-_LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
 _BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
 _CATEGORY_KEYS = ("category", "categories", "label", "labels", "class", "classes", "class_id", "category_id")
+Found = tuple[str, dict[str, Any], list[str] | None, list[str]]
+"""Kind, options of the source, class names that the columns do not hold, and notes."""
 _MAP_WORDS = ("mask", "label", "seg", "annot", "target")
 
 
@@ -64,34 +66,29 @@ def _is_metadata(tree: FileTree, file: str) -> bool:
         return "file_name" in opened.readline()
 
 
-def _describe(table: Any) -> tuple[str, dict[str, Any], list[str] | None, list[str]] | None:
-    """Return kind, options of the source, class names, and notes; None if the columns fit no task."""
+def _describe(table: Any) -> Found | None:
+    """Return what the columns are found to be; None if they fit no task."""
     import datasets
 
     features = table.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not images:
         return None
-    for name, feature in features.items():
-        inside = _element(feature)
-        if isinstance(inside, Mapping):
-            box = next((key for key in _BOX_KEYS if key in inside), None)
-            category = next((key for key in _CATEGORY_KEYS if key in inside), None)
-            if box and category:
-                return _detection(table, images, name, box, category, _element(inside[category]))
+    if boxes := detection(table, images):
+        return boxes
     if len(images) > 1:
         maps = next((n for n in images if any(word in n.lower() for word in _MAP_WORDS)), images[1])
-        return _segmentation(table, next(n for n in images if n != maps), maps)
+        return segmentation(table, next(n for n in images if n != maps), maps)
     return _classification(table, images)
 
 
-def _classification(table: Any, images: list[str]) -> tuple[str, dict[str, Any], list[str] | None, list[str]] | None:
+def _classification(table: Any, images: list[str]) -> Found | None:
     import datasets
 
     features = table.features
     possible = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)] or [
         n
-        for n in _LABEL_COLUMNS
+        for n in LABEL_COLUMNS
         if n in features and getattr(features[n], "dtype", "") in ("string", "int64", "int32", "int16", "int8")
     ]
     if not possible:
@@ -100,25 +97,46 @@ def _classification(table: Any, images: list[str]) -> tuple[str, dict[str, Any],
     label = possible[0]
     classes = None
     if not isinstance(features[label], datasets.ClassLabel) and features[label].dtype != "string":
-        classes = numbered(range(max(table[label]) + 1))
-        notes.append("the dataset holds class ids without names; replace the numbered names in `classes`")
-    columns = _columns(image=(images[0], "image"), label=(label, "label"))
+        classes, more = numbered_classes(table[label])
+        notes += more
+    columns = named_columns(image=(images[0], "image"), label=(label, "label"))
     return "classification", columns, classes, notes + _several(images)
 
 
-def _detection(
-    table: Any, images: list[str], objects: str, box: str, category: str, feature: Any
-) -> tuple[str, dict[str, Any], list[str] | None, list[str]]:
+def numbered_classes(ids: Iterable[int]) -> tuple[list[str], list[str]]:
+    """Return names for the classes of ids, and a note that they are to be replaced."""
+    note = "the dataset holds class ids without names; replace the numbered names in `classes`"
+    return numbered(range(max(ids) + 1)), [note]
+
+
+def detection(table: Any, images: list[str]) -> Found | None:
+    """Return what is found if a column holds boxes and their classes, or None.
+
+    Args:
+        table: a `datasets.Dataset`, or a table with its methods.
+        images: its columns of images, the one of the task first.
+    """
+    for name, feature in table.features.items():
+        inside = _element(feature)
+        if isinstance(inside, Mapping):
+            box = next((key for key in _BOX_KEYS if key in inside), None)
+            category = next((key for key in _CATEGORY_KEYS if key in inside), None)
+            if box and category:
+                return _boxes(table, images, name, box, category, _element(inside[category]))
+    return None
+
+
+def _boxes(table: Any, images: list[str], objects: str, box: str, category: str, feature: Any) -> Found:
     notes = _several(images)
-    columns = _columns(image=(images[0], "image"), objects=(objects, "objects"), bbox=(box, "bbox"),
+    columns = named_columns(image=(images[0], "image"), objects=(objects, "objects"), bbox=(box, "bbox"),
                        category=(category, "category"))  # fmt: skip
     cells = [_as_lists(cell, box, category) for cell in table.select_columns(objects)[objects]]
     classes = None
     if not getattr(feature, "names", None):
         found = {value for _, values in cells for value in values}
         if found and all(isinstance(value, int) for value in found):
-            classes = numbered(range(max(found) + 1))
-            notes.append("the dataset holds class ids without names; replace the numbered names in `classes`")
+            classes, more = numbered_classes(found)
+            notes += more
         else:
             classes = sorted(map(str, found))
     bbox_format, sure = _box_format(table, images[0], [boxes for boxes, _ in cells[:_ROWS]])
@@ -128,14 +146,21 @@ def _detection(
     return "detection", {**columns, **({"bbox_format": "pascal"} if bbox_format == "pascal" else {})}, classes, notes
 
 
-def _segmentation(table: Any, image: str, maps: str) -> tuple[str, dict[str, Any], list[str] | None, list[str]]:
+def segmentation(table: Any, image: str, maps: str) -> Found:
+    """Return what is found if a column holds label maps.
+
+    Args:
+        table: a `datasets.Dataset`, or a table with its methods.
+        image: the column of the images.
+        maps: that of the label maps.
+    """
     import datasets
 
     cells = table.cast_column(maps, datasets.Image(decode=False)).select_columns(maps)
     values: set[int] = set()
-    for cell in cells.select(range(min(len(cells), _ROWS)))[maps]:
+    for row in range(min(len(cells), _ROWS)):
         try:
-            values |= set(np.unique(read_label_map(maps, _bytes(cell))).tolist())
+            values |= set(np.unique(read_label_map(maps, _bytes(cells[row][maps]))).tolist())
         except (BrokenSample, OSError):
             continue
     options, ids, notes = numbering(values)
@@ -143,7 +168,8 @@ def _segmentation(table: Any, image: str, maps: str) -> tuple[str, dict[str, Any
     if len(table) > _ROWS:
         notes.append(f"the values of {_ROWS} of {len(table)} label maps were read; others may hold further classes")
     classes = ["background", "foreground"] if values == {0, 255} else numbered(ids)
-    return "segmentation", {**_columns(image=(image, "image"), label_map=(maps, "label")), **options}, classes, notes
+    columns = named_columns(image=(image, "image"), label_map=(maps, "label"))
+    return "segmentation", {**columns, **options}, classes, notes
 
 
 def _box_format(table: Any, image: str, boxes: list[list[list[float]]]) -> tuple[str, bool]:
@@ -166,7 +192,7 @@ def _box_format(table: Any, image: str, boxes: list[list[list[float]]]) -> tuple
     return ("pascal" if fits["pascal"] and not fits["coco"] else "coco"), fits["coco"] != fits["pascal"]
 
 
-def _columns(**roles: tuple[str, str]) -> dict[str, Any]:
+def named_columns(**roles: tuple[str, str]) -> dict[str, Any]:
     """Return the key `columns` for the columns that differ from the defaults."""
     names = {role: name for role, (name, default) in roles.items() if name != default}
     return {"columns": names} if names else {}

@@ -58,7 +58,7 @@ def test_missing_sizes_are_read_from_the_files(coco_root):
     for record in content["images"]:
         del record["width"], record["height"]
     write(coco_root, content)
-    assert opened(COCO, coco_root).sizes == [(HEIGHT, WIDTH)] * COUNT
+    assert opened(COCO, coco_root).sizes.tolist() == [[HEIGHT, WIDTH]] * COUNT
     content["annotations"][0]["bbox"] = [0, 0, 100, 5]
     write(coco_root, content)
     with pytest.raises(DataError, match="outside its image of 32 x 24"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import read_image
 
 
@@ -38,7 +39,7 @@ class ClassifiedDataset(SampleDataset):
         self,
         name: str,
         folder: Path,
-        files: list[str],
+        files: Sequence[str],
         labels: list[int],
         classes: list[str],
         structural: Sequence[Problem] = (),
@@ -47,7 +48,7 @@ class ClassifiedDataset(SampleDataset):
         self.kind = kind
         self.name = name
         self.folder = folder
-        self.files = files
+        self.files = Texts(files)
         self.labels: list[int] = labels
         self.classes = classes
         self.structural = structural

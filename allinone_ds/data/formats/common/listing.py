@@ -13,6 +13,7 @@ from allinone_ds.data.images import IMAGE_SUFFIXES, MISSING_FILE
 from allinone_ds.errors import DataError
 
 _TEXT_SUFFIXES = frozenset(".txt .json .jsonl .xml .csv .tsv .yaml .yml .md .html .log .db .ini .py .sh".split())
+NUMPY_SUFFIX = ".npy"
 _TEXT_FILES = frozenset(("LICENSE", "NOTICE", "README"))
 
 
@@ -58,18 +59,13 @@ def check_listed_files(root: Path, listed: Sequence[str], labels: Sequence[Hasha
     Returns:
         An error per missing file, a warning per repeated file, and one warning for all images that are not listed.
     """
-    unique: dict[str, Hashable] = {}
-    problems: list[Problem] = []
-    for file, label in zip(listed, labels or [None] * len(listed), strict=True):
-        if file in unique:
-            what = "" if unique[file] == label else f" with different labels ({unique[file]}, {label})"
-            problems.append(Problem(str(root / file), f"is listed more than once{what}; keep one entry", "warning"))
-        unique.setdefault(file, label)
+    unique = dict.fromkeys(listed)
+    problems = _repeated(root, listed, labels) if len(unique) < len(listed) else []
+    normalized = {file: os.path.normpath(file) for file in unique}
     on_disk: set[str] = set()
-    for folder in {os.path.dirname(file) for file in unique}:
-        on_disk.update(os.path.normpath(os.path.join(folder, name)) for name in list_files(root / folder))
-    normalized = {os.path.normpath(file) for file in unique}
-    missing = [file for file in unique if os.path.normpath(file) not in on_disk]
+    for folder in {file[: file.rfind(os.sep) + 1] for file in normalized.values()}:
+        on_disk.update(folder + name for name in list_files(root / folder))
+    missing = [file for file, path in normalized.items() if path not in on_disk]
     problems += [Problem(str(root / file), MISSING_FILE) for file in missing]
     near = {_plain(file): file for file in on_disk} if missing else {}
     alike = [(file, near[_plain(file)]) for file in missing if _plain(file) in near]
@@ -79,7 +75,20 @@ def check_listed_files(root: Path, listed: Sequence[str], labels: Sequence[Hasha
             f"{len(alike)} of the missing files are there with another suffix, case or slash ({shown}); correct these"
         )
         problems.append(Problem(str(root), reason, "warning"))
-    return problems + unused_images(root, [f for f in on_disk - normalized if is_image(f)], "in no annotation")
+    unused = on_disk.difference(normalized.values())
+    return problems + unused_images(root, [f for f in unused if is_image(f)], "in no annotation")
+
+
+def _repeated(root: Path, listed: Sequence[str], labels: Sequence[Hashable] | None) -> list[Problem]:
+    """Return a warning for each entry of a file that is listed before."""
+    first: dict[str, Hashable] = {}
+    problems = []
+    for file, label in zip(listed, labels or [None] * len(listed), strict=True):
+        if file in first:
+            what = "" if first[file] == label else f" with different labels ({first[file]}, {label})"
+            problems.append(Problem(str(root / file), f"is listed more than once{what}; keep one entry", "warning"))
+        first.setdefault(file, label)
+    return problems
 
 
 def _plain(file: str) -> str:
@@ -163,6 +172,13 @@ def walk_images(folder: Path) -> list[str]:
     return [file for file in walk_files(folder) if is_image(file)]
 
 
+def walk_images_or_arrays(folder: Path) -> list[str]:
+    """Return the images among the files of `walk_files`; of a folder without any, the numpy files."""
+    files = walk_files(folder)
+    arrays = (f for f in files if f.lower().endswith(NUMPY_SUFFIX) and not os.path.basename(f).startswith("."))
+    return [file for file in files if is_image(file)] or list(arrays)
+
+
 def unread_files(root: Path, files: Sequence[str]) -> list[Problem]:
     """Return one warning that files among the images below `root` are not read, or an empty list if there are none.
 
@@ -182,7 +198,7 @@ def unread_files(root: Path, files: Sequence[str]) -> list[Problem]:
 
 def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image and is not hidden."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not os.path.basename(name).startswith(".")
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and name[name.rfind(os.sep) + 1] != "."
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -25,6 +25,8 @@ Color = Annotated[int, BeforeValidator(color_number)]
 """A colour as one number, see `color_number`."""
 Ids = Annotated[int | list[int], BeforeValidator(lambda value: _id_or_ids(value))]
 """A stored value, or a list of stored values."""
+IgnoredIds = Annotated[int | list[int], BeforeValidator(lambda value: _id_or_ids(value, least=None))]
+"""The same of pixels without a class, which some files store as -1."""
 _OF_IDS = ("class_ids", "first_id", "ignore_index")
 
 
@@ -36,7 +38,7 @@ class MaskValues(Strict):
         [0, 255]
     """
 
-    ignore_index: Ids = IGNORE
+    ignore_index: IgnoredIds = IGNORE
     """Segmentation: stored value of the pixels without a class, or a list of such values."""
     first_id: int = Field(default=0, ge=0)
     """Id of the first class: 1 if 0 stands for pixels without a class (ADE20K, with `ignore_index: 0`)."""
@@ -115,8 +117,9 @@ class MaskValues(Strict):
         return single_class_warning(dataset, ignored, "list it in class_colors") if ignored else []
 
 
-def _id_or_ids(value: Any) -> Any:
+def _id_or_ids(value: Any, least: int | None = 0) -> Any:
     several = value if isinstance(value, list) else [value]
-    if not all(type(number) is int and number >= 0 for number in several):
-        raise ConfigError(f"{value!r}: give a whole number of 0 or more, or a list of such numbers")
+    if not all(type(number) is int and (least is None or number >= least) for number in several):
+        allowed = "a whole number" if least is None else f"a whole number of {least} or more"
+        raise ConfigError(f"{value!r}: give {allowed}, or a list of such numbers")
     return value

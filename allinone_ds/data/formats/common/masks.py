@@ -152,7 +152,7 @@ def _look_up(stored: np.ndarray, meaning: Mapping[int, int]) -> tuple[np.ndarray
     if stored.dtype in (np.uint8, np.uint16):
         table = np.full(np.iinfo(stored.dtype).max + 1, -1, dtype=np.int16)
         for number, label in meaning.items():
-            if number < len(table):
+            if 0 <= number < len(table):
                 table[number] = label
         found = table[stored]
         return found.astype(np.uint8), found < 0

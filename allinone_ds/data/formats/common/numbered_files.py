@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from allinone_ds.data.base import Problem, Sample, SampleDataset
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.images import read_image
 
 KEYS = {"attributes": "attributes", "regression": "value"}
@@ -46,12 +47,12 @@ class NumberedDataset(SampleDataset):
         kind: str,
         name: str,
         folder: Path,
-        files: list[str],
+        files: Sequence[str],
         values: np.ndarray,
         classes: list[str],
         structural: Sequence[Problem] = (),
     ):
-        self.kind, self.name, self.folder, self.files = kind, name, folder, files
+        self.kind, self.name, self.folder, self.files = kind, name, folder, Texts(files)
         self.values, self.classes, self.structural = values, classes, structural
 
     def __len__(self) -> int:

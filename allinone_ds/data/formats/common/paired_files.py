@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allinone_ds.data.base import Problem
-from allinone_ds.data.formats.common.listing import is_image, unread_files, unused_images, walk_files
+from allinone_ds.data.formats.common.listing import NUMPY_SUFFIX, is_image, unread_files, unused_images, walk_files
 
 
 def pair_files(
@@ -19,6 +19,8 @@ def pair_files(
     names: Sequence[str] | None = None,
 ) -> tuple[list[tuple[str, str]], list[Problem]]:
     """Return for every image with a target both files relative to their folders, and the faults that were found.
+
+    In a folder without any image, numpy files are the images, or the targets.
 
     Args:
         images: folder of the images, and what ends their names before the file suffix.
@@ -57,6 +59,8 @@ def _by_stem(folder: Path, suffix: str, more: Sequence[str], problems: list[Prob
     groups: dict[str, list[str]] = defaultdict(list)
     others = []
     every = walk_files(folder)
+    if not any(map(is_image, every)):
+        more = (*more, NUMPY_SUFFIX)
     kept = [file for file in every if is_image(file) or _ends(file, more)]
     problems += unread_files(folder, [file for file in every if not _ends(file, more)])
     for file in kept:

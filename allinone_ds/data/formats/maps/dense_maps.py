@@ -14,6 +14,7 @@ from allinone_ds.data.base import Problem, Sample, SampleDataset, SourceConfig
 from allinone_ds.data.formats.common.listing import require_folder
 from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.paired_files import pair_files
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.formats.maps.values import MapValues, as_target, read_values
 from allinone_ds.data.images import image_size, read_image, read_map
 from allinone_ds.errors import BrokenSample, DataError
@@ -86,14 +87,15 @@ class DenseMapsDataset(SampleDataset):
         require_folder(self.images, "images")
         require_folder(self.maps, "maps")
         self.structural: list[Problem]
-        self.pairs, self.structural = pair_files(
+        pairs, self.structural = pair_files(
             (self.images, source.image_suffix), (self.maps, source.map_suffix), "map", more=(".npy",)
         )
+        self.files, self._map_files = Texts(image for image, _ in pairs), Texts(stored for _, stored in pairs)
         self.structural += [*self._lossy(), *self._few_bits(), *self._unusable()]
 
     def _lossy(self) -> list[Problem]:
         """Return a warning if maps are stored in a format that changes their numbers."""
-        lossy = [name for _, name in self.pairs if os.path.splitext(name)[1].lower() in _LOSSY]
+        lossy = [name for name in self._map_files if os.path.splitext(name)[1].lower() in _LOSSY]
         if not lossy:
             return []
         reason = f"{len(lossy)} of {len(self)} maps are stored in a format that changes their numbers ({lossy[0]}); "
@@ -101,7 +103,7 @@ class DenseMapsDataset(SampleDataset):
 
     def _few_bits(self) -> list[Problem]:
         """Return a warning if depths have 8 bits, as 16-bit files have after a program that knows no more."""
-        if self.kind != "depth" or not self.pairs:
+        if self.kind != "depth" or not self.files:
             return []
         try:
             stored = read_map(self._map_path(0)).dtype
@@ -129,10 +131,10 @@ class DenseMapsDataset(SampleDataset):
         return [Problem(reasons[0].path, f"{reasons[0].reason}{others}")]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.files)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.images, self.pairs[index][0])
+        return os.path.join(self.images, self.files[index])
 
     def __getitem__(self, index: int) -> Sample:
         path = self.path(index)
@@ -154,7 +156,7 @@ class DenseMapsDataset(SampleDataset):
         return read_values(read_map(path), self.kind, self.source, path)
 
     def _map_path(self, index: int) -> str:
-        return os.path.join(self.maps, self.pairs[index][1])
+        return os.path.join(self.maps, self._map_files[index])
 
 
 def no_classes(name: str, kind: str, classes: Sequence[str] | None) -> list[str]:

@@ -131,9 +131,10 @@ class RowsDataset(SampleDataset):
         if source.kind in ("classification", "retrieval"):
             self.in_memory = True
             cells = self.table[columns.label]
-            self.labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
-            unknown = [(i, v) for i, v in enumerate(cells) if not self._is_class(v)]
-            self.structural += [Problem(self.path(i), self._unknown_class(v)) for i, v in unknown]
+            labels = [self._label_of[v] if self._is_class(v) else -1 for v in cells]
+            unknown = [i for i, label in enumerate(labels) if label < 0]
+            self.structural += [Problem(self.path(i), self._unknown_class(cells[i])) for i in unknown]
+            self.labels = labels
 
     def __len__(self) -> int:
         return len(self.table)

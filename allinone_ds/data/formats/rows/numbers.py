@@ -12,6 +12,7 @@ from allinone_ds.data.base import Sample, SampleDataset
 from allinone_ds.data.formats.common.numbered_files import KEYS
 from allinone_ds.data.formats.common.tables import Table, attribute_values, in_train_order, regression_values
 from allinone_ds.data.formats.rows.columns import Columns, file_bytes
+from allinone_ds.data.formats.rows.tar_table import TarTable
 from allinone_ds.data.images import read_image
 from allinone_ds.errors import BrokenSample, DataError
 from allinone_ds.strict import did_you_mean
@@ -53,7 +54,8 @@ class RowNumbers(SampleDataset):
         if not isinstance(table.features[columns.image], datasets.Image):
             raise DataError(f"{name}: column '{columns.image}' must be an Image; cast it, or name a different column")
         self.table = table.cast_column(columns.image, datasets.Image(decode=False)).select_columns([columns.image])
-        cells = [[_text(value) for value in table[column]] for column in names]
+        stored = table.columns(names) if isinstance(table, TarTable) else {column: table[column] for column in names}
+        cells = [[_text(value) for value in stored[column]] for column in names]
         rows = [list(row) for row in zip(*cells, strict=True)]
         texts = Table(name, list(names), rows, list(range(len(rows))), "row")
         values, problems = (

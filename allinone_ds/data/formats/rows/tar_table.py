@@ -10,17 +10,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 import zipfile
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allinone_ds.atomic_file import atomic_path
+from allinone_ds.data.formats.rows.tar_members import read_members
 from allinone_ds.errors import BrokenSample, DataError
 
 IMAGES = ("jpg", "jpeg", "webp", "png", "bmp", "tif", "tiff", "ppm")
@@ -28,6 +29,8 @@ IMAGES = ("jpg", "jpeg", "webp", "png", "bmp", "tif", "tiff", "ppm")
 IMAGE = "image"
 """Column of the image of a sample: of its members with these endings the first."""
 _NUMBERS = ("cls", "id", "index")
+_KEPT = (*_NUMBERS, "txt")  # endings whose contents the index holds, where they are short
+_SHORT = 64  # bytes
 _LOOKED_AT = 100  # samples whose json says which columns there are
 _OPEN = 64  # tar files that stay open
 
@@ -39,11 +42,13 @@ class ShardIndex(NamedTuple):
         keys: names of the samples in UTF-8, (N,).
         endings: names of the E columns.
         places: first byte and length of each member, (N, E, 2) int64; length -1: the sample has no such member.
+        texts: ending -> contents of the members with it, (N,), where all samples have one and all are short.
     """
 
     keys: NDArray[np.bytes_]
     endings: list[str]
     places: NDArray[np.int64]
+    texts: Mapping[str, NDArray[np.bytes_]]
 
 
 def read_index(shard: Path) -> ShardIndex:
@@ -64,48 +69,50 @@ def read_index(shard: Path) -> ShardIndex:
     try:
         with np.load(cache) as saved:
             if (saved["stamp"] == stamp).all():
-                return ShardIndex(saved["keys"], saved["endings"].tolist(), saved["places"])
+                texts = {ending: saved[f"text {ending}"] for ending in saved["texts"].tolist()}
+                return ShardIndex(saved["keys"], saved["endings"].tolist(), saved["places"], texts)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass
-    index = _scan(shard, status.st_size)
+    index = _scan(shard)
     try:
         with atomic_path(cache) as temporary, temporary.open("wb") as file:
-            np.savez(file, stamp=stamp, keys=index.keys, endings=np.array(index.endings), places=index.places)
+            names = {"endings": np.array(index.endings, str), "texts": np.array(list(index.texts), str)}
+            texts = {f"text {ending}": contents for ending, contents in index.texts.items()}
+            np.savez(file, stamp=stamp, keys=index.keys, places=index.places, **names, **texts)
     except OSError:
         pass  # the folder is read-only: the next run scans again
     return index
 
 
-def _scan(shard: Path, size: int) -> ShardIndex:
+def _scan(shard: Path) -> ShardIndex:
     keys: list[str] = []
-    rows: list[dict[str, tuple[int, int]]] = []
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it keeps all that it has seen
-                name = PurePosixPath(member.name)
-                stem, _, ending = name.name.partition(".")
-                if not member.isfile() or not stem or not ending:
-                    continue
-                key = str(name.with_name(stem))
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    rows.append({})
-                if member.offset_data + member.size > size:
-                    raise DataError(f"{shard}: ends in the middle of {member.name}; copy it again")
-                rows[-1][ending.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        packed = " (compressed files cannot be read at any position: unpack them to .tar)"
-        raise DataError(f"{shard}: is no tar file: {error}{packed if shard.suffix != '.tar' else ''}") from None
+    found: dict[str, array[int]] = defaultdict(lambda: array("q"))  # ending -> sample, start and size of each member
+    texts: dict[str, list[bytes]] = defaultdict(list)
+    for member in read_members(shard):
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        stem, _, ending = name.partition(".")
+        if not stem or not ending:
+            continue
+        key = folder + slash + stem
+        if not keys or keys[-1] != key:
+            keys.append(key)
+        ending = ending.lower()
+        found[ending].extend((len(keys) - 1, member.start, member.size))
+        if member.size <= _SHORT and ending.rpartition(".")[2] in _KEPT and b"\0" not in member.beginning:
+            texts[ending].append(member.beginning)
     if len(set(keys)) != len(keys):
         twice = Counter(keys).most_common(1)[0][0]
         raise DataError(f"{shard}: the members of '{twice}' do not follow each other; write the file sorted by name")
-    endings = sorted({ending for row in rows for ending in row})
+    endings = sorted(found)
     places = np.full((len(keys), len(endings), 2), -1, dtype=np.int64)
-    for number, row in enumerate(rows):
-        for ending, place in row.items():
-            places[number, endings.index(ending)] = place
-    return ShardIndex(np.array([key.encode() for key in keys], dtype=np.bytes_), endings, places)
+    whole = []
+    for column, ending in enumerate(endings):
+        members = np.array(found[ending]).reshape(-1, 3)
+        places[members[:, 0], column] = members[:, 1:]
+        if len(texts[ending]) == len(members) == len(keys) == len(np.unique(members[:, 0])):
+            whole.append(ending)
+    names = np.array([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_)
+    return ShardIndex(names, endings, places, {ending: np.array(texts[ending], dtype=np.bytes_) for ending in whole})
 
 
 class TarTable:
@@ -133,13 +140,25 @@ class TarTable:
         return int(self._ends[-1])
 
     def __getitem__(self, key: int | str) -> Any:
-        if isinstance(key, str):
-            one = self.select_columns([key])
-            return [one[index][key] for index in range(len(self))]
-        return self._row(key, self._columns)
+        return self.columns([key])[key] if isinstance(key, str) else self._row(key, self._columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Return the cells of columns, with one look at each sample, or none where the indices hold them."""
+        cells: dict[str, list[Any]] = {name: [] for name in names}
+        first = 0
+        for index in self._indices:
+            rows = range(first, first := first + len(index.keys))
+            read = [name for name in names if name not in index.texts]
+            for name in cells.keys() - {*read}:
+                stored = zip(index.texts[name].tolist(), rows, strict=True)
+                cells[name] += [self._decoded(name, content, row) for content, row in stored]
+            for row in (self._row(r, read) for r in rows) if read else ():
+                for name in read:
+                    cells[name].append(row[name])
+        return cells
 
     def select_columns(self, columns: str | Sequence[str]) -> TarTable:
         """Return the table with some of its columns; the others are not read."""
@@ -156,7 +175,7 @@ class TarTable:
     def path(self, index: int) -> str:
         """Return tar file and name of a sample."""
         shard, row = self._place(index)
-        return f"{self._shards[shard]}#{self._indices[shard].keys[row].decode()}"
+        return f"{self._shards[shard]}#{self._indices[shard].keys[row].decode('utf-8', 'surrogateescape')}"
 
     def only_image(self, ending: str) -> str | None:
         """Return the path of the first sample whose column `IMAGE` is its member with this ending, or None."""
