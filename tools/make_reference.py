@@ -50,7 +50,7 @@ EVENTS = {
 }
 """Events of log.jsonl; `EventLog` describes them."""
 TRAINER_NAMES = {
-    "loss": "sum of the losses of all tasks, mean over the steps since the last log",
+    "loss": "sum of the losses of all tasks, without those that are not finite, mean over the steps since the last log",
     "grad_norm": "norm of the balanced gradient of the whole model in the last step",
     "learning_rate": "learning rate of the heads",
     "epoch": "completed fraction of the run",

@@ -303,7 +303,7 @@ class AllInOneTrainer(EvaluatingTrainer):
             inputs: micro-batches of the step per task.
 
         Returns:
-            Sum of the task losses, each averaged over the ranks that run the task.
+            Sum of the task losses that are finite, each averaged over the ranks that run the task.
         """
         with self._logs.pace.working():
             return self._balanced_step(model, inputs)
@@ -349,7 +349,8 @@ class AllInOneTrainer(EvaluatingTrainer):
         report = self._streaks.step(self.balancer, inputs.step)
         self._logs.add(report)
         losses = [torch.zeros((), device=self.args.device), *report.losses.values()]  # a step may have no label at all
-        return torch.stack([loss.float() for loss in losses]).sum()
+        # Trainer adds up what is returned until the next log, where a NaN would stay for the rest of the run
+        return torch.stack([loss.float() for loss in losses]).nan_to_num(0.0, 0.0, 0.0).sum()
 
     def _open_balancer(self, engine: Any, step: int) -> None:
         """Construct the balancer, anew after a thaw: then with the state of the one before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -333,6 +334,8 @@ class Tries(Bench):
         require(not any(codes.values()), "the run failed", ranks)
         counts = [entry["skipped/cls"] for entry in outcome(output)[1] if "skipped/cls" in entry]
         require(counts[-1] == last - 2, f"skipped/cls is {counts}")
+        losses = [entry["loss"] for entry in outcome(output)[1] if "loss" in entry]
+        require(all(map(math.isfinite, losses)), f"the logged losses are {losses}")
         earlier, later = (load_file(output / f"checkpoint-{step}" / "model.safetensors") for step in (3, last + 1))
         moved = {name.split(".")[1 if "tasks" in name else 0] for name in later if (earlier[name] != later[name]).any()}
         expected = set() if policy == "skip_step" else {"backbone", "det", "seg"}

@@ -53,8 +53,9 @@ def load_loop_state(trainer: Any, state: dict[str, Any], changes: TaskChanges | 
     names = {} if changes is None else changes.names
     trainer.balancer.load_state_dict(state["balancer"], names)
     trainer._logs.load_state_dict(state["logs"], names)
-    trainer._tr_loss += state["loss"].to(trainer._tr_loss.device)
-    trainer._total_loss_scalar -= float(state["loss"])  # it belongs to steps before this call of train()
+    loss = state["loss"].nan_to_num(0.0, 0.0, 0.0)  # a checkpoint of an earlier release may hold one that is NaN
+    trainer._tr_loss += loss.to(trainer._tr_loss.device)
+    trainer._total_loss_scalar -= float(loss)  # it belongs to steps before this call of train()
     trainer._globalstep_last_logged = state["last_logged"]
     trainer._streaks.load_state_dict(by_new_name(state["nonfinite"], names))
 

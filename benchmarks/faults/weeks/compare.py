@@ -61,8 +61,8 @@ def unequal(found: Logged, expected: Logged, last: int) -> list[str]:
     return lines
 
 
-def losses(file: Path, points: int = 400) -> list[tuple[int, float]]:
-    """Return (step, loss) of a run, of each step the last entry, and of many steps about `points`."""
-    by_step = {e["step"]: e["loss"] for e in events_of(file) if e["event"] == "log" and e.get("loss") is not None}
-    steps = sorted(by_step)
-    return [(step, by_step[step]) for step in steps[:: max(1, len(steps) // points)]]
+def losses(file: Path, last: int, points: int = 400) -> list[tuple[int, float]]:
+    """Return (step, sum of the task losses) of a run up to a step, and of many steps about `points`."""
+    by_step = {e["step"]: e for e in events_of(file) if e["event"] == "log" and "loss" in e and e["step"] <= last}
+    sums = [(s, sum(v or 0.0 for k, v in by_step[s].items() if k.startswith("loss/"))) for s in sorted(by_step)]
+    return sums[:: max(1, len(sums) // points)]

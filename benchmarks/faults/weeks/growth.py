@@ -12,7 +12,7 @@ MIB = 2**20
 SLACK = {
     "descriptors": (2.0, 0.0),
     "threads": (1.0, 0.0),
-    "memory": (16.0 * MIB, 0.03),
+    "memory": (24.0 * MIB, 0.0),
     "checkpoints": (1.0 * MIB, 0.03),
     "temporary files": (1.0 * MIB, 0.0),
     "shared memory": (1.0 * MIB, 0.0),

@@ -42,15 +42,15 @@ def result(out: Path, disk: Path) -> dict[str, Any]:
     violations += [
         f"{row['quantity']} of {row['of']} grew over {row['over']}: {_change(row)}" for row in grown if row["grows"]
     ]
-    entries = [event for event in events_of(faulty / EVENTS_FILE) if event["event"] == "log"]
+    logs = [event for event in events_of(faulty / EVENTS_FILE) if event["event"] == "log"]
     return {
         **{key: record[key] for key in ("settings", "commands", "hours", "steps", "undisturbed", "starts", "faults")},
         "seconds": record["seconds"],
-        "entries": sum(map(len, found.values())),
+        "entries": sum(len(entries) for (step, _), entries in found.items() if step < steps),
         "nan_steps": skipped,
-        "log_bytes_per_entry": round((faulty / EVENTS_FILE).stat().st_size / max(1, len(entries))),
+        "log_bytes_per_entry": round((faulty / EVENTS_FILE).stat().st_size / max(1, len(logs))),
         "growth": grown,
-        "losses": {"faults": losses(faulty / EVENTS_FILE), "undisturbed": losses(plain / EVENTS_FILE)},
+        "losses": {"faults": losses(faulty / EVENTS_FILE, steps), "undisturbed": losses(plain / EVENTS_FILE, steps)},
         "timeline": _thin([(sample["time"], sample["step"]) for sample in samples]),
         "memory": {
             f"rank {number}": _thin([(s["time"], s["of"][who]["memory"]) for s in samples if who in s["of"]])
@@ -113,14 +113,15 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     loss.set(xlabel="optimizer step (dotted: a new start)", ylabel="sum of the task losses")
     loss.legend(frameon=False)
     ends = found["hours"] * 3600
-    progress.plot(*zip(*[(t / 60, step) for t, step in found["timeline"]], strict=True), color="#204060", linewidth=1.2)
+    for part in ([p for p in found["timeline"] if p[0] < ends], [p for p in found["timeline"] if p[0] >= ends]):
+        progress.plot([time / 60 for time, _ in part], [step for _, step in part], color="#204060", linewidth=1.2)
     kinds = [kind for kind in (*SURVIVED, *ENDED) if any(one["kind"] == kind for one in found["faults"])]
     for number, kind in enumerate(kinds):
         at = [one["at"] for one in found["faults"] if one["kind"] == kind and "at" in one]
         heights = [max((step for time, step in found["timeline"] if time <= moment), default=0) for moment in at]
         marker = "o" if kind in SURVIVED else "X"
         minutes = [t / 60 for t in at]
-        progress.scatter(minutes, heights, marker=marker, s=45, color=f"C{number % 10}", label=kind, zorder=3)
+        progress.scatter(minutes, heights, marker=marker, s=45, color=plt.cm.tab20(number), label=kind, zorder=3)
     progress.axvline(ends / 60, color="#888888", linewidth=0.8)
     progress.set(xlabel="minutes (right of the line: the run without faults)", ylabel="optimizer step")
     progress.legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
