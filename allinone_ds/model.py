@@ -137,6 +137,11 @@ class AllInOneModel(nn.Module):
             more: further arguments of the installed `transformers` (`every_n_layers`, `offload`).
         """
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if more.get("offload") and not torch.accelerator.is_available():
+            raise ConfigError(
+                "trainer.activation_checkpointing_kwargs: offload moves activations from a GPU to the host, and this "
+                "machine has no GPU; remove it"
+            )
         if set(adapters_of(self.backbone)) - {SHARED}:
             if options["use_reentrant"]:
                 raise ConfigError(

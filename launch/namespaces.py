@@ -11,7 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+AnyHosts = TypeVar("AnyHosts", bound="Hosts")
 ADDRESSES = {"a": "10.213.77.1", "b": "10.213.77.2"}
 ETC = Path("/etc/netns")
 """`ip netns exec NAME` mounts the files in its folder NAME over /etc."""
@@ -86,11 +88,14 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def two_hosts(kind: type[Hosts] = Hosts) -> Iterator[Hosts]:
+def two_hosts(kind: Callable[[Path], AnyHosts]) -> Iterator[AnyHosts]:
     """Yield hosts that are not created yet, with an empty folder.
 
     A separate process removes both, and all processes on the hosts, at the end of the block, even if this process is
     killed.
+
+    Args:
+        kind: returns the hosts, given the folder.
     """
     hosts = kind(Path(tempfile.mkdtemp(prefix="two-hosts-")))
     reader, writer = os.pipe()  # nothing is written: the pipe closes when this process ends

@@ -59,6 +59,12 @@ def test_checkpointing_changes_no_gradient(model_type):
         torch.testing.assert_close(grad, again[key])
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_inputs_of_layers_stay_on_a_machine_without_a_gpu():
+    with pytest.raises(ConfigError, match="offload moves activations from a GPU.*remove it"):
+        tiny_model().activation_checkpointing_enable(offload=True)
+
+
 def test_checkpointing_is_enabled_by_its_earlier_name():
     model = tiny_model()
     model.gradient_checkpointing_enable({"use_reentrant": False})

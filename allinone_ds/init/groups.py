@@ -101,7 +101,7 @@ def _open(
         sources=[TypeAdapter(JointSource).validate_python(source)],
         classes={task: each.found.classes for task, each in tasks.items() if each.found.classes is not None},
         split=Split(**SPLIT) if split else None,
-        part=part if split else "train",
+        part=part,
     )
     opened: Any = open_source(group, root, names, strict=False)  # type: ignore[arg-type]
     return opened

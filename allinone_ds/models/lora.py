@@ -99,6 +99,35 @@ def adapter_of(name: str) -> str | None:
     return found and found[1]
 
 
+def task_of(name: str) -> str | None:
+    """Return the task whose head or own adapters a tensor of an AllInOneModel is of; None: all tasks share it.
+
+    Example:
+        >>> task_of("tasks.seg.fuse.weight"), task_of("backbone.net.layer.0.query.lora_A.det.weight")
+        ('seg', 'det')
+    """
+    first, _, rest = name.partition(".")
+    adapter = adapter_of(name) if first == "backbone" else None
+    return rest.partition(".")[0] if first == "tasks" else adapter if adapter != SHARED else None
+
+
+def in_any_task(name: str) -> str:
+    """Return the name of a tensor of a task with "*" in the place of the task; `in_task` puts a task there.
+
+    Example:
+        >>> in_any_task("tasks.seg.fuse.weight"), in_any_task("backbone.net.layer.0.query.lora_A.det.weight")
+        ('tasks.*.fuse.weight', 'backbone.net.layer.0.query.lora_A.*.weight')
+    """
+    if name.startswith("tasks."):
+        return ".".join(["tasks", "*", *name.split(".")[2:]])
+    return _ADAPTER.sub(lambda found: f"{_without_name(found)}.*", name)
+
+
+def in_task(name: str, task: str) -> str:
+    """Return the name that a tensor called `name` by `in_any_task` has in a task."""
+    return name.replace("*", task)
+
+
 def shared_parameters(backbone: nn.Module) -> list[nn.Parameter]:
     """Return what all tasks share of a backbone: all but the adapters of single tasks, which count as their heads."""
     return [p for name, p in backbone.named_parameters() if adapter_of(name) in (None, SHARED)]

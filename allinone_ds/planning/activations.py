@@ -21,6 +21,8 @@ def activation_bytes(
     checkpointing: bool,
     notes: list[str],
     groups: Mapping[str, Sequence[str]] | None = None,
+    every: int = 1,
+    offload: bool = False,
 ) -> dict[str, int]:
     """Return the bytes that autograd keeps for the backward pass of one micro-step of each task or joint group.
 
@@ -34,8 +36,11 @@ def activation_bytes(
         checkpointing: whether the backbone's layers are recomputed.
         notes: receives a line for each task whose loss or head is left out.
         groups: joint group -> its tasks, which share one forward of the backbone.
+        every: with checkpointing, every n-th layer is recomputed.
+        offload: with checkpointing, the inputs of these layers are in host memory.
     """
     counted = {}
+    saved = partial(SavedBytes, model, every if checkpointing else 0, offload)
     model.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -45,7 +50,7 @@ def activation_bytes(
             # some heads depend on values, which fake tensors lack: a matcher in the loss, a check for infinities
             for training, labels in ((True, example), (True, None), (False, None)):
                 model.train(training)
-                kept = SavedBytes(model, checkpointing)
+                kept = saved()
                 try:
                     with kept:
                         model(name, torch.empty(count, 3, *task.image_size), labels)
@@ -57,17 +62,16 @@ def activation_bytes(
                 break
             else:
                 notes.append(f"{name}: without the activations of the head, which needs real images")
-                counted[name] = _of_backbone(model, checkpointing, count, task)
+                counted[name] = _of_backbone(model, saved(), count, task)
         for group, names in (groups or {}).items():
-            backbone = _of_backbone(model, checkpointing, batches[names[0]], model.tasks[names[0]])
+            backbone = _of_backbone(model, saved(), batches[names[0]], model.tasks[names[0]])
             counted[group] = backbone + sum(counted.pop(name) - backbone for name in names)
     return counted
 
 
-def _of_backbone(model: AllInOneModel, checkpointing: bool, count: int, task: Any) -> int:
-    kept = SavedBytes(model.train(), checkpointing)
+def _of_backbone(model: AllInOneModel, kept: SavedBytes, count: int, task: Any) -> int:
     with kept:
-        model.backbone(torch.empty(count, 3, *task.image_size))
+        model.train().backbone(torch.empty(count, 3, *task.image_size))
     return kept.bytes
 
 
@@ -76,25 +80,27 @@ class SavedBytes:
 
     Args:
         model: the model that runs; its weights are not counted.
-        checkpointing: count as if the layers of the backbone were checkpointed; in fact they must not be.
+        checkpointed: count as if every n-th layer of the backbone were checkpointed; in fact none must be. 0: none is.
+        offload: leave out the inputs of these layers.
 
     Attributes:
         bytes: bytes counted so far.
     """
 
-    def __init__(self, model: AllInOneModel, checkpointing: bool = False) -> None:
+    def __init__(self, model: AllInOneModel, checkpointed: int = 0, offload: bool = False) -> None:
         self._own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
         self._kept: dict[int, Any] = {}  # keeps storages alive, so that no address is used twice
         self._layer: int | None = None
         self._inside: list[int] = []
         self._inputs = 0
         self._outside = 0
-        self._layers = _backbone_layers(model) if checkpointing else []
+        self._layers = _backbone_layers(model)[::checkpointed] if checkpointed else []
+        self._offload = offload
         self._hooks: list[Any] = []
 
     @property
     def bytes(self) -> int:
-        return self._outside + self._inputs + max(self._inside, default=0)
+        return self._outside + (0 if self._offload else self._inputs) + max(self._inside, default=0)
 
     def __enter__(self) -> SavedBytes:
         for index, layer in enumerate(self._layers):

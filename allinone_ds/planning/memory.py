@@ -58,12 +58,13 @@ class Sizes:
 
     Attributes:
         backbone: trained elements of the shared backbone.
-        heads: task -> trained elements of its head.
+        heads: task -> trained elements of its head, its own adapters included, that no other task has.
         micro_steps: task -> micro-steps per optimizer step.
         frozen: elements that are not trained.
         frozen_below: those of them that are used before the first trained parameter, so not in a backward.
         joint: the joint groups.
         chance: task -> share of the steps that run it, of tasks that are sampled; empty: every step runs all.
+        tied: tasks -> trained elements that the heads of all these tasks have, and no others.
     """
 
     backbone: int
@@ -73,32 +74,47 @@ class Sizes:
     frozen_below: int = 0
     joint: Sequence[JointTasks] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
+    tied: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+
+    def of_heads(self, tasks: Iterable[str]) -> int:
+        """Return the trained elements of the heads of some tasks, those that they share once.
+
+        Example:
+            >>> Sizes(900, {"a": 60, "b": 40}, {"a": 1, "b": 1}, tied={("a", "b"): 8}).of_heads(["a", "b"])
+            108
+        """
+        names = set(tasks)
+        shared = sum(count for owners, count in self.tied.items() if names & set(owners))
+        return sum(self.heads[name] for name in names) + shared
 
     @property
     def passes(self) -> list[Passes]:
         """The forwards and backwards of a step: those of each joint group, and of each other task."""
-        alone = dict(self.heads)
+        alone = list(self.heads)
         found = []
         for group in self.joint:
-            heads = [alone.pop(task) for task in group.tasks]
-            whole = self.backbone + sum(heads)
+            heads = [self.of_heads([task]) for task in group.tasks]
+            whole = self.backbone + self.of_heads(group.tasks)
             backwards = [whole] if group.at == "features" else [self.backbone + head for head in heads]
             first = group.tasks[0]
             found.append(Passes(whole, backwards, self.micro_steps[first], True, self.chance.get(first, 1.0)))
-        for task, head in alone.items():
-            chance = self.chance.get(task, 1.0)
-            found.append(Passes(self.backbone + head, [self.backbone + head], self.micro_steps[task], chance=chance))
+            alone = [task for task in alone if task not in group.tasks]
+        for task in alone:
+            whole, chance = self.backbone + self.of_heads([task]), self.chance.get(task, 1.0)
+            found.append(Passes(whole, [whole], self.micro_steps[task], chance=chance))
         return found
 
     @property
     def trained(self) -> int:
         """Trained elements of the model."""
-        return self.backbone + sum(self.heads.values())
+        return self.backbone + self.of_heads(self.heads)
 
     @property
     def trained_in_step(self) -> float:
-        """Trained elements of what runs in a step, on average."""
-        return self.backbone + sum(head * self.chance.get(task, 1.0) for task, head in self.heads.items())
+        """Trained elements of what runs in a step, on average; what heads share, as if no step ran two of them."""
+        parts = {**{(task,): count for task, count in self.heads.items()}, **self.tied}
+        chances = {tasks: min(sum(self.chance.get(task, 1.0) for task in tasks), 1.0) for tasks in parts}
+        return self.backbone + sum(count * chances[tasks] for tasks, count in parts.items())
 
     @property
     def whole(self) -> int:
@@ -122,18 +138,26 @@ def sizes_of(
     joint: Sequence[JointTasks] = (),
     chance: Mapping[str, float] = MappingProxyType({}),
 ) -> Sizes:
-    """Return the sizes of a model on any device, also on the meta device; see `Sizes`."""
+    """Return the sizes of a model on any device, also on the meta device; see `Sizes`.
 
-    def trained(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() for p in parameters if p.requires_grad)
-
+    A parameter counts once: as the backbone's if it is tied to a head, and in `tied` if it is tied between heads.
+    """
     below = itertools.takewhile(lambda p: not p.requires_grad, model.backbone.parameters())
-    adapters: Counter[str | None] = Counter()  # of single tasks: they count as their heads
+    shared = set(shared_parameters(model.backbone))
+    owners: dict[nn.Parameter, tuple[str, ...]] = {}
     for name, parameter in model.backbone.named_parameters():
-        adapters[adapter_of(name)] += parameter.numel() if parameter.requires_grad else 0
+        if parameter not in shared:  # adapters of single tasks: they count as their heads
+            owners[parameter] = (str(adapter_of(name)),)
+    for name, task in model.tasks.items():
+        for parameter in set(task.parameters()) - shared:
+            owners[parameter] = (*owners.get(parameter, ()), name)
+    counts: Counter[tuple[str, ...]] = Counter()
+    for parameter, tasks in owners.items():
+        counts[tasks] += parameter.numel() if parameter.requires_grad else 0
     return Sizes(
-        backbone=trained(shared_parameters(model.backbone)),
-        heads={name: trained(task.parameters()) + adapters[name] for name, task in model.tasks.items()},
+        backbone=sum(p.numel() for p in shared if p.requires_grad),
+        heads={name: counts.pop((name,), 0) for name in model.tasks},
+        tied={tasks: count for tasks, count in counts.items() if count},
         micro_steps=micro_steps,
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         frozen_below=sum(p.numel() for p in below),

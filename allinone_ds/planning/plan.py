@@ -53,7 +53,8 @@ class Plan:
         gpus: number of ranks R.
         stage: ZeRO stage.
         norm: "exact", "sketch", "delayed" or "features".
-        parameters: component -> trained elements; and "frozen", elements that are not trained.
+        parameters: component -> trained elements, what heads share as a component of its own; and "frozen", elements
+            that are not trained.
         memory: part -> bytes on the GPU.
         host: part -> bytes in the host's memory per GPU.
         moved: purpose -> bytes sent in one optimizer step.
@@ -141,7 +142,11 @@ def plan_run(
     dtype = torch.float32 if engine.weight_bytes == 4 else torch.bfloat16
     batches = {name: task.batch_size for name, task in config.tasks.items()}
     joint = {name: group.tasks for name, group in config.joint.items()}
-    activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint)
+    options = trainer.get("activation_checkpointing_kwargs") or trainer.get("gradient_checkpointing_kwargs") or {}
+    every, offload = int(options.get("every_n_layers", 1)), bool(options.get("offload"))
+    activations = activation_bytes(model, batches, dtype, checkpointing, notes, joint, every, offload)
+    if checkpointing and offload:
+        notes.append("activation_checkpointing_kwargs: the inputs that offload keeps in host memory are not counted")
     if config.model.thaw:
         notes.append(
             "model.thaw: memory and traffic are those after the last thaw; what is frozen until then has gradient "
@@ -154,7 +159,7 @@ def plan_run(
             "counted"
         )
     moments = _moments(str(trainer.get("optim", "auto")), model, notes)
-    kept = kept_shards(weighting, sizes)
+    shards = kept_shards(weighting, sizes)
     size = balancer.sketch_size or default_size(sizes.trained)
     groups = None
     if balancer.parallel == "tasks":
@@ -162,7 +167,7 @@ def plan_run(
     averaged = trainer.get("ema_decay") is not None
 
     def parts(engine: Engine, norm: str, groups: TaskGroups | None = None) -> tuple[dict[str, int], dict[str, int]]:
-        return memory_parts(engine, sizes, gpus, norm, moments, kept, size, averaged, groups)
+        return memory_parts(engine, sizes, gpus, norm, moments, shards, size, averaged, groups)
 
     peak = max(activations.values())
     choices = []
@@ -180,9 +185,11 @@ def plan_run(
             choices.append({"stage": stage, "norm": kind, "memory": total, **sent})
     memory, host = parts(engine, balancer.norm, groups)
     if trainer.get("async_save"):
-        # parts that rank 0 copies
-        copied = ["optimizer", "average of the weights", *(["weights"] if engine.stage < 3 else [])]
-        host = {**host, "copy of a checkpoint": sum({**memory, **host}.get(part, 0) for part in copied)}
+        copied = sum({**memory, **host}.get(part, 0) for part in ("optimizer", "average of the weights"))
+        frozen = sizes.frozen if trainer.get("save_frozen", True) else 0
+        # rank 0 copies whole weights, but on ZeRO-3, where each rank copies its shard of those that are frozen
+        elements = sizes.trained + frozen if engine.stage < 3 else -(-frozen // gpus)
+        host = {**host, "copy of a checkpoint": copied + engine.weight_bytes * elements}
     moved = moved_parts(engine, sizes, gpus, balancer.norm, size, groups)
 
     def cost(changed: Engine) -> tuple[int, dict[str, int]]:
@@ -196,6 +203,7 @@ def plan_run(
         parameters={
             "backbone": sizes.backbone,
             **{f"head {name}": count for name, count in sizes.heads.items()},
+            **{f"heads {' and '.join(tasks)}": count for tasks, count in sizes.tied.items()},
             "frozen": sizes.frozen,
         },
         memory={**memory, "activations": peak},

@@ -29,7 +29,7 @@ def moved_parts(
     """
     sent = (gpus - 1) / gpus
     w, P = engine.weight_bytes, sizes.trained
-    of_task = {name: sizes.backbone + head for name, head in sizes.heads.items()}
+    of_task = {name: sizes.backbone + sizes.of_heads([name]) for name in sizes.heads}
     reduced: float
     every = [(passes, elements) for passes in sizes.passes for elements in passes.backwards]
     if groups or norm in ("sketch", "delayed") or (norm in ("plain", "features") and engine.stage < 2):

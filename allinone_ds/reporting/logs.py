@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,34 @@ from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.distributed import all_reduce, cpu_group, gather_objects
 from allinone_ds.errors import DataError
 from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares
+
+MOST_IN_MEMORY = 2000
+"""Training logs that `trainer.state` holds. Each takes 5 KB of memory per rank and 1 KB of every checkpoint."""
+
+
+def thin_history(history: list[dict[str, Any]]) -> None:
+    """Remove training logs from a history, in place, if it holds more than `MOST_IN_MEMORY`.
+
+    The last one, a quarter to half of the others at similar distances, and every evaluation remain. RUN/log.jsonl keeps
+    all.
+
+    Args:
+        history: `trainer.state.log_history`.
+
+    Example:
+        >>> history = [{"step": step, "loss": 1.0} for step in range(1, MOST_IN_MEMORY + 2)]
+        >>> thin_history(history)
+        >>> len(history), history[-1]["step"]
+        (1001, 2001)
+    """
+    if len(history) <= MOST_IN_MEMORY or sum("loss" in entry for entry in history) <= MOST_IN_MEMORY:
+        return
+    distance, kept_step, kept = 2 * (history[-1]["step"] - history[0]["step"]) / MOST_IN_MEMORY, -math.inf, []
+    for entry in history:
+        if "loss" not in entry or entry is history[-1] or entry["step"] - kept_step >= distance:
+            kept.append(entry)
+            kept_step = entry["step"] if "loss" in entry else kept_step
+    history[:] = kept
 
 
 class TaskLogs:

@@ -14,6 +14,8 @@ COLORS = ("#3366aa", "#cc6633", "#2f8f4e", "#8855aa", "#b8860b", "#444444", "#cc
 _STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _INSIDE = 4
 """Lines whose names are inside a plot; those of more are below it."""
+_WIDTH, _HANDLE = 130, 6
+"""Letters of a line of names below a plot, and those that the piece of line beside a name takes."""
 _ALL_METRICS = 10
 """Tasks of which a plot shows all metrics; of more it shows the main ones."""
 Lines = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -208,7 +210,8 @@ def _draw(axis: Any, data: Lines, title: str, log: bool, labels: Sequence[str] =
                 axis.set_ylim(min(positive) / 2, max(positive) * 2)
     if len(data) > _INSIDE:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0}
-        legend = axis.legend(frameon=False, fontsize=7, ncols=4, handlelength=2, **place)
+        columns = max(1, min(4, _WIDTH // (_HANDLE + max(map(len, data)))))  # more would make the picture wider
+        legend = axis.legend(frameon=False, fontsize=7, ncols=columns, handlelength=2, **place)
         legend.set_in_layout(False)  # the plot keeps its height, and the picture becomes higher
     elif data:
         axis.legend(frameon=False, fontsize=9)

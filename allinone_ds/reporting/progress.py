@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from allinone_ds.reporting.text import clock, losses_line, metrics_line
 
@@ -27,3 +27,10 @@ class PrintProgress(TrainerCallback):
             print(f"step {state.global_step}/{state.max_steps}  {clock(left)} left  loss: {line}", flush=True)
         elif "eval_score" in logs:
             print(f"step {state.global_step}  {metrics_line(logs)}", flush=True)
+
+
+class ProgressBar(ProgressCallback):
+    """The bar of transformers without its copy of every log: hundreds of values for tens of tasks."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write nothing; `PrintProgress` prints one line."""

@@ -23,6 +23,10 @@ MAX_EVENTS = 50
 """Starts, stops and warnings listed per run, the latest ones."""
 PICTURES_ALONE, PICTURES_BESIDE = 12, 4
 """Test images shown per task: for one run, and for each of several."""
+PAIRS = 12
+"""Pairs of tasks whose cosines are shown; of more, those with the lowest means."""
+MANY_TASKS = 12
+"""Tasks up to which several runs are compared by a plot of every quantity of each task; beyond, by loss and metric."""
 
 _CONSTANTS = (
     "<p>A constant predictor gives every image the same answer, the best one for each metric: the most frequent class, "
@@ -152,15 +156,20 @@ def _plots(runs: Sequence[Run]) -> str:
     quantities: list[tuple[str, Callable[[Run], Lines], bool, tuple[float, float] | None]] = [
         ("loss", lambda run: series(run.history, "loss/"), True, None),
         ("evaluation", lambda run: evaluation_lines(run.history, run.tasks), False, (0.0, 1.0)),
-        ("backbone gradient norm before balancing", _norms("/raw"), True, None),
-        ("factor of the gradient", _norms("/scale"), True, None),
-        ("backbone gradient norm after balancing", _norms("/scaled"), True, None),
-        ("share of the squared norm of the update", _norms("/share"), False, (0.0, 1.0)),
-        ("cosine of two tasks' backbone gradients", _cosines, False, (-1.0, 1.0)),
-        ("images per second", lambda run: series(run.history, "images_per_second/"), False, None),
         ("seconds per step", lambda run: series(run.history, "seconds/"), False, None),
     ]
-    images = []
+    many = len(runs) > 1 and max(len(run.tasks) for run in runs) > MANY_TASKS
+    if not many:
+        cosines, cosines_of = _cosines(runs)
+        quantities[2:2] = [
+            ("backbone gradient norm before balancing", _norms("/raw"), True, None),
+            ("factor of the gradient", _norms("/scale"), True, None),
+            ("backbone gradient norm after balancing", _norms("/scaled"), True, None),
+            ("share of the squared norm of the update", _norms("/share"), False, (0.0, 1.0)),
+            (cosines, cosines_of, False, (-1.0, 1.0)),
+            ("images per second", lambda run: series(run.history, "images_per_second/"), False, None),
+        ]
+    images, most = [], 0
     for title, lines_of, log, limits in quantities:
         by_run = {run.label: lines_of(run) for run in runs}
         if len(runs) == 1:
@@ -174,16 +183,37 @@ def _plots(runs: Sequence[Run]) -> str:
         for name, lines in panels.items():
             if any(len(steps) > 1 for steps, _ in lines.values()):  # a single point is in the tables
                 picture = svg(lines, name, log, _limits(lines, limits) if limits else None, labels)
+                most = max(most, len(lines))
                 images.append(image("image/svg+xml", picture.encode(), describe(lines, name)))
-    return f'<h2>Training</h2><div class="plots">{"".join(images)}</div>' if images else ""
+    note = (
+        f"Of more than {MANY_TASKS} tasks, several runs are compared by loss and main metric; the page of one run has "
+        "the other plots."
+    )
+    said = f'<p class="note">{note}</p>' if many else ""
+    kind = "plots many" if most > MANY_TASKS else "plots"  # larger ones, with readable names
+    return f'<h2>Training</h2>{said}<div class="{kind}">{"".join(images)}</div>' if images else ""
 
 
 def _norms(suffix: str) -> Callable[[Run], Lines]:
     return lambda run: series(run.history, "grad_norm/", suffix)
 
 
-def _cosines(run: Run) -> Lines:
-    return {name.replace("/", " and "): line for name, line in series(run.history, "cosine/").items()}
+def _cosines(runs: Sequence[Run]) -> tuple[str, Callable[[Run], Lines]]:
+    """Return the title of the plots of cosines, and what returns the lines of a run: those of the lowest means."""
+    title, lines = "cosine of two tasks' backbone gradients", [series(run.history, "cosine/") for run in runs]
+    values: dict[str, list[float]] = {}
+    for name, (_, of_pair) in (line for of_run in lines for line in of_run.items()):
+        values.setdefault(name, []).extend(value for value in of_pair if math.isfinite(value))
+    if len(values) > PAIRS:
+        title += f": the {PAIRS} of {len(values)} pairs with the lowest means"
+    means = {name: sum(found) / len(found) if found else math.inf for name, found in values.items()}
+    shown = list(values) if len(values) <= PAIRS else sorted(means, key=means.__getitem__)[:PAIRS]
+
+    def lines_of(run: Run) -> Lines:
+        found = lines[runs.index(run)]
+        return {name.replace("/", " and "): found[name] for name in shown if name in found}
+
+    return title, lines_of
 
 
 def _limits(lines: Lines, limits: tuple[float, float]) -> tuple[float, float] | None:

@@ -34,6 +34,17 @@ METRIC = "eval/{task}_{metric}"
 SCORE = "eval/score"
 PICTURES = "predictions/{task}"
 LOWEST = "lowest_scores"
+CHARTS = {
+    "loss": "train/loss/.*",
+    "metrics": "eval/[^/]*$",
+    "backbone gradient norm before balancing": "train/grad_norm/.*/raw$",
+    "factor of the gradient": "train/grad_norm/.*/scale$",
+    "backbone gradient norm after balancing": "train/grad_norm/.*/scaled$",
+    "share of the update": "train/grad_norm/.*/share$",
+    "images per second": "train/images_per_second/.*",
+    "cosines": "train/cosine/.*",
+}
+"""Title of a chart with one line per task -> regular expression of its keys."""
 
 
 class Tracker(Protocol):
@@ -201,7 +212,8 @@ def _of_one_size(pictures: Sequence[Tensor]) -> list[Tensor]:
 class TensorBoardTracker(TensorBoardCallback):
     """TensorBoard: transformers' callback, which writes to RUN/tensorboard.
 
-    A resumed run continues there and replaces what it had logged after the step of its checkpoint.
+    A resumed run continues there and replaces what it had logged after the step of its checkpoint. The page "Custom
+    scalars" has the charts of `CHARTS`, each with the lines of all tasks.
 
     Args:
         folder: the run's folder.
@@ -219,6 +231,7 @@ class TensorBoardTracker(TensorBoardCallback):
             purge = state.global_step + 1 if state.global_step else None
             self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=purge)
         super().on_train_begin(args, state, control, **kwargs)
+        self.tb_writer.add_custom_scalars({"all tasks": {name: ["Multiline", [key]] for name, key in CHARTS.items()}})
         config = Path(args.output_dir) / CONFIG_FILE
         if config.is_file():
             self.tb_writer.add_text("config", f"```yaml\n{config.read_text()}```")

@@ -21,6 +21,7 @@ from allinone_ds.run_config.optimizer_settings import MUON, default_optim, muon_
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_config.yaml_files import read_deepspeed
 from allinone_ds.strict import did_you_mean
+from allinone_ds.zero.config_keys import checkpointing_problems
 from allinone_ds.zero.kernels import spare_cpu_kernel
 from allinone_ds.zero.support import config_problems
 
@@ -319,7 +320,8 @@ def _checked_deepspeed(given: str | dict[str, Any]) -> tuple[dict[str, Any], lis
         mistakes.append('deepspeed.zero_optimization is missing: add it, for example {"stage": 2}')
     elif zero.get("stage") == 3:  # else checkpoints would hold no weights that load without DeepSpeed
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
-    return content, mistakes + [f"deepspeed{problem}" for problem in config_problems(content)]
+    problems = [*checkpointing_problems(content), *config_problems(content)]
+    return content, mistakes + [f"deepspeed{problem}" for problem in problems]
 
 
 _BATCH_KEYS = {

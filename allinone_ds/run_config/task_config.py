@@ -230,9 +230,8 @@ class JointConfig(ImagesConfig):
     @property
     def test_source(self) -> GroupSource | None:
         """The evaluation data as one source, for `open_source`; None if there is none."""
-        if self.split is not None:
-            return self._source(self.train, "test")
-        return None if self.test is None else self._source(self.test, "train")
+        sources = self.test if self.split is None else self.train
+        return None if sources is None else self._source(sources, "test")
 
     def _source(self, sources: Any, part: Literal["train", "test"]) -> GroupSource:
         return GroupSource(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,11 +14,9 @@ from safetensors import SafetensorError
 from allinone_ds.distributed import barrier, broadcast_object, gather_objects, rank, world_size
 from allinone_ds.errors import RunError
 from allinone_ds.run_folder.checkpoints import checkpoints
+from allinone_ds.run_folder.disk import free_bytes, is_full
 from allinone_ds.run_folder.manifest import file_entry, files_of, sync, write_manifest
 from allinone_ds.run_folder.names import UNFINISHED
-
-_FULL = 2**16
-"""A disk with less free space than this, in bytes, is reported as full."""
 
 
 class CheckpointWriter:
@@ -86,7 +83,7 @@ class CheckpointWriter:
 
     def record(self, *errors: str) -> None:
         """Record failed writes of this rank."""
-        full = _free_bytes(self.run) < _FULL  # the file writer of torch only says "unexpected pos" then
+        full = is_full(self.run)  # the file writer of torch only says "unexpected pos" then
         self._errors += [f"no space left on device for {error}" if full else error for error in errors]
 
     def raise_recorded(self) -> None:
@@ -102,7 +99,7 @@ class CheckpointWriter:
         ]
         if not failed:
             return
-        free = f"{_free_bytes(self.run) / 2**20:,.1f} MiB"
+        free = f"{free_bytes(self.run) / 2**20:,.1f} MiB"
         if rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         earlier = checkpoints(self.run)
@@ -150,11 +147,3 @@ class CheckpointWriter:
         os.rename(self.folder, self.target)
         sync(self.run)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _free_bytes(folder: Path) -> float:
-    """Return the free bytes of the folder's disk; infinity if they cannot be determined."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return math.inf

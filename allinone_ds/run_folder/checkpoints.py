@@ -11,7 +11,7 @@ from typing import Any
 from allinone_ds.errors import ConfigError
 from allinone_ds.run_folder.lock import check_free
 from allinone_ds.run_folder.manifest import faults_of
-from allinone_ds.run_folder.names import BROKEN, OWN_FILES, UNFINISHED
+from allinone_ds.run_folder.names import BROKEN, FROZEN_FILE, OWN_FILES, UNFINISHED
 from allinone_ds.strict import expand_path
 
 
@@ -162,7 +162,8 @@ def clear_run(folder: str | Path) -> None:
         return
     check_free(folder)
     clear_unfinished(folder)
-    for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *folder.glob(f"{BROKEN}checkpoint-*")]:
+    further = [*folder.glob(f"{BROKEN}checkpoint-*"), *folder.glob(FROZEN_FILE.replace(".", "-*."))]
+    for path in [*(folder / name for name in OWN_FILES), *checkpoints(folder), *further]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

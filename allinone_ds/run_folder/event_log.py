@@ -60,13 +60,17 @@ class EventLog(RunCallback):
         """Append one event; values that are not finite become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # the last line of a run that was killed while it wrote
-                    file.write(b"\n")
-            text = json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n"
-            file.write(text.encode())
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":  # the last line of a run that was killed while it wrote
+                        file.write(b"\n")
+                text = json.dumps({"event": event, "time": round(time.time(), 3), **line}) + "\n"
+                file.write(text.encode())
+        except OSError as error:
+            error.filename = str(self.path)  # which the system does not name when it is written
+            raise
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

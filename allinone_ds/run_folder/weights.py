@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,29 @@ def frozen_files(checkpoint: Path) -> list[Path]:
     Raises:
         ConfigError: the file is not beside the checkpoint, or is not the one that it was saved with.
     """
-    note, file = checkpoint / FROZEN_ENTRY, checkpoint.parent / FROZEN_FILE
+    note = checkpoint / FROZEN_ENTRY
     if not note.is_file():
         return []
-    if not file.is_file() or _entry(file, file.stat().st_mtime_ns) != json.loads(note.read_text()):
+    entry = json.loads(note.read_text())
+    file = checkpoint.parent / entry.pop("file", FROZEN_FILE)
+    if not file.is_file() or _entry(file, file.stat().st_mtime_ns) != entry:
         raise ConfigError(
             f"{checkpoint} was saved without its frozen weights (trainer.save_frozen: false), and {file} "
             f"{'has others' if file.is_file() else 'is missing'}; put the file of its run there"
         )
     return [file]
+
+
+def frozen_file(run: Path, names: Set[str]) -> Path:
+    """Return the file of a run for frozen weights of these names: one that holds the same, or does not exist yet.
+
+    Args:
+        run: folder of the run, with frozen.safetensors, frozen-2.safetensors, ... of its earlier checkpoints.
+        names: of the weights.
+    """
+    stem, _, suffix = FROZEN_FILE.partition(".")
+    files = (run / (f"{stem}-{number}.{suffix}" if number > 1 else FROZEN_FILE) for number in count(1))
+    return next(file for file in files if not file.is_file() or SavedWeights(file).keys() == names)
 
 
 @cache

@@ -288,6 +288,13 @@ class Task(nn.Module, ABC):
         """
         return None
 
+    def constant_loss(self) -> str | None:
+        """Return why the loss is the same whatever the head predicts, and what to do; None, the default: it is not.
+
+        A run with such a task does not start. A subclass with a loss of its own returns None.
+        """
+        return None
+
     def samples_to_count(self) -> int:
         """Return how many training samples to read for `use_samples`; 0, the default: the task needs none."""
         return 0

@@ -76,6 +76,15 @@ class ClassificationTask(Task):
                 out.loss = self.classifier.loss(loss_logits, labels)
         return out
 
+    def constant_loss(self) -> str | None:
+        if len(self.classes) != 1 or type(self).forward is not ClassificationTask.forward:
+            return None
+        return (
+            f"its data has one class, '{self.classes[0]}', which a softmax gives the probability 1 in every image, so "
+            "the loss is always 0; add images of something else as a second class, or list present and absent in a "
+            "table and use type: attributes"
+        )
+
     def samples_to_count(self) -> int:
         return _COUNTED if self.classifier.needs_frequencies() else 0
 

@@ -68,6 +68,16 @@ class SegmentationTask(Task):
     def forward(self, features: tuple[Tensor, ...], pixel_values: Tensor, labels: Any = None) -> ModelOutput:
         return self.segmenter(features, labels, IGNORE)
 
+    def constant_loss(self) -> str | None:
+        own = type(self).forward is not SegmentationTask.forward or isinstance(self.segmenter, Mask2FormerSegmenter)
+        if len(self.classes) != 1 or own:
+            return None
+        return (
+            f"its data has one class, '{self.classes[0]}', which a softmax gives the probability 1 in every pixel, so "
+            "the loss is always 0; make the rest of the image a class too, such as a background instead of ignored "
+            "pixels, or use type: saliency, which tells one thing from everything else"
+        )
+
     def count_labels(self, labels: Any) -> int:
         return self.segmenter.count_labels(labels, IGNORE)
 

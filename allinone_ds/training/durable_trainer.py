@@ -16,6 +16,7 @@ from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_folder.background_saver import BackgroundSaver
 from allinone_ds.run_folder.checkpoints import check_resume, clear_unfinished, parse_resume, step_of
 from allinone_ds.run_folder.collective import choose_checkpoint, find_faults, lock_run
+from allinone_ds.run_folder.disk import explained_disk_errors
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.training.load_checkpoint import best_checkpoint, check_resumable, load_engine
 from allinone_ds.training.save_checkpoint import save_checkpoint, save_weights
@@ -106,7 +107,8 @@ class DurableTrainer(Trainer):
             self.saver = self.stop_signal.saver = BackgroundSaver()
         try:
             resumed = None if self._resumed is None else str(self._resumed)
-            return super().train(resumed, *args, **kwargs)
+            with explained_disk_errors(run):
+                return super().train(resumed, *args, **kwargs)
         except BaseException:
             self._finish_save(after_error=True)
             raise

@@ -13,14 +13,15 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from allinone_ds.balance.renaming import by_new_name
 from allinone_ds.distributed import rank
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import name_without_lora, task_of
 from allinone_ds.run_folder.manifest import read_manifest
 from allinone_ds.run_folder.names import CONFIG_FILE, MODEL_FILE, TRAINER_STATE, WEIGHTS_FILE
 from allinone_ds.run_folder.weights import SavedWeights, frozen_files, shards_of
 from allinone_ds.training.optimizer import continue_schedule, group_settings
 from allinone_ds.training.save_checkpoint import loop_file
 from allinone_ds.training.start.changed_tasks import Continues, SavedTasks, TaskChanges, task_changes
-from allinone_ds.zero.checkpoint.layout import read_file, trained_shapes
-from allinone_ds.zero.checkpoint.reshard import load_resharded
+from allinone_ds.zero.checkpoint.layout import Segments, frozen_shapes, read_file, trained_shapes
+from allinone_ds.zero.checkpoint.reshard import copy_segments, load_resharded, same_place
 from allinone_ds.zero.checkpoint.whole import load_whole
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files
 from allinone_ds.zero.params import forget_copies, is_partitioned, whole_on_rank_0, whole_shape
@@ -79,20 +80,20 @@ def load_engine(trainer: Any, checkpoint: Path, resume: bool = True) -> None:
             load_resharded(engine, shards, None if changes is None else changes.segments)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{checkpoint} cannot be resharded: {error.args[0]}") from error
-    _load_frozen(engine.module, checkpoint)
+    _load_frozen(engine.module, checkpoint, {} if changes is None else changes.segments)
     if resume:
         continue_schedule(trainer, checkpoint, settings)
 
 
 @torch.no_grad()
-def _load_frozen(module: torch.nn.Module, checkpoint: Path) -> None:
+def _load_frozen(module: torch.nn.Module, checkpoint: Path, segments: Segments) -> None:
     """Load the frozen weights that a checkpoint does not hold, from the file beside it. Collective."""
     saved = SavedWeights(*frozen_files(checkpoint))
-    for name, parameter in module.named_parameters():
-        if name in saved:
+    for name, parameter in module.named_parameters() if saved else ():
+        if not parameter.requires_grad:
             with whole_on_rank_0(parameter):
                 if rank() == 0 or not is_partitioned(parameter):
-                    parameter.copy_(saved[name])
+                    copy_segments(parameter, saved, segments.get(name, same_place(name, parameter)))
 
 
 def check_resumable(checkpoint: Path) -> None:
@@ -164,9 +165,11 @@ class _Shapes:
     saved_trained: set[str] | None
 
     def without_tasks(self) -> _Shapes:
+        """What all tasks share; names do not show where a task has adapters of its own beside it."""
+
         def rest(names: Any) -> Any:
-            kept = [name for name in names if not name.startswith("tasks.")]
-            return {name: names[name] for name in kept} if isinstance(names, dict) else set(kept)
+            kept = {name: name_without_lora(name) for name in names if task_of(name) is None}
+            return {new: names[old] for old, new in kept.items()} if isinstance(names, dict) else set(kept.values())
 
         trained = None if self.saved_trained is None else rest(self.saved_trained)
         return _Shapes(rest(self.own), rest(self.saved), rest(self.trained), trained)
@@ -181,8 +184,9 @@ def _shapes(model: torch.nn.Module, checkpoint: Path) -> _Shapes | None:
     names = set(model.state_dict())
     if (checkpoint / WEIGHTS_FILE).is_file():
         saved = SavedWeights(checkpoint / WEIGHTS_FILE, *frozen_files(checkpoint)).shapes
-    elif saved_trained is not None:  # ZeRO-3 that did not gather its weights
-        saved, names = saved_trained, trained | (names & saved_trained.keys())
+    elif shards is not None and saved_trained is not None:  # ZeRO-3 that did not gather its weights
+        frozen = {**frozen_shapes(shards), **SavedWeights(*frozen_files(checkpoint)).shapes}
+        saved, names = {**saved_trained, **frozen}, {name for name, _ in model.named_parameters()}
     else:
         return None
     own = {name: tuple(whole_shape(tensors[name])) for name in tensors if name in names}

@@ -29,6 +29,7 @@ from allinone_ds.run_config.run_files import ModelFacts, RunFiles
 from allinone_ds.run_config.schema import RunConfig
 from allinone_ds.run_folder.checkpoints import check_resume, parse_resume, step_of
 from allinone_ds.run_folder.collective import lock_run
+from allinone_ds.run_folder.disk import explained_disk_errors
 from allinone_ds.run_folder.names import AVERAGED, DETAILS, METRICS_FILE, PLOTS, WORST_PICTURES
 from allinone_ds.run_folder.new_folder import missing_folders, remove_failed_start
 from allinone_ds.training.start.arguments import require_launcher
@@ -68,7 +69,8 @@ def train_run(config: RunConfig) -> dict[str, float] | None:
     made = missing_folders(config.run_dir) if args.process_index == 0 else []
     lock_run(config.run_dir)
     try:
-        return _train(config, args, resume_from, callbacks)
+        with explained_disk_errors(config.run_dir):
+            return _train(config, args, resume_from, callbacks)
     except BaseException:
         remove_failed_start(made)
         raise
@@ -123,6 +125,11 @@ def finish_run(trainer: AllInOneTrainer, training: Mapping[str, float] | None = 
         result = trainer.train()
         finish_run(trainer, result.metrics)["eval_score"]
     """
+    with explained_disk_errors(Path(str(trainer.args.output_dir))):
+        return _finish(trainer, training)
+
+
+def _finish(trainer: AllInOneTrainer, training: Mapping[str, float] | None) -> dict[str, float] | None:
     args, test_data = trainer.args, trainer.test_data
     details: Mapping[str, Any] = {}
     if trainer.stop_signal.caught:

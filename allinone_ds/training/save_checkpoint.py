@@ -20,7 +20,7 @@ from allinone_ds.run_folder.checkpoints import prune
 from allinone_ds.run_folder.event_log import RunCallback
 from allinone_ds.run_folder.manifest import file_entry
 from allinone_ds.run_folder.names import FROZEN_ENTRY, FROZEN_FILE, TRAINER_STATE, WEIGHTS_FILE
-from allinone_ds.run_folder.weights import without_ties
+from allinone_ds.run_folder.weights import frozen_file, without_ties
 from allinone_ds.training.ema import ema_file
 from allinone_ds.zero.checkpoint.consolidate import trained_weights
 from allinone_ds.zero.checkpoint.write import save_engine
@@ -93,6 +93,9 @@ def frozen_parameters(trainer: Any) -> dict[str, torch.nn.Parameter]:
 def frozen_entry(trainer: Any, writer: CheckpointWriter) -> dict[str, Any] | None:
     """Return size and checksum of RUN/frozen.safetensors, written before the first checkpoint. Collective.
 
+    Where earlier checkpoints of the run need that file with other names, as of a base without adapters, it is
+    RUN/frozen-2.safetensors, which the entry names.
+
     Args:
         trainer: an AllInOneTrainer.
         writer: of the checkpoint.
@@ -108,11 +111,12 @@ def frozen_entry(trainer: Any, writer: CheckpointWriter) -> dict[str, Any] | Non
                 if rank() == 0:
                     weights[name] = parameter.detach().cpu().clone()
         if rank() == 0:
-            file = writer.run / FROZEN_FILE
             with writer.recording(FROZEN_FILE):
+                file = frozen_file(writer.run, weights.keys())
                 with atomic_path(file) as temporary:
                     save_file(without_ties(weights), temporary, metadata={"format": "pt"})
-                trainer.frozen_entry = file_entry(file)
+                named = {} if file.name == FROZEN_FILE else {"file": file.name}
+                trainer.frozen_entry = {**file_entry(file), **named}
         trainer.frozen_entry = broadcast_object(trainer.frozen_entry)
     return trainer.frozen_entry if frozen else None
 

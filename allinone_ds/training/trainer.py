@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from allinone_ds.balance.assignment import groups_for
 from allinone_ds.balance.balancer import TaskBalancer
@@ -28,8 +28,8 @@ from allinone_ds.errors import ConfigError
 from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.evaluation.selection import settle_direction
 from allinone_ds.models.lora import shared_parameters
-from allinone_ds.reporting.logs import TaskLogs
-from allinone_ds.reporting.progress import PrintProgress
+from allinone_ds.reporting.logs import TaskLogs, thin_history
+from allinone_ds.reporting.progress import PrintProgress, ProgressBar
 from allinone_ds.reporting.trackers import use_own_trackers
 from allinone_ds.run_config.arguments import AllInOneArguments
 from allinone_ds.run_config.run_files import RunFiles
@@ -157,6 +157,9 @@ class AllInOneTrainer(EvaluatingTrainer):
             callbacks=[EpochFromStep(), *given],
         )
         self.remove_callback(PrinterCallback)
+        for bar in [c for c in self.callback_handler.callbacks if type(c) is ProgressCallback]:
+            self.remove_callback(bar)
+            self.add_callback(ProgressBar())
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
             cast_unpartitioned(model, plugin.hf_ds_config.dtype())
@@ -391,3 +394,4 @@ class AllInOneTrainer(EvaluatingTrainer):
             if self.balancer is not None:
                 logs.update({f"skipped/{task}": count for task, count in self.balancer.skipped_steps.items()})
         super().log(logs, start_time)
+        thin_history(self.state.log_history)

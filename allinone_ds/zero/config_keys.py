@@ -16,7 +16,7 @@ SERVED, IGNORED, REFUSED = "served", "ignored", "refused"
 
 _TOP = {
     SERVED: {
-        "activation_checkpointing": "settings of DeepSpeed's own checkpointing functions",
+        "activation_checkpointing": "of DeepSpeed's own checkpointing functions, which the trainer does not call",
         "bf16": "see its keys", "bfloat16": "old name of bf16", "fp16": "see its keys",
         "checkpoint": "how DeepSpeed writes files",
         "comms_logger": "measures only", "flops_profiler": "measures only", "memory_breakdown": "prints only",
@@ -157,6 +157,28 @@ def ignored_keys(content: Mapping[str, Any], section: str = "") -> list[str]:
         elif verdict == IGNORED and key not in _OF_THE_TRAINER:
             lines.append(f"{place} ({note})")
     return lines
+
+
+def checkpointing_problems(content: Mapping[str, Any]) -> list[str]:
+    """Return one line if a configuration asks something of DeepSpeed's checkpointing functions, which nobody calls.
+
+    Args:
+        content: the configuration of a run that recomputes its layers through torch.
+
+    Example:
+        >>> checkpointing_problems({"activation_checkpointing": {"cpu_checkpointing": False}})
+        []
+    """
+    section = content.get("activation_checkpointing")
+    asked = [key for key, value in section.items() if value] if isinstance(section, Mapping) else []
+    if not asked:
+        return []
+    offload = " and activation_checkpointing_kwargs: {offload: true}" if "cpu_checkpointing" in asked else ""
+    return [
+        f".activation_checkpointing ({', '.join(asked)}) would have no effect: it is of DeepSpeed's own checkpointing "
+        "functions, and the layers of a run are recomputed by torch; remove the section and set "
+        f"trainer.activation_checkpointing: true{offload}"
+    ]
 
 
 _OF_THE_TRAINER = ("gradient_accumulation_steps", "train_batch_size")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed import checkpointing
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine
@@ -214,6 +216,10 @@ def _refusals(engine: Any) -> list[tuple[str, str]]:
          "DeepSpeed would multiply by one scale and divide by both; do not call it"),
         (any(getattr(m, "sparse", False) for m in engine.module.modules() if isinstance(m, _EMBEDDINGS)),
          "an embedding with sparse gradients", "construct it with sparse=False"),
+        (checkpointing.CPU_CHECKPOINT and get_accelerator().is_synchronized_device(),
+         "cpu_checkpointing of DeepSpeed on the CPU",
+         "its function empties the tensors that it has not copied; set activation_checkpointing.cpu_checkpointing to "
+         "false"),
         *_muon_refusals(engine),
     ]  # fmt: skip
     return _setting_refusals(engine._config) + [(reason, advice) for wrong, reason, advice in rows if wrong]

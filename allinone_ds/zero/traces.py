@@ -8,12 +8,16 @@ parameters in flight and hold nothing after a backward, so each task can have it
 A coordinator releases weights after their last use in its trace, though the next task needs the same backbone, which no
 optimizer step has moved. The coordinators here can keep weights until `partition`, so that a step gathers them once,
 not twice per micro-step. Weights that `GatheredParameters` partitions in between are gathered again when needed.
+
+A module that reads a weight of another one, as `peft` does in its layers, is recorded as its second owner at that
+moment, for all traces. Those that were recorded before expect fewer weights there, and a coordinator raises an error.
+The coordinators here discard such a trace, and record it again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +37,8 @@ class _Coordinator(PartitionedParameterCoordinator):
     """
 
     kept: Mapping[int, Any] = MappingProxyType({})
+    _further: Sequence[int] | None = None
+    """Number of weights of other modules that each module of the recorded trace had."""
 
     def _PartitionedParameterCoordinator__release_param(self, param: Any, *options: Any) -> None:
         if param.ds_id not in self.kept:
@@ -41,8 +47,23 @@ class _Coordinator(PartitionedParameterCoordinator):
     def reset_step(self) -> None:
         """Begin a forward and backward with what is kept counted, so that prefetches stay within the live limit."""
         super().reset_step()
+        if self._further is None and self.is_complete_trace():
+            self._further = [
+                _weights_of_others(module) for module in self._PartitionedParameterCoordinator__submodule_order
+            ]
         gathered = (p.ds_numel for p in self.kept.values() if p.ds_status == ZeroParamStatus.AVAILABLE)
         self._PartitionedParameterCoordinator__n_available_params = sum(gathered)
+
+    def trace_prologue(self, sub_module: Any) -> None:
+        """Discard the trace if it does not know a module, or weights of other modules that it has had since."""
+        super().trace_prologue(sub_module)
+        if self._further is not None and self.is_complete_trace():
+            if self._further[self._PartitionedParameterCoordinator__step_id] != _weights_of_others(sub_module):
+                self._invalidate_trace()
+
+    def _invalidate_trace(self) -> None:
+        self._further = None
+        super()._invalidate_trace()
 
     def release_and_reset_all(self, module: Any) -> None:
         """Release all weights, also those that it keeps: a checkpoint is saved in the middle of a step."""
@@ -51,6 +72,10 @@ class _Coordinator(PartitionedParameterCoordinator):
             super().release_and_reset_all(module)
         finally:
             self.kept = kept
+
+
+def _weights_of_others(module: Any) -> int:
+    return len(getattr(module, "_external_params", ()))
 
 
 class ParameterTraces:

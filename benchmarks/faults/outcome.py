@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common.forked_run import STEPS
+
+VARYING = ("runtime", "images_per_second", "seconds/", "memory/")
+"""Parts of the names of logged values that are different in every run."""
 
 Outcome = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 
@@ -19,8 +23,12 @@ def outcome(output: Path, step: int = STEPS) -> Outcome:
     folder = output / f"checkpoint-{step}"
     weights = load_file(folder / "model.safetensors")
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    varying = ("runtime", "images_per_second", "seconds/", "memory/")  # different in every run
-    return weights, [{k: v for k, v in entry.items() if not any(word in k for word in varying)} for entry in history]
+    return weights, [steady(entry) for entry in history]
+
+
+def steady(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a log entry that are equal in equal runs."""
+    return {name: value for name, value in entry.items() if not any(word in name for word in VARYING)}
 
 
 def differences(found: Outcome, expected: Outcome) -> str:

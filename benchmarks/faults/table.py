@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common.forked_run import LOGGING_STEPS, STEPS
-from benchmarks.faults.soak import soak
+from benchmarks.faults.kills import chain_of_kills
 from benchmarks.faults.tries import NAN, Tries
 
 INF = float("inf")
@@ -107,11 +107,11 @@ def _rows(once: bool) -> Iterator[tuple[str, str, str, Callable[[Tries, int], in
     how, refused = "resumed with a head of 16 instead of 32 channels", "task 'seg' has a different head than 'seg'"
     yield "other head", how, "once", lambda b, _: b.other_model(change_head, refused, 2)
     how = "SIGKILL at a random moment, again after every resume"
-    yield "kill -9 of one rank", how, "kills", lambda b, left: soak(b, False, False, left)
-    yield "kill -9 of all ranks", how, "kills", lambda b, left: soak(b, True, False, left)
+    yield "kill -9 of one rank", how, "kills", lambda b, left: chain_of_kills(b, False, False, left)
+    yield "kill -9 of all ranks", how, "kills", lambda b, left: chain_of_kills(b, True, False, left)
     how = "SIGKILL at a random moment of a save, again after every resume"
-    yield "kill -9 of one rank in a save", how, "kills", lambda b, left: soak(b, False, True, left)
-    yield "kill -9 of all ranks in a save", how, "kills", lambda b, left: soak(b, True, True, left)
+    yield "kill -9 of one rank in a save", how, "kills", lambda b, left: chain_of_kills(b, False, True, left)
+    yield "kill -9 of all ranks in a save", how, "kills", lambda b, left: chain_of_kills(b, True, True, left)
     how = "at a random moment of training"
     yield "SIGTERM to all ranks", how, "times", lambda b, _: b.stop(signal.SIGTERM, True)
     yield "SIGTERM to one rank", how, "times", lambda b, _: b.stop(signal.SIGTERM, False)

@@ -1,4 +1,4 @@
-"""One try of each fault other than the repeated kills of `soak.py`."""
+"""One try of each fault other than the repeated kills of `kills.py`."""
 
 from __future__ import annotations
 

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from allinone_ds import load
+from allinone_ds.export.folders import export_run
 from allinone_ds.export.onnx import TaskGraph, write_onnx
+from allinone_ds.models.lora import is_adapter
+from allinone_ds.run_folder.names import WEIGHTS_FILE
+from tests.tiny_run import tiny_run
 
+from . import untrained
 from .untrained import LIGHT, WINNING, untrained_run
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
@@ -53,6 +60,40 @@ def test_the_graph_of_a_hierarchical_backbone_equals_the_model(tmp_path: Path) -
             expected = TaskGraph(model, "seg")(pixels)[0]
         actual = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_graph_of_a_task_with_adapters_of_its_own_equals_the_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that of a task beside it, which has the shared ones alone."""
+
+    def two_tasks(folder: Path) -> dict:
+        content = tiny_run(folder)
+        del content["tasks"]["det"]
+        return content
+
+    monkeypatch.setattr(untrained, "tiny_run", two_tasks)
+    sizes = {name: {"image_size": 16} for name in ("seg", "cls")}
+    untrained_run(home / "before", home=home, heads=sizes, config=ONE_LAYER)
+    lora = {"lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]}, "start_from": str(home / "before")}
+    heads = {**sizes, "cls": {**sizes["cls"], "lora": {"rank": 2}}}
+    model = untrained_run(home / "run", home=home, heads=heads, model=lora, config=ONE_LAYER)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.3, generator=generator)
+    save_file(model.state_dict(), home / "run" / WEIGHTS_FILE)
+    export_run(home / "run", onnx=True)
+    pixels = torch.randn(3, 3, 16, 16, generator=generator)
+    plain = load(home / "before").model
+    for name in ("seg", "cls"):
+        session = onnxruntime.InferenceSession(home / "run" / "export" / "tasks" / name / "model.onnx")
+        actual = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+        with torch.no_grad():
+            expected, without = (TaskGraph(own, name)(pixels)[0] for own in (load(home / "run").model, plain))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+        assert not torch.allclose(expected, without, atol=0.05)
 
 
 @pytest.mark.parametrize("heads", [LIGHT, WINNING])

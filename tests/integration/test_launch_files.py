@@ -50,6 +50,12 @@ def test_ssh_and_torchrun_start_the_run_and_resume_it_when_there_is_something(tm
         assert first in said
 
 
+def test_torchrun_is_not_the_first_to_give_up_on_a_network_that_is_down_for_a_minute() -> None:
+    """TCP tries again 102 s after the last packet before a cut of 60 s; torchrun would give up after 60 s."""
+    patience = re.search(r"--rdzv_conf read_timeout=(\d+)", (LAUNCH / "torchrun.sh").read_text())
+    assert patience and int(patience[1]) > 2 * 102
+
+
 def test_variables_of_the_example_are_lines_of_name_and_value() -> None:
     for line in (LAUNCH / "deepspeed_env.example").read_text().splitlines():
         assert re.fullmatch(r"[A-Z_]+=\S+", line), line

@@ -6,14 +6,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from allinone_ds.balance.assignment import task_groups
-from allinone_ds.planning.memory import JointTasks, Sizes, memory_parts
+from allinone_ds.models.lora import LoraOptions, add_lora, shared_parameters
+from allinone_ds.planning.memory import JointTasks, Sizes, memory_parts, sizes_of
 from allinone_ds.planning.savings import traffic_savings
 from allinone_ds.planning.traffic import between_nodes, moved_parts
 from allinone_ds.run_config.engine_settings import Engine
+from allinone_ds.training.optimizer import parameter_groups
 from tests.launcher import run_ranks
 from tests.planning.ranks_memory import CASES, JOINT, name_of
+from tests.tiny import tiny_model
 
 HERE = Path(__file__).parent
 
@@ -63,6 +67,33 @@ def test_sampled_tasks_send_what_they_send_on_average() -> None:
     assert moved_parts(kept, sizes, 4, "exact", sketch=8)["weights"] == 0.75 * 2 * (900 + 30 + 20)
     joint = dataclasses.replace(sizes, joint=[JointTasks(("a", "b"), "backbone")])
     assert moved_parts(engine, joint, 4, "exact", sketch=8)["gradients"] == 0.75 * 2 * 0.5 * (960 + 940)
+
+
+def test_a_parameter_of_several_heads_or_of_the_backbone_counts_once() -> None:
+    model = tiny_model()
+    add_lora(model.backbone, LoraOptions(rank=2))
+    add_lora(model.backbone, LoraOptions(rank=2), "seg")
+    seg, det, cls = (model.tasks[name] for name in ("seg", "det", "cls"))
+    before = sizes_of(model, dict.fromkeys(model.tasks, 1))
+    assert not before.tied
+    seg.same = det.same = nn.Linear(8, 8)  # 72 elements of two heads
+    seg.every = det.every = cls.every = nn.Linear(4, 4)  # 20 of three
+    cls.of_backbone = next(p for p in shared_parameters(model.backbone) if p.requires_grad)
+    cls.norm.weight.requires_grad_(False)
+    seg.frozen = det.frozen = nn.Linear(4, 4).requires_grad_(False)
+    sizes = sizes_of(model, dict.fromkeys(model.tasks, 1))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sizes.trained == sum(p.numel() for p in trained)
+    assert sizes.trained == sum(p.numel() for g in parameter_groups(model, 1.0, 0.0, 1.0) for p in g["params"])
+    assert sizes.whole == sum(p.numel() for p in model.parameters())
+    assert sizes.tied == {("det", "seg"): 72, ("det", "seg", "cls"): 20} and sizes.backbone == before.backbone
+    assert sizes.heads["det"] == before.heads["det"] and sizes.heads["seg"] == before.heads["seg"]
+    alone = {p.backwards[0] for p in sizes.passes}
+    assert alone == {sizes.backbone + sizes.heads[t] + n for t, n in (("det", 92), ("seg", 92), ("cls", 20))}
+    group = dataclasses.replace(sizes, joint=[JointTasks(("det", "seg"), "features")])
+    assert group.passes[0].backwards == [sizes.backbone + sizes.heads["det"] + sizes.heads["seg"] + 92]
+    halves = dataclasses.replace(sizes, chance=dict.fromkeys(model.tasks, 0.5))
+    assert halves.trained_in_step == sizes.backbone + 0.5 * sum(sizes.heads.values()) + 92
 
 
 def test_the_least_traffic_that_fits_is_recommended() -> None:

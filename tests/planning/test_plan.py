@@ -64,7 +64,10 @@ def test_options_change_the_plan_as_they_should(file: Path) -> None:
         return plan_run(load_config(file, overrides), 8).memory
 
     plain = memory()
-    assert memory("trainer.gradient_checkpointing=true")["activations"] < 0.3 * plain["activations"]
+    on, more = "trainer.activation_checkpointing=true", "trainer.activation_checkpointing_kwargs"
+    checkpointed = [memory(on, *given) for given in ([], [f"{more}.every_n_layers=2"], [f"{more}.offload=true"])]
+    least, half, offloaded = (parts["activations"] for parts in checkpointed)
+    assert offloaded < least < 0.3 * plain["activations"] < half < 0.7 * plain["activations"]
     assert memory("trainer.ema_decay=0.99")["average of the weights"] * 3 == pytest.approx(plain["optimizer"], rel=1e-6)
     assert memory("deepspeed=configs/deepspeed/zero3.json")["weights"] < 0.2 * plain["weights"]
     assert memory("balancer.name=db_mtl")["balancer"] == 3 * plain["balancer"]  # a shard a task
@@ -113,3 +116,9 @@ def test_saving_in_the_background_needs_a_copy_on_the_host(file: Path) -> None:
         plan = plan_run(load_config(file, overrides), 8)
         copied = plan.memory["optimizer"] + (plan.memory["weights"] if weights else 0)  # rank 0 writes whole weights
         assert plan.host == {"copy of a checkpoint": copied}
+        frozen = [*overrides, "model.freeze=backbone"]
+        kept, left_out = (
+            plan_run(load_config(file, [*frozen, f"trainer.save_frozen={s}"]), 8) for s in ("true", "false")
+        )
+        base = 4 * kept.parameters["frozen"] // (1 if weights else 8)  # of ZeRO-3 each rank copies its shard
+        assert kept.host["copy of a checkpoint"] - left_out.host["copy of a checkpoint"] == pytest.approx(base, abs=4)

@@ -8,7 +8,7 @@ import torch
 from allinone_ds.balance.report import StepReport
 from allinone_ds.data.loading.schedule import Schedule
 from allinone_ds.errors import DataError
-from allinone_ds.reporting.logs import TaskLogs
+from allinone_ds.reporting.logs import MOST_IN_MEMORY, TaskLogs, thin_history
 
 
 def new_logs(limit: int) -> TaskLogs:
@@ -75,3 +75,19 @@ def test_a_task_without_influence_is_a_warning_of_the_log_and_survives_a_resume(
     assert "task 'b'" in warning and "last 120 steps" in warning and "1.0e-05 before scaling" in warning
     second.drain(120)
     assert second.warnings == []
+
+
+def test_the_history_of_a_long_run_stays_short_and_covers_all_of_it() -> None:
+    history: list[dict[str, float]] = []
+    for step in range(1, 10 * MOST_IN_MEMORY):
+        history.append({"step": step, "loss": 1.0})
+        if step % 1000 == 0:
+            history.append({"step": step, "eval_score": 0.5})
+        thin_history(history)
+        assert len(history) <= MOST_IN_MEMORY + 20
+        assert len(history) >= min(step, MOST_IN_MEMORY / 4)
+    steps = [int(entry["step"]) for entry in history]
+    assert steps == sorted(steps)
+    assert len([entry for entry in history if "eval_score" in entry]) == 19
+    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    assert steps[0] == 1 and steps[-1] == 10 * MOST_IN_MEMORY - 1 and max(gaps) <= 60

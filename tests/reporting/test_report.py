@@ -120,6 +120,32 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert text.count('<th scope="col" class="number">a</th>') == 1
 
 
+def run_of(folder: Path, tasks: int) -> Path:
+    """A run in progress, whose later pairs of tasks have lower cosines."""
+    folder.mkdir()
+    names = [f"t{number:02}" for number in range(tasks)]
+    pairs = [f"cosine/{one}/{other}" for place, one in enumerate(names) for other in names[place + 1 :]]
+    events = []
+    for step in (1, 2):
+        values = {f"{key}{n}{end}": 1.0 for n in names for key, end in (("loss/", ""), ("grad_norm/", "/raw"))}
+        cosines = {pair: 1 - place / len(pairs) for place, pair in enumerate(pairs)}
+        events.append({"event": "log", "step": step, "loss": 1.0, **values, **cosines, "seconds/step": 1.0})
+        events.append({"event": "log", "step": step, "eval_score": 0.5, **{f"eval_{n}_map50": 0.5 for n in names}})
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"tasks": {name: {} for name in names}}))
+    return folder
+
+
+def test_pages_of_many_tasks_stay_readable(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name, 14) for name in ("a", "b")]
+    [cosines] = [p["alt"] for p in Seen(write_report(runs[:1]).read_text()).pictures if p["alt"].startswith("cosine")]
+    assert "the 12 of 91 pairs with the lowest means: t12 and t13" in cosines and cosines.count(" and t") == 12
+    text = write_report(runs, tmp_path / "both.html").read_text()
+    titles = [picture["alt"].partition(": ")[0] for picture in Seen(text).pictures]
+    assert {title: titles.count(title) for title in titles} == {"loss": 14, "evaluation": 15, "seconds per step": 1}
+    assert "Of more than 12 tasks" in text
+
+
 def test_a_running_run_has_a_page_and_an_unrelated_folder_has_none(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     for name in ("metrics.json", "predictions.html"):

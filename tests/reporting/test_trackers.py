@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,7 @@ def test_a_resumed_run_keeps_its_id_and_its_rows_go_on(tracked: tuple[Path, list
 
 def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
 
     from .wandb_file import rows
 
@@ -150,6 +152,15 @@ def test_tensorboard_gets_the_same(tracked: tuple[Path, list[Path]]) -> None:
     assert {f"predictions/{task}/0" for task in TEST_SAMPLES} <= set(tags["images"])
     assert {f"predictions/{task}/lowest_scores/0" for task in TEST_SAMPLES} <= set(tags["images"])
     assert "config/text_summary" in tags["tensors"]
+    # one chart per quantity, with the lines of all tasks
+    event = events.Tensors("custom_scalars__config__")[-1]
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    lines = {
+        chart.title: [tag for tag in known if any(re.match(key, tag) for key in chart.multiline.tag)]
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert {title: len(found) for title, found in lines.items() if len(found) != 3} == {"metrics": 6, "cosines": 3}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc"}', '{"id": "abc", "rows": null}'])

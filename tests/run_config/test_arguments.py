@@ -55,6 +55,10 @@ def test_trainer_keys_are_checked_the_same_way(key: str, value: object, message:
         ({"deepspeed": {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}}, "gradient_clipping = 1.0"),
         ({"deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}}, "optimizer: .*backbone_lr_factor"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {}}}}, "scheduler: .*lr_scheduler_type"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}, "activation_checkpointing": {"cpu_checkpointing": True}}},
+            r"deepspeed.activation_checkpointing \(cpu_checkpointing\) would have no effect.*kwargs: {offload: true}",
+        ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
         ({"eval_strategy": "epoch"}, "eval_strategy = epoch: the tasks have epochs of different lengths"),
         ({"save_strategy": "epoch"}, "save_strategy = epoch"),

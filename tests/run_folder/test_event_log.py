@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from allinone_ds.errors import RunError
 from allinone_ds.reporting.run_history import read_run
+from allinone_ds.run_folder.disk import explained_disk_errors
 from allinone_ds.run_folder.event_log import EventLog
 from allinone_ds.training.launcher import _tail
 
@@ -30,3 +34,12 @@ def test_notes_and_warnings_before_the_start_are_no_restart(tmp_path: Path) -> N
     assert read_run(tmp_path).events == [(0, "43 of 43 tensors loaded"), (0, "one class has no box")]
     log.write("begin", step=2, max_steps=4)
     assert read_run(tmp_path).events[-1] == (2, "started again")
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(
+        RunError, match=rf"{tmp_path}/log.jsonl cannot be written \(No space left on device;.*free some space"
+    ):
+        with explained_disk_errors(tmp_path):
+            EventLog(tmp_path).write("begin", step=0)

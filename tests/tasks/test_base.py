@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from allinone_ds.tasks import build_task
+from allinone_ds.tasks.classification import ClassificationTask
 from tests.tasks.heads import HEADS, build
-from tests.tiny import SIZE, samples, tiny_model
+from tests.tiny import SIZE, TYPES, samples, tiny_model
 
 # head -> steps, learning rate, largest allowed fraction of the first loss after them
 OVERFIT = {
@@ -67,6 +69,36 @@ def test_four_images_are_overfitted(head):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < fraction * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_loss_that_one_class_makes_constant_is_said(head):
+    """A softmax over one class has no gradient; every other loss has one."""
+    model, name, task = build(head)
+    assert task.constant_loss() is None
+    _, kind, options = HEADS[head]
+    options = {key: value for key, value in options.items() if key != "class_counts"}
+    features, pixels = (torch.randn(4, 32, 8, 8),) * task.num_levels, torch.zeros(4, 3, *SIZE)
+    one = build_task(TYPES[name], name, ["thing"], model.backbone, SIZE, kind, options)
+    made = [{**s, "label": 0, "labels": 0 * s["labels"], "mask": s["mask"].clamp(max=0)} for s in samples()]
+    loss = one(features, pixels, one.collate(made)["labels"]).loss
+    loss.backward()
+    constant = loss == 0 and not any(p.grad.any() for p in one.parameters() if p.grad is not None)
+    assert bool(constant) == (one.constant_loss() is not None) == (head in CONSTANT)
+    if constant:
+        assert "its data has one class, 'thing'" in one.constant_loss() and "; " in one.constant_loss()
+
+
+CONSTANT = ("light", "upernet", "linear", "arcface", "sub-center")
+
+
+class OwnLoss(ClassificationTask):
+    def forward(self, features, pixel_values, labels=None):
+        raise NotImplementedError
+
+
+def test_a_class_with_a_loss_of_its_own_may_have_one_class():
+    assert OwnLoss("cls", ["thing"], channels=8, stride=4, num_levels=1, image_size=(16, 16)).constant_loss() is None
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import task_of
 from allinone_ds.run_config.build import build_model
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.training import run
@@ -60,6 +61,8 @@ def trained(name: str, *overrides: str, after: Path | None = None) -> Path:
     if after is not None:
         folder.mkdir()
         shutil.copytree(after, folder / after.name)
+        for file in after.parent.glob("frozen*"):
+            shutil.copy(file, folder)
         given.append("trainer.resume_from_checkpoint=true")
     run.train_run(load_config(HOME / "tiny.yaml", given))
     return folder
@@ -288,9 +291,10 @@ def compare_step(found: dict[str, Any]) -> None:
     inputs = STEPS[2]
     unset_hf_deepspeed_config()  # else ZeRO-3 would partition the reference
     model = build_model(trainer.run_files.config, trainer.run_files.facts)
+    frozen = load_file(Path(trainer.args.output_dir) / "checkpoint-4" / "model.safetensors")
     for name, parameter in model.named_parameters():
-        if name in found["before"]:
-            parameter.data = found["before"][name]["weight"].clone().view(parameter.shape)
+        value = found["before"][name]["weight"] if name in found["before"] else frozen[name]
+        parameter.data = value.clone().view(parameter.shape)
     model.train()
     weights = trainer._label_weights.of_step(inputs.batches)
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -299,7 +303,8 @@ def compare_step(found: dict[str, Any]) -> None:
         for number, batch in enumerate(batches):
             (model(task=task, **batch).loss * weights[task][number] / len(batches)).backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-        norm = torch.cat([g.reshape(-1) for n, g in grads.items() if n.startswith("backbone.")]).norm()
+        shared = [g.reshape(-1) for n, g in grads.items() if task_of(n) is None]
+        norm = torch.cat(shared).norm()
         factor = min(1.0, 0.1 / (float(norm) + 1e-6))
         for name, gradient in grads.items():
             total[name] += gradient * factor
@@ -307,8 +312,7 @@ def compare_step(found: dict[str, Any]) -> None:
     exempt = without_decay(model)
     for name, gradient in total.items():
         state = found["before"][name]
-        part = name.split(".")[1]
-        component = "backbone" if name.startswith("backbone.") else f"head/{part}"
+        component = "backbone" if task_of(name) is None else f"head/{task_of(name)}"
         rate = found["rates"][f"{component}/{'no_decay' if name in exempt else 'decay'}"]
         step = float(state["step"]) + 1
         flat = gradient.reshape(-1)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from allinone_ds import TBGC, AllInOneModel, TaskBalancer
 from allinone_ds.distributed import barrier, rank, world_size
 from allinone_ds.errors import ConfigError
+from allinone_ds.export.folders import export_run
 from allinone_ds.models.lora import LoraOptions, add_lora, is_adapter, shared_parameters
 from allinone_ds.run_config.schema import load_config
 from allinone_ds.run_folder.weights import read_weights
@@ -303,11 +305,38 @@ def check_tied_weights() -> None:
         run.build_model = build
 
 
+def check_copies_of_weights_change_nothing() -> None:
+    """Adapters, heads and averages of a run whose ranks copy all weights (hpZ); switched on and off at a resume."""
+    copies = "deepspeed.zero_optimization.zero_hpz_partition_size=2"
+    whole = adapted(3)
+    on = trained("copies", *ADAPTED, copies, stage=3, after=whole / "checkpoint-1")
+    off = trained("copies no more", *ADAPTED, stage=3, after=on / "checkpoint-2")
+    expected = weights(whole, 4)
+    for folder in (on, off):
+        found = weights(folder, 4)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        pairs = zip(averages(folder, 4), averages(whole, 4), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    unset_hf_deepspeed_config()  # else ZeRO-3 would partition the exported models
+    if rank() == 0:
+        for folder in (whole, on):
+            export_run(folder / "checkpoint-4", folder / "export")
+        files = [file.relative_to(whole) for file in (whole / "export").rglob("*.safetensors")]
+        assert len(files) == 7  # three tasks, the model, the backbone, two kinds of adapters
+        for file in files:
+            one, other = load_file(whole / file), load_file(on / file)
+            assert one.keys() == other.keys() and all(torch.equal(one[name], value) for name, value in other.items())
+    barrier()
+
+
 if __name__ == "__main__":
     run.finish_run = lambda trainer, metrics: None  # no evaluation, plots and pages
     checks = {f"check_thaw {stage}": partial(check_thaw, stage) for stage in (0, 1, 2, 3)}
     without = check_checkpoints_without_frozen_weights
     checks |= {n: f for n, f in globals().items() if n.startswith("check_") and f not in (check_thaw, without)}
     checks |= {f"{without.__name__} {stage}": partial(without, stage) for stage in (1, 3)}
+    last = check_copies_of_weights_change_nothing.__name__  # later runs of a process have copies too
+    checks[last] = checks.pop(last)
     wanted = sys.argv[3:]
     run_checks({n: c for n, c in checks.items() if not wanted or any(w in n for w in wanted)}, sys.argv[1])

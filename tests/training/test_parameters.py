@@ -32,6 +32,7 @@ CHECKS = (
     "check_tied_weights",
     "check_checkpoints_without_frozen_weights 1",
     "check_checkpoints_without_frozen_weights 3",
+    "check_copies_of_weights_change_nothing",
 )
 
 

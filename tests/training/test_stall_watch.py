@@ -25,6 +25,11 @@ def watch(rank: int, seen: dict[int, list], answered: float = 100.0) -> StallWat
         ({0: [5, "a", 80, 1, 99], 1: [4, "b", 95, 1, 99]}, 99, None),  # 0 waits for 1, which moves
         ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 80]}, 99, "rank 1 .*does not answer.* at b.* at a"),
         ({0: [5, "a", 85, 1, 99], 1: [4, "b", 80, 1, 99]}, 99, "rank 1 .*is alive"),
+        (  # a host with ranks 2 and 3 is lost: 3 is behind
+            {0: [6, "a", 85, 1, 99], 1: [6, "a", 85, 1, 99], 2: [5, "b", 84, 1, 85], 3: [4, "c", 83, 1, 85]},
+            99,
+            "rank 2, 3 .*does not answer.* Rank 3 is at c.* at a",
+        ),
         ({0: [5, "a", 85, 1, 99], 1: [5, "a", 80, 1, 99]}, 99, "no rank has made progress.* at a"),
         ({0: [5, "a", 89, 1, 99], 1: [5, "a", 91, 1, 95]}, 99, None),  # 1 has just stopped, or is a little late
         ({0: [5, "a", 88, 1, 99], 1: [5, "a", 91, 1, 93]}, 99, "rank 1 .*does not answer"),

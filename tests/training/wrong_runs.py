@@ -76,6 +76,14 @@ WRONG: dict[str, list[str]] = {
     "'width' = 33: Input should be a multiple of 32": ["tasks.seg.head=mask2former", "tasks.seg.options={width: 33}"],
     "tasks.seg.image_size = [30, 30]: both sides must be multiples of 4": ["tasks.seg.image_size=30"],
     "tasks.cls.image_size = [32, 32]: both sides must be multiples of 5": ["model.backbone.config.patch_size=5"],
+    "tasks.seg: its data has one class, 'thing', which a softmax gives the probability 1 in every pixel": [
+        f"tasks.seg.{part}.{key}"
+        for part in ("train", "test")
+        for key in ("classes=[thing]", f"class_ids=[{list(range(11))}]")
+    ],
+    "deepspeed.activation_checkpointing (cpu_checkpointing) would have no effect": [
+        "deepspeed.activation_checkpointing={cpu_checkpointing: true}"
+    ],
     "task type 'segmentatoin'": ["tasks.seg.type=segmentatoin"],
     "hidden_size 32 must be a multiple of num_attention_heads (3)": ["model.backbone.config.num_attention_heads=3"],
     "unknown key 'depth'": ["model.backbone.config.depth=3"],

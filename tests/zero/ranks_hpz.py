@@ -1,7 +1,11 @@
-"""Copies of weights within groups of two of 4 ranks (`zero_hpz_partition_size`); started by test_hpz.py."""
+"""Copies of weights within groups of two of 4 ranks (`zero_hpz_partition_size`); started by test_hpz.py.
+
+4 ranks write checkpoints, which 2 ranks, one group, read afterwards.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from allinone_ds.testing.cases import MICRO_STEPS, WEIGHTINGS
-from allinone_ds.training.ema import ShardEMA
+from allinone_ds.training.ema import ShardEMA, ema_file
+from allinone_ds.zero.checkpoint.consolidate import consolidate, trained_weights
 from allinone_ds.zero.checkpoint.reshard import load_resharded
 from allinone_ds.zero.checkpoint.write import own_checkpoint_files, save_engine
+from allinone_ds.zero.engines.choose import open_engine
 from tests.balance.engines import (
     CASES,
     finish,
@@ -24,6 +30,7 @@ from tests.balance.engines import (
     run_task,
     toy,
     weights,
+    whole_master,
 )
 from tests.launcher import run_checks
 
@@ -102,6 +109,80 @@ def check_gathered_within_groups() -> None:
     finish(balancer)
 
 
+def save(engine, ema: ShardEMA, folder: Path) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    assert save_engine(engine, folder) == []
+    torch.save(ema.state_dict(), ema_file(folder, dist.get_rank(), dist.get_world_size()))
+    dist.barrier()
+
+
+def check_consolidated(engine, folder: Path) -> None:
+    """The weights that an export reads from the shards are those of the engine: masters, frozen ones and buffers."""
+    [shards] = folder.glob("global_step*")
+    whole, as_trained = consolidate(shards), trained_weights(shards, next(engine.module.parameters()).dtype)
+    now = weights(engine)
+    assert whole.keys() == as_trained.keys() == engine.module.state_dict().keys()
+    for name, param in engine.module.named_parameters():
+        assert torch.equal(as_trained[name].double(), now[name]), name
+        if param.requires_grad:
+            assert torch.equal(whole[name].double(), whole_master(engine, param)), name
+
+
+def write_without_copies(folder: Path) -> None:
+    """The checkpoint of `check_resume`, by an engine without copies."""
+    engine = make_engine("zero3 fp32", "adam")
+    with torch.no_grad():
+        for param in engine.module.backbone.frozen.parameters():
+            param.ds_tensor.mul_(3.0)
+    balancer, ema = train(engine, steps=range(2)), ShardEMA(engine, 0.5)
+    ema.update()
+    save(engine, ema, folder)
+    finish(balancer)
+
+
+def read(case: str, source: Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint of 4 ranks on these; return its weights, moments and averages, and those after two steps."""
+    engine = make_engine(case, "adam")
+    balancer, ema = make_balancer(engine), ShardEMA(engine, 0.5)
+    losses(engine)
+    load_resharded(engine, next(source.glob("global_step*")))
+    assert ema.load(source)
+    adapter = open_engine(engine)
+    found = {f"loaded {name}": value for name, value in weights(engine).items()}
+    for f in adapter.fragments():  # what lies between them is padding
+        master = adapter.masters()[f.group]
+        state = engine.optimizer.optimizer.state[master]
+        of_group = {"master": master, "average": ema.shards[f.group], **{key: state[key] for key in MOMENTS}}
+        for key, value in of_group.items():
+            found[f"{key} {f.name}"] = value.detach().view(-1)[f.start : f.start + f.length].clone()
+    balancer.detach()
+    balancer = train(engine, steps=range(2, 4))
+    ema.update()
+    found |= {f"trained {name}": value for name, value in weights(engine).items()}
+    with ema.applied():
+        found |= {f"averaged {name}": value for name, value in weights(engine).items()}
+    finish(balancer)
+    return found
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_other_ranks(folder: Path) -> None:
+    """Checkpoints of 4 ranks, with copies and without, train on 2 ranks with copies and without, to the last bit."""
+    expected = read("zero3 fp32", folder / "without copies")
+    assert any(value.any() for name, value in expected.items() if name.startswith("exp_avg"))
+    for case in ("zero3 fp32", "zero3 fp32 hpz"):
+        for source in ("without copies", "zero3 fp32 hpz"):
+            found = read(case, folder / source)
+            different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+            every: list = [None, None]
+            dist.all_gather_object(every, different)  # a rank alone must not leave
+            assert found.keys() == expected.keys() and not any(every), (source, case, every)
+
+
 def check_resume(case: str, frozen: float, folder: Path) -> None:
     """A run that goes on from a checkpoint is, bit for bit, the one without a break; also on frozen weights that differ
     from those that the new engine was built with.
@@ -113,13 +194,9 @@ def check_resume(case: str, frozen: float, folder: Path) -> None:
             param.ds_secondary_tensor = None
     balancer, ema = train(engine, steps=range(2)), ShardEMA(engine, 0.5)
     ema.update()
-    if dist.get_rank() == 0:
-        folder.mkdir()
-    dist.barrier()
-    assert save_engine(engine, folder) == []
-    torch.save(ema.state_dict(), folder / f"ema_rank_{dist.get_rank():05}_of_00004.pt")
-    dist.barrier()
+    save(engine, ema, folder)
     found = losses(engine)
+    check_consolidated(engine, folder)
     balancer.detach()
     final = weights((balancer := train(engine, steps=range(2, 5))).engine)
     ema.update()
@@ -152,7 +229,10 @@ def check_resume(case: str, frozen: float, folder: Path) -> None:
 
 
 def all_checks(folder: Path) -> dict:
+    if os.environ["WORLD_SIZE"] == "2":
+        return {"4 -> 2 ranks": partial(check_other_ranks, folder)}
     checks = {"without": partial(write_without, folder)}
+    checks["a checkpoint without"] = partial(write_without_copies, folder / "without copies")
     checks |= {case: partial(check_exact, case, "tbgc", MICRO_STEPS["1/2/4"]) for case in HPZ}
     checks["sketch, delayed, absent tasks, kept weights"] = partial(check_same_as_without, folder)
     checks["gathered within groups"] = check_gathered_within_groups

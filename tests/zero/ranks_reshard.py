@@ -171,7 +171,9 @@ def steps_of(engine) -> dict[str, float]:
 
 
 def all_checks(folder: Path) -> dict:
-    checks = {}
+    checks: dict = {}
+    copied, plain = "zero3 fp32 hpz", "zero3 fp32"  # last: later engines of a process have copies too
+    copies: dict = {}
     world = int(__import__("os").environ["WORLD_SIZE"])
     for precision in PRECISIONS:
         for stage in STAGES:
@@ -195,7 +197,18 @@ def all_checks(folder: Path) -> dict:
                     checks[f"2 -> 4 -> 1 ranks, {here} -> zero{up} -> zero{last} ({name})"] = partial(
                         read, into, folder / "4" / here, reference
                     )
-    return checks
+    if world == 2:
+        copies[f"2 ranks, {copied}"] = partial(write, copied, folder)
+    elif world == 4:
+        reference = folder / f"{copied}.pt"
+        for here, into in ((copied, plain), (plain, copied), (copied, copied)):
+            target = folder / "4" / copied if here == into else None
+            copies[f"2 -> 4 ranks, {here} -> {into}"] = partial(read, into, folder / here, reference, target)
+    else:
+        copies[f"2 -> 4 -> 1 ranks, {copied} -> {plain}"] = partial(
+            read, plain, folder / "4" / copied, folder / f"{copied}.pt"
+        )
+    return checks | copies
 
 
 if __name__ == "__main__":

@@ -249,6 +249,9 @@ def _identities(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Foun
     counts = Counter(labels)
     single = sum(count == 1 for count in counts.values())
     text = f"{single} of {len(counts)} identities have one image only{{seen}}, which no search can find"
+    if single == len(counts):
+        text = f"no two of {len(labels)} images show one identity{{seen}}: a loss on pairs is always 0, and a search "
+        text += "finds nothing"
     return _Found(
         len(labels),
         len(labels) if len(counts) > 1 else 0,

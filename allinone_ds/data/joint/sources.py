@@ -224,7 +224,7 @@ class GroupSource(SourceConfig):
     split: Split | None = None
     """How the images are divided; None uses all of them."""
     part: Literal["train", "test"] = "train"
-    """Part of the split that is opened."""
+    """What the images are used for; with a split, the part of it that is opened."""
 
     def open(self, root: Path, classes: Names | None = None) -> JointDataset:  # type: ignore[override]
         given = {task: read_classes(names, root) for task, names in self.classes.items()}
@@ -236,13 +236,27 @@ class GroupSource(SourceConfig):
             datasets.append(dataset)
             names = {**dataset.classes_of, **names}
         if len(datasets) == 1 and self.split is None:
-            return datasets[0]
-        structural = [problem for dataset in datasets for problem in dataset.structural]
-        indices = None
-        if self.split is not None:
-            indices, warnings = part_of_split(datasets, root, self.split, self.part)
-            structural += warnings
-        return CombinedJointDataset(datasets, [source.weight for source in self.sources], indices, structural)
+            whole = datasets[0]
+        else:
+            structural = [problem for dataset in datasets for problem in dataset.structural]
+            indices = None
+            if self.split is not None:
+                indices, warnings = part_of_split(datasets, root, self.split, self.part)
+                structural += warnings
+            whole = CombinedJointDataset(datasets, [source.weight for source in self.sources], indices, structural)
+        if not any(problem.level == "error" for problem in whole.structural):
+            whole.structural = [*whole.structural, *self._without_labels(whole)]
+        return whole
+
+    def _without_labels(self, dataset: JointDataset) -> list[Problem]:
+        """Return an error for each task of which no image has a label, in test data a warning."""
+        train = self.part == "train"
+        reason = f"none of the {len(dataset)} images has a label of it"
+        reason += ", so it has nothing to learn from" if train else ", so its metrics say nothing"
+        bare = [task for task in self.tasks if len(dataset) and not len(dataset.rows(task))]
+        advice = f"add labels, or take the task out of joint.{self.group}"
+        level: Literal["error", "warning"] = "error" if train else "warning"
+        return [Problem(dataset.name, f"task '{task}': {reason}; {advice}", level) for task in bare]
 
     def _check(self, dataset: SampleDataset) -> None:
         if not isinstance(dataset, JointDataset):

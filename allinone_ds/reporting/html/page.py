@@ -33,6 +33,8 @@ figure { margin: 0; } figcaption { font-size: .85rem; color: #555; overflow-wrap
 img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 @media (max-width: 500px) { body { padding: .7rem; } th, td { padding-right: .55rem; font-size: .85rem; } }
 .plots img { width: 100%; max-width: 640px; }
+.plots.many { grid-template-columns: repeat(auto-fit, minmax(min(100%, 640px), 1fr)); }
+.plots.many img { max-width: 1000px; }
 """
 
 

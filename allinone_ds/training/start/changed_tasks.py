@@ -1,12 +1,13 @@
 """The tasks of a resumed run against those of its checkpoint: what goes on, what starts fresh, and what is dropped.
 
-T tasks. A tensor of a head that goes on is one of the checkpoint with the same rest of its name. If the classes of a
-task differ, rows of tensors with one row per class go on for the classes that both have.
+T tasks. A tensor of a head, or of a task's own adapters, that goes on is one of the checkpoint whose name differs in
+the task alone. If the classes of a task differ, rows of tensors with one row per class go on for the classes that both
+have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +16,15 @@ import torch
 from pydantic import BaseModel
 
 from allinone_ds.errors import ConfigError
+from allinone_ds.models.lora import in_any_task, in_task, name_without_lora, task_of
 from allinone_ds.strict import did_you_mean
 from allinone_ds.zero.checkpoint.layout import Segment
 
 Shapes = Mapping[str, tuple[int, ...]]
 Continues = Mapping[str, str | Literal[False]]
 """{task: the task of the checkpoint with which it goes on, or False where it starts fresh}."""
+_HEAD = "tasks.*."
+"""Begin of what `in_any_task` returns of a head's tensors; those of adapters begin differently."""
 
 
 @dataclass(frozen=True)
@@ -78,43 +82,74 @@ def task_changes(
     sources = _sources(tasks, before, continues, where)
     removed = [name for name in before.classes if name not in sources.values()]
     fresh = [name for name in tasks if name not in sources]
-    _refuse_likely_names(tasks, own, saved, before, continues, fresh, removed)
+    here, there = _by_task(own), _by_task(saved)
+    _refuse_likely_names(tasks, here, there, before, continues, fresh, removed)
     segments: dict[str, Sequence[Segment]] = {}
     lines, reclassed = [], []
     for name, task in tasks.items():
-        prefix = f"tasks.{name}."
-        mine = {key.removeprefix(prefix): shape for key, shape in own.items() if key.startswith(prefix)}
+        mine = here.get(name, {})
         if name in fresh:
-            segments.update({prefix + rest: () for rest in mine})
-            lines.append(f"task '{name}' is new: its head, optimizer state and data start fresh")
+            segments.update({in_task(key, name): () for key in mine})
+            lines.append(f"task '{name}' is new: {_parts(mine)}, optimizer state and data start fresh")
             continue
         source = sources[name]
-        there = f"tasks.{source}."
-        theirs = {key.removeprefix(there): shape for key, shape in saved.items() if key.startswith(there)}
+        theirs = there.get(source, {})
         old, new = list(before.classes[source]), list(task.classes)
         rows = {} if old == new else _class_tensors(task, len(old), mine, theirs, name, where)
         _refuse_other_head(name, source, mine, theirs, rows, where)
         moved: list[str] = []
         started: list[str] = []
-        for rest, shape in mine.items():
-            if rest not in rows:
-                segments[prefix + rest] = (Segment(0, _numel(shape), there + rest, 0),)
+        for key, shape in mine.items():
+            if key not in rows:
+                segments[in_task(key, name)] = (Segment(0, _numel(shape), in_task(key, source), 0),)
             else:
-                found = _row_segments(old, new, shape, theirs.get(rest), rows[rest], there + rest)
-                segments[prefix + rest] = found
-                (moved if found else started).append(rest)
+                found = _row_segments(old, new, shape, theirs.get(key), rows[key], in_task(key, source))
+                segments[in_task(key, name)] = found
+                (moved if found else started).append(_rest(key))
         text = f"task '{name}' goes on" + (f" as '{source}' of the checkpoint" if name != source else "")
         if old != new:
             reclassed.append(name)
             text += _class_text(old, new, moved, started)
         if name != source or old != new:
             lines.append(text)
-    lines += [f"task '{name}' of the checkpoint is dropped, with its head and optimizer state" for name in removed]
+    lines += [
+        f"task '{name}' of the checkpoint is dropped, with {_parts(there.get(name, {}))} and optimizer state"
+        for name in removed
+    ]
     if not lines:
         return None
+    segments.update(_renamed_base(own, saved))
     names: dict[str, str | None] = dict.fromkeys(before.classes)
     names.update({source: name for name, source in sources.items()})
     return TaskChanges(names, segments, tuple(reclassed), tuple(lines))
+
+
+def _by_task(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return {task: {name of a tensor of its head or adapters, with "*" for the task: its shape}}."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        task = task_of(name)
+        if task is not None:
+            found.setdefault(task, {})[in_any_task(name)] = tuple(shape)
+    return found
+
+
+def _parts(tensors: Iterable[str]) -> str:
+    return "its head" if all(key.startswith(_HEAD) for key in tensors) else "its head, adapters"
+
+
+def _rest(key: str) -> str:
+    return key.removeprefix(_HEAD)
+
+
+def _renamed_base(own: Shapes, saved: Shapes) -> dict[str, Sequence[Segment]]:
+    """Return where weights are in a checkpoint that has, or lacks, adapters beside them: `peft` then renames them."""
+    theirs = {name_without_lora(name): name for name in saved if task_of(name) is None}
+    return {
+        name: (Segment(0, _numel(own[name]), theirs[plain], 0),)
+        for name in own
+        if task_of(name) is None and theirs.get(plain := name_without_lora(name), name) != name
+    }
 
 
 def _sources(tasks: Mapping[str, Any], before: SavedTasks, continues: Continues, where: Path) -> dict[str, str]:
@@ -143,21 +178,16 @@ def _sources(tasks: Mapping[str, Any], before: SavedTasks, continues: Continues,
 
 
 def _refuse_likely_names(
-    tasks: Mapping[str, Any], own: Shapes, saved: Shapes, before: SavedTasks, continues: Continues,
-    fresh: Sequence[str], removed: Sequence[str],
+    tasks: Mapping[str, Any], here: Mapping[str, Shapes], there: Mapping[str, Shapes], before: SavedTasks,
+    continues: Continues, fresh: Sequence[str], removed: Sequence[str],
 ) -> None:  # fmt: skip
     """Refuse a new task that may be a new name of a task that the run lacks: same classes and shapes."""
-
-    def head(shapes: Shapes, name: str) -> dict[str, tuple[int, ...]]:
-        start = f"tasks.{name}."
-        return {key.removeprefix(start): tuple(shape) for key, shape in shapes.items() if key.startswith(start)}
-
     for name in fresh:
         if name in continues:
             continue
         for old in removed:
-            theirs = head(saved, old)
-            mine = {rest: shape for rest, shape in head(own, name).items() if rest in theirs}
+            theirs = there.get(old, {})
+            mine = {key: shape for key, shape in here.get(name, {}).items() if key in theirs}
             if theirs and mine == theirs and list(tasks[name].classes) == list(before.classes[old]):
                 raise ConfigError(
                     f"task '{name}' is not in the checkpoint, and its task '{old}', which has the same head and "
@@ -174,9 +204,9 @@ def _class_tensors(
     The head is built once more with one more class, on the meta device, to see which tensors grow.
 
     Returns:
-        {rest of the name: rows beside those of the classes; None where there is not one row per class}.
+        {name of a tensor: rows beside those of the classes; None where there is not one row per class}.
     """
-    classes = list(task.classes)
+    classes, head = list(task.classes), {key: shape for key, shape in mine.items() if key.startswith(_HEAD)}
     options = task.options.model_dump() if isinstance(task.options, BaseModel) else dict(task.options or {})
     try:
         with torch.device("meta"):
@@ -184,7 +214,7 @@ def _class_tensors(
                 task.name, [*classes, "one more"], task.channels, task.stride, task.num_levels, task.image_size,
                 task.head_name, **options,
             )  # fmt: skip
-        grown = {key: tuple(value.shape) for key, value in _tensors(larger).items()}
+        grown = {_HEAD + key: tuple(value.shape) for key, value in _tensors(larger).items()}
     except Exception as error:  # of options with one number per class, or of a class of the user's own
         if len(classes) == before:
             raise ConfigError(
@@ -192,13 +222,13 @@ def _class_tensors(
                 f"class is not known ({type(error).__name__}: {error}); use the same classes, or set "
                 f"tasks.{name}.continues to false to start it fresh"
             ) from error
-        return {rest: None for rest, shape in mine.items() if theirs.get(rest) != shape}
+        return {key: None for key, shape in head.items() if theirs.get(key) != shape}
     rows: dict[str, int | None] = {}
-    for rest, shape in mine.items():
-        larger_shape = grown.get(rest)
+    for key, shape in head.items():
+        larger_shape = grown.get(key)
         if larger_shape != shape:
             by_row = larger_shape is not None and larger_shape == (shape[0] + 1, *shape[1:])
-            rows[rest] = shape[0] - len(classes) if by_row and shape[0] >= len(classes) else None
+            rows[key] = shape[0] - len(classes) if by_row and shape[0] >= len(classes) else None
     return rows
 
 
@@ -209,13 +239,15 @@ def _tensors(task: Any) -> dict[str, torch.Tensor]:
 def _refuse_other_head(
     name: str, source: str, mine: Shapes, theirs: Shapes, rows: Mapping[str, int | None], where: Path
 ) -> None:
-    for rest in sorted({*mine, *theirs}):
-        if rest not in rows and mine.get(rest, ()) != theirs.get(rest, ()) and (rest in theirs or rest in mine):
-            there, here = theirs.get(rest, "absent"), mine.get(rest, "absent")
+    for key in sorted({*mine, *theirs}, key=lambda key: (not key.startswith(_HEAD), key)):
+        if key not in rows and mine.get(key) != theirs.get(key):
+            there, here = theirs.get(key, "absent"), mine.get(key, "absent")
+            what, keys = (
+                ("a different head", "head and options") if key.startswith(_HEAD) else ("other adapters", "lora")
+            )
             raise ConfigError(
-                f"task '{name}' has a different head than '{source}' of {where}: {rest} is {there} in the checkpoint, "
-                f"{here} in this run; use the same head and options, or set tasks.{name}.continues to false to start "
-                "it fresh"
+                f"task '{name}' has {what} than '{source}' of {where}: {_rest(key)} is {there} in the checkpoint, "
+                f"{here} in this run; use the same {keys}, or set tasks.{name}.continues to false to start it fresh"
             )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from allinone_ds.balance.renaming import Names, by_new_name
+from allinone_ds.errors import ConfigError
+from allinone_ds.evaluation.evaluate import tasks_of
 from allinone_ds.training.load_checkpoint import changes_since, read_loop_state, saved_step
 from allinone_ds.training.optimizer import settings_by_name
 from allinone_ds.training.start.changed_tasks import TaskChanges
@@ -66,6 +68,9 @@ def begin_data(trainer: Any, checkpoint: Path | None) -> TaskChanges | None:
 
     Returns:
         How the tasks differ from those of the checkpoint; None: they do not.
+
+    Raises:
+        ConfigError: a new task cannot learn anything; for one that goes on it is a warning.
     """
     schedule, steps = trainer.schedule, trainer.args.max_steps
     schedule.continue_from(0, {})
@@ -74,6 +79,11 @@ def begin_data(trainer: Any, checkpoint: Path | None) -> TaskChanges | None:
         step = saved_step(checkpoint)
         changes = changes_since(trainer.model, checkpoint, trainer.continues)
         continue_data(trainer, read_loop_state(checkpoint, trainer.args.process_index), step, changes)
+    for name, task in tasks_of(trainer.model).items():
+        if reason := task.constant_loss():
+            if checkpoint is None or (changes is not None and name not in changes.names.values()):
+                raise ConfigError(f"tasks.{name}: {reason}")
+            trainer.warn(step, f"tasks.{name}: {reason}")
     if changes is not None:
         for line in (*changes.lines, "the best checkpoint is chosen anew, by the scores of these tasks"):
             trainer.note(step, f"resume: {line}")

@@ -191,6 +191,8 @@ def _check_task(
 
     head = _collect(found, build)  # on the CPU: heads are small
     if head is not None:
+        if reason := head.constant_loss():
+            found.append(f"tasks.{name}: {reason}")
         for part, dataset in datasets.items():
             _check_samples(found, f"tasks.{name}", task, part, dataset, head)
         head = head.to("meta")

@@ -167,7 +167,9 @@ class StallWatch:
             return ""
         live = [number for number in self._seen if number not in silent]
         self._prints = self.rank == min(live, default=self.rank)
-        named = silent or late
+        named = late
+        if silent:  # of a host that is lost, also the ranks that had come further
+            named = [number for number, seen in self._seen.items() if number in silent or now - seen[4] > silence]
         if len(late) == self.world and not silent:
             return (
                 f"no rank has made progress {limit}: all of them are at {self._seen[0][1]}. Something that all of "
@@ -179,9 +181,11 @@ class StallWatch:
             else "is alive: check its data source, file system and accelerator"
         )
         who = ", ".join(str(number) for number in named)
+        behind = (silent or late)[0]
+        where = "It is" if len(named) == 1 else f"Rank {behind} is"
         first = max(self._seen.values(), key=lambda seen: seen[0])
         return (
-            f"rank {who} has not made progress {limit} and {cause}. It is at {self._seen[named[0]][1]}; the furthest "
+            f"rank {who} has not made progress {limit} and {cause}. {where} at {self._seen[behind][1]}; the furthest "
             f"rank is at {first[1]}"
         )
 

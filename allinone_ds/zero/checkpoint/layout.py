@@ -185,11 +185,18 @@ def trained_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Args:
         folder: with the files of all ranks, ZeRO stage 1, 2 or 3.
     """
-    file = folder / MODEL_FILE
-    if not file.is_file():
-        file = min(folder.glob("zero_pp_rank_*_model_states.pt"))
-    groups: Shapes = read_file(file)["param_shapes"]
+    groups: Shapes = _of_one_rank(folder)["param_shapes"]
     return {name: tuple(shape) for named in groups for name, shape in named.items()}
+
+
+def frozen_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter that was not trained, by name, as far as the shards of ZeRO-3 hold them."""
+    return {name: tuple(shape) for name, shape in (_of_one_rank(folder).get("frozen_param_shapes") or {}).items()}
+
+
+def _of_one_rank(folder: Path) -> dict[str, Any]:
+    file = folder / MODEL_FILE
+    return read_file(file if file.is_file() else min(folder.glob("zero_pp_rank_*_model_states.pt")))
 
 
 def read_file(file: str | Path, map_location: Any = "cpu", mmap: bool = True) -> Any:

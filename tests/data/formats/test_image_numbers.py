@@ -140,6 +140,9 @@ def test_identities_of_a_test_set_may_differ_and_get_numbers_after_those_of_trai
     assert test.classes == ["ann", "eve", "zoe"] and test.labels == [2, 1, 2]
     [single] = target_problems(test, SIZE, train=False)
     assert "1 of 2 identities have one image only" in single.reason and single.level == "warning"
+    (root / "t.csv").write_text("image,who\n0.png,zoe\n1.png,eve\n")
+    [alone] = target_problems(opened(config, root), SIZE)
+    assert "no two of 2 images show one identity: a loss on pairs is always 0" in alone.reason
     (root / "t.csv").write_text("image,who\n0.png,zoe\n1.png,zoe\n")
     assert "all 2 images show one identity" in target_problems(opened(config, root), SIZE)[0].reason
 

@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 from allinone_ds.data import JointDataset, stack_pixels, train_transform
 from allinone_ds.data.base import Sample
 from allinone_ds.data.check import check_sources
+from allinone_ds.data.formats.own import OwnSource
 from allinone_ds.data.joint.batches import JointCollate, views_of
 from allinone_ds.data.joint.dataset import TaskView, view_of
 from allinone_ds.data.joint.sources import GroupSource, PairedSource
@@ -70,6 +71,55 @@ def test_an_image_is_decoded_once_for_all_tasks(root: Path, monkeypatch: pytest.
     assert set(sample["targets"]) == set(KINDS) and list(read.values()) == [1]
     dataset.check(1)
     assert list(read.values()) == [2]
+
+
+class Bare(JointDataset):
+    """Images of which none has a label of "cls"."""
+
+    kinds = {"seg": "segmentation", "cls": "classification"}
+    classes_of = {"seg": ["sky", "ground"], "cls": ["day", "night"]}
+
+    def __init__(self, root: Path) -> None:
+        self.name = "bare"
+
+    def __len__(self) -> int:
+        return 4
+
+    def rows(self, task: str) -> list[int]:
+        return [] if task == "cls" else [0, 1, 2, 3]
+
+    def __getitem__(self, index: int) -> Sample:
+        image = tv_tensors.Image(torch.full((3, 8, 8), 60 * index, dtype=torch.uint8))
+        targets = {"seg": {"mask": tv_tensors.Mask(torch.full((8, 8), index // 2, dtype=torch.uint8))}}
+        return {"image": image, "path": f"{index}.png", "index": index, "targets": targets}
+
+
+def test_a_task_without_any_label_is_refused(root: Path) -> None:
+    own = OwnSource(format="class", dataset="tests.data.joint.test_joint_sources:Bare")
+    rooms = {"group": "rooms", "sources": [own]}
+    said = "task 'cls': none of the 4 images has a label of it, so it has nothing to learn from; add labels, or take"
+    with pytest.raises(DataError, match=said):
+        open_source(GroupSource(tasks=["seg", "cls"], **rooms), root)
+    [problem] = [p for p in check_sources({"rooms train": GroupSource(tasks=["seg", "cls"], **rooms)}, root, False)
+                 if p.level == "error"]  # fmt: skip
+    assert said in problem.reason
+    assert open_source(GroupSource(tasks=["seg"], **rooms), root).structural == []
+    [warning] = open_source(GroupSource(tasks=["seg", "cls"], part="test", **rooms), root).structural
+    assert warning.level == "warning" and "so its metrics say nothing" in warning.reason
+
+
+def test_a_split_that_leaves_a_part_without_labels_is_said(root: Path) -> None:
+    content = json.loads((root / "train" / "boxes.json").read_text())
+    content["images"] = content["images"][1:2]
+    content["annotations"] = [box for box in content["annotations"] if box["image_id"] == 1]
+    (root / "train" / "boxes.json").write_text(json.dumps(content))
+    found = [
+        problem
+        for part in ("train", "test")
+        for problem in open_source(group(joint_source(), split={"test": 0.5}, part=part), root, strict=False).structural
+        if "task 'det': none of the" in problem.reason
+    ]
+    assert len(found) == 1 and found[0].level in ("error", "warning")
 
 
 def test_missing_labels_are_refused_unless_they_are_meant(root: Path) -> None:

@@ -15,7 +15,7 @@ CHAIN = 5
 """Maximum number of kills of one run before it is resumed to its end."""
 
 
-def soak(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
+def chain_of_kills(bench: Bench, everyone: bool, in_save: bool, most: int) -> int:
     """Kill one rank or all ranks of a run up to `most` times, at random moments of training or of its saves.
 
     After every kill the last checkpoint must be complete, no older than before the kill, and bitwise equal to that of

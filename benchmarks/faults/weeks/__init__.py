@@ -1,0 +1,1 @@
+"""A long run under one fault after another, beside the same run without faults."""
