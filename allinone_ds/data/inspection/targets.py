@@ -113,12 +113,13 @@ def _read(dataset: SampleDataset, indices: Iterable[int]) -> Iterator[Sample]:
 
 
 def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
-    read, parts = 0, [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty((0, 2)))]
+    read = 0
+    joined: list[tuple[np.ndarray, ...]] = [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty((0, 2)))]
     remaining = iter(samples)
     while some := list(islice(remaining, _JOINED)):  # arrays of single samples take more memory than what they hold
         read += len(some)
-        parts.append(_joined(some))
-    boxes, labels, crowd, sizes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        joined.append(_joined(some))
+    boxes, labels, crowd, sizes = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
     with np.errstate(invalid="ignore"):
         inside = np.stack([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)])
         sides = inside[1] - inside[0]

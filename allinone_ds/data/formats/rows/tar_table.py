@@ -78,7 +78,8 @@ def read_index(shard: Path) -> ShardIndex:
         with atomic_path(cache) as temporary, temporary.open("wb") as file:
             content: dict[str, Any] = {"stamp": stamp, "keys": index.keys, "places": index.places}
             content |= {"endings": np.array(index.endings, str), "texts": np.array(list(index.texts), str)}
-            np.savez(file, **content, **{f"text {ending}": texts for ending, texts in index.texts.items()})
+            content |= {f"text {ending}": texts for ending, texts in index.texts.items()}
+            np.savez(file, **content)
     except OSError:
         pass  # the folder is read-only: the next run scans again
     return index
