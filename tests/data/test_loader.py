@@ -1,5 +1,6 @@
 """Loaders: batches depend only on the schedule, broken samples are replaced and reported, ranks stay in step."""
 
+import gc
 import math
 import os
 import random
@@ -108,6 +109,20 @@ def test_one_item_is_one_optimizer_step(tmp_path):
             for k, batch in enumerate(batches):
                 drawn = [d.index for d in schedule.draw(task, s.step, k, 0)]
                 assert batch["index"].tolist() == drawn
+
+
+def test_workers_share_what_they_were_forked_with(tmp_path):
+    data, schedule = setup(tmp_path)
+    for part in data.values():
+        part.collate = lambda samples: {"frozen": gc.get_freeze_count()}
+    before = gc.get_freeze_count()
+    loader = train_loader(data, schedule, 0, start_step=2, max_steps=3, num_workers=1, multiprocessing_context="fork")
+    drawn = {(task, schedule.position(task, 2) // schedule.epoch_size(task)) for task in data}
+    assert set(schedule._permutations) == drawn, "the order of the epoch is drawn before the workers are started"
+    [step] = loader
+    kept = len(gc.get_objects()) / 2
+    assert all(batch["frozen"] > before + kept for batches in step.batches.values() for batch in batches)
+    assert gc.get_freeze_count() == before, "the collector of this process does not change"
 
 
 def test_a_rank_reads_only_its_share(tmp_path):

@@ -157,7 +157,7 @@ class CocoDataset(SampleDataset):
         return {"image": image, **fields, "path": path, "index": index}
 
     def annotation(self, index: int) -> Sample:
-        own = slice(self._first[index], self._first[index + 1])
+        own = slice(*self._first[index : index + 2].tolist())
         fields = {"boxes": self._boxes[own], "labels": self._labels[own], "iscrowd": self._crowd[own]}
         if self.kind == "keypoints":
             fields["visible"] = self._keypoints[own][..., 2]

@@ -37,10 +37,10 @@ def overlap_at_start(train: SampleDataset, test: SampleDataset) -> list[Problem]
 
 
 def _real(path: str, folders: dict[str, str]) -> str:
-    folder, name = os.path.split(path)
+    folder, _, name = path.rpartition(os.sep)
     if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    return os.path.join(folders[folder], name)
+        folders[folder] = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else ""))
+    return f"{folders[folder]}{os.sep}{name}"
 
 
 def overlap_problems(test: SampleDataset, common: Mapping[int, str]) -> list[Problem]:

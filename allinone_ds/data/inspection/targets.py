@@ -113,12 +113,13 @@ def _read(dataset: SampleDataset, indices: Iterable[int]) -> Iterator[Sample]:
 
 
 def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
-    read, parts = 0, [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty((0, 2)))]
+    read = 0
+    joined: list[tuple[np.ndarray, ...]] = [(np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty((0, 2)))]
     remaining = iter(samples)
     while some := list(islice(remaining, _JOINED)):  # arrays of single samples take more memory than what they hold
         read += len(some)
-        parts.append(_joined(some))
-    boxes, labels, crowd, sizes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        joined.append(_joined(some))
+    boxes, labels, crowd, sizes = (np.concatenate(arrays) for arrays in zip(*joined, strict=True))
     with np.errstate(invalid="ignore"):
         inside = np.stack([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)])
         sides = inside[1] - inside[0]
@@ -149,12 +150,13 @@ def _boxes(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:
 
 def _joined(samples: Sequence[Sample]) -> tuple[np.ndarray, ...]:
     """Return all boxes (n, 4) of some samples, their labels (n,), crowd flags (n,) and sizes of image (n, 2): W, H."""
-    boxes = [np.asarray(sample["boxes"], dtype=np.float64).reshape(-1, 4) for sample in samples]
+    boxes = [np.asarray(sample["boxes"]).reshape(-1, 4) for sample in samples]
     counts = [len(of_one) for of_one in boxes]
-    labels = [np.asarray(sample["labels"], dtype=int) for sample in samples]
-    crowd = [np.asarray(s.get("iscrowd", [0] * n), dtype=bool) for s, n in zip(samples, counts, strict=True)]
+    labels = [np.asarray(sample["labels"]) for sample in samples]
+    crowd = [np.asarray(s.get("iscrowd", [0] * n)) for s, n in zip(samples, counts, strict=True)]
     sizes = np.array([sample["size"] or (np.inf, np.inf) for sample in samples], dtype=np.float64)[:, ::-1]
-    return np.concatenate(boxes), np.concatenate(labels), np.concatenate(crowd), np.repeat(sizes, counts, axis=0)
+    types = ((boxes, np.float64), (labels, np.int64), (crowd, np.bool_))
+    return *(np.concatenate(arrays).astype(dtype) for arrays, dtype in types), np.repeat(sizes, counts, axis=0)
 
 
 def _points(samples: Iterable[Sample], image_size: tuple[int, int]) -> _Found:

@@ -114,10 +114,9 @@ class PairedSource(SourceConfig):
         folder = root / self.images
         require_folder(folder, "images")
         files = [str(folder / file) for file in walk_images_or_arrays(folder)]
-        stems = [stem_of(file, str(folder)) for file in files]
+        found = {stem_of(file, str(folder)): file for file in files}
         if self.image_list is None:
-            return stems, files, []
-        found = dict(zip(stems, files, strict=True))
+            return [stem_of(file, str(folder)) for file in files], files, []
         lines = [line.strip() for line in read_text(root / self.image_list, file_names=True).splitlines()]
         listed = dict.fromkeys(_listed(line, found) for line in lines if line)
         if not listed:

@@ -6,10 +6,10 @@
 
 The first table opens sets of small images (hard links to a few files) as a run does, each in a process of its own,
 starts 2 workers and reads 50,000 samples in random order, without decoding anything large. Seconds are those of
-processors, which other load changes little. "main" is the share of memory (proportional set size) that opening adds to
-the process that trains, with the workers running; "worker" is that of one of them at its first batch; "own" is what it
-then shares with no other process, and "grows" what is added until the last sample. The row of 1,000 files shows what
-does not depend on their number.
+processors, which other load changes little. "data" is what opening the set adds to the memory of the process that
+trains, "worker" the share of memory (proportional set size) of a worker at its first batch, "own" what it has then
+written itself and shares with no other process, "grows" what is added to that until the last sample, and "all" the
+shares of all three processes at the end. The row of 1,000 files shows what does not depend on their number.
 
 The second table loads JPEGs of 1024 x 1024 pixels with one worker: all decode, flip and resize to 518 x 518. The third
 times decoders. torchdata, PyTurboJPEG (with libturbojpeg) and OpenCV are measured where they are installed.
@@ -33,6 +33,8 @@ from benchmarks.speed.loading.sets import SETS
 
 SIDE = 518
 PHOTOS = {"1024 x 1024": (1024, 1024), "4000 x 3000": (4000, 3000)}
+_MEMORY = {"data": "data_mb", "worker": "worker_share_mb", "own": "worker_own_mb", "grows": "worker_grows_mb",
+           "all": "all_share_mb"}  # fmt: skip
 _FEW = 1000
 _RARE = "40 tasks, each of all files"  # takes minutes
 
@@ -53,13 +55,13 @@ def measure_sets(names: list[str], count: int, samples: int, parent: Path | None
     """Print the table of sets; return its rows."""
     rows = []
     seconds = ("open", "check", "first batch")
-    print_head("data", "files", *(f"{phase}, s" for phase in seconds), "main, MB", "worker, MB", "own, MB", "grows, MB")
+    print_head("data", "files", *(f"{phase}, s" for phase in seconds), *(f"{figure}, MB" for figure in _MEMORY))
     with tempfile.TemporaryDirectory(dir=parent) as root:
         for name, files in [("image_list", _FEW), *((name, count) for name in names)]:
             folder = Path(root) / ("few" if files == _FEW else "many")
             row = {"name": name, **measure_set(name, files, samples, folder)}
             rows.append(row)
-            figures = (row["main_mb"], row["worker_share_mb"], row["worker_own_mb"], row["worker_grows_mb"])
+            figures = (row[key] for key in _MEMORY.values())
             spent = (f"{row['processor_seconds'][phase]:.2f}" for phase in seconds)
             print_row(name, f"{row['files']:,}", *spent, *(f"{figure:.0f}" for figure in figures))
     return rows

@@ -105,6 +105,7 @@ def _webdataset(root: Path, count: int) -> dict[str, Any]:
 def _datasets(root: Path, count: int) -> dict[str, Any]:
     import datasets
 
+    datasets.disable_progress_bars()
     pictures = [encoded(k, "JPEG") for k in range(16)]
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -14,10 +14,10 @@ _BATCH = 250  # samples of a step over all tasks
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Return MB of a process: its share of memory (proportional set size), and what no other process has."""
+    """Return MB of a process: its share of memory (proportional set size), and what it has written alone."""
     lines = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     found = {words[0].rstrip(":"): int(words[1]) / 1024 for words in lines}
-    return {"share": found["Pss"], "own": found["Private_Clean"] + found["Private_Dirty"]}
+    return {"share": found["Pss"], "own": found["Private_Dirty"]}
 
 
 def pixels(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,10 +64,11 @@ def measure_start(sources: dict[str, Any], root: Path, samples: int) -> dict[str
         depths_at_start(dataset)
         overlap_at_start(dataset, test)
     marks.append((time.perf_counter(), time.process_time()))
+    data_mb = memory(psutil.Process().pid)["own"] - before["own"]
     size = max(_BATCH // len(opened), 1)
     data = {task: TaskData(dataset, unchanged, pixels, batch_size=size) for task, dataset in opened.items()}
     schedule = Schedule(0, {t: len(d) for t, d in opened.items()}, {t: (size, 1) for t in opened}, world_size=1)
-    steps = max(samples // (size * len(opened)), 2 * WORKERS)
+    steps = max(samples // (size * len(opened)), 3 * WORKERS)
     batches = iter(train_loader(data, schedule, 0, 0, steps, num_workers=WORKERS))
     for _ in range(WORKERS):
         next(batches)
@@ -75,19 +76,20 @@ def measure_start(sources: dict[str, Any], root: Path, samples: int) -> dict[str
     marks.append((time.perf_counter(), time.process_time()))
     used = [sum(psutil.Process(pid).cpu_times()[:2]) for pid in workers]
     first = [memory(pid) for pid in workers]
-    main = memory(psutil.Process().pid)
     read = WORKERS
     for _ in batches:
         read += 1
         if read == steps - WORKERS:  # before the workers end
             last = [memory(pid) for pid in workers]
+            every = [*last, memory(psutil.Process().pid)]
     phases = [b[1] - a[1] for a, b in zip(marks, marks[1:], strict=False)]
     return {
         "files": sum(len(dataset) for dataset in opened.values()),
         "processor_seconds": dict(zip(("open", "check"), phases, strict=False))
         | {"first batch": phases[2] + max(used)},
         "clock_seconds": marks[-1][0] - marks[0][0],
-        "main_mb": main["share"] - before["share"],
+        "data_mb": data_mb,
+        "all_share_mb": sum(each["share"] for each in every),
         "worker_share_mb": max(each["share"] for each in first),
         "worker_own_mb": max(each["own"] for each in first),
         "worker_grows_mb": max(b["own"] - a["own"] for a, b in zip(first, last, strict=True)),

@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from allinone_ds.data.formats.coco import _different_rows
 from allinone_ds.errors import BrokenSample, DataError
 from tests.data.tiny_sets import CLASSES, COCO, COUNT, HEIGHT, WIDTH, coco_content, errors, opened, pixels, warnings
 
@@ -169,6 +171,28 @@ def test_repeated_boxes_are_a_warning(coco_root):
     content["annotations"] += [{**record, "id": 100 + record["id"]} for record in content["annotations"][:2]]
     write(coco_root, content)
     assert "boxes.json: 2 boxes repeat another box" in warnings(COCO, coco_root) and errors(COCO, coco_root) == []
+
+
+def test_equal_rows_are_counted_like_numpy_counts_them():
+    rng = np.random.default_rng(0)
+    for rows in (rng.integers(0, 3, (500, 6)).astype(float), rng.random((200, 6)), np.array([[0.0] * 6, [-0.0] * 6])):
+        assert _different_rows(rows) == len(np.unique(rows, axis=0))
+    assert _different_rows(np.empty((0, 6))) == 0
+
+
+def test_one_fault_among_the_annotations_changes_no_other_box(coco_root):
+    expected = opened(COCO, coco_root)
+    content = coco_content()
+    content["annotations"] += [{"id": 99, "image_id": 100, "category_id": 7, "bbox": [1, 2, "3", 4]}, "no object"]
+    write(coco_root, content)
+    found = opened(COCO, coco_root, strict=False)
+    assert [p.reason.partition(":")[0] for p in found.structural] == [
+        "annotation 99",
+        "annotation 'no object' must be an object",
+    ]
+    for index in range(COUNT):
+        for key in ("boxes", "labels", "iscrowd"):
+            assert found[index][key].tolist() == expected[index][key].tolist()
 
 
 @pytest.mark.parametrize(("stated", "crowd"), [("0", False), ("1", True), (None, False), (True, True)])

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from allinone_ds.data.base import SampleDataset
 from allinone_ds.data.combination import Split, combine
+from allinone_ds.data.formats.common.classified_files import ClassifiedDataset
 from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.joint.sources import GroupSource, JointSource
 from allinone_ds.data.sources import open_source
@@ -32,6 +33,12 @@ def test_texts_are_a_sequence_of_what_they_were_made_of() -> None:
             with pytest.raises(IndexError):
                 texts[place]
     assert len(Texts([])) == 0 and not Texts([]) and list(Texts([])) == []
+
+
+def test_class_names_are_no_cells_of_a_table() -> None:
+    cells = ["".join(("c", "at")), "".join(("d", "og"))]
+    classes = ClassifiedDataset("pets", Path("/"), ["1.png"], [0], cells).classes
+    assert classes == cells and all(name is not cell for name, cell in zip(classes, cells, strict=True))
 
 
 def write_pictures(folder: Path, count: int) -> list[str]:

@@ -50,7 +50,7 @@ class ClassifiedDataset(SampleDataset):
         self.folder = folder
         self.files = Texts(files)
         self.labels: list[int] = labels
-        self.classes = classes
+        self.classes = list(Texts(classes))  # new objects: each cell of a table would keep a megabyte of it in memory
         self.structural = structural
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from allinone_ds.data.formats.common.boxes import (
 from allinone_ds.data.formats.common.class_names import match_classes, match_identities, read_classes
 from allinone_ds.data.formats.common.masks import check_mask_size
 from allinone_ds.data.formats.common.object_parts import OBJECT_KINDS, PointNames, checked_keypoints, mask_fields
+from allinone_ds.data.formats.common.texts import Texts
 from allinone_ds.data.formats.maps.dense_maps import no_classes
 from allinone_ds.data.formats.maps.values import DENSE_KINDS, as_target, read_values
 from allinone_ds.data.formats.rows.columns import (
@@ -281,7 +282,7 @@ class RowsDataset(SampleDataset):
             raise DataError(
                 f"{self.name}: the columns contain no class names; set 'classes' of the source or of the task"
             )
-        return list(names)
+        return list(Texts(names))  # new objects: each cell of a table would keep a megabyte of it in memory
 
     def _require_column(self, column: str, features: Any, field: str) -> None:
         if not isinstance(features, Mapping) or column not in features:

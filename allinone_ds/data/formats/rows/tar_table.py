@@ -76,9 +76,10 @@ def read_index(shard: Path) -> ShardIndex:
     index = _scan(shard)
     try:
         with atomic_path(cache) as temporary, temporary.open("wb") as file:
-            names = {"endings": np.array(index.endings, str), "texts": np.array(list(index.texts), str)}
-            texts = {f"text {ending}": contents for ending, contents in index.texts.items()}
-            np.savez(file, stamp=stamp, keys=index.keys, places=index.places, **names, **texts)
+            content: dict[str, Any] = {"stamp": stamp, "keys": index.keys, "places": index.places}
+            content |= {"endings": np.array(index.endings, str), "texts": np.array(list(index.texts), str)}
+            content |= {f"text {ending}": texts for ending, texts in index.texts.items()}
+            np.savez(file, **content)
     except OSError:
         pass  # the folder is read-only: the next run scans again
     return index
