@@ -126,6 +126,8 @@ def end_tree(pid: int) -> None:
     """End a process and all that it has started, in other sessions too: they would keep memory of the device."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        for one in [*process.children(recursive=True), process]:
+        started = process.children(recursive=True)
+        for one in [*started, process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
+        psutil.wait_procs(started, timeout=10)

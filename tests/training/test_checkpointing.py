@@ -80,11 +80,20 @@ def test_a_checkpoint_of_weights_alone_cannot_be_resumed(tmp_path: Path) -> None
     check_resumable(tmp_path)
 
 
+def have_shards(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module) -> None:
+    """Let every checkpoint have ZeRO shards of a model."""
+    trained, frozen = (
+        {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad == trains}
+        for trains in (True, False)
+    )
+    monkeypatch.setattr(loading, "shards_of", lambda checkpoint: checkpoint / "global_step2")
+    monkeypatch.setattr(loading, "trained_shapes", lambda folder: trained)
+    monkeypatch.setattr(loading, "frozen_shapes", lambda folder: frozen)
+
+
 def test_shards_without_gathered_weights_tell_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
-    monkeypatch.setattr(loading, "shards_of", lambda checkpoint: checkpoint / "global_step2")
-    monkeypatch.setattr(loading, "trained_shapes", lambda folder: shapes)
+    have_shards(monkeypatch, model)
     check_model(model, tmp_path)
     with pytest.raises(ConfigError, match="the backbone differs"):
         check_model(tiny_model(hidden_size=16), tmp_path)
@@ -95,9 +104,7 @@ def test_a_checkpoint_of_other_frozen_weights_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: bool
 ) -> None:
     model = tiny_model()
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
-    monkeypatch.setattr(loading, "shards_of", lambda checkpoint: checkpoint / "global_step2")
-    monkeypatch.setattr(loading, "trained_shapes", lambda folder: shapes)
+    have_shards(monkeypatch, model)
     if gathered:
         save_file(model.state_dict(), tmp_path / "model.safetensors")
     check_model(model, tmp_path)
