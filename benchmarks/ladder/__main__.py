@@ -6,7 +6,7 @@
     python -m benchmarks.ladder --only adamw                               # a part of them
     python -m benchmarks.ladder --table --page docs/evidence.md            # only the tables and plots of the records
 
-The 184 runs take about 4 1/2 hours of one core; tables and plots take 5 seconds.
+The 316 runs take about 9 hours of one core (96 under AdamW: 2.2 hours); tables and plots take 10 seconds.
 
 Every run is the package's own trainer on one rank and one core (one GPU with --size gpu) in a process of its own, and
 appends one line to benchmarks/results/ladder_SIZE.jsonl. A run with a valid record is not trained again; a record that
