@@ -17,7 +17,7 @@ from allinone_ds.errors import DataError
 from allinone_ds.reporting.meters import LowShares, Means, Pace, update_shares
 
 MOST_IN_MEMORY = 2000
-"""Training logs that `trainer.state` holds. Each takes 5 KB of memory per rank and 1 KB of every checkpoint."""
+"""Training logs that `trainer.state` holds; each takes 1 KB of every checkpoint."""
 
 
 def thin_history(history: list[dict[str, Any]]) -> None:
