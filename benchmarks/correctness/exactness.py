@@ -5,7 +5,7 @@
 
 All runs take about an hour on 2 cores; `--world 2 --only "zero2 fp32" --weighting tbgc` takes half a minute. With
 `--json` a run is written to the file when it is done, those that are in it are not run again, and the tables show all
-of them: the same command continues one that was interrupted. Delete the file to measure anew.
+of them: the same command continues one that was interrupted. Delete the file to measure all of them again.
 
 Each case takes 5 SGD steps on 3 tasks whose losses differ by a factor of 3,000 and compares all weights and norms.
 For fp32 the figure is the largest absolute difference of a weight from float64. 16-bit rows are compared with the same

@@ -84,7 +84,7 @@ def verdict(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         samples: {"time": seconds, "start": number of the start, "of": {who: {quantity: value}}}. A new start
-            begins the series of "rank N" and "launcher N" anew, but not those of "folder of RUN".
+            begins new series of "rank N" and "launcher N", but not of "folder of RUN".
 
     Returns:
         {"of", "quantity", "over", ...the fields of `Growth`}, where "over" is "one start" or "all starts".
