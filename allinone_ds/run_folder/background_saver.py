@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from allinone_ds.distributed import cpu_group
@@ -18,8 +19,8 @@ from allinone_ds.errors import RunError
 class BackgroundSaver:
     """Copies the content of a checkpoint to host memory and writes it in a thread, one checkpoint at a time.
 
-    The copies are made by `torch.distributed.checkpoint`, whose host buffers are reused by the next checkpoint and are
-    pinned if there is an accelerator. The thread has its own process group, so its messages never mix with those of
+    The copies are made by `torch.distributed.checkpoint`, whose host buffers are reused by the next checkpoint (from
+    torch 2.14 on) and are pinned if there is an accelerator. The thread has its own process group, so its messages never mix with those of
     the training step.
 
     Construct it on every rank, and call `start` and `finish` at the same points on every rank. `finish` raises what
@@ -44,15 +45,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self.group: Any = cpu_group(apart="saver")
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        self._stager = _new_stager()
         self.staged: list[tuple[Path, Any]] = []
         self._step = 0
         self._thread: threading.Thread | None = None
@@ -61,6 +54,8 @@ class BackgroundSaver:
     def stage(self, content: Any, path: Path) -> None:
         """Copy the content of a file and append it to `staged`."""
         self.staged.append((path, self._stager.stage(content)))
+        if Version(torch.__version__) < Version("2.14"):
+            self._stager = _new_stager()  # that of torch 2.11 closes itself after one use
 
     @property
     def working(self) -> bool:
@@ -106,3 +101,11 @@ class BackgroundSaver:
             work()
         except BaseException as error:
             self._error = error
+
+
+def _new_stager() -> DefaultStager:
+    pinned = torch.cuda.is_available()
+    options = StagingOptions(
+        use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
+    )
+    return DefaultStager(options)

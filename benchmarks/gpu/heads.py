@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,15 +56,15 @@ def first_batches(run: Run) -> dict[str, tuple[list[str], Any]]:
     from allinone_ds.data.sources import Source, open_source
     from allinone_ds.tasks import TASKS
 
-    root = run.folder / "demo-data"
-    if not root.exists():
-        make_demo_data(root, sizes=DemoSizes(**dict.fromkeys(KINDS, (IMAGES, 1))), progress=False)
     side, found = run.pick(256, 64), {}
-    for kind in KINDS:
-        data = open_source(TypeAdapter(Source).validate_python(DemoData(root).sources(kind, "train")), root)
-        transform = eval_transform((side, side))
-        batch = TASKS[kind].collate([transform(data[index]) for index in range(IMAGES)])
-        found[kind] = (list(data.classes), {key: batch[key] for key in ("pixel_values", "labels")})
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_demo_data(root, sizes=DemoSizes(**dict.fromkeys(KINDS, (IMAGES, 1))), progress=False)
+        for kind in KINDS:
+            data = open_source(TypeAdapter(Source).validate_python(DemoData(root).sources(kind, "train")), root)
+            transform = eval_transform((side, side))
+            batch = TASKS[kind].collate([transform(data[index]) for index in range(IMAGES)])
+            found[kind] = (list(data.classes), {key: batch[key] for key in ("pixel_values", "labels")})
     return found
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,27 +17,30 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+from allinone_ds.training.launcher import free_port
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: what it asks, and the seconds after which it is ended."""
+    """One part: what it asks, the seconds after which it is ended, and whether nothing may run beside it."""
 
     question: str
     seconds: int
+    alone: bool = True
 
 
 PARTS = {
     "machine": Part("What is this machine, how fast does it copy and multiply?", 60),
-    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 150),
+    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 150, alone=False),
     "steps": Part("What do balanced steps of a ViT-L cost beside plain DeepSpeed, in time and memory?", 200),
-    "waits": Part("Where does the host wait for the device?", 60),
+    "waits": Part("Where does the host wait for the device?", 100, alone=False),
     "trace": Part("What happens between two tasks of a step?", 60),
-    "order": Part("Does CUDA's sanitizer find accesses without an order?", 90),
+    "order": Part("Does CUDA's sanitizer find accesses without an order?", 120, alone=False),
     "saving": Part("What do offload, a save and a resume cost, and does a resumed run go on as it was?", 120),
-    "heads": Part("Does every head compute in bf16 what it computes in float32, and does the demo train?", 120),
-    "ranks": Part("Are two processes on one device (gloo) exact?", 60),
+    "heads": Part("Does every head compute in bf16 as in float32, and does the demo train?", 120, alone=False),
+    "ranks": Part("Are two processes on one device (gloo) exact?", 90, alone=False),
     "large": Part("Which backbones of 1 billion parameters and more fit?", 90),
     "loader": Part("How many images per second reach the device?", 60),
 }
@@ -120,6 +126,30 @@ def run_command(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
         output, errors = job.communicate()
         return 124, output, f"{errors}\nended after {seconds:.0f} s"
     return job.returncode, output, errors
+
+
+def rows_of(processes: Sequence[tuple[str, Sequence[str], Mapping[str, str]]]) -> Iterator[dict[str, Any]]:
+    """Run modules in processes at the same time; yield the rows that they print as JSON, as they come.
+
+    Args:
+        processes: (module, arguments, environment beside that of this process) of each.
+    """
+    read, write = os.pipe()
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *arguments],
+            env={**os.environ, "MASTER_PORT": str(free_port()), **environment}, stdout=write,
+        )
+        for module, arguments, environment in processes
+    ]  # fmt: skip
+    os.close(write)
+    with open(read) as lines:
+        for line in lines:
+            if line.startswith("{"):
+                yield json.loads(line)
+    for number, job in enumerate(jobs):
+        if job.wait():
+            yield {"process": number, "error": f"ended with status {job.returncode}; see the log"}
 
 
 def end_tree(pid: int) -> None:

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from allinone_ds.distributed import leave
 from allinone_ds.testing.cases import WEIGHTINGS, all_cases
-from benchmarks.gpu.part import Run
+from allinone_ds.training.launcher import free_port
+from benchmarks.gpu.part import Run, rows_of
 
 NAMES = ("zero2 fp32", "zero3 fp32", "zero1 fp32", "zero2 bf16", "zero2 fp32 offload", "zero2 fp32 tasks apart")
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
     """Yield one row per engine."""
-    from allinone_ds.training.launcher import free_port
-
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "LOCAL_SIZE": "2"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.ranks", run.device, str(run.folder)]
-    jobs = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for line in jobs[0].stdout or ():
-        if line.startswith("{"):
-            yield json.loads(line)
-    for rank, job in enumerate(jobs):
-        job.communicate()
-        if job.returncode:
-            yield {"rank": rank, "error": f"ended with status {job.returncode}; see the log"}
+    port = str(free_port())
+    ranks = ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_PORT": port, "RANK": rank} for rank in "01")
+    yield from rows_of([(__name__, [run.device, str(run.folder)], environment) for environment in ranks])
 
 
 def rank(device: str, folder: str) -> None:

@@ -14,8 +14,8 @@ PAGE = ROOT / "docs" / "gpu-measured.md"
 COLUMNS = {
     "machine": ("what", "gib_per_s", "flops"),
     "exact": ("case", "norm", "difference", "limit", "passed", "error"),
-    "steps": ("side", "batch", "stage", "mode", "seconds", "ratio", "utilisation", "of_matmul", "between_ms",
-              "peak_gib", "planned_gib", "error"),
+    "steps": ("side", "batch", "stage", "mode", "overlap", "compiled", "seconds", "ratio", "utilisation", "of_matmul",
+              "between_ms", "peak_gib", "planned_gib", "error"),
     "waits": ("where", "owner", "place", "count", "ours", "all"),
     "trace": ("stage", "kernels", "ms", "busy_ms", "longest_gap_ms", "between_ms", "kernel", "calls"),
     "order": ("case", "difference", "unordered", "error"),

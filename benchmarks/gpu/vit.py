@@ -29,6 +29,7 @@ class Vit:
         mode: "plain", or the norm of a balancer.
         zero: further keys of DeepSpeed's "zero_optimization".
         checkpointing: recompute the backbone's layers in backward.
+        compiled: compile the backbone's layers with torch.compile.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Vit:
     mode: str = "exact"
     zero: dict[str, Any] | None = None
     checkpointing: bool = False
+    compiled: bool = False
 
     def config(self) -> Any:
         """Return the configuration of the run."""
@@ -89,6 +91,9 @@ class Vit:
             model = build_model(config, ModelFacts(backbone=config.model.backbone, classes=dict.fromkeys(TASKS, names)))
         if self.checkpointing:
             model.activation_checkpointing_enable()
+        if self.compiled:
+            for layer in model.backbone.net.encoder.layer:
+                layer.compile()
         groups = [{"params": list(part.parameters())} for part in (model.backbone, *model.tasks.values())]
         fused = self.run.on_gpu and "offload_optimizer" not in (self.zero or {})
         optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=fused)
