@@ -20,8 +20,8 @@ class BackgroundSaver:
     """Copies the content of a checkpoint to host memory and writes it in a thread, one checkpoint at a time.
 
     The copies are made by `torch.distributed.checkpoint`, whose host buffers are reused by the next checkpoint (from
-    torch 2.14 on) and are pinned if there is an accelerator. The thread has its own process group, so its messages never mix with those of
-    the training step.
+    torch 2.14 on) and are pinned if there is an accelerator. The thread has its own process group, so its messages
+    never mix with those of the training step.
 
     Construct it on every rank, and call `start` and `finish` at the same points on every rank. `finish` raises what
     the thread raised; errors that the thread exchanges over `group` are therefore raised on every rank.

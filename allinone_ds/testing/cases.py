@@ -141,6 +141,8 @@ def _option_cases() -> list[Case]:
         for dtype in ("bf16", "fp16"):
             keys = {"torch_autocast": {"enabled": True, "dtype": dtype}}
             cases.append(Case(f"zero{stage} torch_autocast {dtype}", stage, keys=keys))
+            if stage:
+                cases.append(Case(f"zero{stage} torch_autocast {dtype} offload", stage, offload=True, keys=keys))
         name = f"zero{stage} fp32 checkpointing of DeepSpeed"
         cases += [Case(name, stage, checkpointing="deepspeed"),
                   Case(f"{name} norm=features", stage, checkpointing="deepspeed", norm="features")]  # fmt: skip

@@ -15,7 +15,7 @@ from allinone_ds.distributed import leave
 from allinone_ds.testing.cases import KERNELS, WEIGHTINGS, Case, all_cases
 from benchmarks.gpu.part import Run, rows_of
 
-PROCESSES = 6
+PROCESSES = 8
 """That measure at a time on a GPU: each leaves it idle most of the time."""
 NORMS = ("sketch", "delayed")
 ACCUMULATED = "zero1 bf16 fp32-accumulation"
@@ -92,6 +92,8 @@ def exact(case: Case) -> float:
 
 def tested(case: Case, norm: str) -> float:
     """Return what the start-up self-test finds on an engine of the case's kind."""
+    from deepspeed.runtime import torch_autocast
+
     from allinone_ds import TaskBalancer
     from allinone_ds.balance.self_test import self_test
 
@@ -100,6 +102,7 @@ def tested(case: Case, norm: str) -> float:
         return self_test(engine, TaskBalancer, norm)
     finally:
         engine.destroy()
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed never resets it for the engine of the next case
 
 
 def toy_engine(case: Case) -> Any:

@@ -85,7 +85,7 @@ def open_heads(run: Run, batches: Mapping[str, tuple[list[str], Any]]) -> Iterat
             sizes = {"hidden_size": run.pick(384, 64), "num_hidden_layers": 4, "num_attention_heads": 2,
                      "patch_size": 16, "image_size": side[0]}  # fmt: skip
             backbone = build_backbone(BackboneConfig(config=sizes))
-            options = {"num_queries": 8} if head in ("rf_detr", "mask2former") and not run.on_gpu else {}
+            options = {"num_queries": run.pick(100, 8)} if head in ("rf_detr", "mask2former") else {}
             task = build_task(kind, "task", classes, backbone, side, head, options)
             yield f"{kind} {head}", AllInOneModel(backbone, {"task": task}).to(run.device), HeadTask("task", batch)
 
@@ -110,9 +110,9 @@ def compared(model: Any, task: HeadTask, device: str) -> dict[str, Any]:
 
 
 def demo(run: Run) -> dict[str, Any]:
-    """Return what `allinone-ds demo` ends with, in a trial after a few steps."""
-    steps = run.pick([], ["--steps", "4"])
-    command = [sys.executable, "-m", "allinone_ds.cli", "demo", *steps, "--output", str(run.folder / "demo")]
+    """Return what `allinone-ds demo` ends with after a few steps."""
+    steps = run.pick("60", "4")
+    command = [sys.executable, "-m", "allinone_ds.cli", "demo", "--steps", steps, "--output", str(run.folder / "demo")]
     status, output, errors = run_command(command, run.left() - 5)
     metrics = run.folder / "demo" / "metrics.json"
     return {"head": "demo", "status": status, "metrics": metrics.read_text() if metrics.exists() else None,

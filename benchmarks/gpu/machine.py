@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from allinone_ds.balance.arithmetic import square_norm
 from benchmarks.common.machine import describe_machine
 from benchmarks.gpu.part import Run
 
@@ -26,6 +27,7 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
     yield row
     yield from copies(run)
     yield from products(run)
+    yield {"what": "norm of a long gradient, relative difference from float64", "difference": norm_difference(run)}
 
 
 def datasheet_flops(name: str) -> float | None:
@@ -64,3 +66,10 @@ def product_flops(run: Run, dtype: torch.dtype = torch.bfloat16, tf32: bool = Fa
     seconds = run.time(lambda: [a @ b for _ in range(calls)]) / calls
     torch.set_float32_matmul_precision("highest")
     return 2 * size**3 / seconds
+
+
+def norm_difference(run: Run) -> float:
+    """Return how far the balancer's norm of a long vector is from one in float64."""
+    values = torch.randn(run.pick(2**28, 2**20), device=run.device)
+    wanted = values.double().square().sum()
+    return abs(float(square_norm([values], values.device) / wanted) - 1) / 2

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from allinone_ds.distributed import leave
 from allinone_ds.testing.cases import WEIGHTINGS, Case, all_cases
-from benchmarks.gpu.part import Run
+from benchmarks.gpu.part import Run, rows_of
 
 NAMES = (
     "zero0 fp32", "zero1 fp32 overlap=1 contiguous=1", "zero2 fp32 overlap=1 contiguous=1", "zero2 fp32 offload",
@@ -17,11 +21,18 @@ NAMES = (
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield one row per engine."""
+    """Yield one row per engine, each measured in a process of its own."""
+    names = NAMES[: run.pick(len(NAMES), 2)]
+    yield from rows_of([(__name__, [run.device, str(run.folder), name], {}) for name in names])
+
+
+def measure_one(device: str, folder: str, name: str) -> None:
+    """Print the row of one engine."""
+    run = Run(device, Path(folder))
     run.join()
-    cases = {case.name: case for case in all_cases()}
-    for name in NAMES[: run.pick(len(NAMES), 2)]:
-        yield {"case": name, **watched(run, cases[name])}
+    case = next(case for case in all_cases() if case.name == name)
+    print(json.dumps({"case": name, **watched(run, case)}), flush=True)
+    leave()
 
 
 def watched(run: Run, case: Case) -> dict[str, Any]:
@@ -63,3 +74,7 @@ def _place(access: Any) -> str:
         if "/torch/" not in frame.filename and "/gpu/order.py" not in frame.filename:
             return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
     return "?"
+
+
+if __name__ == "__main__":
+    measure_one(*sys.argv[1:])

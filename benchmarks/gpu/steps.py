@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +15,29 @@ MODES = (PLAIN, "exact", "sketch", "delayed")
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield one row per size, stage and mode, and last those of compiled layers."""
+    """Yield one row per stage and mode, most worth first."""
     run.join()
     measured = product_flops(run)
     stated = datasheet_flops(torch.cuda.get_device_name()) if run.on_gpu else None
-    for side, batch in run.pick(((512, 16), (224, 64)), ((32, 2),)):
-        for stage in run.pick((2, 3, 1), (2,)):
-            # BF16_Optimizer, which is stage 1, keeps no gradients on the rank
-            vits = [Vit(run, large(run), side, batch, stage, mode) for mode in MODES[: 2 if stage == 1 else None]]
-            if side == 512:
-                zero = {"overlap_comm": False}
-                vits += [Vit(run, large(run), side, batch, stage, mode, zero) for mode in MODES[:2]]
-            yield from compared(run, vits, measured, stated)
-    if run.on_gpu:
-        vits = [Vit(run, large(run), 512, 16, 2, mode, compiled=True) for mode in MODES[:2]]
+    for vits in comparisons(run):
         yield from compared(run, vits, measured, stated)
+
+
+def comparisons(run: Run) -> Iterator[list[Vit]]:
+    """Yield runs that are compared with the first of them."""
+    size = run.pick((512, 32), (32, 2))  # side and batch
+
+    def vits(stage: int, modes: Sequence[str] = MODES[:2], size: tuple[int, int] = size, **options: Any) -> list[Vit]:
+        return [Vit(run, large(run), *size, stage, mode, **options) for mode in modes]
+
+    yield vits(2, MODES)
+    if run.on_gpu:
+        yield vits(2, compiled=True)
+        yield vits(3)
+        yield vits(1)
+        yield vits(2, zero={"overlap_comm": False})
+        yield vits(2, size=(224, 128))
+        yield vits(3, (PLAIN, "sketch", "delayed"))
 
 
 def compared(run: Run, vits: list[Vit], measured: float, stated: float | None) -> Iterator[dict[str, Any]]:
@@ -37,7 +45,7 @@ def compared(run: Run, vits: list[Vit], measured: float, stated: float | None) -
 
     Args:
         run: of the benchmark.
-        vits: a plain run comes before those that are compared with it.
+        vits: the plain run comes first.
         measured: operations per second of a matrix product.
         stated: those of the data sheet.
     """
@@ -66,11 +74,11 @@ def timed(vit: Vit, run: Run, repeats: int = 5) -> dict[str, Any]:
     before = run.allocated()
     vit.open()
     try:
-        run.time(vit.step, repeats=1, warm_up=2)
+        run.time(vit.step, repeats=1, warm_up=1)
         run.peak()
-        seconds = run.time(vit.step, repeats=repeats, warm_up=1)
+        seconds = run.time(vit.step, repeats=repeats, warm_up=0)
         peak, planned = run.peak() - before, vit.planned()
-        between = None if vit.mode == PLAIN else min(vit.milliseconds_between_tasks() for _ in range(3))
+        between = None if vit.mode == PLAIN else min(vit.milliseconds_between_tasks() for _ in range(2))
         flops = vit.flops()
     finally:
         vit.close()

@@ -12,7 +12,7 @@ from benchmarks.gpu.part import PARTS
 
 PAGE = ROOT / "docs" / "gpu-measured.md"
 COLUMNS = {
-    "machine": ("what", "gib_per_s", "flops"),
+    "machine": ("what", "gib_per_s", "flops", "difference"),
     "exact": ("case", "norm", "difference", "limit", "passed", "error"),
     "steps": ("side", "batch", "stage", "mode", "overlap", "compiled", "seconds", "ratio", "utilisation", "of_matmul",
               "between_ms", "peak_gib", "planned_gib", "error"),

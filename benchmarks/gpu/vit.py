@@ -182,6 +182,11 @@ def large(run: Run) -> dict[str, Any]:
     return run.pick({"name": "vit_l"}, tiny())
 
 
+def middle(run: Run) -> dict[str, Any]:
+    """Return a ViT-B, for what does not depend on the size; in a trial a tiny one."""
+    return run.pick({"name": "vit_b"}, tiny())
+
+
 def tiny() -> dict[str, Any]:
     """Return a backbone for trials."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": 32}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.part import Run
-from benchmarks.gpu.vit import Vit, large
+from benchmarks.gpu.vit import Vit, middle
 
 OWNERS = ("allinone_ds", "deepspeed", "transformers", "torchvision", "scipy", "torch")
 """Packages of the stack; a wait belongs to the first of them, from the inside, other than torch."""
@@ -25,7 +25,7 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
     run.join()
     steps = ((2, "exact"), (3, "exact"), (2, "sketch"), (2, "delayed"))
     for stage, norm in steps[: run.pick(4, 1)]:
-        vit = Vit(run, large(run), run.pick(224, 32), run.pick(8, 2), stage, norm)
+        vit = Vit(run, middle(run), run.pick(224, 32), run.pick(8, 2), stage, norm)
         vit.open()
         for _ in range(3):
             vit.step()

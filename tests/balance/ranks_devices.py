@@ -137,7 +137,7 @@ def check_16_bit_gradients_get_the_factor_that_is_reported() -> None:
     index = next(i for i, shared in enumerate(combiner.shared) if shared)
     gradient = torch.linspace(-1, 1, 4096).to(torch.bfloat16)
     combiner.sketcher.add = lambda *_: None
-    combiner._task, combiner._sketches["det"] = "det", torch.zeros(2, 1)
+    combiner._task, combiner._turns["det"] = "det", torch.zeros(2, 1)
     combiner.factors["det"] = torch.tensor(1 / 3)
     found = combiner._scale(index, gradient)
     assert (found == (gradient.double() / 3).to(torch.bfloat16)).all()

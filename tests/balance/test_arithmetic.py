@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allinone_ds.balance import arithmetic
+from allinone_ds.balance.joint.measure import squares
 
 N = 3 * arithmetic.CHUNK + 5
 FACTOR = torch.tensor(1 / 3)
@@ -15,6 +16,17 @@ FACTOR = torch.tensor(1 / 3)
 
 def halves(dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_of_millions_of_elements_is_within_one_millionth(dtype):
+    gradients = [halves(dtype), halves(dtype)[:7]]
+    wanted = sum(gradient.double().square().sum() for gradient in gradients)
+    for found in (
+        arithmetic.square_norm(gradients, torch.device("cpu")),
+        squares([gradients], torch.device("cpu"))[0],
+    ):
+        assert abs(float((found / wanted).sqrt()) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -28,10 +28,10 @@ GRADIENTS = {
 
 
 def sketches(gradients: list[torch.Tensor], sketcher: Sketcher) -> torch.Tensor:
-    sketch = torch.zeros(sketcher.size)
+    turns = sketcher.empty()
     for index, gradient in enumerate(gradients):
-        sketcher.add(sketch, index, gradient)
-    return sketch
+        sketcher.add(turns, index, gradient)
+    return sketcher.sketch(turns)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

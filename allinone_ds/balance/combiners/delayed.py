@@ -41,7 +41,7 @@ class DelayedCombiner(LocalCombiner):
         self._known_before: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # factors that this step was planned with
         self._exact: Combiner | None = exact_combiner(adapter, weighting, order)
-        self._sketches: dict[str, Tensor] = {}  # task -> (2, k): backbone, heads
+        self._turns: dict[str, Tensor] = {}  # task -> (2, 2 k): backbone, heads
         self._losses: dict[str, Tensor] = {}
         self._task: str | None = None
         self._hooks = [p.register_hook(partial(self._scale, i)) for i, p in enumerate(self.local.params)]
@@ -53,7 +53,7 @@ class DelayedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        sketches = 2 * 4 * self.sketcher.size * len(self.order)
+        sketches = 4 * 4 * self.sketcher.size * len(self.order)
         return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:
@@ -63,7 +63,7 @@ class DelayedCombiner(LocalCombiner):
             return
         super().begin(task)
         self._task = task
-        self._sketches[task] = torch.zeros(2, self.sketcher.size, device=self.sketcher.device)
+        self._turns[task] = self.sketcher.empty(2)
 
     def before_backward(self) -> None:
         self._refuse_post_accumulate_hooks()
@@ -101,7 +101,7 @@ class DelayedCombiner(LocalCombiner):
         """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
         if self._task is None:
             return None
-        self.sketcher.add(self._sketches[self._task][0 if self.shared[index] else 1], index, gradient)
+        self.sketcher.add(self._turns[self._task][0 if self.shared[index] else 1], index, gradient)
         if not self._scales(index):
             return None
         return (gradient.float() * self.factors[self._task]).to(gradient.dtype)  # a 16-bit factor would be rounded
@@ -123,7 +123,8 @@ class DelayedCombiner(LocalCombiner):
 
     def _finish_delayed(self) -> Combined:
         size, ran = self.sketcher.size, self.tasks
-        message = torch.cat([*(self._sketches[t].view(-1) for t in ran), torch.stack([self._losses[t] for t in ran])])
+        sketches = self.sketcher.sketch(torch.stack([self._turns[task] for task in ran]))
+        message = torch.cat([sketches.view(-1), torch.stack([self._losses[task] for task in ran])])
         all_reduce(message)
         sketches = (message[: -len(ran)].view(len(ran), 2, size) / self.world).double()
         self._gram = self._gram_of(sketches[:, 0], summed=True)
@@ -157,13 +158,13 @@ class DelayedCombiner(LocalCombiner):
             self._exact.drop()
         else:  # all tasks are in one gradient, so all of them must run again
             self.local.discard()
-            self._losses, self._sketches = {}, {}
+            self._losses, self._turns = {}, {}
 
     def clear(self) -> None:
         if self._exact:
             self._exact.clear()
         super().clear()
-        self._losses, self._sketches, self._task = {}, {}, None
+        self._losses, self._turns, self._task = {}, {}, None
         self._choose()
 
     def _choose(self) -> None:

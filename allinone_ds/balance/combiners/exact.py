@@ -194,10 +194,10 @@ class StreamingCombiner(ExactCombiner):
         if not self._sketches:  # ranks hold different elements, so each draws its own signs, new ones in every step
             self._draws += self.world
             self._sketcher.renew(self._draws + (0 if self.adapter.replicated else rank()))
-        sketch = torch.zeros(self._sketcher.size, device=self.adapter.device)
+        turns = self._sketcher.empty()
         for index, piece in enumerate(shared):
-            self._sketcher.add(sketch, index, piece)
-        return sketch
+            self._sketcher.add(turns, index, piece)
+        return self._sketcher.sketch(turns)
 
     def clear(self) -> None:
         super().clear()

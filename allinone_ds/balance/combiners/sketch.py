@@ -54,9 +54,9 @@ class Sketcher:
 
     Example:
         >>> sketcher = Sketcher([3], size=64, device=torch.device("cpu"))
-        >>> sketch = torch.zeros(64)
-        >>> sketcher.add(sketch, 0, torch.tensor([2.0, 3.0, 6.0]))
-        >>> float(sketch.norm())
+        >>> turns = sketcher.empty()
+        >>> sketcher.add(turns, 0, torch.tensor([2.0, 3.0, 6.0]))
+        >>> float(sketcher.sketch(turns).norm())
         7.0
     """
 
@@ -78,20 +78,23 @@ class Sketcher:
         signs = torch.randint(2, (self.size,), generator=on_device, dtype=torch.int8, device=self.device)
         self._signs = signs.float().mul_(2).sub_(1)  # (k,)
 
-    def add(self, sketch: Tensor, index: int, gradient: Tensor) -> None:
-        """Add the sketch of one parameter's gradient to `sketch`, in place.
+    def empty(self, *rows: int) -> Tensor:
+        """Return (*rows, 2 k) zeros to `add` to: a block that wraps around goes on in the second turn, in one piece."""
+        return torch.zeros(*rows, 2 * self.size, device=self.device)
+
+    def add(self, turns: Tensor, index: int, gradient: Tensor) -> None:
+        """Add the sketch of one parameter's gradient to `turns`, in place.
 
         Args:
-            sketch: (k,) float32, changed in place.
+            turns: (2 k,), of `empty`.
             index: of the parameter, in `sizes`.
             gradient: of any shape and floating type.
         """
         flat = gradient.detach().reshape(-1)
         for number, block in enumerate(flat.split(self.size), self._first[index]):
-            shift, sign = self._shifts[number], self._block_signs[number]
-            block = block.float()
-            head = min(len(block), self.size - shift)
-            sketch[shift : shift + head].addcmul_(block[:head], self._signs[:head], value=sign)
-            if head < len(block):  # wraps around
-                tail = len(block) - head
-                sketch[:tail].addcmul_(block[head:], self._signs[head : head + tail], value=sign)
+            place = turns.narrow(0, self._shifts[number], len(block))
+            place.addcmul_(block.float(), self._signs[: len(block)], value=self._block_signs[number])
+
+    def sketch(self, turns: Tensor) -> Tensor:
+        """Return the sketches, (..., k), of everything that was added to `turns`, (..., 2 k)."""
+        return turns[..., : self.size] + turns[..., self.size :]

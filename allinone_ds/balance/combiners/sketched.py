@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import scale_or_zero
+from allinone_ds.balance.arithmetic import add_scaled, scale_or_zero
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.combiners.sketch import Sketcher, default_size, norm_error
@@ -79,21 +79,28 @@ class LocalCombiner(Combiner):
         return self.shared[index] or self.weighting.heads == "same"
 
     def _add_scaled(
-        self, sums: dict[int, Tensor], index: int, gradient: Tensor, factor: Tensor, usable: Tensor, part: float = 1.0
+        self,
+        sums: dict[int, Tensor],
+        gradients: Mapping[int, Tensor],
+        factor: Tensor,
+        usable: Tensor,
+        part: float = 1.0,
     ) -> None:
-        """Add a parameter's scaled gradient to `sums`, by the index of the parameter.
+        """Add a task's scaled gradient to `sums`, both by the index of the parameter.
 
         Args:
-            sums: changed in place; the first gradient of a parameter may be kept in it.
-            index: of the parameter.
-            gradient: may be changed.
+            sums: changed in place; the first gradient of a parameter is kept in it.
+            gradients: of the task; they may be changed.
             factor: of the task, 0-dim.
             usable: False adds zeros, 0-dim bool.
             part: further factor, also of gradients that do not get that of their task.
         """
-        own = factor if self._scales(index) else torch.ones_like(factor)
-        scaled = scale_or_zero(gradient.to(self.local.dtype), own * part, usable)
-        sums[index] = sums[index].add_(scaled) if index in sums else scaled
+        for scales, own in ((True, factor * part), (False, torch.full_like(factor, part))):
+            alike = {i: g.to(self.local.dtype) for i, g in gradients.items() if self._scales(i) == scales}
+            known = [index for index in alike if index in sums]
+            add_scaled([sums[index] for index in known], [alike[index] for index in known], own, usable)
+            for index in alike.keys() - known:
+                sums[index] = scale_or_zero(alike[index], own, usable)
 
     def _reduced(self, skipped: tuple[str, ...], overflow: bool, usable: bool) -> Combined:
         """Reduce the local gradients, once, and take the result as the step's sum."""
@@ -136,15 +143,15 @@ class SketchCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        return super().bytes + self._kept_bytes(1) + 2 * 4 * self.sketcher.size
+        return super().bytes + self._kept_bytes(1) + 4 * 4 * self.sketcher.size
 
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
-        message = torch.zeros(2 * size + 1, device=self.sketcher.device)  # sketches: backbone, heads; loss
+        backbone, heads = turns = self.sketcher.empty(2)
         gradients = {index: g for index, g in enumerate(self.local.remove_all()) if g is not None}
         for index, gradient in gradients.items():
-            self.sketcher.add(message[:size] if self.shared[index] else message[size : 2 * size], index, gradient)
-        message[-1] = loss
+            self.sketcher.add(backbone if self.shared[index] else heads, index, gradient)
+        message = torch.cat([self.sketcher.sketch(turns).view(-1), loss.float().view(1)])
         all_reduce(message)
         if self.watch:
             self._sketches[task] = message[:size] / self.world
@@ -152,8 +159,7 @@ class SketchCombiner(LocalCombiner):
         record, usable = self._record_of(task, square, square + other, message[-1].double() / self.world)
         factor = self.weighting.factors(record)[0]
         usable = self._with_factor(record, usable, factor)
-        for index, gradient in gradients.items():
-            self._add_scaled(self._sums, index, gradient, factor, usable)
+        self._add_scaled(self._sums, gradients, factor, usable)
         self.records[task], self.usable[task], self.factors[task] = record, usable, factor
 
     def finish(self) -> Combined:

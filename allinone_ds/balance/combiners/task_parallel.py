@@ -84,7 +84,7 @@ class GroupedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        sketches = 0 if self.exact else 2 * 4 * self.sketcher.size * len(self.groups.tasks)
+        sketches = 0 if self.exact else 4 * 4 * self.sketcher.size * len(self.groups.tasks)
         return super().bytes + self._kept_bytes(len(self.groups.of(self.rank)) - 1) + sketches
 
     def add(self, task: str, loss: Tensor) -> None:
@@ -187,13 +187,13 @@ class GroupedCombiner(LocalCombiner):
 
     def _sketched(self) -> Tensor:
         """Return sketches of all tasks' gradients, equal on all ranks: (T, 2, k), of the backbone and elsewhere."""
-        sketches = torch.zeros(len(self._ran), 2, self.sketcher.size, device=self.sketcher.device)
-        for sketch, task in zip(sketches, self._ran, strict=True):
+        turns = self.sketcher.empty(len(self._ran), 2)
+        for rows, task in zip(turns, self._ran, strict=True):
             if task in self._own:
                 for index, gradient in self._own[task].items():
-                    self.sketcher.add(sketch[0 if self.shared[index] else 1], index, gradient)
-                sketch *= self._parts[task]
-        return all_reduce(sketches).double()
+                    self.sketcher.add(rows[0 if self.shared[index] else 1], index, gradient)
+                rows *= self._parts[task]
+        return all_reduce(self.sketcher.sketch(turns)).double()
 
     def _with_measured_norms(self, gram: Tensor) -> Tensor:
         """Return a sketched Gram matrix (T, T) with its cosines kept and its diagonal set to the measured norms."""
@@ -208,9 +208,9 @@ class GroupedCombiner(LocalCombiner):
         """
         sums: dict[int, Tensor] = {}
         for task in used:
-            for index, gradient in self._own.pop(task, {}).items():
+            if task in self._own:
                 part = self.world * self._parts[task]
-                self._add_scaled(sums, index, gradient, self.factors[task], self.usable[task], part)
+                self._add_scaled(sums, self._own.pop(task), self.factors[task], self.usable[task], part)
         has_gradient = self.agreement.union([index in sums for index in range(len(self.shared))])
         for index, (param, is_used) in enumerate(zip(self.local.params, has_gradient, strict=True)):
             if is_used:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import CHUNK
+from allinone_ds.balance.arithmetic import CHUNK, norm_chunk
 from allinone_ds.device_constants import copied_to
 
 Gradients = Sequence[Sequence[Tensor | None]]
@@ -22,13 +22,13 @@ def squares(gradients: Gradients, device: torch.device) -> Tensor:
 
     Args:
         gradients: of the tasks.
-        device: of the result when there is nothing to sum.
+        device: of the gradients.
     """
     owners: list[int] = []
     chunks: list[Tensor] = []
     for task, row in enumerate(gradients):
         for gradient in row:
-            parts = () if gradient is None else gradient.reshape(-1).split(CHUNK)
+            parts = () if gradient is None else gradient.reshape(-1).split(norm_chunk(device))
             chunks += parts
             owners += [task] * len(parts)
     found = torch.zeros(len(gradients), dtype=torch.float64, device=device)

@@ -49,9 +49,16 @@ def scale_changes_after_step(engine: Any) -> Iterator[None]:
         return
     interval = scaler.get_growth_interval()
     scaler.set_growth_interval(_NEVER)
+    on_device = scaler._scale, scaler._growth_tracker
+    if any(getattr(engine.optimizer, name, False) for name in ("cpu_offload", "offload_optimizer")):
+        # torch would copy the scale to offloaded gradients without waiting until it has arrived
+        scaler._scale, scaler._growth_tracker = (value.cpu() for value in on_device)
     try:
         yield
     finally:
+        for target, value in zip(on_device, (scaler._scale, scaler._growth_tracker), strict=True):
+            target.copy_(value)
+        scaler._scale, scaler._growth_tracker = on_device
         scaler.set_growth_interval(interval)
     scale, steps = scaler._scale, scaler._growth_tracker  # changed on the device
     if engine.optimizer.overflow:
