@@ -32,7 +32,7 @@ def as_partition(flat: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
 
     Args:
         flat: the shard.
-        views: of it, one per parameter; padding is in none of them.
+        views: of it, each of one or several parameters; padding is in none of them.
     """
     if not COMPACT:
         return [flat]

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allinone_ds import TBGC, Sum
 from allinone_ds.balance import self_test
+from allinone_ds.zero.engines import pieces
 from tests.balance.engines import finish, make_balancer, make_engine, run_task, toy
 
 
@@ -30,10 +31,12 @@ class _LargestFloat64(TorchDispatchMode):
 
 def check_the_norm_of_the_engines_step_copies_one_parameter_at_a_time() -> None:
     """DeepSpeed computes it in float64."""
+    before = pieces.RUN
     for case in ("zero1 fp32", "zero2 fp32", "zero2 bf16 fp32-accumulation", "zero3 fp32"):
         engine = make_engine(case)
         balancer = make_balancer(engine)
         largest_parameter = max(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        pieces.RUN = largest_parameter
         assert max(balancer._adapter.sizes) > largest_parameter, "a group's shard is larger than every parameter"
         for task in toy.TASKS:
             run_task(balancer, task)
@@ -41,6 +44,10 @@ def check_the_norm_of_the_engines_step_copies_one_parameter_at_a_time() -> None:
         with found:
             balancer.step()
         assert 0 < found.numel <= largest_parameter, (case, found.numel, largest_parameter)
+        adapter = balancer._adapter
+        views = [len(adapter.runs(group, torch.empty(size))) for group, size in enumerate(adapter.sizes)]
+        assert sum(views) < len(adapter.spans), f"{case}: {views} views of {len(adapter.spans)} parameters: none merged"
+        pieces.RUN = before
         finish(balancer)
 
 

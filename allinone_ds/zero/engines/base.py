@@ -22,7 +22,7 @@ from allinone_ds.errors import BalancerError, UnsupportedEngine
 from allinone_ds.zero.engines.hidden_gradients import without_gradients
 from allinone_ds.zero.engines.loss_scale import grad_scaler, loss_scale, scale_changes_after_step
 from allinone_ds.zero.engines.muon import MuonUpdate, uses_muon
-from allinone_ds.zero.engines.pieces import Piece, Span, merge_spans
+from allinone_ds.zero.engines.pieces import Piece, Span, merge_neighbours, merge_spans
 from allinone_ds.zero.fragments import Fragment
 from allinone_ds.zero.releases import MANAGES_ACCUMULATION
 
@@ -96,6 +96,19 @@ class EngineAdapter(ABC):
     def pieces(self) -> list[Piece]:
         """What `gradient` returns, in order."""
         return merge_spans(self.spans, self.sizes, self.shared)
+
+    def runs(self, group: int, flat: Tensor) -> list[Tensor]:
+        """Return views of a group's flat vector that cover its parameters, as the engine's step reads a gradient.
+
+        The step runs ten kernels on each view, of which a ViT-L would have 400, and copies one at a time to float64 for
+        its norm: so small parameters share a view, and no two large ones do.
+        """
+        return [flat.narrow(0, start, length) for start, length in self._runs[group]]
+
+    @cached_property
+    def _runs(self) -> list[list[tuple[int, int]]]:
+        groups = range(len(self.sizes))
+        return [merge_neighbours(span for span in self.spans if span.group == group) for group in groups]
 
     @abstractmethod
     def _shard_sizes(self) -> list[int]:

@@ -7,7 +7,7 @@ need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -62,3 +62,19 @@ def merge_spans(spans: Sequence[Span], sizes: Sequence[int], shared: AbstractSet
 def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
     """Return views of `flats`, one flat tensor per group, as `pieces`."""
     return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
+
+
+RUN = 1 << 22
+"""Most elements of parameters that `merge_neighbours` puts together."""
+
+
+def merge_neighbours(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """Return (start, length) of the spans of one group, ascending, with small neighbours merged."""
+    found: list[tuple[int, int]] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        start, length = found[-1] if found else (0, 0)
+        if start + length == span.start and length + span.length <= RUN:
+            found[-1:] = [(start, length + span.length)]
+        else:
+            found.append((span.start, span.length))
+    return found

@@ -67,10 +67,6 @@ class Stage12Adapter(EngineAdapter):
                 pieces.append(Piece(group, position, size - position, False))
         return pieces
 
-    @cached_property
-    def _spans_by_group(self) -> list[list[Span]]:
-        return [[span for span in self.spans if span.group == group] for group in range(len(self.sizes))]
-
     def begin_task(self) -> None:
         self.optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
 
@@ -95,9 +91,7 @@ class Stage12Adapter(EngineAdapter):
         if overflow:
             flats[0][0] = torch.inf
         for group, flat in enumerate(flats):
-            # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
-            views = [flat.narrow(0, span.start, span.length) for span in self._spans_by_group[group]]
-            self.optimizer.averaged_gradients[group] = as_partition(flat, views)
+            self.optimizer.averaged_gradients[group] = as_partition(flat, self.runs(group, flat))
 
     def reduce_accumulated(self) -> None:
         self.set_reduces(True)

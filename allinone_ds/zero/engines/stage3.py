@@ -77,9 +77,7 @@ class Stage3Adapter(EngineAdapter):
 
     def _set_gradient(self, flats: Sequence[Tensor], overflow: bool) -> None:
         for group, flat in enumerate(flats):
-            # one view per parameter: the norm of the engine's step copies what it gets to float64, piece by piece
-            views = flat.split([int(param.partition_numel()) for param in self.optimizer.fp16_groups[group]])
-            self.optimizer.averaged_gradients[group] = list(views)
+            self.optimizer.averaged_gradients[group] = self.runs(group, flat)
         self._show_overflow(overflow)
 
     def _show_overflow(self, overflow: bool) -> None:
