@@ -45,7 +45,7 @@ def run_plain(stage: int, habit: str) -> float:
         for task in toy.TASKS:
             if habit == "boundary":
                 engine.set_gradient_accumulation_boundary(True)
-            loss = engine(task, toy.inputs(task, step, 0, dist.get_rank()).float(), True)
+            loss = engine(task, toy.inputs(task, step, 0, dist.get_rank()).float().to(engine.device), True)
             engine.backward(loss, scale_wrt_gas=False)
             if habit != "boundary":
                 engine.step()

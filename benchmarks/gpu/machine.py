@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
     """Yield rows that describe the machine."""
-    row = {"what": "machine", **describe_machine(), "cuda": torch.version.cuda, "command": " ".join(sys.argv)}
+    row = {"what": "machine", **describe_machine(), "cuda": torch.version.cuda}
     if run.on_gpu:
         properties = torch.cuda.get_device_properties(0)
         row |= {"device_gib": round(properties.total_memory / 2**30, 1), "processors": properties.multi_processor_count,

@@ -46,7 +46,7 @@ def watched(run: Run, case: Case) -> dict[str, Any]:
         difference = run_case(case, WEIGHTINGS["tbgc"], (1, 2, 1))["weights_relative"]
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:500], "unordered": sorted(set(found))}
-    return {"difference": difference, "unordered": sorted(set(found))}
+    return {"difference": difference, "unordered": sorted(set(found)), "passed": not found}
 
 
 def _report_to(found: list[str]) -> None:

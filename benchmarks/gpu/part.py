@@ -33,7 +33,7 @@ class Part:
 
 PARTS = {
     "machine": Part("What is this machine, how fast does it copy and multiply?", 60),
-    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 90, alone=False),
+    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 80, alone=False),
     "steps": Part("What do balanced steps of a ViT-L cost beside plain DeepSpeed, in time and memory?", 200),
     "waits": Part("Where does the host wait for the device?", 80, alone=False),
     "trace": Part("What happens between two tasks of a step?", 60),

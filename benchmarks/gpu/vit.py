@@ -79,6 +79,7 @@ class Vit:
     def open(self) -> None:
         """Build model, engine, balancer and a batch."""
         import deepspeed
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
         from allinone_ds import TBGC, TaskBalancer
         from allinone_ds.run_config.build import build_model
@@ -92,8 +93,9 @@ class Vit:
         if self.checkpointing:
             model.activation_checkpointing_enable()
         if self.compiled:
-            for layer in model.backbone.net.encoder.layer:
-                layer.compile()
+            for module in model.backbone.modules():
+                if isinstance(module, GradientCheckpointingLayer):  # transformers' class of repeated layers
+                    module.compile()
         groups = [{"params": list(part.parameters())} for part in (model.backbone, *model.tasks.values())]
         fused = self.run.on_gpu and "offload_optimizer" not in (self.zero or {})
         optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=fused)

@@ -30,14 +30,17 @@ def test_a_part_writes_its_rows_and_the_page_shows_them(tmp_path: Path, monkeypa
     written = [json.loads(line) for line in (tmp_path / "machine.jsonl").read_text().splitlines()]
     assert [row["what"] for row in written][0] == "machine" and all(row["part"] == "machine" for row in written)
     assert all(row["flops"] > 0 for row in written if row["what"].startswith("matmul"))
-    (tmp_path / "exact.jsonl").write_text(
-        json.dumps({"case": "a|b", "norm": "exact", "difference": 2e-7, "passed": True})
-    )
+    trials = (("a|b", 0.5), ("c", 2e-7), ("d", 3e-7))
+    (tmp_path / "exact.jsonl").write_text("".join(
+        json.dumps({"case": case, "norm": "exact", "difference": value, "limit": 1e-4, "passed": value < 1e-4}) + "\n"
+        for case, value in trials
+    ))  # fmt: skip
     (tmp_path / "parts.jsonl").write_text(json.dumps({"part": "exact", "status": "ok", "seconds": 1.5}))
     monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
     table.write_page(tmp_path)
     page = (tmp_path / "page.md").read_text()
-    assert written[0]["processor"] in page and "| a/b | exact | 2.00e-07 | yes |" in page
+    assert written[0]["processor"] in page and "|  | exact | 2 | 3.00e-07 | 1.00e-04 | yes |" in page
+    assert "| a/b | exact |  | 0.5 | 1.00e-04 | no |" in page
     assert PARTS["exact"].question in page and PARTS["loader"].question not in page
 
 

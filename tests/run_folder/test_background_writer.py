@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from allinone_ds.errors import RunError
+from allinone_ds.run_folder import background_saver
 from allinone_ds.run_folder.background_saver import BackgroundSaver
 
 
@@ -29,6 +31,24 @@ def test_what_is_taken_is_a_copy_whose_memory_is_used_again() -> None:
         saver.finish()
         assert saver.staged == []
     assert places[0] == places[1] != flat.data_ptr()
+
+
+class _ClosesItself(DefaultStager):
+    """As that of torch 2.11: it serves one call."""
+
+    def stage(self, state_dict, **kwargs):
+        staged = super().stage(state_dict, **kwargs)
+        self.close()
+        return staged
+
+
+def test_a_stager_that_closes_itself_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_saver, "DefaultStager", _ClosesItself)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    saver = BackgroundSaver()
+    for number in range(2):
+        saver.stage({"weights": torch.full((3,), float(number)), "kind": int}, Path("file"))
+    assert [float(content["weights"][0]) for _, content in saver.staged] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), RunError("the checkpoint of step 3 could not be written")])
