@@ -11,7 +11,11 @@ from torch import Tensor
 CHUNK = 1 << 20
 """Elements that are converted to float32 at a time."""
 _ROW = 1 << 12
-"""Elements of two gradients that are multiplied and summed in float32 before float64 takes over."""
+"""Elements that are summed in float32 before float64 takes over."""
+_SHORT = 1 << 14
+"""Elements that a CPU sums in float32 at once, for few operations on small parameters."""
+_LONG = 1 << 26
+"""Elements that an accelerator sums in float32 at once."""
 
 
 def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -21,24 +25,43 @@ def square_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         tensors: 1-D tensors of any floating type.
         device: of the tensors.
     """
-    size = norm_chunk(device)
-    whole = [tensor for tensor in tensors if 0 < tensor.numel() <= size]
-    chunks = whole + [chunk for tensor in tensors if tensor.numel() > size for chunk in tensor.split(size)]
-    if not chunks:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    dtype = torch.promote_types(chunks[0].dtype, torch.float32)
-    norms = torch._foreach_norm(chunks, 2, dtype=dtype)
-    return torch.stack(norms).double().square().sum()
+    norms, _ = part_norms(tensors, device)
+    return norms.double().square().sum()
 
 
-def norm_chunk(device: torch.device) -> int:
-    """Return how many elements to sum in float32 before float64 takes over: a norm of any length is within 1e-6, of
-    16-bit numbers within 5e-6.
+def part_norms(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Return the norms of parts of tensors, float32 or float64, (P,), and which tensor each part is of.
 
-    Kernels of an accelerator sum 65,536 elements at a time and then the sums, so few chunks do; those of a CPU are off
-    by 1e-5 after a million elements.
+    Parts are so short that float32 sums each within 1e-6: a CPU's kernels are off by 1e-5 after a million elements,
+    while those of an accelerator sum 65,536 elements at a time and then the sums.
+
+    Args:
+        tensors: 1-D tensors of any floating type.
+        device: of the tensors.
     """
-    return 1 << (14 if device.type == "cpu" else 26)
+    parts: list[Tensor] = []
+    rows: list[Tensor] = []
+    owners: list[int] = []
+    owners_of_rows: list[int] = []
+    for index, tensor in enumerate(tensors):
+        whole = 0
+        if device.type == "cpu" and tensor.numel() > _SHORT:
+            whole = tensor.numel() // _ROW * _ROW
+            for piece in tensor[:whole].split(CHUNK):
+                rows.append(torch.linalg.vector_norm(_at_least_float32(piece).view(-1, _ROW), dim=1))
+            owners_of_rows += [index] * (whole // _ROW)
+        rest = [tensor] if tensor.numel() <= _SHORT else tensor[whole:].split(_LONG)
+        rest = [piece for piece in rest if piece.numel()]
+        parts += rest
+        owners += [index] * len(rest)
+    if parts:
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        rows.insert(0, torch.stack(torch._foreach_norm(parts, 2, dtype=dtype)))
+    return torch.cat(rows) if rows else torch.zeros(0, device=device), owners + owners_of_rows
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def inner_products(shards: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import CHUNK, norm_chunk
+from allinone_ds.balance.arithmetic import CHUNK, part_norms
 from allinone_ds.device_constants import copied_to
 
 Gradients = Sequence[Sequence[Tensor | None]]
@@ -24,23 +24,14 @@ def squares(gradients: Gradients, device: torch.device) -> Tensor:
         gradients: of the tasks.
         device: of the gradients.
     """
-    owners: list[int] = []
-    chunks: list[Tensor] = []
-    for task, row in enumerate(gradients):
-        for gradient in row:
-            parts = () if gradient is None else gradient.reshape(-1).split(norm_chunk(device))
-            chunks += parts
-            owners += [task] * len(parts)
+    rows = [task for task, row in enumerate(gradients) for gradient in row if gradient is not None]
+    tensors = [gradient.reshape(-1) for row in gradients for gradient in row if gradient is not None]
+    norms, parts = part_norms(tensors, device)
+    values, owners = norms.double().square(), [rows[part] for part in parts]
+    if owners == list(range(len(gradients))):
+        return values
     found = torch.zeros(len(gradients), dtype=torch.float64, device=device)
-    if not chunks:
-        return found
-    norms = torch._foreach_norm(chunks, 2, dtype=torch.promote_types(chunks[0].dtype, torch.float32))
-    values = torch.stack(norms).double().square()
-    return (
-        values
-        if owners == list(range(len(found)))
-        else found.index_add_(0, copied_to(torch.tensor(owners), device), values)
-    )
+    return found.index_add_(0, copied_to(torch.tensor(owners, dtype=torch.long), device), values)
 
 
 def gram_matrix(gradients: Gradients, device: torch.device) -> Tensor:
