@@ -101,10 +101,9 @@ class DelayedCombiner(LocalCombiner):
         """Sketch and scale a parameter's gradient of one micro-step before it joins the sum of all tasks."""
         if self._task is None:
             return None
-        self.sketcher.add(self._turns[self._task][0 if self.shared[index] else 1], index, gradient)
-        if not self._scales(index):
-            return None
-        return (gradient.float() * self.factors[self._task]).to(gradient.dtype)  # a 16-bit factor would be rounded
+        exact = gradient.float()  # a 16-bit factor would be rounded
+        self.sketcher.add(self._turns[self._task][0 if self.shared[index] else 1], index, exact)
+        return (exact * self.factors[self._task]).to(gradient.dtype) if self._scales(index) else None
 
     def add(self, task: str, loss: Tensor) -> None:
         self._task = None

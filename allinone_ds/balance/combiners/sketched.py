@@ -148,7 +148,8 @@ class SketchCombiner(LocalCombiner):
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
         backbone, heads = turns = self.sketcher.empty(2)
-        gradients = {index: g for index, g in enumerate(self.local.remove_all()) if g is not None}
+        removed = enumerate(self.local.remove_all())
+        gradients = {index: gradient.to(self.local.dtype) for index, gradient in removed if gradient is not None}
         for index, gradient in gradients.items():
             self.sketcher.add(backbone if self.shared[index] else heads, index, gradient)
         message = torch.cat([self.sketcher.sketch(turns).view(-1), loss.float().view(1)])
