@@ -50,6 +50,8 @@ def register() -> None:
     """Add the device to torch, once per process."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
     _library.fallback(_run, "PrivateUse1")
+    _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast leaves types as they are
+    _aten.impl("_to_copy", _to_copy, "PrivateUse1")
     _aten.impl("native_group_norm", _group_norm, "PrivateUse1")
     _aten.impl("convolution_overrideable", _convolution, "PrivateUse1")
     _aten.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
@@ -170,6 +172,15 @@ def _follow(tensor: Tensor, host: Tensor) -> None:
         _set(tensor, host)
     elif host.shape != tensor.shape:
         tensor.as_strided_(host.size(), host.stride(), host.storage_offset())
+
+
+def _to_copy(tensor: Tensor, *, device: Any = None, non_blocking: bool = False, **options: Any) -> Tensor:
+    """Convert a device tensor; a copy to the host that does not block gets page-locked memory, as on CUDA."""
+    if non_blocking and device is not None and torch.device(device).type == "cpu":
+        host = _pin_memory(torch.empty(tensor.shape, dtype=options.get("dtype") or tensor.dtype))
+        return host.copy_(tensor, non_blocking=True)
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    return torch.ops.aten._to_copy.default._op_dk(key, tensor, device=device, non_blocking=non_blocking, **options)
 
 
 def _group_norm(image: Tensor, *args: Any) -> Any:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from allinone_ds.testing import exactness
 from allinone_ds.testing.cases import WEIGHTINGS
+from allinone_ds.zero.engines import base
+from allinone_ds.zero.engines.loss_scale import grad_scaler
 from tests.balance.engines import CASES, finish, inputs, make_balancer, make_engine, raises, run_case, run_task, toy
 from tests.fake_device import WatchedHost, install, record
 from tests.launcher import run_checks
@@ -177,6 +179,29 @@ def check_offloaded_gradients_are_used_after_their_copy() -> None:
     assert any("allinone_ds/" in f and "copy at deepspeed" in f for f in found), found
     for stage in (1, 2, 3):
         assert not offloaded(stage), (stage, offloaded(stage))
+
+
+def scaled(stage: int) -> list[str]:
+    """Take steps with a loss scale and an offloaded optimizer; return what the host used before it had arrived."""
+    balancer = make_balancer(make_engine(f"zero{stage} torch_autocast fp16 offload", **QUIET))
+    scaler = grad_scaler(balancer.engine)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 8.0})
+    balancer.engine.step = WatchedHost.around(balancer.engine.step)
+    record.clear()
+    for _ in range(2):
+        step(balancer)
+    found = [str(finding) for finding in record.findings if finding.kind == "race"]
+    finish(balancer)
+    return found
+
+
+def check_an_offloaded_step_does_not_use_the_loss_scale_before_it_has_arrived() -> None:
+    for stage in (1, 2, 3):
+        mended = base.scale_changes_after_step
+        base.scale_changes_after_step = contextlib.nullcontext
+        assert any("_amp_foreach_non_finite_check_and_unscale_" in f for f in scaled(stage)), stage
+        base.scale_changes_after_step = mended
+        assert not scaled(stage), (stage, scaled(stage))
 
 
 def step(balancer) -> None:
