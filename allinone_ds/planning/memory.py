@@ -221,11 +221,11 @@ def memory_parts(
     if groups:
         most = max(len(groups.of(rank)) for rank in range(gpus))
         balancer += (most - 1) * sizes.backbone * engine.gradient_bytes
-        balancer += 2 * 4 * sketch * len(sizes.heads) if norm == "sketch" else 0
+        balancer += 4 * 4 * sketch * len(sizes.heads) if norm == "sketch" else 0
     elif norm == "sketch":
-        balancer += sizes.backbone * engine.gradient_bytes + 2 * 4 * sketch
+        balancer += sizes.backbone * engine.gradient_bytes + 4 * 4 * sketch
     elif norm == "delayed":
-        balancer += 2 * 4 * sketch * len(sizes.heads)
+        balancer += 4 * 4 * sketch * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, local)}
     if engine.stage == 3 and engine.copied_within > 1:
         copied = sizes.whole - kept_elements(engine, sizes, norm)

@@ -97,9 +97,9 @@ class LocalCombiner(Combiner):
         """
         for scales, own in ((True, factor * part), (False, torch.full_like(factor, part))):
             alike = {i: g.to(self.local.dtype) for i, g in gradients.items() if self._scales(i) == scales}
-            known = [index for index in alike if index in sums]
+            known, new = ([i for i in alike if (i in sums) == in_sums] for in_sums in (True, False))
             add_scaled([sums[index] for index in known], [alike[index] for index in known], own, usable)
-            for index in alike.keys() - known:
+            for index in new:
                 sums[index] = scale_or_zero(alike[index], own, usable)
 
     def _reduced(self, skipped: tuple[str, ...], overflow: bool, usable: bool) -> Combined:
