@@ -119,10 +119,13 @@ def _add_on_device(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: 
     alike, rest = _by_type(sums, gradients)
     if alike:
         totals, values = map(list, zip(*alike, strict=True))
-        torch._fused_sgd_(
-            totals, values, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
-            maximize=True, is_first_step=False, found_inf=(~usable).float(),
-        )  # fmt: skip
+        try:
+            torch._fused_sgd_(
+                totals, values, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
+                maximize=True, is_first_step=False, found_inf=(~usable).float(),
+            )  # fmt: skip
+        except NotImplementedError:  # an accelerator without this kernel
+            rest += alike
     if rest:
         factor = torch.where(usable, factor, torch.zeros_like(factor))
         for _, gradient in rest:

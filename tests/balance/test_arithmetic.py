@@ -55,6 +55,21 @@ def test_a_scaled_sum_has_one_rounding(total, add):
     assert torch.allclose(sums.double(), wanted, rtol=2**-8 if total == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
+def test_an_accelerator_without_the_fused_kernel_adds_as_well(monkeypatch):
+    def missing(*arguments, **options):
+        raise NotImplementedError("Could not run 'aten::_fused_sgd_' with arguments from this backend")
+
+    gradient, before = halves(torch.float32), halves(torch.float32).flip(0)
+    sums = [before.clone(), before.clone()]
+    arithmetic._add_on_device(sums[:1], [gradient], FACTOR, torch.tensor(True))
+    monkeypatch.setattr(torch, "_fused_sgd_", missing)
+    arithmetic._add_on_device(sums[1:], [gradient.clone()], FACTOR, torch.tensor(True))
+    torch.testing.assert_close(*sums)
+    gradient[0] = torch.inf
+    arithmetic._add_on_device(sums[1:], [gradient], FACTOR, torch.tensor(False))
+    torch.testing.assert_close(*sums)
+
+
 def test_a_factor_below_the_range_of_fp16_still_scales():
     """fp16 gradients carry the loss scale, so they are large where factors are small."""
     gradient = torch.full((4,), 60_000.0, dtype=torch.float16)
