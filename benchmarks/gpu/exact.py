@@ -45,9 +45,9 @@ def trials(run: Run) -> list[tuple[Case, str]]:
     cases = [case for case in cases if run.on_gpu or case.name in TRIAL]
     compiled, rest = ([case for case in cases if (case.optimizer in KERNELS) == kind] for kind in (True, False))
     plain, variants = ([case for case in rest if is_variant(case) == kind] for kind in (False, True))
-    tested = [case for case in plain if case.stage and case.optimizer == "sgd"]
-    tested = [case for case in tested if case.name != ACCUMULATED]  # which keeps no gradients on the rank
-    found = [(case, "exact") for case in plain] + [(case, norm) for norm in NORMS for case in tested]
+    local = [case for case in plain if case.stage and case.optimizer == "sgd"]
+    local = [case for case in local if case.name != ACCUMULATED]  # which keeps no gradients on the rank
+    found = [(case, "exact") for case in plain] + [(case, norm) for norm in NORMS for case in local]
     return [*found, *((case, case.norm) for case in variants + compiled)]
 
 
