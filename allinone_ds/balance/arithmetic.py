@@ -100,7 +100,7 @@ def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tens
     """Add factor * gradients to `sums` in place, or nothing unless `usable`; never waits for an accelerator.
 
     Args:
-        sums: contiguous tensors, changed in place.
+        sums: of any shapes, changed in place.
         gradients: of the shapes of `sums` and any floating type; their content may be changed.
         factor: 0-dim.
         usable: 0-dim bool: False when the gradients may hold inf or nan.
@@ -147,7 +147,9 @@ def _add_products(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: T
 
 def _add_by_chunks(pairs: Sequence[tuple[Tensor, Tensor]], factor: Tensor) -> None:
     for total, gradient in pairs:
-        for part, chunk in zip(total.view(-1).split(CHUNK), gradient.reshape(-1).split(CHUNK), strict=True):
+        flat = total.is_contiguous() and gradient.is_contiguous()
+        parts = (tensor.view(-1).split(CHUNK) if flat else [tensor] for tensor in (total, gradient))
+        for part, chunk in zip(*parts, strict=True):
             part.copy_(part.float().addcmul_(chunk.float(), factor.float()))
 
 

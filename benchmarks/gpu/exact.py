@@ -61,9 +61,8 @@ def measure_some(device: str, folder: str, seconds: str, first: str, count: str)
         if run.left() < 10:
             print(json.dumps({"case": f"{len(mine) - number} more cases, not run for lack of time"}), flush=True)
             break
-        of_engine = norm in NORMS
-        row = attempt(case, norm, partial(tested, case, norm) if of_engine else partial(exact, case))
-        print(json.dumps(row), flush=True)
+        call = partial(tested, case, norm) if norm in NORMS else partial(exact, case)
+        print(json.dumps(attempt(case, norm, call)), flush=True)
     leave()
 
 

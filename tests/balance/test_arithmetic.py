@@ -70,6 +70,15 @@ def test_an_accelerator_without_the_fused_kernel_adds_as_well(monkeypatch):
     torch.testing.assert_close(*sums)
 
 
+@pytest.mark.parametrize("add", [arithmetic.add_scaled, arithmetic._add_on_device])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_model_in_channels_last_are_added(add, dtype):
+    gradient = halves(torch.bfloat16)[:24].to(dtype).view(2, 3, 2, 2)
+    sums = [torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last)]
+    add(sums, [gradient.clone()], FACTOR, torch.tensor(True))
+    torch.testing.assert_close(sums[0], 1 + gradient.float() * FACTOR)
+
+
 def test_a_factor_below_the_range_of_fp16_still_scales():
     """fp16 gradients carry the loss scale, so they are large where factors are small."""
     gradient = torch.full((4,), 60_000.0, dtype=torch.float16)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allinone_ds.balance.combiners.sketch import SMALLEST, Sketcher, default_size, norm_error
+from allinone_ds.balance.combiners.sketched import LocalCombiner
 
 K, DRAWS = 256, 400
 GENERATOR = torch.Generator().manual_seed(0)
@@ -77,3 +82,30 @@ def test_default_size_grows_with_the_model() -> None:
     assert default_size(20_000_000) == SMALLEST
     assert default_size(1_000_000_000) == 1 << 21
     assert norm_error(SMALLEST) < 0.005
+
+
+class _Converted(TorchDispatchMode):
+    """The most elements that float32 copies of 16-bit tensors have at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+        self._alive = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype.itemsize == 2:
+            self._alive.append(weakref.ref(result))
+            self.most = max(self.most, sum(kept().numel() for kept in self._alive if kept() is not None))
+        return result
+
+
+def test_16_bit_gradients_are_added_without_a_float32_copy_of_all_of_them() -> None:
+    combiner = SimpleNamespace(local=SimpleNamespace(dtype=torch.float32), _scales=lambda index: index % 2 == 0)
+    gradients = {index: torch.full((1000,), index, dtype=torch.bfloat16) for index in range(8)}
+    sums = {index: torch.ones(1000) for index in gradients}
+    with _Converted() as converted:
+        LocalCombiner._add_scaled(combiner, sums, gradients, torch.tensor(0.5), torch.tensor(True), part=2.0)
+    assert 0 < converted.most <= 2000
+    for index, total in sums.items():
+        assert (total == 1 + index * (1.0 if index % 2 == 0 else 2.0)).all()

@@ -96,11 +96,11 @@ class LocalCombiner(Combiner):
             part: further factor, also of gradients that do not get that of their task.
         """
         for scales, own in ((True, factor * part), (False, torch.full_like(factor, part))):
-            alike = {i: g.to(self.local.dtype) for i, g in gradients.items() if self._scales(i) == scales}
-            known, new = ([i for i in alike if (i in sums) == in_sums] for in_sums in (True, False))
-            add_scaled([sums[index] for index in known], [alike[index] for index in known], own, usable)
+            alike = [index for index in gradients if self._scales(index) == scales]
+            known, new = ([index for index in alike if (index in sums) == in_sums] for in_sums in (True, False))
+            add_scaled([sums[index] for index in known], [gradients[index] for index in known], own, usable)
             for index in new:
-                sums[index] = scale_or_zero(alike[index], own, usable)
+                sums[index] = scale_or_zero(gradients[index].to(self.local.dtype), own, usable)
 
     def _reduced(self, skipped: tuple[str, ...], overflow: bool, usable: bool) -> Combined:
         """Reduce the local gradients, once, and take the result as the step's sum."""
@@ -148,8 +148,7 @@ class SketchCombiner(LocalCombiner):
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
         backbone, heads = turns = self.sketcher.empty(2)
-        removed = enumerate(self.local.remove_all())
-        gradients = {index: gradient.to(self.local.dtype) for index, gradient in removed if gradient is not None}
+        gradients = {index: g for index, g in enumerate(self.local.remove_all()) if g is not None}
         for index, gradient in gradients.items():
             self.sketcher.add(backbone if self.shared[index] else heads, index, gradient)
         message = torch.cat([self.sketcher.sketch(turns).view(-1), loss.float().view(1)])
