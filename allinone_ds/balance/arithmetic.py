@@ -10,6 +10,8 @@ from torch import Tensor
 
 CHUNK = 1 << 20
 """Elements that are converted to float32 at a time."""
+BATCH = 1 << 24
+"""Elements of small tensors that are converted to float32 together."""
 _ROW = 1 << 12
 """Elements that are summed in float32 before float64 takes over."""
 _SHORT = 1 << 14
@@ -112,25 +114,51 @@ def add_scaled(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tens
 
 
 def _add_on_device(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor, usable: Tensor) -> None:
-    """Read and write every element once: the kernel of a fused SGD, which leaves its sums alone where `found_inf`.
-
-    Private function of torch 2.11 to 2.14, as those of `torch.optim.SGD(fused=True)`; it multiplies in float32.
-    """
+    """Read and write every element once, 16-bit gradients of float32 sums twice, in few operations."""
     alike, rest = _by_type(sums, gradients)
-    if alike:
-        totals, values = map(list, zip(*alike, strict=True))
-        try:
-            torch._fused_sgd_(
-                totals, values, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
-                maximize=True, is_first_step=False, found_inf=(~usable).float(),
-            )  # fmt: skip
-        except NotImplementedError:  # an accelerator without this kernel
-            rest += alike
+    mixed = [pair for pair in rest if pair[0].dtype == torch.float32]
+    rest = [pair for pair in rest if pair[0].dtype != torch.float32]
+    try:
+        _add_fused(alike, factor, usable)
+        for batch in _batches(mixed):
+            totals, values = map(list, zip(*batch, strict=True))
+            copies = [torch.empty_like(total) for total in totals]
+            torch._foreach_copy_(copies, values)
+            _add_fused(list(zip(totals, copies, strict=True)), factor, usable)
+    except NotImplementedError:  # an accelerator without this kernel
+        rest += alike + mixed
     if rest:
         factor = torch.where(usable, factor, torch.zeros_like(factor))
         for _, gradient in rest:
             gradient.nan_to_num_(0.0, 0.0, 0.0)  # inf x 0 is nan
         _add_by_chunks(rest, factor)
+
+
+def _add_fused(pairs: Sequence[tuple[Tensor, Tensor]], factor: Tensor, usable: Tensor) -> None:
+    """Add with the kernel of a fused SGD, which leaves its sums alone where `found_inf`, to tensors of one type.
+
+    Private function of torch 2.11 to 2.14, as those of `torch.optim.SGD(fused=True)`; it multiplies in float32.
+    """
+    if pairs:
+        totals, values = map(list, zip(*pairs, strict=True))
+        torch._fused_sgd_(
+            totals, values, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
+            maximize=True, is_first_step=False, found_inf=(~usable).float(),
+        )  # fmt: skip
+
+
+def _batches(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield pairs, together no more than BATCH elements or a single one."""
+    batch: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for pair in pairs:
+        if batch and count + pair[0].numel() > BATCH:
+            yield batch
+            batch, count = [], 0
+        batch.append(pair)
+        count += pair[0].numel()
+    if batch:
+        yield batch
 
 
 def _add_products(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor) -> None:

@@ -15,7 +15,7 @@ from allinone_ds.distributed import leave
 from allinone_ds.testing.cases import KERNELS, WEIGHTINGS, Case, all_cases
 from benchmarks.gpu.part import Run, rows_of
 
-PROCESSES = 8
+PROCESSES = 12
 """That measure at a time on a GPU: each leaves it idle most of the time."""
 NORMS = ("sketch", "delayed")
 ACCUMULATED = "zero1 bf16 fp32-accumulation"

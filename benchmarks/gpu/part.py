@@ -33,13 +33,13 @@ class Part:
 
 PARTS = {
     "machine": Part("What is this machine, how fast does it copy and multiply?", 60),
-    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 80, alone=False),
+    "exact": Part("Do all engines and norms reach the weights of the float64 reference?", 110, alone=False),
     "steps": Part("What do balanced steps of a ViT-L cost beside plain DeepSpeed, in time and memory?", 200),
     "waits": Part("Where does the host wait for the device?", 80, alone=False),
-    "trace": Part("What happens between two tasks of a step?", 60),
+    "trace": Part("What does the device do in a step?", 80),
     "order": Part("Does CUDA's sanitizer find accesses without an order?", 90, alone=False),
     "saving": Part("What do offload, a save and a resume cost, and does a resumed run go on as it was?", 120),
-    "heads": Part("Does every head compute in bf16 as in float32, and does the demo train?", 90, alone=False),
+    "heads": Part("Does every head compute in bf16 as in float32, and does the demo train?", 110, alone=False),
     "ranks": Part("Are two processes on one device (gloo) exact?", 90, alone=False),
     "large": Part("Which backbones of 1 billion parameters and more fit?", 90),
     "loader": Part("How many images per second reach the device?", 60),

@@ -19,8 +19,8 @@ from benchmarks.gpu.part import Run, rows_of
 NAMES = ("zero2 fp32", "zero3 fp32", "zero3 fp32", "zero3 fp32", "zero3 fp32 overlap=0 contiguous=1", "zero1 fp32",
          "zero2 bf16", "zero2 fp32 offload", "zero2 fp32 tasks apart")  # fmt: skip
 """ZeRO-3 several times: on one GPU it was exact in one run and off by a tenth of the update in another."""
-PLAIN_STAGES = (2, 3, 3, 3)
-"""Of DeepSpeed without a balancer: is a difference its own?"""
+PLAIN = ((2, True), (3, True), (3, True), (3, True), (3, False))
+"""ZeRO stage and overlap_comm of DeepSpeed without a balancer: is a difference its own?"""
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
@@ -33,7 +33,6 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
 def rank(device: str, folder: str) -> None:
     """Train the cases; LOCAL_RANK is 0 on both ranks."""
     from benchmarks.correctness.balanced_case import run_case
-    from benchmarks.correctness.plain_deepspeed import run_plain
 
     run = Run(device, Path(folder))
     run.join("gloo")
@@ -43,13 +42,10 @@ def rank(device: str, folder: str) -> None:
         found = run_case(cases[name], WEIGHTINGS["tbgc"], (1, 2, 1))
         return {"difference": found["weights_relative"], "norms": found["norms"]}
 
-    def plain(stage: int) -> dict[str, float]:
-        return {"difference": run_plain(stage, "accumulation")}
-
     trials: list[tuple[str, float, Callable[[], dict[str, float]]]] = [
         *((name, LIMITS[cases[name].rounds], partial(balanced, name)) for name in NAMES[: run.pick(len(NAMES), 2)]),
-        *((f"plain DeepSpeed, ZeRO-{stage}", LIMITS["fp32"], partial(plain, stage))
-          for stage in PLAIN_STAGES[: run.pick(len(PLAIN_STAGES), 1)]),
+        *((f"plain DeepSpeed, one task, ZeRO-{stage}, overlap_comm={overlap}", LIMITS["fp32"],
+           partial(plain, stage, overlap)) for stage, overlap in PLAIN[: run.pick(len(PLAIN), 2)]),
     ]  # fmt: skip
     for name, limit, call in trials:
         row: dict[str, Any] = {"case": name, "limit": limit}
@@ -61,6 +57,39 @@ def rank(device: str, folder: str) -> None:
         if os.environ["RANK"] == "0":
             print(json.dumps(row), flush=True)
     leave()
+
+
+def plain(stage: int, overlap: bool) -> dict[str, float]:
+    """Train one task without a balancer; return the distance from the same steps in float64. Call on every rank."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from allinone_ds.testing import toy
+    from allinone_ds.testing.cases import STEPS, Case
+    from allinone_ds.zero.params import whole_master
+
+    config = Case("plain", stage).config()
+    config["zero_optimization"]["overlap_comm"] = overlap
+    model, reference, task = toy.make_model().float(), toy.make_model().double(), toy.TASKS[0]
+    rate = 0.05
+    optimizer = torch.optim.SGD(toy.param_groups(model), lr=rate)
+    other = torch.optim.SGD(toy.param_groups(reference), lr=rate)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    world = dist.get_world_size()
+    for step in range(STEPS):
+        engine.backward(engine(task, toy.inputs(task, step, 0, dist.get_rank()).float().to(engine.device), True))
+        engine.step()
+        other.zero_grad()
+        sum(reference(task, toy.inputs(task, step, 0, number).double(), True) / world for number in range(world)).backward()
+        other.step()
+    worst = largest = 0.0
+    for (name, start), target in zip(toy.make_model().named_parameters(), reference.parameters(), strict=True):
+        trained = whole_master(engine, engine.module.get_parameter(name))
+        worst = max(worst, float((trained - target.detach()).abs().max()))
+        largest = max(largest, float((start.detach() - target.detach()).abs().max()))
+    engine.destroy()
+    return {"difference": worst / largest}
 
 
 if __name__ == "__main__":

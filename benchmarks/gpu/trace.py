@@ -1,4 +1,4 @@
-"""Part `trace`: a profile of one balanced step, and what the device does between two tasks."""
+"""Part `trace`: profiles of one step, plain and balanced."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.part import Run
-from benchmarks.gpu.vit import Vit, large
+from benchmarks.gpu.vit import PHASES, PLAIN, Vit, large
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield one row per stage, and write its profile (open it in https://ui.perfetto.dev)."""
+    """Yield rows per stage and mode, and write each profile (open it in https://ui.perfetto.dev)."""
     run.join()
-    for stage in run.pick((2, 3), (2,)):
-        vit = Vit(run, large(run), run.pick(512, 32), run.pick(16, 2), stage)
+    pairs = run.pick(((2, PLAIN), (2, "exact"), (2, "delayed"), (2, "sketch"), (3, "exact"), (3, PLAIN)), ((2, "exact"),))
+    for stage, mode in pairs:
+        vit = Vit(run, large(run), run.pick(512, 32), run.pick(32, 2), stage, mode)
         vit.open()
         for _ in range(3):
             vit.step()
@@ -24,13 +25,14 @@ def measure(run: Run) -> Iterator[dict[str, Any]]:
         with profile(activities=activities) as profiler:
             vit.step()
             run.synchronize()
-        file = run.folder / f"trace-zero{stage}.json.gz"
+        file = run.folder / f"trace-zero{stage}-{mode}.json.gz"
         profiler.export_chrome_trace(str(file))
         kernels = [e for e in profiler.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-        yield {"stage": stage, "file": file.name, "kernels": len(kernels), **busy(kernels),
-               "between_ms": min(vit.milliseconds_between_tasks() for _ in range(5))}  # fmt: skip
+        kernels = [e for e in kernels if e.name not in PHASES]  # which span the kernels of a phase
+        what = {"stage": stage, "mode": mode}
+        yield {**what, "file": file.name, "kernels": len(kernels), **busy(kernels)}
         for event in sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)[: run.pick(12, 1)]:
-            yield {"stage": stage, "kernel": event.key[:90], "calls": event.count,
+            yield {**what, "kernel": event.key[:90], "calls": event.count,
                    "ms": event.self_device_time_total / 1000}  # fmt: skip
         vit.close()
 

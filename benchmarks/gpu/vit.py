@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from benchmarks.gpu.part import Run
 TASKS = ("det", "seg", "cls")
 CLASSES = 100
 PLAIN = "plain"
+PHASES = ("forward", "backward", "optimizer step")
+"""Of a step, as a profile names them."""
 
 
 @dataclass
@@ -120,22 +123,30 @@ class Vit:
             after_backward: called after the backward of each task.
             before_forward: called before the forward of each task but the first, and after the last task.
         """
+        forward, backward, optimizer = (partial(torch.profiler.record_function, phase) for phase in PHASES)
         if self.balancer is None:
             for task in TASKS:
-                self.engine.backward(self.loss(task))
-                self.engine.step()
+                with forward():
+                    loss = self.loss(task)
+                with backward():
+                    self.engine.backward(loss)
+                with optimizer():
+                    self.engine.step()
             return None
         for task in TASKS:
             with self.balancer.task(task):
                 if before_forward is not None and task != TASKS[0]:
                     before_forward()
-                loss = self.loss(task)
-                self.balancer.backward(loss)
+                with forward():
+                    loss = self.loss(task)
+                with backward():
+                    self.balancer.backward(loss)
                 if after_backward is not None:
                     after_backward()
         if before_forward is not None:
             before_forward()
-        return self.balancer.step()
+        with optimizer():
+            return self.balancer.step()
 
     def milliseconds_between_tasks(self) -> float:
         """Return the time of the device from the end of each backward to the next forward, summed over a step."""

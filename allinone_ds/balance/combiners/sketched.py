@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allinone_ds.balance.arithmetic import add_scaled, scale_or_zero
+from allinone_ds.balance.arithmetic import add_scaled
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.outcome import Combined
 from allinone_ds.balance.combiners.sketch import Sketcher, default_size, norm_error
@@ -20,6 +20,9 @@ from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
 from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.local_gradients import LocalGradients
+
+_SMALL = 1 << 14
+"""Elements of a parameter up to which it is sketched together with others."""
 
 
 class LocalCombiner(Combiner):
@@ -40,8 +43,13 @@ class LocalCombiner(Combiner):
         super().__init__(adapter, weighting, order)
         self.local = LocalGradients(adapter)
         sizes = self.local.sizes
-        self.sketcher = Sketcher(sizes, size or default_size(sum(sizes)), adapter.compute_device)
         self.shared = [id(p) in adapter.shared for p in self.local.params]
+        self._small = {
+            shared: [i for i, size in enumerate(sizes) if size <= _SMALL and self.shared[i] == shared]
+            for shared in (True, False)
+        }
+        together = [sum(sizes[index] for index in small) for small in self._small.values()]
+        self.sketcher = Sketcher([*sizes, *together], size or default_size(sum(sizes)), adapter.compute_device)
         self._flats: list[Tensor] = []
         self._steps = 0
 
@@ -74,6 +82,28 @@ class LocalCombiner(Combiner):
         shared = sum(size for size, is_shared in zip(self.local.sizes, self.shared, strict=True) if is_shared)
         return self.local.bytes + backbones * shared * self.local.dtype.itemsize
 
+    def _sketch(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """Return the sketches of gradients, by the index of the parameter, (2, k): of the backbone and of the heads.
+
+        Small parameters are sketched as one: a ViT-L has 300 of them.
+        """
+        turns = self.sketcher.empty(2)
+        small: set[int] = set()
+        for number, (row, indices) in enumerate(zip(turns, self._small.values(), strict=True)):
+            present = [index for index in indices if index in gradients]
+            if not present:
+                continue
+            flat = torch.zeros(sum(self.local.sizes[index] for index in indices), device=turns.device)
+            places = dict(zip(indices, flat.split([self.local.sizes[index] for index in indices]), strict=True))
+            values = [gradients[index].detach() for index in present]
+            torch._foreach_copy_([places[i].view(v.shape) for i, v in zip(present, values, strict=True)], values)
+            self.sketcher.add(row, len(self.local.sizes) + number, flat)
+            small.update(present)
+        for index, gradient in gradients.items():
+            if index not in small:
+                self.sketcher.add(turns[0 if self.shared[index] else 1], index, gradient)
+        return self.sketcher.sketch(turns)
+
     def _scales(self, index: int) -> bool:
         """Return whether the gradient of a parameter gets the factor of its task."""
         return self.shared[index] or self.weighting.heads == "same"
@@ -89,7 +119,7 @@ class LocalCombiner(Combiner):
         """Add a task's scaled gradient to `sums`, both by the index of the parameter.
 
         Args:
-            sums: changed in place; the first gradient of a parameter is kept in it.
+            sums: changed in place.
             gradients: of the task; they may be changed.
             factor: of the task, 0-dim.
             usable: False adds zeros, 0-dim bool.
@@ -97,10 +127,10 @@ class LocalCombiner(Combiner):
         """
         for scales, own in ((True, factor * part), (False, torch.full_like(factor, part))):
             alike = [index for index in gradients if self._scales(index) == scales]
-            known, new = ([index for index in alike if (index in sums) == in_sums] for in_sums in (True, False))
-            add_scaled([sums[index] for index in known], [gradients[index] for index in known], own, usable)
-            for index in new:
-                sums[index] = scale_or_zero(gradients[index].to(self.local.dtype), own, usable)
+            for index in alike:
+                if index not in sums:
+                    sums[index] = torch.zeros_like(gradients[index], dtype=self.local.dtype)
+            add_scaled([sums[index] for index in alike], [gradients[index] for index in alike], own, usable)
 
     def _reduced(self, skipped: tuple[str, ...], overflow: bool, usable: bool) -> Combined:
         """Reduce the local gradients, once, and take the result as the step's sum."""
@@ -147,11 +177,8 @@ class SketchCombiner(LocalCombiner):
 
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size
-        backbone, heads = turns = self.sketcher.empty(2)
         gradients = {index: g for index, g in enumerate(self.local.remove_all()) if g is not None}
-        for index, gradient in gradients.items():
-            self.sketcher.add(backbone if self.shared[index] else heads, index, gradient)
-        message = torch.cat([self.sketcher.sketch(turns).view(-1), loss.float().view(1)])
+        message = torch.cat([self._sketch(gradients).view(-1), loss.float().view(1)])
         all_reduce(message)
         if self.watch:
             self._sketches[task] = message[:size] / self.world

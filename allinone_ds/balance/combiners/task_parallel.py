@@ -187,13 +187,11 @@ class GroupedCombiner(LocalCombiner):
 
     def _sketched(self) -> Tensor:
         """Return sketches of all tasks' gradients, equal on all ranks: (T, 2, k), of the backbone and elsewhere."""
-        turns = self.sketcher.empty(len(self._ran), 2)
-        for rows, task in zip(turns, self._ran, strict=True):
+        sketches = torch.zeros(len(self._ran), 2, self.sketcher.size, device=self.sketcher.device)
+        for rows, task in zip(sketches, self._ran, strict=True):
             if task in self._own:
-                for index, gradient in self._own[task].items():
-                    self.sketcher.add(rows[0 if self.shared[index] else 1], index, gradient)
-                rows *= self._parts[task]
-        return all_reduce(self.sketcher.sketch(turns)).double()
+                torch.mul(self._sketch(self._own[task]), self._parts[task], out=rows)
+        return all_reduce(sketches).double()
 
     def _with_measured_norms(self, gram: Tensor) -> Tensor:
         """Return a sketched Gram matrix (T, T) with its cosines kept and its diagonal set to the measured norms."""

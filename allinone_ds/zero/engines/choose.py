@@ -10,11 +10,11 @@ from allinone_ds.zero.engines.base import EngineAdapter
 from allinone_ds.zero.engines.bf16 import BF16Adapter
 from allinone_ds.zero.engines.stage0 import FusedHalfAdapter, Stage0Adapter, UnfusedHalfAdapter
 from allinone_ds.zero.engines.stage3 import Stage3Adapter, Stage3OffloadAdapter
-from allinone_ds.zero.engines.stage12 import Stage12Adapter, Stage12OffloadAdapter
+from allinone_ds.zero.engines.stage12 import Stage2FlatOffloadAdapter, Stage12Adapter, Stage12OffloadAdapter
 
 ADAPTERS: tuple[type[EngineAdapter], ...] = (
-    BF16Adapter, Stage3OffloadAdapter, Stage3Adapter, Stage12OffloadAdapter, Stage12Adapter,
-    FusedHalfAdapter, UnfusedHalfAdapter, Stage0Adapter,
+    BF16Adapter, Stage3OffloadAdapter, Stage3Adapter, Stage2FlatOffloadAdapter, Stage12OffloadAdapter,
+    Stage12Adapter, FusedHalfAdapter, UnfusedHalfAdapter, Stage0Adapter,
 )  # fmt: skip
 """The first adapter that serves an engine is taken."""
 

@@ -64,7 +64,7 @@ def cut(flats: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
     return [flats[piece.group].narrow(0, piece.start, piece.length) for piece in pieces]
 
 
-RUN = 1 << 22
+RUN = 1 << 24
 """Most elements of parameters that `merge_neighbours` puts together."""
 
 

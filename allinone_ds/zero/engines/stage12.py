@@ -188,3 +188,47 @@ class Stage12OffloadAdapter(Stage12Adapter):
             gradient.copy_(flat)
         self.optimizer.norm_for_param_grads = self.norms(flats)
         self.optimizer.local_overflow = overflow
+
+
+class Stage2FlatOffloadAdapter(Stage12OffloadAdapter):
+    """ZeRO-2 with the optimizer on the CPU, and 16-bit weights whose gradients add up in fp32.
+
+    Every backward adds its reduced gradient to one flat shard on the accelerator. At an accumulation boundary the
+    engine would copy it to the CPU parameter by parameter, and wait for a norm and for a search for inf in each. So no
+    backward of a task is at a boundary, and a task's shard is copied as a whole.
+    """
+
+    @classmethod
+    def serves(cls, engine: Any) -> bool:
+        return super().serves(engine) and engine.optimizer.partition_gradients and uses_flat_partition(engine.optimizer)
+
+    @property
+    def needs_sum(self) -> bool:
+        return True  # the engine's step would not find a gradient on the CPU
+
+    def begin_task(self) -> None:
+        Stage12Adapter.begin_task(self)  # `gradient` overwrites what an earlier task has left on the CPU
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        self.set_reduces(False)
+        EngineAdapter.backward(self, loss, retain_graph)
+
+    def reduce_accumulated(self) -> None:
+        pass  # every backward has
+
+    def gradient(self) -> list[Tensor]:
+        wait_for_offload_copies(self.optimizer)  # of `LocalGradients.reduce`
+        found = []
+        for group, gradient in enumerate(self._gradients()):
+            shard = self.optimizer.averaged_gradients.get(group)
+            if shard is None:  # no parameter of this group took part
+                gradient.zero_()
+            else:
+                found.append((gradient, shard.flat_partition))
+        for number, (gradient, flat) in enumerate(found, 1):
+            gradient.copy_(flat, non_blocking=number < len(found))  # the last copy waits for all
+        return cut(self._gradients(), self.pieces)
+
+    def clear_gradient(self) -> None:
+        Stage12Adapter.clear_gradient(self)
+        self.optimizer.reset_cpu_buffers()
