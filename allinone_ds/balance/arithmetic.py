@@ -121,10 +121,7 @@ def _add_on_device(sums: Sequence[Tensor], gradients: Sequence[Tensor], factor: 
     try:
         _add_fused(alike, factor, usable)
         for batch in _batches(mixed):
-            totals, values = map(list, zip(*batch, strict=True))
-            copies = [torch.empty_like(total) for total in totals]
-            torch._foreach_copy_(copies, values)
-            _add_fused(list(zip(totals, copies, strict=True)), factor, usable)
+            _add_fused(_converted(batch), factor, usable)
     except NotImplementedError:  # an accelerator without this kernel
         rest += alike + mixed
     if rest:
@@ -145,6 +142,14 @@ def _add_fused(pairs: Sequence[tuple[Tensor, Tensor]], factor: Tensor, usable: T
             totals, values, [], weight_decay=0.0, momentum=0.0, lr=factor.float(), dampening=0.0, nesterov=False,
             maximize=True, is_first_step=False, found_inf=(~usable).float(),
         )  # fmt: skip
+
+
+def _converted(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the pairs with gradients of the type and layout of their sums."""
+    totals, values = map(list, zip(*pairs, strict=True))
+    copies = [torch.empty_like(total) for total in totals]
+    torch._foreach_copy_(copies, values)
+    return list(zip(totals, copies, strict=True))
 
 
 def _batches(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -33,8 +33,10 @@ T = len(toy.TASKS)
 QUIET = {"timers": {"throughput": {"enabled": False}}}
 
 
-def waits_in_a_step(case: str = "zero2 fp32", tasks=toy.TASKS, joint: str = "", weighting=None, **options):
-    """File -> waits in the fourth step of two micro-steps per task, after which nothing may be out of order."""
+def waits_in_a_step(
+    case: str = "zero2 fp32", tasks=toy.TASKS, joint: str = "", weighting=None, owner="allinone_ds", **options
+):
+    """File -> waits of a package in the fourth step of two micro-steps per task; nothing may be out of order after."""
     balancer = make_balancer(make_engine(case, **QUIET), weighting, **options)
     engine = balancer.engine
     engine.module.mark = task_features
@@ -51,7 +53,7 @@ def waits_in_a_step(case: str = "zero2 fp32", tasks=toy.TASKS, joint: str = "", 
                 for k in range(2):
                     balancer.backward(engine(task, batches[task], k == 1))
         balancer.step(require_all=False)
-    found = record.waits()
+    found = record.waits(owner)
     assert not record.disorder(), record.disorder()
     finish(balancer)
     return found
@@ -100,6 +102,15 @@ def check_an_offloaded_optimizer_waits_for_the_factor_of_each_task() -> None:
         at_most(waits_in_a_step(f"zero{stage} fp32 offload"), 1, exact=T)
     at_most(waits_in_a_step("zero2 fp32 offload", weighting=TBGC(0.1, target="mean")), 1)
     at_most(waits_in_a_step("zero3 fp32 offload", weighting=aggregation.UPGradWeighting()), 1)
+
+
+def check_gradients_in_fp32_are_offloaded_as_a_whole() -> None:
+    """DeepSpeed waits for each parameter, as it does where gradients do not add up in fp32."""
+    case = "zero2 bf16 fp32-accumulation offload"
+    at_most(waits_in_a_step(case), 1, stage12=T, exact=T)
+    assert not waits_in_a_step(case, owner="deepspeed")
+    by_parameter = waits_in_a_step("zero2 bf16 offload", owner="deepspeed")
+    assert sum(by_parameter.values()) > 2 * len(list(toy.make_model().parameters()))
 
 
 def check_weights_that_are_put_back_are_ordered_without_a_wait() -> None:

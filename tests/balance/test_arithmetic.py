@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,3 +115,29 @@ def test_inner_products_take_few_operations_and_no_tf32():
     assert ((gram - wanted).abs() / (scale[:, None] * scale)).max() < 1e-7
     assert torch.equal(gram, gram.T)
     assert operations.count < 120, "some 10 per 4 chunks of all tasks"
+
+
+class _Alive(TorchDispatchMode):
+    """The most elements that tensors made like others have at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+        self._made: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty_like.default:
+            self._made.append(weakref.ref(result))
+            self.most = max(self.most, sum(made().numel() for made in self._made if made() is not None))
+        return result
+
+
+def test_16_bit_gradients_are_converted_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(arithmetic, "BATCH", 2000)
+    gradients = [torch.full((1000,), float(index), dtype=torch.bfloat16) for index in range(8)]
+    sums = [torch.ones(1000) for _ in gradients]
+    with _Alive() as alive:
+        arithmetic._add_on_device(sums, gradients, torch.tensor(0.5), torch.tensor(True))
+    assert 0 < alive.most <= 2000
+    assert all((total == 1 + index * 0.5).all() for index, total in enumerate(sums))

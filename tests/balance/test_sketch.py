@@ -109,3 +109,21 @@ def test_16_bit_gradients_are_added_without_a_float32_copy_of_all_of_them() -> N
     assert 0 < converted.most <= 2000
     for index, total in sums.items():
         assert (total == 1 + index * (1.0 if index % 2 == 0 else 2.0)).all()
+
+
+def test_small_parameters_are_sketched_together() -> None:
+    """As one block, which loses nothing; a parameter without a gradient counts as zeros."""
+    sizes, large = [300, 7, 20, 1 << 15], 3
+    combiner = SimpleNamespace(
+        local=SimpleNamespace(sizes=sizes),
+        shared=[True, True, False, True],
+        _small={True: [0, 1], False: [2]},
+        sketcher=Sketcher([*sizes, 307, 20], 1 << 16, torch.device("cpu")),
+    )
+    gradients = {index: torch.randn(size, generator=GENERATOR) for index, size in enumerate(sizes)}
+    small = {index: gradients[index].bfloat16() for index in range(large)}
+    backbone, heads = LocalCombiner._sketch(combiner, small)
+    torch.testing.assert_close(backbone.norm(), torch.cat([small[0], small[1]]).float().norm())
+    torch.testing.assert_close(heads.norm(), small[2].float().norm())
+    apart = [LocalCombiner._sketch(combiner, {index: gradient}) for index, gradient in gradients.items()]
+    torch.testing.assert_close(LocalCombiner._sketch(combiner, gradients), sum(apart))

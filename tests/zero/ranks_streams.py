@@ -25,7 +25,7 @@ QUIET = {"timers": {"throughput": {"enabled": False}}}
 ENGINES = [
     "zero0 fp32", "zero2 bf16", "zero3 fp16",
     *(f"zero{stage} fp32 overlap={overlap} contiguous=1" for stage in (1, 2, 3) for overlap in (0, 1)),
-    *(f"zero{stage} fp32 offload" for stage in (1, 2, 3)),
+    *(f"zero{stage} fp32 offload" for stage in (1, 2, 3)), "zero2 bf16 fp32-accumulation offload",
 ]  # fmt: skip
 
 
@@ -154,11 +154,11 @@ def check_restored_weights_reach_the_next_forward() -> None:
     assert not restored()
 
 
-def offloaded(stage: int) -> list[str]:
+def offloaded(name: str) -> list[str]:
     """Take steps with page-locked gradients on the host, and return what was used before it had arrived."""
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    config = {**CASES[f"zero{stage} fp32 offload"].config()["zero_optimization"], **offload}
-    balancer = make_balancer(make_engine(f"zero{stage} fp32 offload", zero_optimization=config, **QUIET))
+    config = {**CASES[name].config()["zero_optimization"], **offload}
+    balancer = make_balancer(make_engine(name, zero_optimization=config, **QUIET))
     combiner = balancer._combiner
     combiner.add, combiner.hand_over = WatchedHost.around(combiner.add), WatchedHost.around(combiner.hand_over)
     record.clear()
@@ -174,11 +174,11 @@ def check_offloaded_gradients_are_used_after_their_copy() -> None:
 
     wait = stage12.wait_for_offload_copies
     stage12.wait_for_offload_copies = lambda optimizer: None
-    found = offloaded(2)
+    found = offloaded("zero2 fp32 offload")
     stage12.wait_for_offload_copies = wait
     assert any("allinone_ds/" in f and "copy at deepspeed" in f for f in found), found
-    for stage in (1, 2, 3):
-        assert not offloaded(stage), (stage, offloaded(stage))
+    for name in (*(f"zero{stage} fp32 offload" for stage in (1, 2, 3)), "zero2 bf16 fp32-accumulation offload"):
+        assert not offloaded(name), (name, offloaded(name))
 
 
 def scaled(stage: int) -> list[str]:
