@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,7 @@ def demo(run: Run) -> dict[str, Any]:
     steps = run.pick("60", "4")
     command = [sys.executable, "-m", "allinone_ds.cli", "demo", "--steps", steps, "--output", str(run.folder / "demo")]
     status, output, errors = run_command(command, run.left() - 5)
-    metrics = run.folder / "demo" / "metrics.json"
-    return {"head": "demo", "status": status, "metrics": metrics.read_text() if metrics.exists() else None,
-            "end": (output + errors)[-500:] if status else ""}  # fmt: skip
+    file = run.folder / "demo" / "metrics.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return {"head": "demo", "status": status, "steps": found.get("steps"), "score": found.get("eval_score"),
+            "seconds": found.get("train_runtime"), "end": (output + errors)[-500:] if status else ""}  # fmt: skip
