@@ -24,7 +24,7 @@ from allinone_ds.balance.renaming import Names, renamed_state
 from allinone_ds.balance.report import StepReport
 from allinone_ds.balance.running_task import RunningTask, refuse_missing, refuse_task, tell_failure, undone_after_error
 from allinone_ds.balance.self_test import self_test as run_self_test
-from allinone_ds.balance.self_test import warn_of_unchecked_release
+from allinone_ds.balance.self_test import unchecked, warn_of_unchecked_release
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.balance.weightings.clipping import Sum
 from allinone_ds.balance.weightings.gram import as_weighting, kind_of
@@ -33,7 +33,7 @@ from allinone_ds.errors import BalancerError, NonFinite
 from allinone_ds.zero.engines.choose import open_engine
 from allinone_ds.zero.guard import EngineGuard
 from allinone_ds.zero.params import forget_copies
-from allinone_ds.zero.support import checked_release, refuse_unsupported
+from allinone_ds.zero.support import refuse_unsupported
 from allinone_ds.zero.traces import ParameterTraces
 
 
@@ -77,7 +77,7 @@ class TaskBalancer(RankGroups):
         nonfinite: what a step does with a task whose loss, gradient or factor is not finite: "skip_task" leaves it
             out, "skip_step" leaves all tasks out, "stop" raises `NonFinite` and changes nothing.
         self_test: first compare balanced steps of a toy model, on the same kind of engine, with a float64 reference.
-            None: only with a DeepSpeed release that was not checked.
+            None: with a DeepSpeed release that was not checked, and on several accelerators, which were not either.
 
     Attributes:
         groups: which ranks run which task; `groups.tasks` are all names.
@@ -132,7 +132,7 @@ class TaskBalancer(RankGroups):
         adapter = self._adapter = open_engine(engine, backbone)
         if error := combination_error(norm, parallel, self.weighting, adapter.stage, adapter.keeps_local_gradients):
             raise error
-        if self_test or (self_test is None and not checked_release()):
+        if self_test or (self_test is None and unchecked(adapter)):
             warn_of_unchecked_release()
             run_self_test(engine, TaskBalancer, norm, parallel)
         self.groups = groups_for(parallel, groups, tasks, world_size())

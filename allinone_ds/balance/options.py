@@ -73,6 +73,8 @@ class BalancerConfig(Strict):
     """Under ZeRO-3: one parameter trace per task, and weights gathered once per step where they fit."""
     cosines_every: int = 0
     """Steps between two measurements of the cosines between the tasks' gradients; 0: never."""
+    self_test: bool | None = None
+    """Whether to compare a toy model's balanced steps with float64 at the start; None: where nobody has checked."""
 
     @model_validator(mode="after")
     def _check(self) -> BalancerConfig:

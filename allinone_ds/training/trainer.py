@@ -355,9 +355,10 @@ class AllInOneTrainer(EvaluatingTrainer):
     def _open_balancer(self, engine: Any, step: int) -> None:
         """Construct the balancer, anew after a thaw: then with the state of the one before."""
         before = self.balancer if self.balancer is not None and self.balancer.engine is engine else None
+        options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
         if before is not None:
             before.detach()
-        options = {"nonfinite": self.args.nonfinite, **self.balancer_options}
+            options["self_test"] = False  # the engine is the same
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f"shared: {NOTHING_TO_BALANCE}")
             shared = shared_parameters(engine.module.backbone)

@@ -36,12 +36,13 @@ def make_engine(case: str = "zero2 fp32", optimizer: str = "sgd", lr: float = 0.
 
 
 def make_balancer(engine, weighting=None, **options) -> TaskBalancer:
-    return TaskBalancer(engine, toy.TASKS, "backbone", weighting or TBGC(0.1), **options)
+    return TaskBalancer(engine, toy.TASKS, "backbone", weighting or TBGC(0.1), **{"self_test": False, **options})
 
 
 def _from_config(engine, weighting, **options) -> TaskBalancer:
     engine.module.mark = task_features
-    return TaskBalancer(engine, toy.TASKS, "backbone", weighting_from_config(weighting), **options)
+    weighting = weighting_from_config(weighting)
+    return TaskBalancer(engine, toy.TASKS, "backbone", weighting, **{"self_test": False, **options})
 
 
 run_case = partial(exactness.run_case, make_balancer=_from_config, whole_master=whole_master)

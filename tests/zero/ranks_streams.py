@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from allinone_ds.balance import balancer as balancer_module
 from allinone_ds.testing import exactness
 from allinone_ds.testing.cases import WEIGHTINGS
 from allinone_ds.zero.engines import base
@@ -49,6 +50,16 @@ def check_exact_and_in_order() -> None:
         limit = 2e-6 if " fp32" in name[:10] else 1e-2
         assert found["weights_relative"] <= 2 * limit and found["norms"] <= limit, (name, found)
         assert not record.disorder(), (name, record.disorder())
+
+
+def check_several_accelerators_are_tested_before_they_train() -> None:
+    engine = make_engine("zero2 fp32", **QUIET)
+    found, run = [], balancer_module.run_self_test
+    balancer_module.run_self_test = lambda *arguments: found.append(run(*arguments))
+    for asked in (None, False):
+        finish(make_balancer(engine, self_test=asked))
+    balancer_module.run_self_test = run
+    assert len(found) == (dist.get_world_size() > 1) and all(difference < 1e-4 for difference in found), found
 
 
 def check_the_throughput_timer_waits_for_the_device() -> None:
