@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from allinone_ds.balance.assignment import TaskGroups
+from allinone_ds.balance.combiners.sketch import held_bytes
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.model import AllInOneModel
 from allinone_ds.models.lora import adapter_of, shared_parameters
@@ -221,11 +222,11 @@ def memory_parts(
     if groups:
         most = max(len(groups.of(rank)) for rank in range(gpus))
         balancer += (most - 1) * sizes.backbone * engine.gradient_bytes
-        balancer += 4 * 4 * sketch * len(sizes.heads) if norm == "sketch" else 0
+        balancer += held_bytes(sketch) * len(sizes.heads) if norm == "sketch" else 0
     elif norm == "sketch":
-        balancer += sizes.backbone * engine.gradient_bytes + 4 * 4 * sketch
+        balancer += sizes.backbone * engine.gradient_bytes + held_bytes(sketch)
     elif norm == "delayed":
-        balancer += 4 * 4 * sketch * len(sizes.heads)
+        balancer += held_bytes(sketch) * len(sizes.heads)
     memory = {"weights": weights, "gradients": _gradients(engine, sizes, gpus, local)}
     if engine.stage == 3 and engine.copied_within > 1:
         copied = sizes.whole - kept_elements(engine, sizes, norm)

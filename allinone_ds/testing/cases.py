@@ -217,6 +217,9 @@ def _joint_cases() -> list[Case]:
                     Case(f"zero{stage} fp32 offload {way}", stage, offload=True, **options),
                     Case(f"zero{stage} fp32 overlap=1 {way}", stage, zero={"overlap_comm": True}, **options),
                 ]
+            if stage == 2:
+                name = f"zero2 bf16 fp32-accumulation offload {way}"
+                cases.append(Case(name, 2, "bf16", "fp32", offload=True, **options))
             cases.append(Case(f"zero{stage} fp32 checkpointing {way}", stage, checkpointing=True, **options))
     return cases
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.exact import exact_combiner
 from allinone_ds.balance.combiners.outcome import Combined
+from allinone_ds.balance.combiners.sketch import held_bytes
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
@@ -53,7 +54,7 @@ class DelayedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        sketches = 4 * 4 * self.sketcher.size * len(self.order)
+        sketches = held_bytes(self.sketcher.size) * len(self.order)
         return super().bytes + self._kept_bytes(0) + sketches + (self._exact.bytes if self._exact else 0)
 
     def begin(self, task: str) -> None:

@@ -40,6 +40,15 @@ def norm_error(size: int) -> float:
     return math.sqrt(6 / size) / 2
 
 
+def held_bytes(size: int) -> int:
+    """Return the bytes of one task's sketches while they are made: of backbone and heads, in two turns.
+
+    Args:
+        size: length k of a sketch.
+    """
+    return 2 * 2 * 4 * size
+
+
 class Sketcher:
     """Sketches gradients that come as one tensor per parameter.
 

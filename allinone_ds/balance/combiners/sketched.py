@@ -15,7 +15,7 @@ from torch import Tensor
 from allinone_ds.balance.arithmetic import add_scaled
 from allinone_ds.balance.combiners.base import Combiner
 from allinone_ds.balance.combiners.outcome import Combined
-from allinone_ds.balance.combiners.sketch import Sketcher, default_size, norm_error
+from allinone_ds.balance.combiners.sketch import Sketcher, default_size, held_bytes, norm_error
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce
 from allinone_ds.zero.engines.base import EngineAdapter
@@ -173,7 +173,7 @@ class SketchCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        return super().bytes + self._kept_bytes(1) + 4 * 4 * self.sketcher.size
+        return super().bytes + self._kept_bytes(1) + held_bytes(self.sketcher.size)
 
     def add(self, task: str, loss: Tensor) -> None:
         size = self.sketcher.size

@@ -13,6 +13,7 @@ from allinone_ds.balance.agreement import Agreement
 from allinone_ds.balance.arithmetic import square_norm
 from allinone_ds.balance.assignment import TaskGroups
 from allinone_ds.balance.combiners.outcome import Combined
+from allinone_ds.balance.combiners.sketch import held_bytes
 from allinone_ds.balance.combiners.sketched import LocalCombiner
 from allinone_ds.balance.weightings.base import Weighting
 from allinone_ds.distributed import all_reduce, rank
@@ -84,7 +85,7 @@ class GroupedCombiner(LocalCombiner):
 
     @property
     def bytes(self) -> int:
-        sketches = 0 if self.exact else 4 * 4 * self.sketcher.size * len(self.groups.tasks)
+        sketches = 0 if self.exact else held_bytes(self.sketcher.size) * len(self.groups.tasks)
         return super().bytes + self._kept_bytes(len(self.groups.of(self.rank)) - 1) + sketches
 
     def add(self, task: str, loss: Tensor) -> None:

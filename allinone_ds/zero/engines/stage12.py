@@ -202,10 +202,6 @@ class Stage2FlatOffloadAdapter(Stage12OffloadAdapter):
     def serves(cls, engine: Any) -> bool:
         return super().serves(engine) and engine.optimizer.partition_gradients and uses_flat_partition(engine.optimizer)
 
-    @property
-    def needs_sum(self) -> bool:
-        return True  # the engine's step would not find a gradient on the CPU
-
     def begin_task(self) -> None:
         Stage12Adapter.begin_task(self)  # `gradient` overwrites what an earlier task has left on the CPU
 
@@ -232,3 +228,8 @@ class Stage2FlatOffloadAdapter(Stage12OffloadAdapter):
     def clear_gradient(self) -> None:
         Stage12Adapter.clear_gradient(self)
         self.optimizer.reset_cpu_buffers()
+
+    def step(self) -> None:
+        if not self.optimizer.norm_for_param_grads:  # the engine steps on what `gradient` has copied
+            self.optimizer.norm_for_param_grads = self.norms(self._gradients())
+        super().step()
