@@ -26,6 +26,7 @@ from tests.balance import (
     ranks_other_loops,
     ranks_partial_steps,
     ranks_task_parallel,
+    ranks_traces,
     ranks_weightings,
 )
 from tests.balance.engines import (
@@ -255,6 +256,7 @@ def all_checks(world: int) -> dict:
             ranks_loss_scales,
             ranks_other_loops,
             ranks_task_parallel,
+            ranks_traces,
             ranks_weightings,
         ):
             checks |= _all_in(vars(module))
