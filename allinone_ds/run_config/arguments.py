@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,6 +181,8 @@ class AllInOneArguments(TrainingArguments):
             unevaluated = self._unevaluated() if "--load_best_model_at_end requires the saving" in str(error) else None
             mistakes.append(unevaluated or name_arguments(str(error) or repr(error), given))
         else:
+            if self.torch_compile:  # accelerate reads it; the whole of a model takes 20 times as long to compile
+                os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
             self.optim = chosen if chosen == MUON else self.optim
             for mismatch in self.hf_deepspeed_config.mismatches if self.deepspeed else []:
                 if not any(key in mismatch for key in _BATCH_KEYS):
@@ -204,11 +207,8 @@ class AllInOneArguments(TrainingArguments):
 
     def _rules(self) -> list[tuple[bool, str]]:
         """(whether it is wrong, message) of every argument with which training would be wrong or fail later."""
-        epochs = [
-            name
-            for name in ("eval_strategy", "save_strategy", "logging_strategy")
-            if str(getattr(getattr(self, name), "value", getattr(self, name))) == "epoch"
-        ]
+        strategies = ("eval_strategy", "save_strategy", "logging_strategy")
+        epochs = [name for name in strategies if getattr(self, name) == "epoch"]
         low = {
             name: least
             for name, least in _LEAST.items()

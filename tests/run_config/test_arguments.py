@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,3 +131,21 @@ def test_float32_on_a_gpu_is_warned_of() -> None:
     assert warning.endswith(
         "zero_optimization.elastic_checkpoint (checkpoints of this package fit any number of ranks)"
     )
+
+
+def test_layers_are_compiled_and_not_whole_forwards_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+    usual = {"output_dir": str(tmp_path), "max_steps": 1, "deepspeed": "configs/deepspeed/zero2.json"}
+    for before, trainer, after in ((None, {}, None), (None, {"torch_compile": True}, "true"),
+                                   ("false", {"torch_compile_backend": "aot_eager"}, "false")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+                patch.delenv(name)
+            for name in (variable, "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+                patch.setenv(name, before or "")  # so that it is put back
+                if name != variable or before is None:
+                    patch.delenv(name)
+            AllInOneArguments(**usual, **trainer)
+            assert os.environ.get(variable) == after

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from accelerate.utils.other import compile_regions_deepspeed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import HfDeepSpeedConfig
@@ -131,16 +132,18 @@ def check_no_rank_holds_the_whole_backbone() -> None:
     assert mine * 4 < bytes_made.peak < 0.75 * whole * 4, (bytes_made.peak, whole * 4)
 
 
-def trained(case: str, compiled: bool) -> dict[str, torch.Tensor]:
-    """Weights after two steps of a tiny run of one task."""
+def trained(case: str, compiled: str = "") -> dict[str, torch.Tensor]:
+    """Weights after two steps of a tiny run of one task; of it "whole" forwards or "layers" are compiled."""
     heads = {"cls": ("linear", {})}
     model = tiny_model(heads, stem="patch", num_hidden_layers=1)
     config = CASES[case].config()
     engine = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(parameter_groups(model, 0.5, 0.0, 1.0)), config=config
     )[0]
-    if compiled:
+    if compiled == "whole":
         engine.compile(backend="aot_eager")
+    elif compiled == "layers":
+        compile_regions_deepspeed(engine.module, backend="aot_eager")
     balancer = TaskBalancer(engine, tuple(heads), "backbone", TBGC(0.1))
     for step in range(2):
         for name in heads:
@@ -153,9 +156,10 @@ def trained(case: str, compiled: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_compiled(case: str) -> None:
+def check_compiled(case: str, what: str) -> None:
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain, compiled = (trained(case, how) for how in (False, True))
+    plain, compiled = trained(case), trained(case, what)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it did compile
     fresh = dict(tiny_model({"cls": ("linear", {})}, stem="patch", num_hidden_layers=1).named_parameters())
     moved = max(float((plain[name] - value.detach()).abs().max()) for name, value in fresh.items())
@@ -164,8 +168,10 @@ def check_compiled(case: str) -> None:
         torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name} {m}")
 
 
+COMPILED = [("zero2 fp32", "layers"), ("zero3 fp32", "layers"), ("zero2 fp32", "whole"), ("zero3 fp32", "whole")]
+
 if __name__ == "__main__":
     checks = {f"check_average {kind}": partial(check_average, kind) for kind in EMA_KINDS}
     checks["check_no_rank_holds_the_whole_backbone"] = check_no_rank_holds_the_whole_backbone
-    checks |= {f"check_compiled {case}": partial(check_compiled, case) for case in ("zero2 fp32", "zero3 fp32")}
+    checks |= {f"check_compiled {case} {what}": partial(check_compiled, case, what) for case, what in COMPILED}
     run_checks(checks, sys.argv[1])

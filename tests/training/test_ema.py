@@ -27,6 +27,7 @@ def test_under_zero_3_no_rank_holds_the_complete_backbone(ranks: dict[str, str])
     assert ranks["check_no_rank_holds_the_whole_backbone"] == ""
 
 
+@pytest.mark.parametrize("what", ["layers", "whole"])
 @pytest.mark.parametrize("case", ["zero2 fp32", "zero3 fp32"])
-def test_a_compiled_forward_trains_to_the_same_weights(ranks: dict[str, str], case: str) -> None:
-    assert ranks[f"check_compiled {case}"] == ""
+def test_a_compiled_forward_trains_to_the_same_weights(ranks: dict[str, str], case: str, what: str) -> None:
+    assert ranks[f"check_compiled {case} {what}"] == ""
