@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -115,6 +116,7 @@ def compared(model: Any, task: HeadTask, device: str) -> dict[str, Any]:
 def demo(run: Run) -> dict[str, Any]:
     """Return what `allinone-ds demo` ends with after a few steps."""
     steps = run.pick("60", "4")
+    shutil.rmtree(run.folder / "demo", ignore_errors=True)  # of an earlier call
     command = [sys.executable, "-m", "allinone_ds.cli", "demo", "--steps", steps, "--output", str(run.folder / "demo")]
     status, output, errors = run_command(command, run.left() - 5)
     file = run.folder / "demo" / "metrics.json"

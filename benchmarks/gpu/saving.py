@@ -1,8 +1,9 @@
-"""Part `saving`: the optimizer in the host's memory, a save in the step or beside it, and a resumed run."""
+"""Part `saving`: a save in the step or beside it, and a resumed run."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -13,27 +14,15 @@ import yaml
 
 from benchmarks.common.forked_run import make_run
 from benchmarks.gpu.part import Run, run_command
-from benchmarks.gpu.steps import timed
-from benchmarks.gpu.vit import PLAIN, Vit, large
 
 STEPS = 16
 
 
 def measure(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield rows of whole runs, then of the offloaded optimizer."""
-    yield from resumed(run)
-    run.join()
-    for stage in run.pick((2, 3), (2,)):
-        for mode in run.pick((PLAIN, "exact"), ("exact",)):
-            zero = {"offload_optimizer": {"device": "cpu", "pin_memory": run.on_gpu}}
-            vit = Vit(run, large(run), run.pick(224, 32), run.pick(32, 2), stage, mode, zero)
-            yield {"what": "offloaded optimizer", **timed(vit, run, repeats=2)}
-
-
-def resumed(run: Run) -> Iterator[dict[str, Any]]:
     """Yield how a run ends that saves in its steps, and the same run that saves beside them, is stopped and resumed."""
     home = run.folder / "runs"
-    home.mkdir(exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)  # of an earlier call
+    home.mkdir()
     file = make_run(home)
     content = yaml.safe_load(file.read_text())
     content["trainer"] |= {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
