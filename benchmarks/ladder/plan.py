@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tbgc_features": {"name": "tbgc", "max_norm": 0.0005},  # at the features, where norms are smaller
     "db_mtl": {"name": "db_mtl"},
     "imtl_g": {"name": "imtl_g"},
-    "fairgrad": {"name": "fairgrad"},
+    "fairgrad": {"name": "fairgrad", "alpha": 1.0},
     "famo": {"name": "famo"},
 }
 """The `balancer:` block of every multi-task method; max_norm is the paper's. The methods that the package does not have
