@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allinone_ds.balance.options import BalancerConfig
 from benchmarks.common.launch import ROOT
 from benchmarks.ladder import data as ladder_data
 from benchmarks.ladder import plots, runs, stats, table
-from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, SEEDS, TASKS, Spec
+from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, TASKS, Spec
 from benchmarks.ladder.records import Records, base_runs
 
 BASES = base_runs("cpu")
@@ -27,6 +28,14 @@ def changed(**trainer: Any) -> dict[str, dict[str, Any]]:
 
 
 ADAMW = ("composed", "adamw")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"tbgc_own_heads", "equal_updates"}))
+def test_every_method_of_the_package_has_the_options_that_it_needs(method: str) -> None:
+    """Else the runs before it are trained for hours until it fails."""
+    options = {"weights": dict.fromkeys(TASKS, 1.0)} if method == "static" else {}
+    BalancerConfig(**METHODS[method], **options).weighting()
+    assert any(method in methods for methods in BLOCKS.values())
 
 
 def record(records: Records, spec: Spec, score: float, **values: Any) -> None:
