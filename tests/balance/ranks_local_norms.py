@@ -24,7 +24,7 @@ from tests.balance.engines import (
 
 KINDS = tuple(kind for kind in FP32_KINDS if kind != "zero0 fp32")
 SIXTEEN_BIT = ("zero1 bf16", "zero2 bf16", "zero2 bf16 fp32-accumulation", "zero3 bf16", "zero3 bf16 fp32-accumulation",
-               "zero2 bf16 offload", "zero3 fp16")  # fmt: skip
+               "zero2 bf16 offload", "zero2 bf16 fp32-accumulation offload", "zero3 fp16")  # fmt: skip
 VARIANTS = ("zero1 fp32 overlap=1 contiguous=0", "zero2 fp32 overlap=1 contiguous=1", "zero2 fp32 round robin",
             "zero3 fp32 sub-groups", "zero2 fp32 one param group", "zero3 fp32 checkpointing")  # fmt: skip
 WEIGHTINGS = {
