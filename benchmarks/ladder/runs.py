@@ -135,10 +135,11 @@ class Runner:
     def __init__(self, records: Records, work: Path, wheel: Path | None, gpu: bool):
         self.records, self.work, self.wheel, self.gpu = records, work, wheel, gpu
         self.jobs: dict[int, Job] = {}
+        self.failed: dict[Spec, Path] = {}  # with its log
 
     def next(self, blocks: list[tuple[str, str]]) -> Spec | None:
-        """Return the first run that has no record and is not being trained; None if there is none."""
-        busy = {job.spec for job in self.jobs.values()}
+        """Return the first run without a record that is not being trained and has not failed; None if there is none."""
+        busy = {job.spec for job in self.jobs.values()} | self.failed.keys()
         for data, optimizer in blocks:
             for spec in self.records.planned(data, optimizer):
                 if spec not in busy and self.records.read(spec) is None:
@@ -160,7 +161,7 @@ class Runner:
         self.jobs[process.pid] = Job(spec, process, folder, run, time.perf_counter())
 
     def finish(self) -> None:
-        """Wait until a run ends and append its record."""
+        """Wait until a run ends and append its record; one that failed is set aside."""
         pid, status, usage = os.wait4(-1, 0)
         if pid not in self.jobs:
             return
@@ -173,7 +174,9 @@ class Runner:
             zero = dict.fromkeys(spec.tasks, 0.0)
             found = {"metrics": zero, "steps": self.records.bases[spec.data]["trainer"]["max_steps"], "diverged": True}
         else:
-            raise SystemExit(f"{spec.name} failed; its log is {job.folder / 'run.log'}:\n{log[-2000:]}")
+            self.failed[spec] = job.folder / "run.log"
+            print(f"{spec.name} failed; its log is {self.failed[spec]}:\n{log[-2000:]}", file=sys.stderr, flush=True)
+            return
         self.records.append(spec, {
             "balancer": job.run["balancer"], **found,
             "logging_steps": self.records.bases[spec.data]["trainer"]["logging_steps"],
@@ -187,7 +190,11 @@ class Runner:
         print(f"{time.strftime('%H:%M:%S')}  {spec.name}  {scores}", flush=True)
 
     def run(self, blocks: list[tuple[str, str]], jobs: int) -> None:
-        """Train all runs of the blocks that have no record."""
+        """Train all runs of the blocks that have no record.
+
+        Raises:
+            SystemExit: some have failed; the others are trained.
+        """
         try:
             while True:
                 spec = self.next(blocks) if len(self.jobs) < jobs else None
@@ -195,6 +202,9 @@ class Runner:
                     self.start(spec)
                 elif self.jobs:
                     self.finish()
+                elif self.failed:
+                    logs = "".join(f"\n{spec.name}: {log}" for spec, log in self.failed.items())
+                    raise SystemExit(f"{len(self.failed)} runs failed; the same command tries them again:{logs}")
                 else:
                     return
         finally:

@@ -303,6 +303,22 @@ def test_runs_append_records_and_are_not_trained_twice(small: dict[str, Any], tm
     assert runner.next([ADAMW]) == todo[1]
 
 
+def test_a_run_that_fails_does_not_end_the_others(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path / "records", BASES, "cpu")
+    fill(records, [ADAMW])
+    specs = [spec for spec in records.planned(*ADAMW) if spec.split == "test"][:2]
+    remove(records, *specs)
+    monkeypatch.setattr(runs, "command", lambda *_: (["sh", "-c", "echo no space left on device; exit 3"], {}))
+    monkeypatch.setattr(runs, "make_data", lambda *_: None)
+    runner = runs.Runner(records, tmp_path / "work", None, gpu=False)
+    with pytest.raises(SystemExit, match="2 runs failed") as failure:
+        runner.run([ADAMW], jobs=1)
+    assert all(spec.name in str(failure.value) for spec in specs)
+    assert "no space left" in runner.failed[specs[1]].read_text()
+
+
 def test_a_run_that_diverged_is_told_from_one_that_failed() -> None:
     said = (
         "error: loss, gradient or factor of task 'classification' was not finite in 50 steps in a row, the last of them"
