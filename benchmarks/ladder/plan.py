@@ -12,6 +12,8 @@ JOINT_TASKS = {
     "keypoints": "map50", "attributes": "map", "count": "r2",
 }  # fmt: skip
 """The same for the scenes that have all labels."""
+ABSOLUTE = ("count",)
+"""Tasks whose change is the difference of scores: an R2 of 0 is that of the mean label, and a ratio to it says nothing."""
 TASKS_OF = {"composed": TASKS, "native": TASKS, "joint": JOINT_TASKS}
 """Data -> its tasks."""
 METHODS: dict[str, dict[str, Any]] = {

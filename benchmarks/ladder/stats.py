@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,6 +79,14 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def relative_change(scores: Mapping[str, float], single: Mapping[str, float]) -> float:
-    """Return the mean over the tasks of `single` of (multi-task score - single-task score) / single-task score."""
-    return statistics.fmean((scores[task] - single[task]) / single[task] for task in single)
+def relative_change(scores: Mapping[str, float], single: Mapping[str, float], absolute: Collection[str] = ()) -> float:
+    """Return the mean over the tasks of `single` of (multi-task score - single-task score) / single-task score.
+
+    Args:
+        scores: task -> score of the multi-task model.
+        single: task -> score of the single-task model.
+        absolute: tasks that count by the difference of the scores alone.
+    """
+    return statistics.fmean(
+        (scores[task] - alone) / (1.0 if task in absolute else alone) for task, alone in single.items()
+    )

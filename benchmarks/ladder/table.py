@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ladder.plan import BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS_OF, Spec
+from benchmarks.ladder.plan import ABSOLUTE, BLOCKS, CHOICE_SEED, METHODS, SEEDS, SINGLE, TASKS_OF, Spec
 from benchmarks.ladder.records import Records
 from benchmarks.ladder.stats import ALPHA, compare, holm, relative_change
 
@@ -50,9 +50,8 @@ class Block:
         self.measure = "mean relative change" if len(names) == len(self.tasks) else f"relative change of {alone}"
         for seed in self.seeds:
             found = {SINGLE[n]: self.runs[n][seed]["metrics"][SINGLE[n]] for n in names if seed in self.runs[n]}
-            if len(found) == len(names) and all(
-                score > 0 for score in found.values()
-            ):  # a change is undefined relative to 0
+            defined = all(score > 0 for task, score in found.items() if task not in ABSOLUTE)  # relative to 0 it is not
+            if len(found) == len(names) and defined:
                 self.single[seed] = found
 
     def choices(self, method: str) -> list[tuple[float, dict[str, Any] | None]]:
@@ -68,7 +67,7 @@ class Block:
     def change(self, method: str) -> dict[int, float]:
         """Return the mean relative change against the single-task models, by seed."""
         runs = self.runs[method]
-        return {s: relative_change(runs[s]["metrics"], self.single[s]) for s in runs if s in self.single}
+        return {s: relative_change(runs[s]["metrics"], self.single[s], ABSOLUTE) for s in runs if s in self.single}
 
     def mean_ranks(self) -> dict[str, str]:
         """Return every method's rank by a task's metric, 1 the best, as a mean over tasks and seeds that all have."""

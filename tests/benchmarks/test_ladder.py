@@ -149,6 +149,7 @@ def test_relative_change_by_hand() -> None:
     single = {"detection": 0.5, "segmentation": 0.4, "classification": 0.8}
     multi = {"detection": 0.6, "segmentation": 0.3, "classification": 0.8}
     assert stats.relative_change(multi, single) == pytest.approx((0.2 - 0.25 + 0.0) / 3)
+    assert stats.relative_change({"r2": 0.31}, {"r2": -0.01}, ["r2"]) == pytest.approx(0.32)
 
 
 def test_paired_t_test_by_hand() -> None:
