@@ -13,7 +13,7 @@ JOINT_TASKS = {
 }  # fmt: skip
 """The same for the scenes that have all labels."""
 ABSOLUTE = ("count",)
-"""Tasks whose change is the difference of scores: an R2 of 0 is that of the mean label, and a ratio to it says nothing."""
+"""Tasks whose change is the difference of scores: an R2 of 0 is that of the mean label, so a ratio says nothing."""
 TASKS_OF = {"composed": TASKS, "native": TASKS, "joint": JOINT_TASKS}
 """Data -> its tasks."""
 METHODS: dict[str, dict[str, Any]] = {
