@@ -260,6 +260,8 @@ def updates_table(block: Block) -> list[str]:
 
 def earlier_table(block: Block, earlier: Block) -> list[str]:
     """Return the results with the earlier segmentation head beside those of today, for methods that have both."""
+    if earlier.records.settings(block.data) == block.records.settings(block.data):
+        return []  # trained with the head of today only
     names = ["method", *(METRICS[task] for task in block.tasks), f"{block.measure}, %"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for method in block.multi:

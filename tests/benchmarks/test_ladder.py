@@ -211,6 +211,9 @@ def test_the_report_names_what_is_missing_and_what_is_significant(records: Recor
     assert earlier.settings("composed") != records.settings("composed") and "to the head of today" not in text
     fill(earlier, [ADAMW])
     assert "| sum | .500 to .500 | .500 to .500 | .500 to .500 | +0.0 to +0.0 |" in table.report(records, [ADAMW])
+    joint = Records(tmp_path / "joint", BASES, "cpu")
+    fill(joint, [("joint", "adamw")])
+    assert "to the head of today" not in table.report(joint, [("joint", "adamw")]), "no earlier head was trained there"
     drawn = {path.name for path in plots.write_plots(records, tmp_path) if path.stat().st_size > 0}
     names = {f"evidence-{kind}composed-adamw.png" for kind in ("", "rates-", "norms-")}
     assert drawn == names | {plots.AGAINST_SUM}
