@@ -40,7 +40,8 @@ def test_every_method_of_the_package_has_the_options_that_it_needs(method: str) 
 
 def record(records: Records, spec: Spec, score: float, **values: Any) -> None:
     """Append a record whose metrics are all `score`."""
-    curve = {"detection": [1.0, 2.0, 3.0], "segmentation": [1.0, 1.0, 1.0], "classification": [4.0, 4.0, 9.0]}
+    curve = dict.fromkeys(spec.tasks, [1.0, 1.0, 1.0])
+    curve |= {"detection": [1.0, 2.0, 3.0], "classification": [4.0, 4.0, 9.0]}
     records.append(spec, {
         "metrics": {task: float(score) for task in spec.tasks},
         "norms": {task: {"median": sorted(curve[task])[1], "curve": curve[task]} for task in spec.tasks},
