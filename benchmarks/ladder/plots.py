@@ -105,8 +105,14 @@ def _rates(plt: Any, block: Block) -> Any:
 
 
 def _scores(plt: Any, block: Block) -> Any:
-    columns = len(block.tasks) + 1
-    figure, axes = plt.subplots(1, columns, figsize=(3.5 * columns, 0.45 * len(block.multi) + 1.6), sharey=True)
+    panels = len(block.tasks) + 1
+    columns = min(panels, 5)
+    rows = -(-panels // columns)
+    height = rows * (0.45 * len(block.multi) + 1.6)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.5 * columns, height), sharey=True, squeeze=False)
+    for axis in grid.flat[panels:]:
+        axis.set_visible(False)
+    axes = grid.flat[:panels]
     order = list(reversed(block.multi))
     for axis, task in zip(axes, block.tasks, strict=False):
         for row, method in enumerate(order):
