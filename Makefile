@@ -1,4 +1,4 @@
-# make demo           train three tasks on composed scenes and look at runs/demo   (2 minutes; FULL=1: 9 minutes)
+# make demo           train three tasks on composed scenes and look at runs/demo   (2 minutes; FULL=1: 11 minutes)
 # make test           run the tests               (JOBS=4: processes; ARGS="-m quick": those of 90 seconds)
 # make lint           ruff and mypy
 # make docs           build the documentation and the API reference into site/
