@@ -105,7 +105,7 @@ def check_an_offloaded_optimizer_waits_for_the_factor_of_each_task() -> None:
 
 
 def check_gradients_in_fp32_are_offloaded_as_a_whole() -> None:
-    """DeepSpeed waits for each parameter, as it does where gradients do not add up in fp32."""
+    """So DeepSpeed never waits; where gradients do not add up in fp32 it waits for each parameter."""
     case = "zero2 bf16 fp32-accumulation offload"
     at_most(waits_in_a_step(case), 1, stage12=T, exact=T)
     assert not waits_in_a_step(case, owner="deepspeed")
